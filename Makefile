@@ -1,0 +1,51 @@
+# demo, test, test-slow and parity each make a virtual environment afresh and install the built wheel into it.
+# PYTHON chooses the interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+# No environment variable may lead Python past the environment's own packages.
+unexport PYTHONPATH PYTHONHOME
+export PYTHONSAFEPATH = 1
+export CLUSCOMP_TEST_INSTALL = wheel
+
+.PHONY: help demo test test-slow parity lint types lock clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\): *## /\1: /p' Makefile
+
+demo:  ## compress a real 135M-parameter Llama and show what it cost and kept
+	$(PYTHON) scripts/make_venv.py .venv-demo --bare-extra demo
+	.venv-demo/bin/cluscomp demo $(DEMO_ARGS)
+
+test:  ## the fast tests, against the wheel
+	$(PYTHON) scripts/make_venv.py .venv-test --group test
+	.venv-test/bin/pytest $(PYTEST_ARGS)
+
+test-slow:  ## the tests that take minutes on a real model
+	$(PYTHON) scripts/make_venv.py .venv-slow --group test --bare-extra demo
+	.venv-slow/bin/pytest -m slow $(PYTEST_ARGS)
+
+parity:  ## the tests that compare live with PyTorch
+	$(PYTHON) scripts/make_venv.py .venv-parity --group test --extra parity --bare-extra demo
+	.venv-parity/bin/pytest -m parity $(PYTEST_ARGS)
+
+lint: .venv-dev/ready  ## ruff, rules and format
+	.venv-dev/bin/ruff check .
+	.venv-dev/bin/ruff format --check .
+
+types: .venv-dev/ready  ## mypy
+	.venv-dev/bin/mypy
+
+lock: .venv-dev/ready  ## renew the versions that Python 3.11 is held to
+	.venv-dev/bin/python -m uv pip compile --quiet --upgrade --python-version 3.11 --no-header --no-annotate \
+	  --extra hf --group dev pyproject.toml --output-file requirements/constraints-3.11.txt
+
+# These two look at the checkout, so their environment is kept until the requirements change.
+.venv-dev/ready: pyproject.toml $(wildcard requirements/*.txt)
+	$(PYTHON) scripts/make_venv.py .venv-dev --group dev
+	touch $@
+
+clean:  ## remove the environments and caches
+	rm -rf .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis

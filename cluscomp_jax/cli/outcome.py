@@ -1,0 +1,98 @@
+"""What becomes of a command: its lines on standard output, or one line on standard error and an exit code.
+
+Knows no command. Exit codes: 0 done, 1 failed, 2 wrong input.
+"""
+
+import dataclasses
+import errno
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from cluscomp_jax.errors import InputError, RunError
+
+DONE, FAILED, WRONG_INPUT = 0, 1, 2
+_WRONG_PATH = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a command has to say.
+
+    Attributes:
+      text: for a person.
+      fields: for a program, plain JSON values.
+    """
+
+    text: str
+    fields: Mapping[str, Any]
+
+
+def run(command: Callable[[], Result], *, json: bool, debug: bool, resumable: bool) -> int:
+    """Returns the exit code of `command`, after printing its result or its error.
+
+    Args:
+      json: end standard output with `fields` as one line.
+      debug: print the traceback of an error as well.
+      resumable: whether giving the command again continues it.
+    """
+    hint = "; give the same command again to resume" if resumable else ""
+    try:
+        with _terminable():
+            result = command()
+        _print_result(result, json=json)
+        return DONE
+    except KeyboardInterrupt as error:
+        return _failed(error, f"stopped by {error or 'the keyboard'}{hint}", FAILED, debug)
+    except InputError as error:
+        return _failed(error, str(error), WRONG_INPUT, debug)
+    except RunError as error:
+        return _failed(error, f"{error}{hint}", FAILED, debug)
+    except OSError as error:
+        wrong = isinstance(error, _WRONG_PATH) or error.errno == errno.EROFS
+        return _failed(error, str(error) if wrong else f"{error}{hint}", WRONG_INPUT if wrong else FAILED, debug)
+    except Exception as error:
+        return _failed(error, f"{type(error).__name__}: {error} (--debug shows where)", FAILED, debug)
+
+
+def note(text: str) -> None:
+    """Tells the person one line that is no result."""
+    print(f"cluscomp: {text}", file=sys.stderr, flush=True)
+
+
+def _print_result(result: Result, *, json: bool) -> None:
+    if result.text:
+        print(result.text)
+    if json:
+        from cluscomp_jax.progress import to_json
+
+        print(to_json(result.fields))
+    sys.stdout.flush()
+
+
+def _failed(error: BaseException, text: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    print(f"cluscomp: error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Turns SIGTERM into KeyboardInterrupt inside, so that both ways of stopping clean up alike."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

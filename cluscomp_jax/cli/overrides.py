@@ -1,0 +1,94 @@
+"""From the options of `compress` to its RunConfig: recipe, then config file, then options. Reads no model."""
+
+import dataclasses
+from typing import TypeVar
+
+from cluscomp_jax.cli.arguments import CompressArguments
+from cluscomp_jax.config import RECIPES, RunConfig, load_config
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
+
+Settings = TypeVar("Settings", CompressionRule, CalibrationSettings, TuningSettings)
+_NEED_CALIBRATION = ("samples", "length", "starts", "epochs", "learning_rate")
+_NEED_TUNING = ("epochs", "learning_rate")
+
+
+def run_config(arguments: CompressArguments) -> RunConfig:
+    """Returns the settings of a run, without its model.
+
+    Without --calibration nothing can be tuned. A bare command is then clustering only; one that asks for tuning, by
+    a recipe, a config file or an option, is refused rather than half obeyed.
+
+    Raises:
+      InputError: options that contradict each other or the config file, or a value out of its range.
+    """
+    _refuse_contradictions(arguments)
+    if arguments.config is not None:
+        config = load_config(arguments.config, recipe=arguments.recipe)
+    else:
+        config = RECIPES[arguments.recipe or "default"]
+    for name in _NEED_TUNING:
+        if config.tuning is None and getattr(arguments, name) is not None:
+            raise InputError(
+                f"{_given(arguments, name)}, but {arguments.config} turns tuning off; leave one of them out"
+            )
+    changed = dataclasses.replace(
+        config,
+        cluster=_cluster(arguments, config.cluster),
+        calibration=_replaced(config.calibration, arguments, "samples", "length", "starts"),
+        tuning=_tuning(arguments, config.tuning),
+        seed=config.seed if arguments.seed is None else arguments.seed,
+    )
+    asked = arguments.config or arguments.recipe
+    if changed.tuning is not None and arguments.calibration is None:
+        if asked is not None:
+            raise InputError(
+                f"{asked} asks for tuning, which needs --calibration TEXT; --no-tuning for clustering only"
+            )
+        changed = dataclasses.replace(changed, tuning=None)
+    return changed
+
+
+def _refuse_contradictions(arguments: CompressArguments) -> None:
+    for name in ("g", "num_codes"):
+        if arguments.bits is not None and getattr(arguments, name) is not None:
+            raise InputError(
+                f"{_given(arguments, name)} and --bits {arguments.bits}: the budget chooses both; leave one out"
+            )
+    for name in _NEED_TUNING:
+        if arguments.no_tuning and getattr(arguments, name) is not None:
+            raise InputError(f"{_given(arguments, name)} and --no-tuning contradict each other; leave one out")
+    for name in _NEED_CALIBRATION:
+        if arguments.calibration is None and getattr(arguments, name) is not None:
+            raise InputError(f"{_given(arguments, name)} has no effect without --calibration TEXT; add it")
+    for name in ("context", "tokens"):
+        value = getattr(arguments, name)
+        if value is not None and value < 2:
+            raise InputError(f"{_given(arguments, name)}: it must be 2 or more")
+
+
+def _given(arguments: CompressArguments, name: str) -> str:
+    return f"--{name.replace('_', '-')} {getattr(arguments, name)}"
+
+
+def _cluster(arguments: CompressArguments, settings: ClusterSettings) -> ClusterSettings:
+    rules = tuple(_replaced(rule, arguments, "g", "num_codes", "axis") for rule in settings.rules)
+    own_codes = arguments.g is not None or arguments.num_codes is not None
+    return dataclasses.replace(
+        settings,
+        rules=rules,
+        bits=None if own_codes else settings.bits if arguments.bits is None else arguments.bits,
+        weighted=settings.weighted and not arguments.unweighted,
+    )
+
+
+def _tuning(arguments: CompressArguments, settings: TuningSettings | None) -> TuningSettings | None:
+    if settings is None or arguments.no_tuning:
+        return None
+    return _replaced(settings, arguments, "epochs", "learning_rate")
+
+
+def _replaced(settings: Settings, arguments: CompressArguments, *names: str) -> Settings:
+    """Returns the settings with every named option that was given in place of its value."""
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    return dataclasses.replace(settings, **given)

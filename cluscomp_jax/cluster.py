@@ -1,0 +1,194 @@
+"""One matrix at a time: dense kernel to CodebookArray and back, and what a compressed tree weighs.
+
+Knows matrices and trees, no models.
+"""
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cluscomp_jax import codebook as cb
+from cluscomp_jax import kmeans, trees
+from cluscomp_jax.codebook import Axis, CodebookArray
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.settings import ClusterSettings, CompressionRule
+from cluscomp_jax.trees import Params
+
+
+@partial(jax.jit, static_argnames=("g", "axis"))
+def to_vectors(weight: jax.Array, *, g: int, axis: Axis) -> jax.Array:
+    """Returns the vectors [m, g] float32 of a kernel [d_in, d_out], zero-padded past the end of the cut axis.
+
+    The order is that of the flattened index: row-major over [d_in, ceil(d_out/g)] for axis "out", over
+    [ceil(d_in/g), d_out] for axis "in".
+    """
+    d_in, d_out = weight.shape
+    weight = weight.astype(jnp.float32)
+    if axis == "out":
+        return jnp.pad(weight, ((0, 0), (0, -d_out % g))).reshape(-1, g)
+    padded = jnp.pad(weight, ((0, -d_in % g), (0, 0)))
+    return padded.reshape(-1, g, d_out).swapaxes(1, 2).reshape(-1, g)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterStats:
+    """How well a matrix was clustered.
+
+    Attributes:
+      relative_error: ||W - decode||^2 / ||W||^2.
+      weighted_error: the same with each input channel weighted, or None without weights.
+      seconds: wall time.
+    """
+
+    relative_error: float
+    weighted_error: float | None
+    seconds: float
+
+
+def cluster_matrix(
+    weight: jax.Array | np.ndarray,
+    rule: CompressionRule,
+    settings: ClusterSettings,
+    *,
+    key: jax.Array,
+    channel_weights: jax.Array | np.ndarray | None = None,
+) -> tuple[CodebookArray, ClusterStats]:
+    """Returns the CodebookArray of a kernel [d_in, d_out] and its error; the codebook is already 16 bit.
+
+    Args:
+      weight: [d_in, d_out], finite.
+      rule: gives g, num_codes and axis; its pattern is not looked at.
+      settings: iterations and codebook_dtype are used.
+      key: same key, same bytes.
+      channel_weights: [d_in] >= 0, weight of each input channel's error (E[x_i^2]); axis "out" only.
+
+    Raises:
+      InputError: weights that are not finite, weights for axis "in", or a value too large for the codebook's dtype.
+    """
+    d_in, d_out = weight.shape
+    vectors = to_vectors(jnp.asarray(weight), g=rule.g, axis=rule.axis)
+    vector_weights = None
+    if channel_weights is not None:
+        if rule.axis != "out":
+            raise InputError(
+                "axis 'in' cannot be activation-weighted: its vectors span input channels of different weight; "
+                "set weighted = false or axis = 'out'"
+            )
+        mass = _positive_mass(jnp.asarray(channel_weights))
+        vector_weights = jnp.repeat(mass, vectors.shape[0] // d_in, total_repeat_length=vectors.shape[0])
+    codes, index, stats = kmeans.fit_codebook(
+        vectors, num_codes=rule.num_codes, key=key, weights=vector_weights, iterations=settings.iterations
+    )
+    rounded = codes.astype(settings.codebook_dtype)
+    if not bool(jnp.isfinite(rounded).all()):
+        raise InputError(f"a weight of {float(jnp.abs(codes).max()):.3g} does not fit {settings.codebook_dtype}; set codebook_dtype = 'bfloat16'")
+    shape = (d_in, d_out)
+    packed = index.reshape(cb.index_shape(shape, rule.g, rule.axis)).astype(cb.index_dtype(rule.num_codes))
+    array = CodebookArray(codebook=rounded, index=packed, shape=shape, axis=rule.axis)
+    plain, weighted = relative_errors(jnp.asarray(weight), array, channel_weights)
+    return array, ClusterStats(plain, weighted, stats.seconds)
+
+
+def _positive_mass(channel_weights: jax.Array) -> jax.Array:
+    """Returns the weights scaled to mean 1, dead channels lifted to a millionth so that they keep their vectors."""
+    weights = channel_weights.astype(jnp.float32)
+    mean = jnp.mean(weights)
+    return jnp.where(mean > 0, jnp.maximum(weights / jnp.where(mean > 0, mean, 1.0), 1e-6), jnp.ones_like(weights))
+
+
+def relative_errors(weight: jax.Array, array: CodebookArray, channel_weights: Any = None) -> tuple[float, float | None]:
+    """Returns (relative squared error, the same weighted by input channel or None)."""
+    mass = jnp.ones((weight.shape[0],)) if channel_weights is None else jnp.asarray(channel_weights)
+    error, energy, weighted_error, weighted_energy = jax.device_get(_energies(weight, array, mass))
+    plain = float(error / energy) if energy > 0 else 0.0
+    if channel_weights is None:
+        return plain, None
+    return plain, float(weighted_error / weighted_energy) if weighted_energy > 0 else 0.0
+
+
+@jax.jit
+def _energies(weight: jax.Array, array: CodebookArray, mass: jax.Array) -> tuple[jax.Array, ...]:
+    weight = weight.astype(jnp.float32)
+    error = jnp.sum(jnp.square(weight - cb.decode(array).astype(jnp.float32)), axis=1)
+    energy = jnp.sum(jnp.square(weight), axis=1)
+    return jnp.sum(error), jnp.sum(energy), jnp.sum(error * mass), jnp.sum(energy * mass)
+
+
+def matrix_key(seed: int, path: str) -> jax.Array:
+    """Returns the key of the matrix at `path`: it does not depend on which other matrices are compressed."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
+
+
+def decompress(params: Mapping[Any, Any]) -> Params:
+    """Returns the params with every CodebookArray decoded to a plain kernel of its codebook's dtype."""
+    return trees.map_by_path(lambda _, leaf: cb.decode(leaf) if isinstance(leaf, CodebookArray) else leaf, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixSize:
+    """Stored size of one compressed matrix."""
+
+    path: str
+    shape: tuple[int, int]
+    axis: Axis
+    g: int
+    num_codes: int
+    bits: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits, codebook included, over the number of weights."""
+        return self.bits / (self.shape[0] * self.shape[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class SizeReport:
+    """What a params tree weighs in storage: packed indices, 16-bit codebooks, everything else in its own dtype.
+
+    Attributes:
+      matrices: the compressed matrices.
+      dense_bytes: bytes of all other parameters.
+    """
+
+    matrices: tuple[MatrixSize, ...]
+    dense_bytes: int
+
+    @property
+    def compressed_bytes(self) -> int:
+        """Bytes of all compressed matrices."""
+        return sum(-(-matrix.bits // 8) for matrix in self.matrices)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all parameters."""
+        return self.compressed_bytes + self.dense_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits over weights, of the compressed matrices together; 0 if there are none."""
+        weights = sum(math.prod(matrix.shape) for matrix in self.matrices)
+        return sum(matrix.bits for matrix in self.matrices) / weights if weights else 0.0
+
+
+def matrix_size(path: str, array: CodebookArray) -> MatrixSize:
+    """Returns the stored size of one CodebookArray."""
+    bits = cb.stored_bits(array.shape, g=array.group_size, num_codes=array.num_codes, axis=array.axis)
+    return MatrixSize(path, array.shape, array.axis, array.group_size, array.num_codes, bits)
+
+
+def size_report(params: Mapping[Any, Any]) -> SizeReport:
+    """Returns what the params weigh in storage."""
+    matrices, dense_bytes = [], 0
+    for path, leaf in trees.flatten(params).items():
+        if isinstance(leaf, CodebookArray):
+            matrices.append(matrix_size(path, leaf))
+        else:
+            dense_bytes += math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+    return SizeReport(tuple(matrices), dense_bytes)

@@ -1,0 +1,106 @@
+"""CodebookArray: a weight matrix held as a codebook and an index. Knows nothing of where it stands in a model."""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cluscomp_jax.errors import InputError
+from pallas_kernels.codebook_matmul import decode as _decode
+
+Axis = Literal["out", "in"]
+MAX_CODES = 65536
+MAX_GROUP = 32
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["codebook", "index"], meta_fields=["shape", "axis"])
+@dataclasses.dataclass(frozen=True)
+class CodebookArray:
+    """A matrix W [d_in, d_out] of g-vectors drawn from n codes (paper section 3).
+
+    Attributes:
+      codebook: [n, g], floating; the part that trains.
+      index: uint8 if n <= 256, else uint16; [d_in, ceil(d_out/g)] for axis "out", [ceil(d_in/g), d_out] for "in".
+      shape: (d_in, d_out).
+      axis: the axis that is cut: "out": W[i, j*g+t] = codebook[index[i, j], t];
+        "in": W[j*g+t, o] = codebook[index[j, o], t].
+
+    Invariant: decode(w).shape == w.shape; index.max() < n. Padding lies only past the end of the cut axis.
+    """
+
+    codebook: Any
+    index: Any
+    shape: tuple[int, int]
+    axis: Axis = "out"
+
+    @property
+    def num_codes(self) -> int:
+        return int(self.codebook.shape[-2])
+
+    @property
+    def group_size(self) -> int:
+        return int(self.codebook.shape[-1])
+
+    @property
+    def dtype(self) -> Any:
+        return self.codebook.dtype
+
+
+def index_dtype(num_codes: int) -> Any:
+    """Returns the dtype of an index into `num_codes` codes: uint8 up to 256, else uint16."""
+    return jnp.uint8 if num_codes <= 256 else jnp.uint16
+
+
+def index_bits(num_codes: int) -> int:
+    """Returns the bits one index entry takes in storage: ceil(log2 n)."""
+    return max(num_codes - 1, 0).bit_length()
+
+
+def index_shape(shape: tuple[int, int], g: int, axis: Axis) -> tuple[int, int]:
+    """Returns the shape of the index of a [d_in, d_out] matrix cut into g-vectors along `axis`."""
+    d_in, d_out = shape
+    return (d_in, -(-d_out // g)) if axis == "out" else (-(-d_in // g), d_out)
+
+
+def stored_bits(shape: tuple[int, int], *, g: int, num_codes: int, axis: Axis) -> int:
+    """Returns the bits a matrix takes in storage: the packed index and a 16-bit codebook."""
+    return index_bits(num_codes) * math.prod(index_shape(shape, g, axis)) + 16 * g * num_codes
+
+
+def bits_per_weight(w: CodebookArray) -> float:
+    """Returns stored bits over d_in*d_out (notation of the paper's table 1, the index counted exactly)."""
+    bits = stored_bits(w.shape, g=w.group_size, num_codes=w.num_codes, axis=w.axis)
+    return bits / (w.shape[0] * w.shape[1])
+
+
+def decode(w: CodebookArray) -> jax.Array:
+    """Returns the matrix [d_in, d_out] in the codebook's dtype."""
+    return _decode(jnp.asarray(w.codebook), jnp.asarray(w.index), shape=w.shape, axis=w.axis)
+
+
+def validate(w: CodebookArray, where: str = "CodebookArray") -> CodebookArray:
+    """Returns w if its parts fit each other.
+
+    Raises:
+      InputError: sizes, dtypes or index values break the class invariant; `where` names the matrix.
+    """
+    if w.axis not in ("out", "in"):
+        raise InputError(f"{where}: axis is {w.axis!r}; it must be 'out' or 'in'")
+    if len(w.codebook.shape) != 2:
+        raise InputError(f"{where}: codebook has shape {tuple(w.codebook.shape)}; it must be [codes, group]")
+    n, g = w.codebook.shape
+    if not 1 <= n <= MAX_CODES or not 1 <= g <= MAX_GROUP:
+        raise InputError(f"{where}: codebook is [{n}, {g}]; codes must be 1 to {MAX_CODES}, group 1 to {MAX_GROUP}")
+    expected = index_shape(w.shape, g, w.axis)
+    if tuple(w.index.shape) != expected:
+        raise InputError(f"{where}: index has shape {tuple(w.index.shape)}; {w.shape} in groups of {g} along {w.axis!r} needs {expected}")
+    if np.dtype(w.index.dtype) != np.dtype(index_dtype(n)):
+        raise InputError(f"{where}: index is {w.index.dtype}; {n} codes need {np.dtype(index_dtype(n))}")
+    highest = int(np.max(np.asarray(w.index)))
+    if highest >= n:
+        raise InputError(f"{where}: index names code {highest}, the codebook has {n}")
+    return w

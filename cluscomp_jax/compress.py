@@ -1,0 +1,377 @@
+"""The pipeline, one block at a time: load -> statistics -> cluster -> tune -> propagate -> store.
+
+Sees a Model, a ParamSource and a sink; knows no file format. Device memory holds one block and a few batches.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Hashable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import cluscomp_jax._version as version
+from cluscomp_jax import rules as rules_of
+from cluscomp_jax import trees
+from cluscomp_jax.cluster import ClusterStats, cluster_matrix, matrix_key, matrix_size, size_report
+from cluscomp_jax.codebook import CodebookArray
+from cluscomp_jax.config import RunConfig
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.model import Model, build_model, check_tokens, run_block, run_embed
+from cluscomp_jax.progress import Reporter, SilentReporter
+from cluscomp_jax.settings import CompressionRule, TuningSettings
+from cluscomp_jax.source import DictSink, ParamSource, as_source
+from cluscomp_jax.stages import StageClock
+from cluscomp_jax.statistics import channel_moments
+from cluscomp_jax.trees import Params
+from cluscomp_jax.tuning import ActivationStore, BlockTuning, run_through, tune_block
+
+Rules = dict[str, CompressionRule]
+_FORWARD_TOKENS = 2048
+"""Tokens per batch where nothing is differentiated."""
+
+
+class ResumableSink(Protocol):
+    """A BlockSink that hands finished blocks back, so that an interrupted run can carry on behind them."""
+
+    def store_block(self, i: int, tree: Params) -> None: ...
+
+    def store_rest(self, tree: Params) -> None: ...
+
+    def load_block(self, i: int) -> Params: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressionSummary:
+    """What a run did.
+
+    Attributes:
+      matrices: per matrix: path, shape, axis, g, num_codes, bits_per_weight, relative_error, weighted_error, seconds.
+      blocks: per block: index, seconds, and what tuning reported, where there was any.
+      stages: {stage: {"seconds", "peak_rss_bytes"}}; on a resumed run, of its last part.
+      bits_per_weight: stored bits per weight of the compressed matrices together.
+      total_bytes: stored bytes of all parameters.
+    """
+
+    matrices: tuple[dict[str, Any], ...]
+    blocks: tuple[dict[str, Any], ...]
+    stages: dict[str, dict[str, Any]]
+    bits_per_weight: float
+    total_bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the summary as plain JSON values."""
+        return dataclasses.asdict(self)
+
+
+def compress(
+    params: Mapping[Any, Any] | ParamSource,
+    cfg: RunConfig,
+    *,
+    calibration: np.ndarray | None = None,
+    reporter: Reporter | None = None,
+) -> Params:
+    """Returns the compressed params: the same tree, its matched kernels CodebookArrays, arrays on the host.
+
+    Args:
+      params: a nested dict in the FlaxLlama layout (string or integer layer keys), or a ParamSource.
+      cfg: the run; `cfg.model` is the family's config.
+      calibration: tokens int [samples, length]; with them clustering is activation-weighted and blocks are tuned
+        (where cfg says so), without them matrices are only clustered.
+      reporter: is told of progress; silent by default.
+
+    Raises:
+      InputError: whatever does not fit, before any long work.
+    """
+    model = build_model(cfg.model)
+    source = as_source(params, model)
+    sink = DictSink()
+    with tempfile.TemporaryDirectory(prefix="cluscomp-") as work_dir:
+        compress_stream(source, sink, cfg, calibration=calibration, work_dir=Path(work_dir), reporter=reporter)
+    return sink.params(model)
+
+
+def compress_stream(
+    source: ParamSource,
+    sink: ResumableSink,
+    cfg: RunConfig,
+    *,
+    calibration: np.ndarray | None,
+    work_dir: Path,
+    reporter: Reporter | None = None,
+    finished_blocks: int = 0,
+) -> CompressionSummary:
+    """Compresses block after block from `source` into `sink` and returns what was done.
+
+    Args:
+      calibration: tokens int [samples, length] or None.
+      work_dir: scratch for the activation streams and the records of finished blocks. A run that is resumed must
+        get the same folder.
+      finished_blocks: blocks already in the sink. Their activations are recomputed, not read from scratch files,
+        so that an interrupted run gives the bytes of an uninterrupted one.
+
+    Raises:
+      InputError: whatever does not fit, before any long work.
+    """
+    run = _Run(source, sink, cfg, calibration, work_dir, reporter or SilentReporter())
+    records = [run.block(i, finished=i < finished_blocks) for i in range(run.model.num_blocks)]
+    run.close()
+    rest = source.load_rest()
+    sink.store_rest(rest)
+    matrices = tuple(matrix for record in records for matrix in record.pop("matrices"))
+    weights = sum(math.prod(matrix["shape"]) for matrix in matrices)
+    bits = sum(matrix["bits"] for matrix in matrices)
+    total_bytes = sum(record["total_bytes"] for record in records) + size_report(rest).total_bytes
+    return CompressionSummary(matrices, tuple(records), run.clock.to_dict(), bits / weights, total_bytes)
+
+
+def rules_by_block(model: Model, cfg: RunConfig) -> list[Rules]:
+    """Returns, per block, {block-relative kernel path: rule}, a bit budget already turned into rules.
+
+    Raises:
+      InputError: a rule matches nothing or something that is no kernel of a block, or the budget cannot be met.
+    """
+    shapes: dict[str, tuple[int, ...]] = dict(model.rest_shapes())
+    kernels = set()
+    for i in range(model.num_blocks):
+        prefix = f"{model.blocks_path}/{i}/"
+        shapes |= {prefix + path: shape for path, shape in model.block_shapes(i).items()}
+        kernels |= {prefix + path for paths in model.sites.values() for path in paths}
+    rules = cfg.cluster.rules
+    matched = rules_of.match(rules, shapes)
+    outside = next((path for path in matched if path not in kernels), None)
+    if outside is not None:
+        raise InputError(f"rule {matched[outside].pattern!r} matches {outside!r}; only the kernels of blocks are compressed")
+    if cfg.cluster.bits is not None:
+        chosen: Rules = {}
+        for rule in rules:
+            own = {path: shapes[path] for path, first in matched.items() if first is rule}
+            if own:
+                for one in rules_of.allocate(own, cfg.cluster.bits, like=rule):
+                    chosen |= dict.fromkeys(own, one)
+        matched = chosen
+    by_block: list[Rules] = []
+    for i in range(model.num_blocks):
+        prefix = f"{model.blocks_path}/{i}/"
+        by_block.append({path.removeprefix(prefix): rule for path, rule in matched.items() if path.startswith(prefix)})
+    return by_block
+
+
+def check_calibration(model: Model, cfg: RunConfig, calibration: np.ndarray, by_block: list[Rules]) -> None:
+    """Raises InputError where calibration tokens do not fit the model or the settings."""
+    if calibration.ndim != 2 or calibration.shape[1] < 2:
+        raise InputError(f"calibration has shape {calibration.shape}; it must be [samples, length], length 2 or more")
+    samples = calibration.shape[0]
+    if cfg.tuning is not None:
+        train = samples - cfg.tuning.held_out
+        if train < 1 or train % cfg.tuning.batch_size:
+            raise InputError(
+                f"calibration has {samples} samples; less {cfg.tuning.held_out} held out they must be a positive multiple "
+                f"of batch_size {cfg.tuning.batch_size}"
+            )
+    check_tokens(calibration, model, "calibration")
+    if cfg.cluster.weighted:
+        cut_in = [path for rules in by_block for path, rule in rules.items() if rule.axis == "in"]
+        if cut_in:
+            raise InputError(
+                f"axis 'in' of {cut_in[0]!r} cannot be activation-weighted: its vectors span input channels of different "
+                "weight; set weighted = false or axis = 'out'"
+            )
+
+
+def fingerprint(source: ParamSource, cfg: RunConfig, calibration: np.ndarray | None) -> str:
+    """Returns the hex digest of everything the result's bytes depend on."""
+    parts = {
+        "config": cfg.to_dict(),
+        "model": repr(cfg.model),
+        "source": source.fingerprint(),
+        "calibration": None if calibration is None else hashlib.sha256(np.ascontiguousarray(calibration)).hexdigest(),
+        "versions": version.versions(),
+        "device": jax.devices()[0].device_kind,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class _Run:
+    """The state of one run between blocks: the two activation streams, the rules, the clock."""
+
+    def __init__(
+        self,
+        source: ParamSource,
+        sink: ResumableSink,
+        cfg: RunConfig,
+        calibration: np.ndarray | None,
+        work_dir: Path,
+        reporter: Reporter,
+    ):
+        self.model = build_model(cfg.model)
+        self.cfg, self.source, self.sink, self.reporter = cfg, source, sink, reporter
+        self.rules = rules_by_block(self.model, cfg)
+        self.clock = StageClock()
+        self.records_dir = work_dir / "records"
+        self.records_dir.mkdir(parents=True, exist_ok=True)
+        self.tuning = cfg.tuning if calibration is not None else None
+        self.weighted = calibration is not None and cfg.cluster.weighted
+        self.dtype, self.batch_size = jnp.dtype("float32"), 1
+        self.original: ActivationStore | None = None
+        self.compressed: ActivationStore | None = None
+        self.augmented: ActivationStore | None = None
+        if calibration is None:
+            return
+        check_calibration(self.model, cfg, calibration, self.rules)
+        numbers = cfg.tuning or TuningSettings()
+        self.dtype = jnp.dtype(numbers.compute_dtype)
+        self.batch_size = max(1, _FORWARD_TOKENS // calibration.shape[1])
+        if self.weighted or self.tuning:
+            with self.clock("embed"):
+                self._embed(calibration, work_dir, jnp.dtype(numbers.activation_dtype))
+
+    def _embed(self, calibration: np.ndarray, work_dir: Path, dtype: Any) -> None:
+        """Opens the streams that the run needs, at the first block's input."""
+        rest = jax.tree.map(jnp.asarray, self.source.load_rest())
+        embed = partial(run_embed, rest, model=self.model, dtype=self.dtype)
+        width = embed(jnp.asarray(calibration[:1])).shape[-1]
+        new_store = partial(ActivationStore, shape=(*calibration.shape, width), dtype=dtype)
+        self.compressed = new_store(work_dir / "compressed.bin")
+        if self.tuning:
+            self.original = new_store(work_dir / "original.bin")
+            if self.tuning.aug_loss:
+                self.augmented = new_store(work_dir / "augmented.bin")
+        for i in range(len(calibration)):
+            x = embed(jnp.asarray(calibration[i : i + 1]))
+            for store in (self.compressed, self.original):
+                if store is not None:
+                    store.write(slice(i, i + 1), x)
+
+    def close(self) -> None:
+        """Removes the scratch files of the streams."""
+        for store in (self.original, self.compressed, self.augmented):
+            if store is not None:
+                store.delete()
+
+    def block(self, i: int, *, finished: bool) -> dict[str, Any]:
+        """Compresses block i (or takes it from the sink), moves the streams behind it, returns its record."""
+        kind = self.model.block_kind(i)
+        with self.clock("load"):
+            dense = jax.tree.map(jnp.asarray, self.source.load_block(i))
+        if finished:
+            with self.clock("resume"):
+                self._propagate_original(dense, kind)
+                self._propagate_compressed(self.sink.load_block(i), kind)
+            return json.loads(self._record_path(i).read_text())  # type: ignore[no-any-return]
+        began = time.monotonic()
+        moments = self._moments(dense, kind)
+        block, matrices = self._cluster(i, dense, moments)
+        self._propagate_original(dense, kind)
+        record: dict[str, Any] = {"index": i}
+        if self.tuning is not None and matrices:
+            block, tuned = self._tune(i, block, kind)
+            record |= dataclasses.asdict(tuned)
+        block = jax.device_get(_round_codebooks(block, self.cfg.cluster.codebook_dtype))
+        if i + 1 < self.model.num_blocks or self.tuning is not None:
+            record |= self._propagate_compressed(block, kind)
+        size = size_report(block)
+        record |= {"seconds": time.monotonic() - began, "total_bytes": size.total_bytes, "matrices": matrices}
+        with self.clock("store"):
+            _write_json(self._record_path(i), record)
+            self.sink.store_block(i, block)
+        self.reporter.record("block", **record)
+        return record
+
+    def _record_path(self, i: int) -> Path:
+        return self.records_dir / f"{i:05d}.json"
+
+    def _moments(self, dense: Params, kind: Hashable) -> dict[str, jax.Array]:
+        if not self.weighted:
+            return {}
+        assert self.compressed is not None
+        with self.clock("statistics"):
+            batches = (jax.device_put(x).astype(self.dtype) for _, x in self.compressed.batches(self.batch_size))
+            return jax.block_until_ready(channel_moments(self.model, kind, dense, batches))
+
+    def _cluster(self, i: int, dense: Params, moments: dict[str, jax.Array]) -> tuple[Params, list[dict[str, Any]]]:
+        flat, matrices = trees.flatten(dense), []
+        self.reporter.start(f"block {i + 1}/{self.model.num_blocks}: cluster", len(self.rules[i]), "matrices")
+        with self.clock("cluster"):
+            for path, rule in self.rules[i].items():
+                full = f"{self.model.blocks_path}/{i}/{path}"
+                try:
+                    array, stats = cluster_matrix(
+                        flat[path],
+                        rule,
+                        self.cfg.cluster,
+                        key=matrix_key(self.cfg.seed, full),
+                        channel_weights=moments.get(path),
+                    )
+                except InputError as error:
+                    raise InputError(f"{full}: {error}") from error
+                flat[path] = array
+                matrices.append(_matrix_record(full, array, stats))
+                self.reporter.advance(note=path)
+        return trees.unflatten(flat), matrices
+
+    def _tune(self, i: int, block: Params, kind: Hashable) -> tuple[Params, BlockTuning]:
+        assert self.tuning is not None and self.compressed is not None and self.original is not None
+        train = len(self.compressed) - self.tuning.held_out
+        steps = self.tuning.epochs * (train // self.tuning.batch_size)
+        self.reporter.start(f"block {i + 1}/{self.model.num_blocks}: tune", steps, "steps")
+        targets = (self.original,) if self.augmented is None else (self.original, self.augmented)
+        rng = np.random.default_rng((self.cfg.seed, i))
+        with self.clock("tune"):
+            return tune_block(self.model, kind, block, self.compressed, targets, self.tuning, rng=rng, reporter=self.reporter)
+
+    def _propagate_original(self, dense: Params, kind: Hashable) -> None:
+        with self.clock("targets"):
+            step = partial(run_block, dense, model=self.model, kind=kind)
+            run = partial(run_through, step, batch_size=self.batch_size, dtype=self.dtype)
+            if self.augmented is not None and self.compressed is not None:
+                run(self.compressed, self.augmented)
+            if self.original is not None:
+                run(self.original, self.original)
+
+    def _propagate_compressed(self, block: Params, kind: Hashable) -> dict[str, float]:
+        """Moves the compressed stream behind the block; returns its distance from the original stream there."""
+        if self.compressed is None:
+            return {}
+        with self.clock("propagate"):
+            step = partial(run_block, jax.tree.map(jnp.asarray, block), model=self.model, kind=kind)
+            run_through(step, self.compressed, self.compressed, batch_size=self.batch_size, dtype=self.dtype)
+            if self.original is None:
+                return {}
+            return {"loss_after": _stream_distance(self.compressed, self.original, self.batch_size)}
+
+
+def _stream_distance(a: ActivationStore, b: ActivationStore, batch_size: int) -> float:
+    """Returns the mean squared difference of two streams, summed in float64."""
+    total = sum(
+        float(np.sum(np.square(x.astype(np.float64) - b.read(where).astype(np.float64)))) for where, x in a.batches(batch_size)
+    )
+    return total / math.prod(a.shape)
+
+
+def _matrix_record(path: str, array: CodebookArray, stats: ClusterStats) -> dict[str, Any]:
+    size = matrix_size(path, array)
+    return {**dataclasses.asdict(size), "bits_per_weight": size.bits_per_weight, **dataclasses.asdict(stats)}
+
+
+def _write_json(path: Path, fields: dict[str, Any]) -> None:
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(fields))
+    os.replace(aside, path)
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _round_codebooks(block: Params, dtype: str) -> Params:
+    def rounded(leaf: Any) -> Any:
+        return dataclasses.replace(leaf, codebook=leaf.codebook.astype(dtype)) if isinstance(leaf, CodebookArray) else leaf
+
+    return trees.map_by_path(lambda _, leaf: rounded(leaf), block)

@@ -1,0 +1,133 @@
+"""Perplexity of a model on a token stream, block by block. Sees a Model and a ParamSource, no files but scratch."""
+
+import dataclasses
+import tempfile
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.losses import token_nll
+from cluscomp_jax.model import Model, build_model, check_tokens, run_block, run_embed
+from cluscomp_jax.progress import Reporter, SilentReporter
+from cluscomp_jax.settings import Dtype
+from cluscomp_jax.source import ParamSource, as_source
+from cluscomp_jax.trees import Params
+from cluscomp_jax.tuning import ActivationStore, run_through
+
+_HEAD_TOKENS = 512
+"""Positions whose logits exist at one time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+    """A perplexity and what it was measured on.
+
+    Attributes:
+      perplexity: exp(nll).
+      nll: mean negative log-likelihood per scored token, nats.
+      tokens: scored tokens, windows * (context - 1).
+      windows: non-overlapping windows; a shorter last one is dropped.
+      context: tokens per window.
+      seconds: wall time.
+    """
+
+    perplexity: float
+    nll: float
+    tokens: int
+    windows: int
+    context: int
+    seconds: float
+
+
+def perplexity(
+    params: Mapping[Any, Any] | ParamSource,
+    tokens: np.ndarray,
+    model_config: Any,
+    *,
+    context: int = 2048,
+    batch_size: int = 1,
+    dtype: Dtype = "float32",
+    reporter: Reporter | None = None,
+) -> Perplexity:
+    """Returns the perplexity of non-overlapping windows, each scored on its context - 1 targets.
+
+    All windows pass through one block before the next is loaded: parameters are read once, and memory holds one
+    block and a few windows; the activations lie in a memory-mapped temporary file.
+
+    Args:
+      params: a dict of dense or compressed params, or a ParamSource.
+      tokens: int [t], the text tokenised once.
+      model_config: the family's config, or a Model.
+      context: tokens per window, >= 2.
+      batch_size: windows per forward pass; changes the speed only.
+      dtype: compute dtype; softmax, norms and losses are float32.
+
+    Raises:
+      InputError: fewer than `context` tokens, or a token outside the vocabulary.
+    """
+    began = time.monotonic()
+    model = build_model(model_config)
+    source = as_source(params, model)
+    windows = _windows(tokens, context, model)
+    reporter = reporter or SilentReporter()
+    reporter.start("evaluate", model.num_blocks * windows.size, "tokens")
+    rest = jax.tree.map(jnp.asarray, source.load_rest())
+    with tempfile.TemporaryDirectory(prefix="cluscomp-") as work_dir:
+        stream = _embedded(model, rest, windows, jnp.dtype(dtype), Path(work_dir))
+        for i in range(model.num_blocks):
+            block = jax.tree.map(jnp.asarray, source.load_block(i))
+            step = partial(run_block, block, model=model, kind=model.block_kind(i))
+            run_through(step, stream, stream, batch_size=batch_size, dtype=jnp.dtype(dtype))
+            reporter.advance(windows.size)
+        nll = _mean_nll(model, rest, stream, windows)
+    scored = len(windows) * (context - 1)
+    return Perplexity(float(np.exp(nll)), nll, scored, len(windows), context, time.monotonic() - began)
+
+
+def _windows(tokens: np.ndarray, context: int, model: Model) -> np.ndarray:
+    """Returns the windows int32 [windows, context]."""
+    tokens = np.asarray(tokens)
+    if context < 2:
+        raise InputError(f"context is {context}; it must be 2 or more")
+    if tokens.ndim != 1:
+        raise InputError(f"tokens have shape {tokens.shape}; they must be one stream [t]")
+    if len(tokens) < context:
+        raise InputError(f"the text has {len(tokens)} tokens, a window of {context} needs as many; use a longer text or a smaller context")
+    check_tokens(tokens, model, "the text")
+    return tokens[: len(tokens) // context * context].reshape(-1, context).astype(np.int32)
+
+
+def _embedded(model: Model, rest: Params, windows: np.ndarray, dtype: Any, work_dir: Path) -> ActivationStore:
+    stream = None
+    for i, window in enumerate(windows):
+        x = run_embed(rest, jnp.asarray(window[None]), model=model, dtype=dtype)
+        if stream is None:
+            stream = ActivationStore(work_dir / "stream.bin", (*windows.shape, x.shape[-1]), dtype)
+        stream.write(slice(i, i + 1), x)
+    assert stream is not None
+    return stream
+
+
+def _mean_nll(model: Model, rest: Params, stream: ActivationStore, windows: np.ndarray) -> float:
+    """Returns the mean over all scored positions, summed in float64."""
+    context = windows.shape[1]
+    total = 0.0
+    for where, x in stream.batches(1):
+        for begin in range(0, context - 1, _HEAD_TOKENS):
+            span = slice(begin, min(begin + _HEAD_TOKENS, context - 1))
+            targets = windows[where, span.start + 1 : span.stop + 1]
+            losses = _losses(rest, jnp.asarray(x[:, span]), jnp.asarray(targets), model=model)
+            total += float(np.sum(np.asarray(losses), dtype=np.float64))
+    return total / (len(windows) * (context - 1))
+
+
+@partial(jax.jit, static_argnames="model")
+def _losses(rest: Params, x: jax.Array, targets: jax.Array, *, model: Model) -> jax.Array:
+    return token_nll(model.head(rest, x), targets)

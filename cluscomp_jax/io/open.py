@@ -1,0 +1,144 @@
+"""Opens whatever names a model: a Hugging Face folder or hub id, a GGUF file, a compressed checkpoint.
+
+Knows which reader serves which, and nothing of how they read.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.io import gguf_tokenizer, tokenizer
+from cluscomp_jax.io.checkpoint import open_checkpoint
+from cluscomp_jax.io.gguf_source import GgufSource
+from cluscomp_jax.io.manifest import MANIFEST_NAME
+from cluscomp_jax.io.run_folder import RUN_NAME
+from cluscomp_jax.io.safetensors_source import SafetensorsSource, read_config
+from cluscomp_jax.model import Model, build_model
+from cluscomp_jax.source import ParamSource
+
+_HASHED_BYTES = 10**9
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = (
+    "config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedModel:
+    """A model ready to be read.
+
+    Attributes:
+      kind: "hf" (safetensors), "gguf" or "compressed".
+      config: the family's config.
+      model: the Model of that config.
+      source: hands out its parameters, block by block.
+      name: what it is called in reports: a hub id, or the name of the file or folder.
+      files: the files it is made of, in order; of a compressed checkpoint its manifest, which lists the others.
+      tokenizer_loader: what `load_tokenizer` calls.
+    """
+
+    kind: Literal["hf", "gguf", "compressed"]
+    config: Any
+    model: Model
+    source: ParamSource
+    name: str
+    files: tuple[Path, ...]
+    tokenizer_loader: Callable[[], Any]
+
+    def load_tokenizer(self) -> Any:
+        """Returns the transformers tokenizer. Raises InputError if the model carries none."""
+        return self.tokenizer_loader()
+
+    @functools.cached_property
+    def origin(self) -> dict[str, Any]:
+        """Provenance: {"name", "kind", "files": [{"name", "bytes", and "sha256" where all make up less than 1 GB}]}."""
+        sizes = [path.stat().st_size for path in self.files]
+        files: list[dict[str, Any]] = [
+            {"name": path.name, "bytes": size} for path, size in zip(self.files, sizes, strict=True)
+        ]
+        if sum(sizes) < _HASHED_BYTES:
+            for path, entry in zip(self.files, files, strict=True):
+                with path.open("rb") as file:
+                    entry["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        return {"name": self.name, "kind": self.kind, "files": files}
+
+
+def open_model(spec: str | Path) -> OpenedModel:
+    """Returns the model that `spec` names, its names and shapes checked, its tensors not yet read.
+
+    Args:
+      spec: a folder (compressed checkpoint or Hugging Face), a .gguf file, or a hub id ("owner/name"), which is
+        downloaded or taken from the local cache.
+
+    Raises:
+      InputError: nothing of the kind is there, or it is broken; one line says what.
+    """
+    path = Path(spec)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise InputError(f"{path} is a file but not .gguf; give a .gguf file, a folder or a hub id")
+        return _open_gguf(path)
+    if path.is_dir():
+        return _open_folder(path, path.resolve().name)
+    if _HUB_ID.fullmatch(str(spec)):
+        return _open_folder(_download(str(spec)), str(spec))
+    raise InputError(f"model {str(spec)!r} is neither a folder, a .gguf file nor a hub id (owner/name)")
+
+
+def _open_gguf(path: Path) -> OpenedModel:
+    source = GgufSource(path)
+    load = functools.partial(gguf_tokenizer.build_tokenizer, source.metadata, where=str(path))
+    return OpenedModel("gguf", source.model_config, source.model, source, path.name, (path,), load)
+
+
+def _open_folder(folder: Path, name: str) -> OpenedModel:
+    if (folder / MANIFEST_NAME).is_file() or (folder / RUN_NAME).is_file():
+        return _open_compressed(folder, name)
+    if (folder / "config.json").is_file():
+        return _open_hugging_face(folder, name)
+    found = sorted(path.name for path in folder.glob("*.gguf"))
+    hint = f"; name the file itself: {found[0]}" if found else ""
+    raise InputError(f"{folder} has neither manifest.json (compressed) nor config.json (Hugging Face){hint}")
+
+
+def _open_compressed(folder: Path, name: str) -> OpenedModel:
+    source = open_checkpoint(folder)
+    model = build_model(source.model_config)
+
+    def load() -> Any:
+        if source.tokenizer_path is None:
+            raise InputError(f"{folder} carries no tokenizer; give tokens (.npy) instead of text")
+        return tokenizer.load_tokenizer(source.tokenizer_path)
+
+    return OpenedModel("compressed", source.model_config, model, source, name, (folder / MANIFEST_NAME,), load)
+
+
+def _open_hugging_face(folder: Path, name: str) -> OpenedModel:
+    config = read_config(folder)
+    model = build_model(config)
+    source = SafetensorsSource(folder, model)
+    load = functools.partial(tokenizer.load_tokenizer, folder)
+    return OpenedModel("hf", config, model, source, name, (folder / "config.json", *source.files), load)
+
+
+def _download(hub_id: str) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*"]))
+    except (OSError, ValueError, huggingface_hub.errors.HFValidationError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"model {hub_id!r} is no folder here and cannot be had from the hub: {reason}") from None

@@ -1,0 +1,105 @@
+"""The safetensors file format, read: header, checks, one tensor at a time. Knows no models.
+
+Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, the data.
+It is read here rather than through safetensors' numpy front end because that one has had no bfloat16, and its
+jax front end puts every tensor on the device. Tensors are read, not mapped: a file that is cut short while a
+run is under way gives an error instead of a bus error, and pages read do not count as memory held.
+"""
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from cluscomp_jax.errors import InputError
+
+_MAX_HEADER_BYTES = 100_000_000  # the bound of the format's own reader
+_DTYPES: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+class Entry(NamedTuple):
+    """One tensor of a file. Invariant: offset + dtype.itemsize * prod(shape) <= size of the file when it was opened."""
+
+    path: Path
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Returns {name: entry} of a safetensors file, every size and offset held against the file's own size.
+
+    Raises:
+      InputError: no such file, or it is truncated or damaged; the line says where.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+            raise InputError(f"{path} is no whole safetensors file: {size} bytes, a header of {length} is announced")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no safetensors file: its header is no JSON ({error})") from None
+    if not isinstance(header, dict):
+        raise InputError(f"{path} is no safetensors file: its header is no JSON object")
+    return {
+        name: _entry(path, name, fields, data_start=8 + length, size=size)
+        for name, fields in header.items()
+        if name != "__metadata__"
+    }
+
+
+def read_tensor(entry: Entry) -> np.ndarray:
+    """Returns the tensor, in its stored dtype and shape.
+
+    Raises:
+      InputError: the file has become shorter since its header was read.
+    """
+    count = math.prod(entry.shape)
+    array = np.fromfile(entry.path, entry.dtype, count=count, offset=entry.offset)
+    if array.size != count:
+        raise InputError(f"{entry.path}: tensor {entry.name} ends after {array.size} of {count} values; fetch it again")
+    return array.reshape(entry.shape)
+
+
+def _entry(path: Path, name: str, fields: Any, *, data_start: int, size: int) -> Entry:
+    try:
+        dtype_name, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
+    except (TypeError, KeyError, ValueError):
+        raise InputError(f"{path}: tensor {name} has no dtype, shape and data_offsets in the header") from None
+    if not isinstance(dtype_name, str) or dtype_name not in _DTYPES:
+        raise InputError(f"{path}: tensor {name} has dtype {dtype_name!r}; known: {', '.join(_DTYPES)}")
+    if not (isinstance(shape, list) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))):
+        raise InputError(f"{path}: tensor {name} has shape {shape} at {begin} … {end}; integers from 0 are expected")
+    dtype = np.dtype(_DTYPES[dtype_name])
+    if end - begin != dtype.itemsize * math.prod(shape):
+        raise InputError(f"{path}: tensor {name} {dtype_name} {shape} does not fill its bytes {begin} … {end}")
+    if data_start + end > size:
+        raise InputError(f"{path} is truncated: tensor {name} ends at byte {data_start + end}, the file has {size}")
+    return Entry(path, name, dtype, tuple(shape), data_start + begin)

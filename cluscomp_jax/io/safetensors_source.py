@@ -1,0 +1,144 @@
+"""A Hugging Face folder as a ParamSource: config.json, and safetensors in one file or in shards.
+
+Knows which file holds which tensor; not the file format, not the names of tensors, not tokenizers.
+Pickled weights (pytorch_model.bin) are never opened.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluscomp_jax import trees
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.io import layout
+from cluscomp_jax.io.json_files import read_object
+from cluscomp_jax.io.safetensors_file import Entry, read_header, read_tensor
+from cluscomp_jax.model import Model, parse_model_config
+from cluscomp_jax.trees import Params
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+def read_config(folder: str | Path) -> Any:
+    """Returns the family's config of a Hugging Face folder.
+
+    The stop tokens are those of generation_config.json where it has any: chat models name theirs only there.
+
+    Raises:
+      InputError: config.json is missing, no JSON, of an unknown model_type, or describes quantised weights.
+    """
+    folder = Path(folder)
+    fields = read_object(folder / "config.json")
+    if fields.get("quantization_config"):
+        method = dict(fields["quantization_config"]).get("quant_method")
+        raise InputError(f"{folder} holds weights quantised with {method!r}; give the original model")
+    if (folder / "generation_config.json").is_file():
+        stops = read_object(folder / "generation_config.json").get("eos_token_id")
+        fields |= {"eos_token_id": stops} if stops is not None else {}
+    try:
+        return parse_model_config(fields)
+    except InputError as error:
+        raise InputError(f"{folder / 'config.json'}: {error}") from None
+
+
+class SafetensorsSource:
+    """A ParamSource over the safetensors of a Hugging Face folder.
+
+    Attributes:
+      files: the safetensors files, and the index where there is one.
+
+    Args:
+      folder: holds model.safetensors, or model.safetensors.index.json and its shards.
+      model: says which tensors of which shapes there must be.
+
+    Raises:
+      InputError: a file or shard is missing, truncated or damaged; a tensor is missing, unused, misshapen or no
+        floating-point array. All headers are checked here, no data is read.
+    """
+
+    def __init__(self, folder: str | Path, model: Model):
+        self._folder = Path(folder)
+        self._model = model
+        self.files, entries = _open_folder(self._folder)
+        shapes = {name: entry.shape for name, entry in entries.items()}
+        names, tied_head = layout.match_tensors(shapes, model, layout.HUGGING_FACE, str(self._folder))
+        self._entries = {path: entries[name] for path, name in names.items()}
+        self._tied_head = entries[tied_head] if tied_head else None
+        for entry in self._entries.values():
+            if entry.dtype.kind != "f" and entry.dtype.name != "bfloat16":
+                raise InputError(
+                    f"{entry.path}: tensor {entry.name} is {entry.dtype}; a 16- to 64-bit float is expected"
+                )
+
+    def load_block(self, i: int) -> Params:
+        """Returns block i's tree in its stored dtypes; kernels [d_in, d_out]. Raises InputError on NaN or infinity."""
+        prefix = f"{self._model.blocks_path}/{i}/"
+        return trees.unflatten({path: self._load(prefix + path) for path in self._model.block_shapes(i)})
+
+    def load_rest(self) -> Params:
+        """Returns embedding, last norm and, unless tied, the output head.
+
+        Raises:
+          InputError: NaN or infinity; or the config ties the output head, but the file has another one.
+        """
+        rest = {path: self._load(path) for path in self._model.rest_shapes()}
+        if self._tied_head and not np.array_equal(read_tensor(self._tied_head), rest[layout.EMBEDDING]):
+            raise InputError(
+                f"{self._folder}: config.json says tie_word_embeddings, but {self._tied_head.name} differs from "
+                f"{self._entries[layout.EMBEDDING].name}; correct the config"
+            )
+        return trees.unflatten(rest)
+
+    def fingerprint(self) -> str:
+        """Returns a digest of the files' names, sizes, modification times and headers, not of their data."""
+        digest = hashlib.sha256()
+        for path in self.files:
+            stat = path.stat()
+            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        for path_name, entry in sorted(self._entries.items()):
+            digest.update(f"{path_name} {entry.dtype} {entry.shape} {entry.path.name} {entry.offset}\n".encode())
+        return digest.hexdigest()
+
+    def _load(self, path: str) -> np.ndarray:
+        entry = self._entries[path]
+        array = read_tensor(entry)
+        layout.require_finite(array, entry.name, str(entry.path))
+        return layout.to_flax(path, array)
+
+
+def _open_folder(folder: Path) -> tuple[tuple[Path, ...], dict[str, Entry]]:
+    """Returns the files of the folder and {tensor name: entry}."""
+    if (folder / _SINGLE).is_file():
+        return (folder / _SINGLE,), read_header(folder / _SINGLE)
+    if (folder / _INDEX).is_file():
+        return _open_shards(folder / _INDEX)
+    if any(folder.glob("pytorch_model*.bin")) or any(folder.glob("*.pth")):
+        raise InputError(
+            f"{folder} has only pickled weights, which are never opened; convert them to safetensors first"
+        )
+    raise InputError(f"{folder} has neither {_SINGLE} nor {_INDEX}")
+
+
+def _open_shards(index: Path) -> tuple[tuple[Path, ...], dict[str, Entry]]:
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index} has no weight_map of tensor names to files")
+    for shard in weight_map.values():
+        if not isinstance(shard, str) or shard != Path(shard).name or not shard.endswith(".safetensors"):
+            raise InputError(f"{index} names the shard {shard!r}; a .safetensors file in the same folder is expected")
+    files = tuple(index.parent / shard for shard in sorted(set(weight_map.values())))
+    entries: dict[str, Entry] = {}
+    for path in files:
+        if not path.is_file():
+            raise InputError(f"{index} names the shard {path.name}, which is missing; fetch it")
+        for name, entry in read_header(path).items():
+            if name in entries:
+                raise InputError(f"tensor {name} is in two shards, {entries[name].path.name} and {path.name}")
+            entries[name] = entry
+    for name, shard in weight_map.items():
+        if name not in entries or entries[name].path.name != shard:
+            raise InputError(f"{index} says that {shard} holds tensor {name}, which it does not; fetch both again")
+    return (index, *files), entries

@@ -1,0 +1,85 @@
+"""Tokenizers through transformers, without PyTorch and without remote code; text to token ids.
+
+Knows no models. Texts are encoded whole, once, with no more than the tokenizer's own tokens in front.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.io import gguf_source, gguf_tokenizer
+from cluscomp_jax.io.hugging_face import transformers
+from cluscomp_jax.io.json_files import read_object
+
+TOKENIZER_FOLDER = "tokenizer"  # inside a compressed checkpoint
+_PROBE = "a"
+
+
+def load_tokenizer(spec: str | Path) -> Any:
+    """Returns the transformers tokenizer of a model.
+
+    Args:
+      spec: a .gguf file, a Hugging Face folder, a compressed checkpoint (its sub-folder "tokenizer"), or a hub id.
+
+    Raises:
+      InputError: there is no tokenizer, or it needs remote code.
+    """
+    path = Path(spec)
+    if path.is_file():
+        return gguf_tokenizer.build_tokenizer(gguf_source.read_metadata(path), where=str(path))
+    folder = path / TOKENIZER_FOLDER if (path / TOKENIZER_FOLDER).is_dir() else path
+    return _of_folder(folder if path.is_dir() else str(spec))
+
+
+def _of_folder(spec: Path | str) -> Any:
+    if isinstance(spec, Path) and _wants_remote_code(spec):
+        raise InputError(f"{spec}: tokenizer_config.json names code of its own (auto_map), which is never run")
+    local = isinstance(spec, Path)
+    try:
+        return transformers().AutoTokenizer.from_pretrained(str(spec), trust_remote_code=False, local_files_only=local)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{spec}: no tokenizer could be loaded: {reason}") from None
+
+
+def _wants_remote_code(folder: Path) -> bool:
+    file = folder / "tokenizer_config.json"
+    if not file.is_file() or (folder / "tokenizer.json").is_file():
+        return False
+    return "auto_map" in read_object(file)
+
+
+def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
+    """Writes the tokenizer files, chat template included, into a folder (made if absent)."""
+    tokenizer.save_pretrained(str(folder))
+
+
+def encode_text(tokenizer: Any, text: str) -> np.ndarray:
+    """Returns the token ids int32 [tokens] of a whole text, led by the tokenizer's own start tokens.
+
+    Llama's tokenizer puts its begin token once before the text, SmolLM2's nothing. A text longer than the
+    model's context is no error here and gives no warning.
+    """
+    ids = _encode(tokenizer, text, special=False)
+    return np.asarray(start_tokens(tokenizer) + ids, dtype=np.int32)
+
+
+def start_tokens(tokenizer: Any) -> list[int]:
+    """Returns the ids the tokenizer puts before every text."""
+    plain, whole = _encode(tokenizer, _PROBE, special=False), _encode(tokenizer, _PROBE, special=True)
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start]
+    raise InputError(
+        f"the tokenizer encodes {_PROBE!r} as {plain}, with its special tokens as {whole}; it is not supported"
+    )
+
+
+def _encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    # verbose=False silences exactly the warning that the text exceeds the model's context.
+    encoded = tokenizer(
+        text, add_special_tokens=special, truncation=False, padding=False, return_attention_mask=False, verbose=False
+    )
+    return list(encoded["input_ids"])

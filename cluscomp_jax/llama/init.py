@@ -1,0 +1,44 @@
+"""The whole parameter layout of a config, and random parameters in it. Knows no checkpoint."""
+
+import jax
+import jax.numpy as jnp
+
+from cluscomp_jax import trees
+from cluscomp_jax.llama.config import LlamaConfig
+from cluscomp_jax.llama.model import LlamaModel
+from cluscomp_jax.trees import Params
+
+
+def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Returns {path: shape} of all dense parameters, blocks in order."""
+    model = LlamaModel(config)
+    shapes = dict(model.rest_shapes())
+    for i in range(model.num_blocks):
+        shapes |= {f"{model.blocks_path}/{i}/{path}": shape for path, shape in model.block_shapes(i).items()}
+    return shapes
+
+
+def initial_value(name: str, shape: tuple[int, ...], key: jax.Array, deviation: float) -> jax.Array:
+    """Returns a float32 array for the leaf `name`: norms ("weight") 1, "bias" 0, matrices normal with `deviation`."""
+    if name == "weight":
+        return jnp.ones(shape, jnp.float32)
+    if name == "bias":
+        return jnp.zeros(shape, jnp.float32)
+    return deviation * jax.random.normal(key, shape, jnp.float32)
+
+
+def init_params(config: LlamaConfig, key: jax.Array) -> Params:
+    """Returns float32 parameters: matrices normal with deviation `initializer_range`, norms 1, biases 0.
+
+    Args:
+      config: of the model.
+      key: a JAX random key; the same key gives the same parameters.
+    """
+    return trees.unflatten(
+        {
+            path: initial_value(
+                path.rpartition("/")[2], shape, jax.random.fold_in(key, number), config.initializer_range
+            )
+            for number, (path, shape) in enumerate(sorted(param_shapes(config).items()))
+        }
+    )

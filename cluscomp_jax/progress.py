@@ -1,0 +1,128 @@
+"""Progress bars with rate and time left, and the metrics.jsonl log. Knows nothing of what is being counted."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+_LINE_EVERY_S = 30.0
+"""Where standard error is a file, a line of progress is written at most this often."""
+
+
+class Reporter(Protocol):
+    """What long work tells the outside."""
+
+    def start(self, stage: str, total: int, unit: str) -> None:
+        """A stage of `total` steps begins; it replaces the one before."""
+        ...
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """So many more steps of the stage are done; `note` says what the last one was."""
+        ...
+
+    def record(self, event: str, **fields: Any) -> None:
+        """One finished measurement, as plain JSON values."""
+        ...
+
+
+class SilentReporter:
+    """A Reporter that says nothing; the default of the library functions."""
+
+    def start(self, stage: str, total: int, unit: str) -> None:
+        """Says nothing."""
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Says nothing."""
+
+    def record(self, event: str, **fields: Any) -> None:
+        """Says nothing."""
+
+
+class ConsoleReporter:
+    """A Reporter that shows a bar, or lines where there is no terminal, and appends records to a metrics file.
+
+    Made by `console_reporter`. The metrics file comes into being with the first record.
+    """
+
+    def __init__(self, progress: Progress, metrics_path: Path | None):
+        self._progress = progress
+        self._metrics_path = metrics_path
+        self._task: TaskID | None = None
+        self._stage, self._unit = "", ""
+        self._done, self._total = 0, 0
+        self._began = 0.0
+        self._last_line = time.monotonic()
+
+    def start(self, stage: str, total: int, unit: str) -> None:
+        """Shows a new bar in place of the one before."""
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(stage, total=total, rate="", note="")
+        self._stage, self._unit, self._total, self._done = stage, unit, total, 0
+        self._began = time.monotonic()
+
+    def advance(self, steps: int = 1, note: str = "") -> None:
+        """Moves the bar."""
+        if self._task is None:
+            return
+        now = time.monotonic()
+        self._done += steps
+        rate = self._done / max(now - self._began, 1e-9)
+        shown = f"{rate:,.0f} {self._unit}/s" if rate >= 10 else f"{rate:.2f} {self._unit}/s"
+        self._progress.update(self._task, advance=steps, rate=shown, note=note)
+        if not self._progress.console.is_terminal and now - self._last_line >= _LINE_EVERY_S:
+            left = (self._total - self._done) / rate
+            line = f"{self._stage}: {self._done}/{self._total} {self._unit}, {shown}, {left:.0f} s left"
+            print(line, file=self._progress.console.file, flush=True)
+            self._last_line = now
+
+    def record(self, event: str, **fields: Any) -> None:
+        """Appends one line of JSON to the metrics file, if there is one."""
+        if self._metrics_path is not None:
+            with self._metrics_path.open("a", encoding="utf-8") as file:
+                file.write(to_json({"event": event, "time": time.time(), **fields}) + "\n")
+
+
+@contextmanager
+def console_reporter(metrics_path: Path | None = None) -> Iterator[ConsoleReporter]:
+    """Yields a ConsoleReporter whose bar lives on standard error for the length of the block."""
+    console = Console(file=sys.stderr)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield ConsoleReporter(progress, metrics_path)
+
+
+def to_json(fields: Mapping[str, Any]) -> str:
+    """Returns one line of strict JSON; numbers that are not finite become null."""
+    return json.dumps(_finite(fields), sort_keys=True, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,137 @@
+"""The frozen settings of each stage. They check their own ranges and know nothing of how they are used."""
+
+import dataclasses
+import math
+from typing import Literal
+
+from cluscomp_jax.codebook import MAX_CODES, MAX_GROUP, Axis
+from cluscomp_jax.errors import InputError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Schedule = Literal["constant", "cosine", "linear"]
+
+DECODER_KERNELS = r"model/layers/\d+/(self_attn/[qkvo]_proj|mlp/(gate|up|down)_proj)/kernel"
+"""The seven projections of every decoder block; embeddings, norms and lm_head stay in 16 bit (paper section 4)."""
+
+
+def _require(holds: bool, name: str, value: object, legal: str) -> None:
+    if not holds:
+        raise InputError(f"{name} is {value!r}; it must be {legal}")
+
+
+def _require_finite(name: str, value: float, *, low: float, high: float = math.inf) -> None:
+    _require(math.isfinite(value) and low <= value <= high, name, value, f"a number from {low} to {high}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompressionRule:
+    """Matrices whose whole path matches `pattern` are cut into g-vectors of `num_codes` codes along `axis`.
+
+    Attributes:
+      pattern: regular expression, matched against the whole path.
+      g: weights per code, 1 to 32.
+      num_codes: codes per codebook, 1 to 65536.
+      axis: the axis of the kernel [d_in, d_out] that is cut.
+    """
+
+    pattern: str = DECODER_KERNELS
+    g: int = 4
+    num_codes: int = 65500
+    axis: Axis = "out"
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.g <= MAX_GROUP, "g", self.g, f"1 to {MAX_GROUP}")
+        _require(1 <= self.num_codes <= MAX_CODES, "num_codes", self.num_codes, f"1 to {MAX_CODES}")
+        _require(self.axis in ("out", "in"), "axis", self.axis, "'out' or 'in'")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClusterSettings:
+    """How matrices become codebooks.
+
+    Attributes:
+      rules: the first rule whose pattern matches decides; what no rule matches stays dense.
+      bits: a budget in stored bits per weight instead of g and num_codes: every rule keeps its pattern and axis,
+        and (g, num_codes) are chosen to meet the budget. None: the rules stand as they are.
+      iterations: Lloyd iterations, >= 0 (paper: 20).
+      weighted: weight each vector by the mean square of its input channel, E[x_i^2], from calibration; used for
+        axis "out" only, and only where calibration is given.
+      codebook_dtype: 16-bit type codebooks are stored and evaluated in.
+    """
+
+    rules: tuple[CompressionRule, ...] = (CompressionRule(),)
+    bits: float | None = None
+    iterations: int = 20
+    weighted: bool = True
+    codebook_dtype: Literal["bfloat16", "float16"] = "float16"
+
+    def __post_init__(self) -> None:
+        _require(len(self.rules) > 0, "rules", self.rules, "at least one rule")
+        _require(self.iterations >= 0, "iterations", self.iterations, "0 or more")
+        _require(self.codebook_dtype in ("bfloat16", "float16"), "codebook_dtype", self.codebook_dtype, "'bfloat16' or 'float16'")
+        if self.bits is not None:
+            _require(math.isfinite(self.bits) and self.bits > 0, "bits", self.bits, "a positive number")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalibrationSettings:
+    """Which samples of the calibration text are used.
+
+    Attributes:
+      samples: number of samples, >= 1 (paper: 128).
+      length: tokens per sample, >= 2 (paper: 2048).
+      starts: file of start positions, one integer per line; None draws them from the run's seed.
+    """
+
+    samples: int = 128
+    length: int = 2048
+    starts: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.samples >= 1, "samples", self.samples, "1 or more")
+        _require(self.length >= 2, "length", self.length, "2 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuningSettings:
+    """Block-wise error minimisation (paper section 3.3): the codebooks of one block at a time, indices frozen.
+
+    Attributes:
+      epochs: passes over the calibration samples, >= 0.
+      batch_size: samples per step, >= 1. Must divide the number of training samples.
+      learning_rate: peak learning rate of AdamW, > 0.
+      schedule: course of the rate after warm-up; "cosine" and "linear" fall to zero.
+      warmup_fraction: share of all steps over which the rate rises linearly from zero, 0 to 1.
+      weight_decay: decoupled weight decay, >= 0.
+      clip_norm: largest global gradient norm, > 0; None: no clipping.
+      aug_loss: also match the original block's output on the compressed stream (official option, off by default).
+      compute_dtype: dtype of activations and decoded weights in the step; masters and moments stay float32.
+      activation_dtype: dtype of the stored activation streams.
+      held_out: samples kept out of tuning and scored after each epoch, >= 0; the epoch with the lowest held-out
+        loss is kept. 0: the last epoch is kept.
+    """
+
+    epochs: int = 4
+    batch_size: int = 1
+    learning_rate: float = 0.002
+    schedule: Schedule = "cosine"
+    warmup_fraction: float = 0.0
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    aug_loss: bool = False
+    compute_dtype: Dtype = "float32"
+    activation_dtype: Dtype = "float32"
+    held_out: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 0, "epochs", self.epochs, "0 or more")
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        _require(math.isfinite(self.learning_rate) and self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        _require(self.schedule in ("constant", "cosine", "linear"), "schedule", self.schedule, "'constant', 'cosine' or 'linear'")
+        _require_finite("warmup_fraction", self.warmup_fraction, low=0.0, high=1.0)
+        _require_finite("weight_decay", self.weight_decay, low=0.0)
+        if self.clip_norm is not None:
+            _require(math.isfinite(self.clip_norm) and self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0, or left out")
+        for name in ("compute_dtype", "activation_dtype"):
+            _require(getattr(self, name) in ("float32", "bfloat16", "float16"), name, getattr(self, name), "'float32', 'bfloat16' or 'float16'")
+        _require(self.held_out >= 0, "held_out", self.held_out, "0 or more")

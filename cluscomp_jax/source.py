@@ -1,0 +1,103 @@
+"""Where parameters come from and go to, one block at a time: two small protocols and their in-memory forms."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+from cluscomp_jax import trees
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.model import Model
+from cluscomp_jax.trees import Params
+
+
+@runtime_checkable
+class ParamSource(Protocol):
+    """Hands out host arrays, block by block. Implementations hold no more than they must between calls."""
+
+    def load_block(self, i: int) -> Params:
+        """Returns block i's tree with block-relative paths."""
+        ...
+
+    def load_rest(self) -> Params:
+        """Returns everything outside the blocks, with full paths."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Returns a hex digest that changes when the parameters do."""
+        ...
+
+
+class BlockSink(Protocol):
+    """Takes finished blocks."""
+
+    def store_block(self, i: int, tree: Params) -> None: ...
+
+    def store_rest(self, tree: Params) -> None: ...
+
+
+class DictSource:
+    """A ParamSource over a nested dict in the FlaxLlama layout (string or integer layer keys)."""
+
+    def __init__(self, params: Mapping[Any, Any], model: Model):
+        self._params = params
+        self._blocks_path = model.blocks_path
+        found = len(trees.subtree(params, model.blocks_path))
+        if found != model.num_blocks:
+            raise InputError(f"{model.blocks_path} holds {found} blocks, the model config says {model.num_blocks}")
+
+    def load_block(self, i: int) -> Params:
+        return trees.subtree(self._params, f"{self._blocks_path}/{i}")
+
+    def load_rest(self) -> Params:
+        return trees.without(self._params, self._blocks_path)
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for path, leaf in sorted(trees.flatten(self._params).items()):
+            arrays, structure = jax.tree.flatten(
+                leaf
+            )  # a CodebookArray: two arrays, its shape and axis in the structure
+            digest.update(f"{path} {structure}".encode())
+            for array in map(np.asarray, arrays):
+                digest.update(f" {array.dtype} {array.shape}".encode())
+                digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+class DictSink:
+    """A BlockSink that gathers a whole params dict in memory: `.params(model)`."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, Params] = {}
+        self._rest: Params = {}
+
+    def store_block(self, i: int, tree: Params) -> None:
+        self._blocks[i] = tree
+
+    def store_rest(self, tree: Params) -> None:
+        self._rest = tree
+
+    def params(self, model: Model) -> Params:
+        flat = trees.flatten(self._rest)
+        for i in sorted(self._blocks):
+            flat.update(
+                {f"{model.blocks_path}/{i}/{path}": leaf for path, leaf in trees.flatten(self._blocks[i]).items()}
+            )
+        return trees.unflatten(flat)
+
+
+def as_source(params: "Mapping[Any, Any] | ParamSource", model: Model) -> ParamSource:
+    """Returns `params` as a ParamSource: a mapping is wrapped, a source is returned as it is."""
+    return DictSource(params, model) if isinstance(params, Mapping) else params
+
+
+def load_all(source: ParamSource, model: Model) -> Params:
+    """Returns the whole params dict of a source; for models that fit in host memory."""
+    sink = DictSink()
+    sink.store_rest(source.load_rest())
+    for i in range(model.num_blocks):
+        sink.store_block(i, source.load_block(i))
+    return sink.params(model)

@@ -1,0 +1,57 @@
+"""Time and peak memory by stage of a run."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+class StageClock:
+    """Adds up wall seconds and keeps the largest resident set of every named stage.
+
+    On Linux the peak is that of the stage itself; elsewhere that of the process so far.
+    """
+
+    def __init__(self) -> None:
+        self._stages: dict[str, dict[str, Any]] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Counts the block towards stage `name`; stages do not nest."""
+        began = time.monotonic()
+        _reset_peak()
+        try:
+            yield
+        finally:
+            stage = self._stages.setdefault(name, {"seconds": 0.0, "peak_rss_bytes": 0})
+            stage["seconds"] += time.monotonic() - began
+            stage["peak_rss_bytes"] = max(stage["peak_rss_bytes"], peak_rss_bytes())
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Returns {stage: {"seconds": float, "peak_rss_bytes": int}} in order of first use."""
+        return {name: dict(stage) for name, stage in self._stages.items()}
+
+
+def _reset_peak() -> None:
+    """Starts the kernel's high-water mark anew (Linux only; a kernel that refuses leaves the peak so far)."""
+    if _CLEAR_REFS.exists():
+        try:
+            _CLEAR_REFS.write_text("5")
+        except OSError:
+            return
+
+
+def peak_rss_bytes() -> int:
+    """Returns the largest resident set, in bytes, of this process since the last stage began."""
+    if _STATUS.exists():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,211 @@
+"""Block-wise error minimisation (paper section 3.3): train the codebooks of one block, indices frozen.
+
+Pure steps over (trainable, optimiser state) and a host loop that streams batches. Knows a Model's block and
+two activation streams; knows nothing of where blocks come from.
+"""
+
+import dataclasses
+from collections.abc import Hashable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from cluscomp_jax import trees
+from cluscomp_jax.codebook import CodebookArray
+from cluscomp_jax.losses import mean_squared_error
+from cluscomp_jax.model import Model
+from cluscomp_jax.progress import Reporter
+from cluscomp_jax.settings import TuningSettings
+from cluscomp_jax.trees import Params
+from cluscomp_jax.tuning.store import ActivationStore
+
+Codebooks = dict[str, jax.Array]
+
+
+class StepState(NamedTuple):
+    """What a step carries: float32 masters [n, g] by path, the optimiser's state, and whether all was finite so far."""
+
+    codebooks: Codebooks
+    optimizer: Any
+    alive: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockTuning:
+    """What tuning did to one block.
+
+    Attributes:
+      loss_before: mean squared error over the training samples before the first step.
+      epoch_losses: mean loss of the steps of each epoch.
+      held_out_losses: loss over the held-out samples before the first step and after each epoch; empty without any.
+      chosen_epoch: the epoch whose codebooks were kept; 0 means those before the first step.
+      diverged: a loss or gradient was not finite; steps stopped there and the last good codebooks count.
+    """
+
+    loss_before: float
+    epoch_losses: tuple[float, ...]
+    held_out_losses: tuple[float, ...]
+    chosen_epoch: int
+    diverged: bool
+
+
+def split_codebooks(block: Params) -> tuple[Codebooks, dict[str, Any]]:
+    """Returns ({path: codebook}, flat rest); in the rest a CodebookArray has None for its codebook."""
+    flat = trees.flatten(block)
+    codebooks = {path: leaf.codebook for path, leaf in flat.items() if isinstance(leaf, CodebookArray)}
+    rest = {path: dataclasses.replace(leaf, codebook=None) if path in codebooks else leaf for path, leaf in flat.items()}
+    return codebooks, rest
+
+
+def join_codebooks(codebooks: Codebooks, rest: dict[str, Any]) -> Params:
+    """Undoes `split_codebooks`."""
+    joined = {path: dataclasses.replace(leaf, codebook=codebooks[path]) if path in codebooks else leaf for path, leaf in rest.items()}
+    return trees.unflatten(joined)
+
+
+def make_optimizer(settings: TuningSettings, total_steps: int) -> optax.GradientTransformation:
+    """Returns AdamW under the settings' schedule, warm-up and clipping."""
+    warmup = round(settings.warmup_fraction * total_steps)
+    after = max(total_steps - warmup, 1)
+    courses = {
+        "constant": optax.constant_schedule(settings.learning_rate),
+        "cosine": optax.cosine_decay_schedule(settings.learning_rate, after),
+        "linear": optax.linear_schedule(settings.learning_rate, 0.0, after),
+    }
+    schedule = courses[settings.schedule]
+    if warmup:
+        rise = optax.linear_schedule(settings.learning_rate / warmup, settings.learning_rate, max(warmup - 1, 1))
+        schedule = optax.join_schedules([rise, schedule], [warmup])
+    adamw = optax.adamw(schedule, weight_decay=settings.weight_decay)
+    return adamw if settings.clip_norm is None else optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw)
+
+
+@partial(jax.jit, static_argnames=("settings", "total_steps"))
+def init_state(codebooks: Codebooks, *, settings: TuningSettings, total_steps: int) -> StepState:
+    """Returns the state before the first step: float32 masters of the given codebooks."""
+    masters = {path: codebook.astype(jnp.float32) for path, codebook in codebooks.items()}
+    return StepState(masters, make_optimizer(settings, total_steps).init(masters), jnp.array(True))
+
+
+@partial(jax.jit, static_argnames=("model", "kind", "settings", "total_steps"), donate_argnames="state")
+def tuning_step(
+    state: StepState,
+    frozen: dict[str, Any],
+    x: jax.Array,
+    targets: tuple[jax.Array, ...],
+    *,
+    model: Model,
+    kind: Hashable,
+    settings: TuningSettings,
+    total_steps: int,
+) -> tuple[StepState, jax.Array]:
+    """Returns (next state, loss before the step).
+
+    Args:
+      x: [b, t, d], the compressed stream's input of the block.
+      targets: outputs [b, t, d] of the original block to match: on the original stream, and with `aug_loss` also
+        on the compressed stream.
+
+    A step whose loss or gradient is not finite changes nothing, nor does any step after it.
+    """
+
+    def loss_of(codebooks: Codebooks) -> jax.Array:
+        return block_loss(codebooks, frozen, x, targets, model=model, kind=kind, settings=settings)
+
+    loss, gradients = jax.value_and_grad(loss_of)(state.codebooks)
+    alive = state.alive & jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(gradients))
+    updates, optimizer = make_optimizer(settings, total_steps).update(gradients, state.optimizer, state.codebooks)
+    stepped = StepState(optax.apply_updates(state.codebooks, updates), optimizer, alive)
+    kept = jax.tree.map(partial(jnp.where, alive), stepped, state._replace(alive=alive))
+    return kept, loss
+
+
+def block_loss(
+    codebooks: Codebooks,
+    frozen: dict[str, Any],
+    x: jax.Array,
+    targets: tuple[jax.Array, ...],
+    *,
+    model: Model,
+    kind: Hashable,
+    settings: TuningSettings,
+) -> jax.Array:
+    """Returns the sum over targets of mean((block(x) - target)^2), float32 scalar (paper eq. 4)."""
+    y = model.block(join_codebooks(codebooks, frozen), x.astype(settings.compute_dtype), kind=kind)
+    losses = [mean_squared_error(y, target) for target in targets]
+    return jnp.sum(jnp.stack(losses))
+
+
+_evaluate = partial(jax.jit, static_argnames=("model", "kind", "settings"))(block_loss)
+
+
+def tune_block(
+    model: Model,
+    kind: Hashable,
+    block: Params,
+    inputs: ActivationStore,
+    targets: tuple[ActivationStore, ...],
+    settings: TuningSettings,
+    *,
+    rng: np.random.Generator,
+    reporter: Reporter,
+) -> tuple[Params, BlockTuning]:
+    """Returns (the block with tuned float32 codebooks, what happened).
+
+    The last `settings.held_out` samples are never stepped on; they choose among the start and the epochs. Without
+    them the last epoch is kept.
+
+    Args:
+      block: compressed parameters, block-relative paths; at least one CodebookArray.
+      inputs: the compressed stream's inputs of the block [samples, t, d].
+      targets: what the block's outputs should be, see `tuning_step`.
+      rng: orders the samples of each epoch.
+    """
+    codebooks, frozen = split_codebooks(jax.tree.map(jnp.asarray, block))
+    train = len(inputs) - settings.held_out
+    steps_per_epoch = train // settings.batch_size
+    total_steps = max(settings.epochs * steps_per_epoch, 1)
+    fixed: dict[str, Any] = {"model": model, "kind": kind, "settings": settings}
+
+    def batch(where: slice | np.ndarray) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        return jax.device_put(inputs.read(where)), tuple(jax.device_put(store.read(where)) for store in targets)
+
+    def mean_loss(codebooks: Codebooks, samples: range) -> float:
+        losses = []
+        for begin in samples[:: settings.batch_size]:
+            where = slice(begin, min(begin + settings.batch_size, samples.stop))
+            losses.append((where.stop - where.start, _evaluate(codebooks, frozen, *batch(where), **fixed)))
+        return float(sum(count * float(loss) for count, loss in losses) / len(samples))
+
+    held_out = range(train, len(inputs))
+    state = init_state(codebooks, settings=settings, total_steps=total_steps)
+    loss_before = mean_loss(state.codebooks, range(train))
+    held_out_losses = [mean_loss(state.codebooks, held_out)] if settings.held_out else []
+    start = jax.tree.map(jnp.copy, state.codebooks)
+    best, chosen = start, 0
+    epoch_losses = []
+    for epoch in range(1, settings.epochs + 1):
+        order = rng.permutation(train)[: steps_per_epoch * settings.batch_size]
+        losses = []
+        for where in np.split(order, steps_per_epoch):
+            state, loss = tuning_step(state, frozen, *batch(np.sort(where)), total_steps=total_steps, **fixed)
+            losses.append(loss)
+            reporter.advance()
+        epoch_losses.append(float(np.mean(jax.device_get(losses))))
+        if not bool(state.alive):
+            break
+        if settings.held_out:
+            held_out_losses.append(mean_loss(state.codebooks, held_out))
+        if not settings.held_out or held_out_losses[-1] < min(held_out_losses[:-1]):
+            best, chosen = jax.tree.map(jnp.copy, state.codebooks), epoch
+    diverged = not bool(state.alive)
+    if not settings.held_out and epoch_losses and (diverged or epoch_losses[-1] > loss_before):
+        # The last good step counts unless it is worse than no step at all.
+        better = mean_loss(state.codebooks, range(train)) < loss_before
+        best, chosen = (state.codebooks, len(epoch_losses)) if better else (start, 0)
+    result = BlockTuning(loss_before, tuple(epoch_losses), tuple(held_out_losses), chosen, diverged)
+    return join_codebooks(best, frozen), result

@@ -1,0 +1,41 @@
+"""What the tests share: the small trained Llama, and the shipped texts in its tokens. No test reaches the network."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+# Before anything imports huggingface_hub, which reads it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+FIXTURES = Path(__file__).resolve().parent / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    """The Hugging Face folder of a Llama of 2.4 million parameters that has learnt English; its context is 256."""
+    return FIXTURES / "tiny_llama"
+
+
+def _tokens(model: Path, name: str) -> np.ndarray:
+    import tokenizers
+
+    from cluscomp_jax import data
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokens = np.asarray(tokenizer.encode(data.text(name)).ids, np.int32)
+    tokens.setflags(write=False)
+    return tokens
+
+
+@pytest.fixture(scope="session")
+def tiny_train_tokens(tiny_model: Path) -> np.ndarray:
+    """The text that `tiny_model` was trained on, int32 [tokens], by its own tokenizer; read-only."""
+    return _tokens(tiny_model, "wiki_train")
+
+
+@pytest.fixture(scope="session")
+def tiny_test_tokens(tiny_model: Path) -> np.ndarray:
+    """The text that was held out from `tiny_model`, int32 [tokens], by its own tokenizer; read-only."""
+    return _tokens(tiny_model, "wiki_test")

@@ -1,0 +1,202 @@
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluscomp_jax import generate as module
+from cluscomp_jax import llama, trees
+from cluscomp_jax.cluster import cluster_matrix, decompress
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.generate import Sampling, bucket, generate, sample
+from cluscomp_jax.llama import LlamaConfig
+from cluscomp_jax.settings import ClusterSettings, CompressionRule
+from cluscomp_jax.trees import Params
+
+VOCABULARY = 40
+Generate = Callable[..., np.ndarray]
+
+
+def make_config(**changes: Any) -> LlamaConfig:
+    fields: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "initializer_range": 0.4,
+    }
+    return LlamaConfig(**(fields | changes))
+
+
+CONFIG = make_config()
+
+
+@pytest.fixture(scope="module")
+def params() -> Params:
+    return llama.init_params(CONFIG, jax.random.key(1))
+
+
+@pytest.fixture(scope="module")
+def compressed(params: Params) -> Params:
+    def cluster(path: str, leaf: Any) -> Any:
+        if "_proj/kernel" not in path:
+            return leaf
+        rule = CompressionRule(g=3, num_codes=12)
+        return cluster_matrix(leaf, rule, ClusterSettings(rules=(rule,), iterations=2), key=jax.random.key(0))[0]
+
+    return trees.map_by_path(cluster, params)
+
+
+def greedy_without_cache(params: Params, prompt: list[int], config: LlamaConfig, count: int) -> list[int]:
+    """The whole forward pass anew for every token."""
+    tokens = list(prompt)
+    for _ in range(count):
+        logits = llama.forward(params, np.asarray([tokens]), config)
+        tokens.append(int(np.argmax(np.asarray(logits)[0, -1])))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("length", [1, 5, 16, 17])
+def test_greedy_tokens_are_those_of_whole_forward_passes(params: Params, length: int) -> None:
+    prompt = np.random.default_rng(length).integers(VOCABULARY, size=length).tolist()
+    tokens = generate(params, prompt, CONFIG, max_new_tokens=6)
+    assert tokens.dtype == np.int32
+    assert tokens.tolist() == greedy_without_cache(params, prompt, CONFIG, 6)
+
+
+def test_a_sliding_window_sees_no_padding() -> None:
+    config = make_config(model_type="mistral", sliding_window=4)
+    params = llama.init_params(config, jax.random.key(2))
+    prompt = np.random.default_rng(0).integers(VOCABULARY, size=19).tolist()
+    tokens = generate(params, prompt, config, max_new_tokens=5)
+    assert tokens.tolist() == greedy_without_cache(params, prompt, config, 5)
+
+
+def test_a_batch_gives_each_prompt_its_own_tokens(params: Params) -> None:
+    prompts = np.random.default_rng(3).integers(VOCABULARY, size=(3, 6))
+    tokens = generate(params, prompts, CONFIG, max_new_tokens=5)
+    chex.assert_shape(tokens, (3, 5))
+    for prompt, row in zip(prompts, tokens, strict=True):
+        assert row.tolist() == generate(params, prompt, CONFIG, max_new_tokens=5).tolist()
+
+
+def test_a_row_ends_with_its_stop_token(params: Params) -> None:
+    free = generate(params, [1, 2, 3], CONFIG, max_new_tokens=8)
+    stop = int(free[2])
+    first = free.tolist().index(stop)
+    stopped = generate(params, [1, 2, 3], CONFIG, max_new_tokens=8, stop_tokens=[stop])
+    assert stopped.tolist() == free[: first + 1].tolist()
+
+
+def test_a_stopped_row_waits_at_its_stop_token() -> None:
+    columns = [[5, 1], [2, 3], [9, 5], [4, 4]]
+    drawn = (jnp.asarray(column) for column in columns)
+    tokens = module._until_stopped(drawn, frozenset({5}), 2)
+    assert tokens.tolist() == [[5, 5, 5], [1, 3, 5]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compressed_parameters_generate_what_their_decoded_form_does(
+    params: Params, compressed: Params, dtype: str
+) -> None:
+    dense = decompress(compressed)
+    want = generate(dense, [7, 8, 9], CONFIG, max_new_tokens=6, dtype=dtype).tolist()
+    for materialize in ("once", "never"):
+        assert generate(compressed, [7, 8, 9], CONFIG, max_new_tokens=6, dtype=dtype, materialize=materialize).tolist() == want
+
+
+def test_the_same_key_gives_the_same_draws(params: Params) -> None:
+    def draw(seed: int) -> list[int]:
+        drawn = generate(params, [1], CONFIG, max_new_tokens=12, temperature=3.0, key=jax.random.key(seed))
+        return drawn.tolist()  # type: ignore[no-any-return]
+
+    assert draw(0) == draw(0)
+    assert draw(0) != draw(1)
+
+
+def test_lengths_of_one_bucket_share_one_program(params: Params) -> None:
+    generate(params, [1] * 20, CONFIG, max_new_tokens=3)
+    compiled = module._cached_block._cache_size()
+    generate(params, [1] * 29, CONFIG, max_new_tokens=9)
+    assert module._cached_block._cache_size() == compiled
+
+
+def test_buckets_are_powers_of_two() -> None:
+    assert [bucket(length) for length in (1, 16, 17, 64, 65)] == [16, 16, 32, 64, 128]
+
+
+def allowed_tokens(logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None) -> set[int]:
+    """Oracle in float64: the tokens that top_k and then top_p leave, of distinct logits."""
+    order = np.argsort(-logits)[:top_k]
+    mass = np.exp(logits[order].astype(np.float64) / temperature)
+    mass /= mass.sum()
+    kept = {int(order[0])}
+    for rank in range(1, len(order)):
+        if top_p is not None and mass[:rank].sum() >= top_p:
+            break
+        kept.add(int(order[rank]))
+    return kept
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    temperature=st.sampled_from([0.5, 1.0, 4.0]),
+    top_k=st.sampled_from([None, 1, 3, 12, 100]),
+    top_p=st.sampled_from([None, 0.05, 0.6, 1.0]),
+)
+def test_draws_lie_within_top_k_and_top_p(seed: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    logits = np.random.default_rng(seed).permutation(12).astype(np.float32)
+    drawn = sample(
+        jnp.tile(logits, (64, 1)),
+        Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
+        jax.random.key(seed),
+    )
+    chex.assert_shape(drawn, (64,))
+    assert set(np.asarray(drawn).tolist()) <= allowed_tokens(logits, temperature, top_k, top_p)
+
+
+def test_draws_follow_the_softmax_at_the_temperature() -> None:
+    logits = np.array([0.0, 1.0, 2.0, -30.0], np.float32)
+    drawn = sample(jnp.tile(logits, (20_000, 1)), Sampling(temperature=2.0), jax.random.key(0))
+    share = np.bincount(np.asarray(drawn), minlength=4) / 20_000
+    want = np.exp(logits.astype(np.float64) / 2)
+    np.testing.assert_allclose(share, want / want.sum(), atol=0.015)
+
+
+def test_narrowest_sampling_is_greedy() -> None:
+    logits = jax.random.normal(jax.random.key(5), (8, 30))
+    greedy = np.asarray(sample(logits, Sampling(), jax.random.key(0))).tolist()
+    for sampling in (Sampling(temperature=1.0, top_k=1), Sampling(temperature=1.0, top_p=1e-9)):
+        assert np.asarray(sample(logits, sampling, jax.random.key(1))).tolist() == greedy
+
+
+BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "empty prompt": ([], {}, r"shape \(0,\)"),
+    "unequal prompts": ([[1, 2], [3]], {}, "unequal lengths"),
+    "fractions": ([0.5], {}, "float64"),
+    "past the vocabulary": ([3, VOCABULARY], {}, f"token {VOCABULARY} .* {VOCABULARY - 1}"),
+    "below the vocabulary": ([-1], {}, "token -1"),
+    "no tokens": ([1], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+    "negative temperature": ([1], {"temperature": -1.0}, "temperature is -1.0"),
+    "temperature that is no number": ([1], {"temperature": float("nan")}, "temperature is nan"),
+    "top_k of 0": ([1], {"top_k": 0}, "top_k is 0"),
+    "top_p of 0": ([1], {"top_p": 0.0}, "top_p is 0"),
+    "top_p above 1": ([1], {"top_p": 1.5}, "top_p is 1.5"),
+    "integer dtype": ([1], {"dtype": "int32"}, "dtype is int32"),
+    "materialize": ([1], {"materialize": "twice"}, "materialize is 'twice'"),
+}
+
+
+@pytest.mark.parametrize(("prompt", "options", "message"), BAD.values(), ids=BAD)
+def test_bad_input_is_named(params: Params, prompt: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        generate(params, prompt, CONFIG, **({"max_new_tokens": 2} | options))

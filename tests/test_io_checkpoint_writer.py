@@ -1,0 +1,395 @@
+import dataclasses
+import errno
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_io_checkpoint import assert_same
+from toy_checkpoint import ToyConfig, ToyRun, toy_block, toy_params, toy_rest
+
+from cluscomp_jax.errors import InputError, RunError
+from cluscomp_jax.io import atomic, items
+from cluscomp_jax.io.checkpoint import CheckpointWriter, load_checkpoint, open_checkpoint, save_checkpoint
+from cluscomp_jax.io.run_folder import AlreadyFinished
+
+CONFIG = ToyConfig(num_blocks=2)
+ONE_BLOCK = ToyConfig(num_blocks=1)
+RUN = ToyRun(CONFIG)
+
+
+def writer(out, *, fingerprint="f", config=CONFIG, seed=42):
+    return CheckpointWriter(out, model_config=config, run_config=ToyRun(seed=seed).to_dict(), fingerprint=fingerprint)
+
+
+def write_tokenizer(folder):
+    (folder / "tokenizer.json").write_text("{}")
+
+
+def run(out, config=CONFIG):
+    """A whole run, as a pipeline would do it: resumes where it can."""
+    with writer(out, config=config) as w:
+        for i in range(w.finished_blocks):
+            assert_same(w.load_block(i), toy_block(config, i))
+        for i in range(w.finished_blocks, config.num_blocks):
+            (w.work_path / "activations").write_bytes(bytes(1000))
+            w.store_block(i, toy_block(config, i))
+        w.store_rest(toy_rest(config))
+        w.store_tokenizer(write_tokenizer)
+        w.finish(provenance={}, metrics={})
+
+
+def assert_whole(out, config=CONFIG):
+    assert_same(load_checkpoint(out).params, toy_params(config))
+    assert sorted(p.name for p in out.iterdir()) == ["blocks", "manifest.json", "rest", "tokenizer"]
+
+
+def contents(root):
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+class Killed(BaseException):
+    pass
+
+
+class Bomb:
+    """Counts the steps that change the disk, and stops the program before or after the one it is set to.
+
+    A kill stops all later steps too, as no clean-up runs in a killed process; an exception lets them go on.
+    """
+
+    STEPS = (
+        (os, "replace"),
+        (items, "write_item"),
+        (shutil, "rmtree"),
+        *((Path, n) for n in ("unlink", "mkdir", "rmdir")),
+    )
+
+    def __init__(self, monkeypatch, *, kill):
+        self.steps, self.fuse, self.kill = 0, None, kill
+        for module, name in self.STEPS:
+            monkeypatch.setattr(module, name, self.around(getattr(module, name)))
+        monkeypatch.setattr(atomic, "sync", lambda path: None)
+
+    def around(self, function):
+        def stepped(*args, **kwargs):
+            self.step()
+            result = function(*args, **kwargs)
+            self.step()
+            return result
+
+        return stepped
+
+    def step(self):
+        self.steps += 1
+        if self.fuse is not None and (self.steps == self.fuse or (self.kill and self.steps > self.fuse)):
+            raise Killed
+
+
+def write_quick_item(folder, arrays):
+    """Stands in for orbax, which is slow where the test repeats it a hundred times; in two steps, like orbax."""
+    folder.mkdir()
+    (folder / "names").write_text(json.dumps(list(arrays)))
+    (folder / "sub").mkdir()
+    for k, array in enumerate(arrays.values()):
+        (folder / "sub" / str(k)).write_bytes(array.tobytes())
+
+
+def read_quick_item(folder, expected):
+    names = json.loads((folder / "names").read_text())
+    assert set(names) == set(expected)
+    raw = [(folder / "sub" / str(k)).read_bytes() for k in range(len(names))]
+    specs = [expected[name] for name in names]
+    return {n: np.frombuffer(b, s[1]).reshape(s[0]) for n, b, s in zip(names, raw, specs, strict=True)}
+
+
+@pytest.mark.parametrize("kill", [True, False])
+def test_a_run_stopped_at_any_step_never_loads_and_always_resumes(tmp_path, monkeypatch, kill):
+    monkeypatch.setattr(items, "write_item", write_quick_item)
+    monkeypatch.setattr(items, "read_item", read_quick_item)
+    bomb = Bomb(monkeypatch, kill=kill)
+    out = tmp_path / "out"
+    for fuse in itertools.count(1):
+        bomb.steps, bomb.fuse = 0, fuse
+        try:
+            run(out, ONE_BLOCK)
+        except Killed:
+            bomb.fuse = None
+        else:
+            break
+        if (out / "manifest.json").exists():
+            assert_same(load_checkpoint(out).params, toy_params(ONE_BLOCK))
+            with pytest.raises(AlreadyFinished):
+                run(out, ONE_BLOCK)
+        else:
+            with pytest.raises(InputError):
+                open_checkpoint(out)
+            run(out, ONE_BLOCK)
+        assert_whole(out, ONE_BLOCK)
+        shutil.rmtree(out)
+    assert_whole(out, ONE_BLOCK)
+    assert fuse > 40
+
+
+CHILD = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+import test_io_checkpoint_writer as t
+from cluscomp_jax.io import atomic
+publish = atomic.publish
+def killed(aside, final):
+    if final.name == sys.argv[3]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    publish(aside, final)
+atomic.publish = killed
+t.run(Path(sys.argv[1]))
+"""
+
+
+def test_a_killed_process_leaves_what_it_finished(tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", CHILD, str(out), str(Path(__file__).parent), "00001"]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    with writer(out) as w:
+        assert w.resumed
+        assert w.finished_blocks == 1
+        assert not w.rest_finished
+        assert (w.work_path / "activations").stat().st_size == 1000
+    run(out)
+    assert_whole(out)
+
+
+def test_a_run_that_stored_nothing_leaves_nothing(tmp_path):
+    with pytest.raises(InputError, match="it is missing"), writer(tmp_path / "out") as w:
+        w.store_block(0, {"norm": {"weight": toy_rest(CONFIG)["model"]["norm"]["weight"]}})
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "empty").mkdir()
+    with writer(tmp_path / "empty"):
+        pass
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_a_finished_run_is_not_run_again(tmp_path):
+    out = tmp_path / "out"
+    run(out)
+    before = contents(out)
+    with pytest.raises(AlreadyFinished, match="already finished"):
+        run(out)
+    with pytest.raises(InputError, match=r"finished checkpoint of another run.*other weights"):
+        writer(out, fingerprint="g")
+    with pytest.raises(InputError, match=r"finished checkpoint of another run.*seed is 42 there, 7 here"):
+        writer(out, seed=7)
+    assert contents(out) == before
+
+
+def test_saving_the_same_again_says_so_and_another_model_is_refused(tmp_path):
+    save_checkpoint(tmp_path / "out", toy_params(CONFIG), RUN)
+    with pytest.raises(AlreadyFinished):
+        save_checkpoint(tmp_path / "out", toy_params(CONFIG), RUN)
+    with pytest.raises(InputError, match="another run"):
+        save_checkpoint(tmp_path / "out", toy_params(CONFIG), dataclasses.replace(RUN, seed=1))
+
+
+@pytest.fixture
+def unfinished(tmp_path):
+    out = tmp_path / "out"
+    with writer(out) as w:
+        w.store_block(0, toy_block(CONFIG, 0))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fingerprint": "g"}, "another unfinished run.*same settings, but other weights"),
+        ({"seed": 7}, "seed is 42 there, 7 here"),
+        ({"config": ToyConfig(num_blocks=2, d=16)}, r"model\.d is 12 there, 16 here"),
+    ],
+)
+def test_another_run_does_not_take_over_an_unfinished_one(unfinished, change, message):
+    before = contents(unfinished)
+    with pytest.raises(InputError, match=message):
+        writer(unfinished, **change)
+    assert contents(unfinished) == before
+
+
+def test_an_unfinished_run_does_not_load(unfinished):
+    with pytest.raises(InputError, match="an unfinished run; repeat the command"):
+        open_checkpoint(unfinished)
+
+
+def test_a_second_process_is_locked_out(unfinished):
+    first = writer(unfinished)
+    with pytest.raises(InputError, match="another process is writing there"):
+        writer(unfinished)
+    first.close()
+    writer(unfinished).close()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "work/notes.txt", "blocks/00000/x"])
+def test_a_folder_of_someone_elses_is_not_touched(tmp_path, name):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match="not empty and not an unfinished run"):
+        writer(tmp_path)
+    assert contents(tmp_path) == {name: b"mine"}
+
+
+def test_a_file_in_the_place_of_the_folder_is_not_touched(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(InputError, match="is not a folder"):
+        writer(tmp_path / "out")
+    with pytest.raises(InputError, match="cannot be written to"):
+        writer(tmp_path / "out" / "below")
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"format_version": 1, "fingerprint": 1}', '{"format_version": 2}'])
+def test_a_damaged_run_file_is_refused(unfinished, text):
+    (unfinished / "run.json").write_text(text)
+    with pytest.raises(InputError, match=r"run\.json"):
+        writer(unfinished)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda out: shutil.rmtree(out / "work"), "records"),
+        (lambda out: (out / "blocks/00000/_METADATA").unlink(), "_METADATA is missing"),
+        (lambda out: (out / "blocks/00000/more").write_text(""), "more is not in the manifest"),
+        (lambda out: (out / "blocks/00000").rename(out / "blocks/00001"), "some are missing"),
+    ],
+)
+def test_a_damaged_unfinished_run_is_not_resumed(unfinished, damage, message):
+    damage(unfinished)
+    with pytest.raises(InputError, match=message):
+        writer(unfinished)
+    with pytest.raises(InputError, match=message):  # and the lock was given back
+        writer(unfinished)
+
+
+def test_a_damaged_block_is_not_read_back(unfinished):
+    path = unfinished / "blocks/00000/norm.weight/0"
+    path.write_bytes(b"\1" + path.read_bytes()[1:])
+    with writer(unfinished) as w, pytest.raises(InputError, match="SHA-256"):
+        w.load_block(0)
+
+
+def test_blocks_are_stored_in_order_and_all_before_the_end(tmp_path):
+    with writer(tmp_path / "out") as w:
+        with pytest.raises(InputError, match="block 1 cannot be stored; 0 of 2 are"):
+            w.store_block(1, toy_block(CONFIG, 1))
+        with pytest.raises(InputError, match="block 0 is not finished"):
+            w.load_block(0)
+        for i in range(2):
+            w.store_block(i, toy_block(CONFIG, i))
+        with pytest.raises(InputError, match="block 2 cannot be stored"):
+            w.store_block(2, toy_block(CONFIG, 2))
+        with pytest.raises(InputError, match="rest has not been stored"):
+            w.finish(provenance={}, metrics={})
+        w.store_rest(toy_rest(CONFIG))
+        with pytest.raises(InputError, match=r"provenance\.key is a object"):
+            w.finish(provenance={"key": object()}, metrics={})
+        w.finish(provenance={"path": Path("a/b")}, metrics={"error": [toy_rest(CONFIG)["model"]["norm"]["weight"][0]]})
+    fields = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (fields["provenance"], fields["metrics"]) == ({"path": "a/b"}, {"error": [1.0]})
+
+
+def test_a_tokenizer_folder_gives_its_tokenizer_files_alone(tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    names = ["tokenizer.json", "chat_template.jinja"]
+    for name in [*names, "model.safetensors", "tokenization_custom.py"]:
+        (model / name).write_text(name)
+    save_checkpoint(tmp_path / "out", toy_params(CONFIG), RUN, tokenizer=model)
+    carried = open_checkpoint(tmp_path / "out").tokenizer_path
+    assert contents(carried) == {name: name.encode() for name in names}
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match="holds no tokenizer file"):
+        save_checkpoint(tmp_path / "out2", toy_params(CONFIG), RUN, tokenizer=tmp_path / "none")
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EPERM])
+def test_a_target_that_cannot_be_written_is_refused_at_once(tmp_path, monkeypatch, code):
+    def refused(*args, **kwargs):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "mkdir", refused)
+        with pytest.raises(InputError, match=f"cannot be written to: {os.strerror(code)}; choose another folder"):
+            writer(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+        ValueError("RESOURCE_EXHAUSTED: Failed to write 48 bytes: No space left on device [os_error_code='28']"),
+    ],
+)
+def test_a_full_disk_ends_the_run_so_that_it_resumes(tmp_path, monkeypatch, error):
+    def full(*args, **kwargs):
+        raise error
+
+    out = tmp_path / "out"
+    for step in ((items, "write_item"), (atomic, "publish")):
+        with writer(out) as w:
+            if not w.finished_blocks:
+                w.store_block(0, toy_block(CONFIG, 0))
+            with monkeypatch.context() as patched:
+                patched.setattr(*step, full)
+                with pytest.raises(RunError, match="disk is full; make room and repeat the same command"):
+                    w.store_block(1, toy_block(CONFIG, 1))
+        with pytest.raises(InputError):
+            open_checkpoint(out)
+    run(out)
+    assert_whole(out)
+
+
+def test_a_failing_disk_is_told_from_a_full_one_and_from_our_mistakes(tmp_path):
+    with pytest.raises(RunError, match="writing failed: Input/output error"), atomic.writing(tmp_path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    with pytest.raises(ZeroDivisionError), atomic.writing(tmp_path):
+        raise ZeroDivisionError
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of its own, where the machine lets us mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = shutil.which("mount")
+    options = ["-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
+    if not mount or subprocess.run([mount, *options], capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a disk")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def remount(disk, options):
+    subprocess.run(["mount", "-o", f"remount,{options}", str(disk)], check=True)
+
+
+def test_on_a_disk_that_is_really_full_and_really_read_only(small_disk):
+    config = ToyConfig(num_blocks=6)
+    out = small_disk / "out"
+    with pytest.raises(RunError, match="the disk is full"):
+        save_checkpoint(out, toy_params(config), ToyRun(config))
+    with pytest.raises(InputError, match="an unfinished run"):
+        open_checkpoint(out)
+    remount(small_disk, "size=10m")
+    save_checkpoint(out, toy_params(config), ToyRun(config))
+    assert_same(load_checkpoint(out).params, toy_params(config))
+    remount(small_disk, "ro")
+    with pytest.raises(InputError, match="cannot be written to: Read-only file system"):
+        writer(small_disk / "other")
+    load_checkpoint(out)

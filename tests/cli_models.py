@@ -1,4 +1,4 @@
-"""A tiny Hugging Face model with a tokenizer of single characters, and texts for it. Random, but small enough to tune."""
+"""A tiny Hugging Face model with a tokenizer of single characters, and texts for it. Random weights, fit to be tuned."""
 
 import json
 from pathlib import Path

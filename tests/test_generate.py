@@ -1,4 +1,4 @@
-from collections.abc import Callable
+import importlib
 from typing import Any
 
 import chex
@@ -9,17 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluscomp_jax import generate as module
 from cluscomp_jax import llama, trees
-from cluscomp_jax.cluster import cluster_matrix, decompress
+from cluscomp_jax.cluster import decompress
+from cluscomp_jax.codebook import CodebookArray
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.generate import Sampling, bucket, generate, sample
 from cluscomp_jax.llama import LlamaConfig
-from cluscomp_jax.settings import ClusterSettings, CompressionRule
 from cluscomp_jax.trees import Params
 
+module = importlib.import_module("cluscomp_jax.generate")  # the package's attribute of that name is the function
 VOCABULARY = 40
-Generate = Callable[..., np.ndarray]
 
 
 def make_config(**changes: Any) -> LlamaConfig:
@@ -46,22 +45,26 @@ def params() -> Params:
 
 @pytest.fixture(scope="module")
 def compressed(params: Params) -> Params:
-    def cluster(path: str, leaf: Any) -> Any:
+    """Random codes in place of every projection."""
+    random = np.random.default_rng(0)
+
+    def coded(path: str, leaf: Any) -> Any:
         if "_proj/kernel" not in path:
             return leaf
-        rule = CompressionRule(g=3, num_codes=12)
-        return cluster_matrix(leaf, rule, ClusterSettings(rules=(rule,), iterations=2), key=jax.random.key(0))[0]
+        d_in, d_out = leaf.shape
+        index = random.integers(12, size=(d_in, -(-d_out // 3))).astype(np.uint8)
+        return CodebookArray(codebook=random.normal(size=(12, 3)).astype(np.float16), index=index, shape=leaf.shape)
 
-    return trees.map_by_path(cluster, params)
+    return trees.map_by_path(coded, params)
 
 
 def greedy_without_cache(params: Params, prompt: list[int], config: LlamaConfig, count: int) -> list[int]:
-    """The whole forward pass anew for every token."""
-    tokens = list(prompt)
-    for _ in range(count):
-        logits = llama.forward(params, np.asarray([tokens]), config)
-        tokens.append(int(np.argmax(np.asarray(logits)[0, -1])))
-    return tokens[len(prompt) :]
+    """The whole forward pass anew for every token, over a row of fixed length whose end is not yet read."""
+    tokens = np.zeros((1, 24), int)
+    tokens[0, : len(prompt)] = prompt
+    for end in range(len(prompt), len(prompt) + count):
+        tokens[0, end] = np.argmax(np.asarray(llama.forward(params, tokens, config))[0, end - 1])
+    return tokens[0, len(prompt) : len(prompt) + count].tolist()  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("length", [1, 5, 16, 17])
@@ -110,7 +113,10 @@ def test_compressed_parameters_generate_what_their_decoded_form_does(
     dense = decompress(compressed)
     want = generate(dense, [7, 8, 9], CONFIG, max_new_tokens=6, dtype=dtype).tolist()
     for materialize in ("once", "never"):
-        assert generate(compressed, [7, 8, 9], CONFIG, max_new_tokens=6, dtype=dtype, materialize=materialize).tolist() == want
+        assert (
+            generate(compressed, [7, 8, 9], CONFIG, max_new_tokens=6, dtype=dtype, materialize=materialize).tolist()
+            == want
+        )
 
 
 def test_the_same_key_gives_the_same_draws(params: Params) -> None:
@@ -146,14 +152,16 @@ def allowed_tokens(logits: np.ndarray, temperature: float, top_k: int | None, to
     return kept
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(
     seed=st.integers(0, 2**31 - 1),
-    temperature=st.sampled_from([0.5, 1.0, 4.0]),
-    top_k=st.sampled_from([None, 1, 3, 12, 100]),
+    temperature=st.sampled_from([0.5, 4.0]),
+    top_k=st.sampled_from([None, 3, 100]),
     top_p=st.sampled_from([None, 0.05, 0.6, 1.0]),
 )
-def test_draws_lie_within_top_k_and_top_p(seed: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def test_draws_lie_within_top_k_and_top_p(
+    seed: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
     logits = np.random.default_rng(seed).permutation(12).astype(np.float32)
     drawn = sample(
         jnp.tile(logits, (64, 1)),

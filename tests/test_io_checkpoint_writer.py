@@ -137,6 +137,33 @@ def test_a_run_stopped_at_any_step_never_loads_and_always_resumes(tmp_path, monk
     assert fuse > 40
 
 
+@pytest.mark.parametrize("kill", [True, False])
+def test_a_run_that_stored_nothing_and_is_stopped_at_any_step_of_tidying_up_starts_anew(tmp_path, monkeypatch, kill):
+    bomb = Bomb(monkeypatch, kill=kill)
+    monkeypatch.setattr(items, "write_item", write_quick_item)
+    monkeypatch.setattr(items, "read_item", read_quick_item)
+    out = tmp_path / "out"
+    for fuse in itertools.count(1):
+        bomb.steps, bomb.fuse = 0, fuse
+        try:
+            with writer(out, config=ONE_BLOCK, fingerprint="another") as w:
+                (w.work_path / "stale").write_text("of another run")
+        except Killed:
+            bomb.fuse = None
+        else:
+            break
+        if (out / "run.json").exists():
+            shutil.rmtree(out)
+            continue
+        with writer(out, config=ONE_BLOCK) as w:
+            assert not list(w.work_path.iterdir())
+        run(out, ONE_BLOCK)
+        assert_whole(out, ONE_BLOCK)
+        shutil.rmtree(out)
+    assert not out.exists()
+    assert fuse > 10
+
+
 CHILD = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[2])
@@ -174,6 +201,15 @@ def test_a_run_that_stored_nothing_leaves_nothing(tmp_path):
     with writer(tmp_path / "empty"):
         pass
     assert not list((tmp_path / "empty").iterdir())
+
+
+def test_a_run_that_logged_before_its_first_block_resumes(tmp_path):
+    out = tmp_path / "out"
+    with writer(out):
+        (out / "metrics.jsonl").write_text("{}")
+    with writer(out) as w:
+        assert w.resumed
+    assert (out / "metrics.jsonl").exists()
 
 
 def test_a_finished_run_is_not_run_again(tmp_path):

@@ -38,8 +38,8 @@ TOKENIZER_FILES = (
 class CheckpointWriter:
     """A BlockSink that makes one checkpoint folder; nothing in it loads before `finish` has returned.
 
-    Use as a context manager: on the way out the lock is given back, and a run that has stored nothing leaves
-    nothing behind.
+    Use as a context manager: on the way out the lock is given back, and a run that has stored nothing, and put
+    nothing else into the folder, leaves nothing behind.
 
     Attributes:
       path: the checkpoint folder.
@@ -92,10 +92,11 @@ class CheckpointWriter:
     def close(self) -> None:
         """Gives the lock back, leaving what is whole for another process to resume; harmless after `finish`."""
         try:
-            if self._folder.is_claimed and not any((self.path / folder).is_dir() for folder in self._items):
-                if (self.path / BLOCKS).is_dir():
-                    (self.path / BLOCKS).rmdir()
-                self._folder.abandon()
+            if self._folder.is_claimed:
+                blocks = self.path / BLOCKS
+                if blocks.is_dir() and not any(blocks.iterdir()):
+                    blocks.rmdir()
+                self._folder.abandon_if_empty()
         finally:
             self._folder.release()
 
@@ -207,6 +208,7 @@ class CheckpointWriter:
         contents.check_files(self.path, manifest.contents)
         with atomic.writing(self.path):
             self._folder.complete(manifest)
+        self._folder.release()
         return manifest
 
     def _aside(self, folder: str) -> Path:

@@ -67,6 +67,7 @@ class RunFolder:
                 _refuse_others(path, identity)  # the other process may have finished between the look and the lock
                 self.resumed = _exists(path / RUN_NAME)
                 if not self.resumed:
+                    _clear(self.work)
                     fields = {"format_version": FORMAT_VERSION, **dataclasses.asdict(identity)}
                     self.write(path / RUN_NAME, json_files.dumps(fields))
             except BaseException:
@@ -93,11 +94,15 @@ class RunFolder:
         self.write(self.path / MANIFEST_NAME, json_files.dumps(manifest.to_dict()))
         _remove_leftovers(self.path)
 
-    def abandon(self) -> None:
-        """Undoes the claim while nothing is stored: removes run.json, work/ and, if the claim made it, the folder."""
-        _remove_leftovers(self.path)
-        if self._made and not any(self.path.iterdir()):
-            self.path.rmdir()
+    def abandon_if_empty(self) -> None:
+        """Undoes the claim if nothing but run.json and work/ is there; removes the folder too if the claim made it.
+
+        Where anything else is there, a log say, the folder must stay this run's, or the same run could not resume.
+        """
+        if {entry.name for entry in self.path.iterdir()} <= {RUN_NAME, WORK_NAME}:
+            _remove_leftovers(self.path)
+            if self._made:
+                self.path.rmdir()
 
     def release(self) -> None:
         """Gives the lock back; the folder stays as it is."""
@@ -125,8 +130,18 @@ def _lock(lock: Path, folder: Path) -> int:
     return descriptor
 
 
+def _clear(work: Path) -> None:
+    """Empties work/ but for the lock, by which a claim knows it for its own."""
+    for entry in work.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != _LOCK_NAME:
+            entry.unlink()
+
+
 def _remove_leftovers(folder: Path) -> None:
     (folder / RUN_NAME).unlink(missing_ok=True)
+    _clear(folder / WORK_NAME)
     shutil.rmtree(folder / WORK_NAME)
     atomic.sync(folder)
 
@@ -164,10 +179,12 @@ def _refuse_finished(folder: Path, identity: Identity) -> None:
 
 
 def _is_untouched(folder: Path) -> bool:
-    """Whether nothing lies in the folder but what a claim makes before it writes run.json."""
+    """Whether nothing lies in the folder but what a claim leaves if it is killed before run.json or after it."""
     names = {entry.name for entry in folder.iterdir()}
-    made = {_LOCK_NAME, "text"}
-    return not names or (names == {WORK_NAME} and {entry.name for entry in (folder / WORK_NAME).iterdir()} <= made)
+    if names != {WORK_NAME}:
+        return not names
+    inside = {entry.name for entry in (folder / WORK_NAME).iterdir()}
+    return not inside or _LOCK_NAME in inside
 
 
 def _read_identity(path: Path) -> Identity:

@@ -1,0 +1,79 @@
+"""Writes the golden checkpoint of the current format version, and prints what tests/test_io_golden.py pins of it.
+
+    python scripts/make_golden.py tests/fixtures/golden_v1
+
+Run once per format version: what is committed stays as it was written, for it stands for the checkpoints of users.
+"""
+
+import hashlib
+import pprint
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from cluscomp_jax import trees
+from cluscomp_jax.codebook import Axis, CodebookArray, index_dtype, index_shape
+from cluscomp_jax.config import RunConfig
+from cluscomp_jax.io.checkpoint import save_checkpoint
+from cluscomp_jax.llama import LlamaConfig, LlamaModel
+
+CONFIG = LlamaConfig(
+    vocab_size=32,
+    hidden_size=8,
+    intermediate_size=12,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=4,
+    tie_word_embeddings=True,
+)
+
+COMPRESSED: dict[str, tuple[int, int, Axis, Any]] = {
+    "self_attn/q_proj/kernel": (4, 13, "out", ml_dtypes.bfloat16),
+    "self_attn/o_proj/kernel": (3, 300, "in", np.float16),
+    "mlp/up_proj/kernel": (5, 256, "out", np.float16),
+    "mlp/down_proj/kernel": (8, 1, "out", ml_dtypes.bfloat16),
+}
+"""{kernel: (group size, codes, axis, dtype)}: both index widths, both axes, padding, one code, both dtypes."""
+
+
+def make_params() -> trees.Params:
+    rng = np.random.default_rng(0)
+    model = LlamaModel(CONFIG)
+    flat = {path: rng.standard_normal(shape).astype(ml_dtypes.bfloat16) for path, shape in model.rest_shapes().items()}
+    for path, shape in model.block_shapes(0).items():
+        leaf: Any = rng.standard_normal(shape).astype(np.float32)
+        if path in COMPRESSED:
+            g, n, axis, dtype = COMPRESSED[path]
+            d_in, d_out = shape
+            index = rng.integers(0, n, index_shape((d_in, d_out), g, axis)).astype(index_dtype(n))
+            leaf = CodebookArray(rng.standard_normal((n, g)).astype(dtype), index, (d_in, d_out), axis)
+        flat[f"{model.blocks_path}/0/{path}"] = leaf
+    return trees.unflatten(flat)
+
+
+def digests(params: trees.Params) -> dict[str, str]:
+    """Returns {path: SHA-256 of a parameter's bytes}; of a compressed one, of its codebook's and then its index's."""
+    return {
+        path: hashlib.sha256(b"".join(np.asarray(array).tobytes() for array in jax.tree.leaves(leaf))).hexdigest()
+        for path, leaf in sorted(trees.flatten(params).items())
+    }
+
+
+def write_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"note": "carried along as it is"}\n', encoding="utf-8")
+
+
+def main(out: Path) -> None:
+    params = make_params()
+    cfg = RunConfig(model=CONFIG)
+    save_checkpoint(out, params, cfg, provenance={"source": "scripts/make_golden.py"}, tokenizer=write_tokenizer)
+    pprint.pprint(digests(params), width=120, sort_dicts=False)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

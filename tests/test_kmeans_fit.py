@@ -1,0 +1,193 @@
+"""fit_codebook against a float64 Lloyd, its properties, and the odd inputs."""
+
+import sys
+
+import chex
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.kmeans import assign, fit_codebook
+
+
+def squared_distances(vectors, codebook):
+    return ((vectors[:, None, :].astype(np.float64) - codebook[None].astype(np.float64)) ** 2).sum(-1)
+
+
+def lloyd(vectors, codebook, weights, iterations):
+    """Float64 Lloyd from a given start, for problems in which no cluster falls empty."""
+    vectors, codebook = vectors.astype(np.float64), codebook.astype(np.float64)
+    for _ in range(iterations):
+        index = squared_distances(vectors, codebook).argmin(1)
+        for code in range(len(codebook)):
+            members = index == code
+            if members.any():
+                codebook[code] = np.average(vectors[members], axis=0, weights=weights[members])
+    return codebook
+
+
+@pytest.mark.parametrize(("m", "n", "g"), [(1, 1, 1), (100, 7, 3), (333, 16, 4), (1000, 17, 9), (50, 33, 32)])
+def test_assign_finds_the_nearest_code(m, n, g):
+    rng = np.random.default_rng(m)
+    vectors, codebook = rng.standard_normal((m, g)).astype(np.float32), rng.standard_normal((n, g)).astype(np.float32)
+    index, distance = assign(jnp.asarray(vectors), jnp.asarray(codebook))
+    expected = squared_distances(vectors, codebook)
+    chex.assert_shape([index, distance], (m,))
+    np.testing.assert_array_equal(index, expected.argmin(1))
+    np.testing.assert_allclose(distance, expected.min(1), rtol=1e-5, atol=1e-7)
+
+
+def test_assign_gives_ties_to_the_lowest_code():
+    codebook = jnp.ones((40, 2))
+    index, _ = assign(jnp.zeros((5, 2)), codebook)
+    np.testing.assert_array_equal(index, 0)
+
+
+def test_assign_does_not_depend_on_the_chunk(monkeypatch):
+    module = sys.modules["cluscomp_jax.kmeans.assign"]  # the package offers the function under this name
+    rng = np.random.default_rng(0)
+    lanes, codebook = jnp.asarray(rng.standard_normal((4, 1000)), jnp.float32), jnp.asarray(rng.standard_normal((50, 4)), jnp.float32)
+    whole = module.nearest_lanes(lanes, codebook)
+    monkeypatch.setattr(module, "_CHUNK", 37)
+    chex.assert_trees_all_equal(module.nearest_lanes(lanes, codebook), whole)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_same_start_same_fixed_point_as_float64_lloyd(weighted):
+    rng = np.random.default_rng(3)
+    centres = rng.standard_normal((6, 3)) * 10
+    vectors = (centres[rng.integers(0, 6, 600)] + rng.standard_normal((600, 3)) * 0.3).astype(np.float32)
+    weights = rng.uniform(0.1, 5, 600).astype(np.float32) if weighted else None
+    start, _, _ = fit_codebook(vectors, num_codes=6, key=jax.random.key(0), weights=weights, iterations=0)
+    codebook, index, _ = fit_codebook(vectors, num_codes=6, key=jax.random.key(0), weights=weights, iterations=15)
+    expected = lloyd(vectors, np.asarray(start), np.ones(600) if weights is None else weights, 15)
+    np.testing.assert_allclose(codebook, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(index, squared_distances(vectors, expected).argmin(1))
+
+
+def test_index_and_inertia_are_those_of_the_returned_codebook():
+    rng = np.random.default_rng(4)
+    vectors = rng.standard_t(4, (2000, 4)).astype(np.float32)
+    weights = rng.exponential(1.0, 2000).astype(np.float32)
+    codebook, index, stats = fit_codebook(vectors, num_codes=64, key=jax.random.key(1), weights=weights, iterations=8)
+    distances = squared_distances(vectors, np.asarray(codebook))
+    np.testing.assert_allclose(distances[np.arange(2000), index], distances.min(1), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(stats.inertia[-1], (distances.min(1) * weights).sum(), rtol=1e-4)
+    assert len(stats.inertia) == 9
+    assert stats.refills == 0
+
+
+@given(seed=st.integers(0, 2**31), m=st.integers(2, 400), g=st.integers(1, 9), n=st.integers(1, 40))
+@settings(max_examples=15, deadline=None)
+def test_inertia_never_rises(seed, m, g, n):
+    vectors = np.random.default_rng(seed).standard_normal((m, g)).astype(np.float32)
+    _, index, stats = fit_codebook(vectors, num_codes=n, key=jax.random.key(seed), iterations=6)
+    inertia = np.array(stats.inertia)
+    assert np.all(np.diff(inertia) <= 1e-5 * inertia[0] + 1e-9)
+    assert index.min() >= 0
+    assert index.max() < n
+
+
+@given(seed=st.integers(0, 2**31))
+@settings(max_examples=5, deadline=None)
+def test_scaling_the_vectors_scales_the_codebook(seed):
+    vectors = np.random.default_rng(seed).standard_normal((300, 4)).astype(np.float32)
+    one, index_one, _ = fit_codebook(vectors, num_codes=20, key=jax.random.key(seed), iterations=5)
+    four, index_four, _ = fit_codebook(vectors * 4, num_codes=20, key=jax.random.key(seed), iterations=5)
+    np.testing.assert_array_equal(index_one, index_four)
+    np.testing.assert_array_equal(np.asarray(one) * 4, four)
+
+
+def test_weight_two_equals_the_vector_twice():
+    rng = np.random.default_rng(5)
+    vectors = rng.standard_normal((200, 3)).astype(np.float32)
+    weights = rng.integers(1, 3, 200).astype(np.float32)
+    codebook, _, weighted = fit_codebook(vectors, num_codes=9, key=jax.random.key(2), weights=weights, iterations=0)
+    repeated = np.repeat(vectors, weights.astype(int), axis=0)
+    np.testing.assert_allclose(
+        weighted.inertia[0], squared_distances(repeated, np.asarray(codebook)).min(1).sum(), rtol=1e-5
+    )
+    after, _, _ = fit_codebook(vectors, num_codes=9, key=jax.random.key(2), weights=weights, iterations=7)
+    expected = lloyd(repeated, np.asarray(codebook), np.ones(len(repeated)), 7)
+    np.testing.assert_allclose(after, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_lower_the_weighted_error_at_equal_codes():
+    rng = np.random.default_rng(6)
+    vectors = rng.standard_normal((4000, 4)).astype(np.float32)
+    weights = np.exp(2 * rng.standard_normal(4000)).astype(np.float32)
+    errors = []
+    for given_weights in (None, weights):
+        codebook, _, _ = fit_codebook(vectors, num_codes=64, key=jax.random.key(0), weights=given_weights)
+        errors.append((squared_distances(vectors, np.asarray(codebook)).min(1) * weights).sum())
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_same_key_same_bytes_other_key_other_bytes():
+    vectors = np.random.default_rng(7).standard_normal((500, 4)).astype(np.float32)
+    first, again, other = (fit_codebook(vectors, num_codes=30, key=jax.random.key(k))[:2] for k in (1, 1, 2))
+    chex.assert_trees_all_equal(first, again)
+    assert not np.array_equal(first[0], other[0])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_sixteen_bit_vectors_are_clustered_in_float32(dtype):
+    vectors = jnp.asarray(np.random.default_rng(8).standard_normal((300, 4)), dtype)
+    codebook, index, stats = fit_codebook(vectors, num_codes=16, key=jax.random.key(0))
+    same, same_index, _ = fit_codebook(vectors.astype(jnp.float32), num_codes=16, key=jax.random.key(0))
+    assert codebook.dtype == jnp.float32
+    chex.assert_trees_all_equal((codebook, index), (same, same_index))
+    chex.assert_tree_all_finite(stats.inertia)
+
+
+@pytest.mark.parametrize(("m", "distinct", "n"), [(5, 5, 8), (8, 8, 8), (1000, 3, 8), (1000, 8, 8), (7, 1, 1)])
+def test_few_distinct_vectors_are_exact(m, distinct, n):
+    rng = np.random.default_rng(9)
+    values = rng.standard_normal((distinct, 4)).astype(np.float32)
+    vectors = values[np.concatenate([np.arange(distinct), rng.integers(0, distinct, m - distinct)])]
+    codebook, index, stats = fit_codebook(vectors, num_codes=n, key=jax.random.key(0))
+    chex.assert_shape(codebook, (n, 4))
+    np.testing.assert_array_equal(np.asarray(codebook)[np.asarray(index)], vectors)
+    assert stats.inertia[-1] == 0
+
+
+def test_empty_clusters_are_refilled_where_the_error_is_largest():
+    rng = np.random.default_rng(10)
+    # Nearly all vectors are copies of one: a random start puts most codes on top of each other.
+    vectors = np.concatenate([np.zeros((950, 2)), rng.standard_normal((50, 2))]).astype(np.float32)
+    _, _, stats = fit_codebook(vectors, num_codes=40, key=jax.random.key(0), iterations=10)
+    assert stats.refills > 0
+    assert stats.inertia[-1] < 0.05 * stats.inertia[0]
+
+
+def test_one_huge_outlier_takes_one_code_and_no_more():
+    vectors = np.random.default_rng(11).standard_normal((500, 4)).astype(np.float32)
+    vectors[3] = 1e6
+    codebook, index, _ = fit_codebook(vectors, num_codes=32, key=jax.random.key(0), iterations=20)
+    assert np.sum(np.asarray(index) == index[3]) == 1
+    np.testing.assert_allclose(np.asarray(codebook)[index[3]], 1e6)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "options", "message"),
+    [
+        (np.zeros((0, 4), np.float32), {}, "m >= 1"),
+        (np.zeros(4, np.float32), {}, "shape (4,)"),
+        (np.zeros((5, 33), np.float32), {}, "33 components"),
+        (np.zeros((5, 4), np.float32), {"num_codes": 0}, "num_codes is 0"),
+        (np.zeros((5, 4), np.float32), {"num_codes": 65537}, "num_codes is 65537"),
+        (np.zeros((5, 4), np.float32), {"iterations": -1}, "iterations is -1"),
+        (np.zeros((5, 4), np.float32), {"weights": np.ones(4, np.float32)}, "(4,)"),
+        (np.zeros((5, 4), np.float32), {"weights": np.array([1, 1, -2, 1, 1], np.float32)}, "weights[2] is -2.0"),
+        (np.array([[0, 1], [np.nan, 0]], np.float32), {}, "vectors[1, 0] is nan"),
+        (np.array([[0, np.inf], [0, 0]], np.float32), {}, "vectors[0, 1] is inf"),
+    ],
+)
+def test_bad_input_is_named(vectors, options, message):
+    with pytest.raises(InputError) as error:
+        fit_codebook(vectors, **({"num_codes": 2, "key": jax.random.key(0)} | options))
+    assert message in str(error.value)

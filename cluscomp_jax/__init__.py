@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from cluscomp_jax import llama
     from cluscomp_jax.cluster import SizeReport, decompress, size_report
     from cluscomp_jax.codebook import CodebookArray
-    from cluscomp_jax.compress import compress
     from cluscomp_jax.config import RunConfig, load_config
     from cluscomp_jax.errors import InputError
     from cluscomp_jax.evaluate import Perplexity, perplexity
-    from cluscomp_jax.generate import generate
+    from cluscomp_jax.generation import generate
     from cluscomp_jax.io.checkpoint import load_checkpoint, save_checkpoint
     from cluscomp_jax.io.open import open_model
+    from cluscomp_jax.pipeline import compress
     from cluscomp_jax.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
 
 _HOMES = {
@@ -29,9 +29,9 @@ _HOMES = {
     "RunConfig": "config",
     "SizeReport": "cluster",
     "TuningSettings": "settings",
-    "compress": "compress",
+    "compress": "pipeline",
     "decompress": "cluster",
-    "generate": "generate",
+    "generate": "generation",
     "load_checkpoint": "io.checkpoint",
     "load_config": "config",
     "open_model": "io.open",
@@ -70,7 +70,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"{__name__}.llama")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # A submodule of the same name (compress, generate) would otherwise stand here after its import.
     globals()[name] = value
     return value
 

@@ -88,7 +88,10 @@ def cluster_matrix(
     )
     rounded = codes.astype(settings.codebook_dtype)
     if not bool(jnp.isfinite(rounded).all()):
-        raise InputError(f"a weight of {float(jnp.abs(codes).max()):.3g} does not fit {settings.codebook_dtype}; set codebook_dtype = 'bfloat16'")
+        raise InputError(
+            f"a weight of {float(jnp.abs(codes).max()):.3g} does not fit "
+            f"{settings.codebook_dtype}; set codebook_dtype = 'bfloat16'"
+        )
     shape = (d_in, d_out)
     packed = index.reshape(cb.index_shape(shape, rule.g, rule.axis)).astype(cb.index_dtype(rule.num_codes))
     array = CodebookArray(codebook=rounded, index=packed, shape=shape, axis=rule.axis)

@@ -39,14 +39,17 @@ class CodebookArray:
 
     @property
     def num_codes(self) -> int:
+        """n, the codes of the codebook."""
         return int(self.codebook.shape[-2])
 
     @property
     def group_size(self) -> int:
+        """g, the weights per code."""
         return int(self.codebook.shape[-1])
 
     @property
     def dtype(self) -> Any:
+        """The codebook's dtype, which is that of the decoded matrix."""
         return self.codebook.dtype
 
 
@@ -97,7 +100,10 @@ def validate(w: CodebookArray, where: str = "CodebookArray") -> CodebookArray:
         raise InputError(f"{where}: codebook is [{n}, {g}]; codes must be 1 to {MAX_CODES}, group 1 to {MAX_GROUP}")
     expected = index_shape(w.shape, g, w.axis)
     if tuple(w.index.shape) != expected:
-        raise InputError(f"{where}: index has shape {tuple(w.index.shape)}; {w.shape} in groups of {g} along {w.axis!r} needs {expected}")
+        raise InputError(
+            f"{where}: index has shape {tuple(w.index.shape)}; "
+            f"{w.shape} in groups of {g} along {w.axis!r} needs {expected}"
+        )
     if np.dtype(w.index.dtype) != np.dtype(index_dtype(n)):
         raise InputError(f"{where}: index is {w.index.dtype}; {n} codes need {np.dtype(index_dtype(n))}")
     highest = int(np.max(np.asarray(w.index)))

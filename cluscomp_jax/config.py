@@ -38,11 +38,13 @@ class RunConfig:
             train = self.calibration.samples - self.tuning.held_out
             if train < 1:
                 raise InputError(
-                    f"held_out is {self.tuning.held_out} of {self.calibration.samples} samples; at least one must be left to tune on"
+                    f"held_out is {self.tuning.held_out} of {self.calibration.samples} samples; "
+                    "at least one must be left to tune on"
                 )
             if train % self.tuning.batch_size:
                 raise InputError(
-                    f"batch_size {self.tuning.batch_size} does not divide the {train} samples left to tune on; choose one that does"
+                    f"batch_size {self.tuning.batch_size} does not divide the {train} samples "
+                    "left to tune on; choose one that does"
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -56,7 +58,7 @@ PAPER = RunConfig(
     cluster=ClusterSettings(weighted=False),
     tuning=TuningSettings(epochs=20, learning_rate=0.005, schedule="constant", weight_decay=0.1),
 )
-"""The official recipe: blind k-means, AdamW at a constant 0.005 with weight decay 0.1, 20 epochs (paper section 4.1)."""
+"""The official recipe: blind k-means; AdamW at a constant 0.005, weight decay 0.1, 20 epochs."""
 
 RECIPES: dict[str, RunConfig] = {"default": RunConfig(), "paper": PAPER}
 
@@ -83,7 +85,9 @@ def load_config(path: str | Path, *, recipe: Recipe | None = None) -> RunConfig:
     try:
         fields = tomllib.loads(text)
         if recipe is not None and fields.setdefault("recipe", recipe) != recipe:
-            raise InputError(f"recipe is {fields['recipe']!r} there, but {recipe!r} was asked for; leave one of them out")
+            raise InputError(
+                f"recipe is {fields['recipe']!r} there, but {recipe!r} was asked for; leave one of them out"
+            )
         return from_dict(fields)
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"config {path}: not valid TOML: {error}") from error

@@ -99,7 +99,10 @@ def _windows(tokens: np.ndarray, context: int, model: Model) -> np.ndarray:
     if tokens.ndim != 1:
         raise InputError(f"tokens have shape {tokens.shape}; they must be one stream [t]")
     if len(tokens) < context:
-        raise InputError(f"the text has {len(tokens)} tokens, a window of {context} needs as many; use a longer text or a smaller context")
+        raise InputError(
+            f"the text has {len(tokens)} tokens, a window of {context} needs as many; "
+            "use a longer text or a smaller context"
+        )
     check_tokens(tokens, model, "the text")
     return tokens[: len(tokens) // context * context].reshape(-1, context).astype(np.int32)
 
@@ -125,7 +128,7 @@ def _mean_nll(model: Model, rest: Params, stream: ActivationStore, windows: np.n
             targets = windows[where, span.start + 1 : span.stop + 1]
             losses = _losses(rest, jnp.asarray(x[:, span]), jnp.asarray(targets), model=model)
             total += float(np.sum(np.asarray(losses), dtype=np.float64))
-    return total / (len(windows) * (context - 1))
+    return float(total / (len(windows) * (context - 1)))
 
 
 @partial(jax.jit, static_argnames="model")

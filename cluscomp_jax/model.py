@@ -17,7 +17,7 @@ from cluscomp_jax.trees import Params
 
 Cache = dict[str, jax.Array]
 Tap = Callable[[str, jax.Array], Any]
-"""Called as tap(site, x [..., d_in]) with the input of the kernels of that site; what it returns is returned by block."""
+"""Called as tap(site, x [..., d_in]) with the input of a site's kernels; block returns what it returns."""
 
 
 @runtime_checkable
@@ -34,7 +34,9 @@ class Model(Protocol):
         ...
 
     @property
-    def num_blocks(self) -> int: ...
+    def num_blocks(self) -> int:
+        """Number of decoder blocks."""
+        ...
 
     @property
     def blocks_path(self) -> str:
@@ -95,7 +97,7 @@ def register_family(model_type: str, module: Any) -> None:
 
 
 def _family(model_type: Any) -> Any:
-    if model_type not in _FAMILIES:
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise InputError(f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(_FAMILIES))}")
     module = _FAMILIES[model_type]
     return importlib.import_module(module) if isinstance(module, str) else module
@@ -121,7 +123,8 @@ def build_model(config: Any) -> Model:
         return config
     if not hasattr(config, "model_type"):
         raise InputError(f"cfg.model must be a model config such as LlamaConfig, not {type(config).__name__}")
-    return _family(config.model_type).build(config)
+    model: Model = _family(config.model_type).build(config)
+    return model
 
 
 @partial(jax.jit, static_argnames=("model", "dtype"))
@@ -145,4 +148,7 @@ def check_tokens(tokens: np.ndarray, model: Model, what: str) -> None:
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= model.config.vocab_size:
             wrong = high if high >= model.config.vocab_size else low
-            raise InputError(f"{what}: token {wrong} is outside the vocabulary, 0 to {model.config.vocab_size - 1}; was it made for another model?")
+            raise InputError(
+                f"{what}: token {wrong} is outside the vocabulary, 0 to {model.config.vocab_size - 1}; "
+                "was it made for another model?"
+            )

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from cluscomp_jax.codebook import MAX_CODES, MAX_GROUP, index_bits, stored_bits
+from cluscomp_jax.codebook import MAX_CODES, MAX_GROUP, Axis, index_bits, stored_bits
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.settings import CompressionRule
 
@@ -32,18 +32,23 @@ def match(rules: Sequence[CompressionRule], shapes: Shapes) -> dict[str, Compres
             raise InputError(f"rule {rule.pattern!r} matches none of the {len(shapes)} parameters (one is {example!r})")
         for path in paths:
             if len(shapes[path]) != 2:
-                raise InputError(f"rule {rule.pattern!r} matches {path!r} of shape {shapes[path]}; only matrices are compressed")
+                raise InputError(
+                    f"rule {rule.pattern!r} matches {path!r} of shape {shapes[path]}; only matrices are compressed"
+                )
             matched.setdefault(path, rule)
     return matched
 
 
-def total_bits_per_weight(matrices: Shapes, *, g: int, num_codes: int, axis: str = "out") -> float:
+def total_bits_per_weight(matrices: Shapes, *, g: int, num_codes: int, axis: Axis = "out") -> float:
     """Returns the stored bits per weight, codebooks included, of all matrices at one (g, num_codes)."""
-    bits = sum(stored_bits((s[0], s[1]), g=g, num_codes=num_codes, axis=axis) for s in matrices.values())  # type: ignore[arg-type]
+    bits = sum(stored_bits((s[0], s[1]), g=g, num_codes=num_codes, axis=axis) for s in matrices.values())
     return bits / sum(s[0] * s[1] for s in matrices.values())
 
 
-def allocate(matrices: Shapes, bits: float, *, like: CompressionRule = CompressionRule()) -> tuple[CompressionRule, ...]:
+_ANY = CompressionRule()
+
+
+def allocate(matrices: Shapes, bits: float, *, like: CompressionRule = _ANY) -> tuple[CompressionRule, ...]:
     """Returns rules that spend at most `bits` stored bits per weight on `matrices`: here one (g, num_codes) for all.
 
     For every g the largest num_codes within the budget is a candidate; the candidate with the least distortion
@@ -69,11 +74,13 @@ def allocate(matrices: Shapes, bits: float, *, like: CompressionRule = Compressi
             best = distortion, CompressionRule(pattern=like.pattern, g=g, num_codes=num_codes, axis=like.axis)
     if best is None:
         least = min(total_bits_per_weight(matrices, g=g, num_codes=2, axis=like.axis) for g in range(1, MAX_GROUP + 1))
-        raise InputError(f"bits is {bits}; the least that any group size and 2 codes reach on this model is {least:.3f}")
+        raise InputError(
+            f"bits is {bits}; the least that any group size and 2 codes reach on this model is {least:.3f}"
+        )
     return (best[1],)
 
 
-def _largest_num_codes(matrices: Shapes, bits: float, *, g: int, axis: str) -> int | None:
+def _largest_num_codes(matrices: Shapes, bits: float, *, g: int, axis: Axis) -> int | None:
     """Returns the largest num_codes in 2…65536 within the budget, or None. Bits grow with num_codes."""
     low, high = 1, MAX_CODES
     while low < high:
@@ -85,7 +92,16 @@ def _largest_num_codes(matrices: Shapes, bits: float, *, g: int, axis: str) -> i
     return low if low >= 2 else None
 
 
-_NORMALISED_SECOND_MOMENT = {1: 0.08333, 2: 0.08019, 3: 0.07854, 4: 0.07660, 5: 0.07562, 6: 0.07424, 7: 0.07312, 8: 0.07168}
+_NORMALISED_SECOND_MOMENT = {
+    1: 0.08333,
+    2: 0.08019,
+    3: 0.07854,
+    4: 0.07660,
+    5: 0.07562,
+    6: 0.07424,
+    7: 0.07312,
+    8: 0.07168,
+}
 """Best known lattices (Conway and Sloane, Sphere Packings, Lattices and Groups, table 2.3)."""
 
 
@@ -98,7 +114,7 @@ def predicted_distortion(g: int, num_codes: int) -> float:
     sphere = math.gamma(g / 2 + 1) ** (2 / g) / ((g + 2) * math.pi)
     moment = _NORMALISED_SECOND_MOMENT.get(g, sphere)
     gaussian = 2 * math.pi * ((g + 2) / g) ** ((g + 2) / 2)
-    return min(1.0, moment * gaussian * num_codes ** (-2 / g))
+    return min(1.0, float(moment * gaussian * num_codes ** (-2 / g)))
 
 
 def describe(rule: CompressionRule) -> str:

@@ -68,7 +68,12 @@ class ClusterSettings:
     def __post_init__(self) -> None:
         _require(len(self.rules) > 0, "rules", self.rules, "at least one rule")
         _require(self.iterations >= 0, "iterations", self.iterations, "0 or more")
-        _require(self.codebook_dtype in ("bfloat16", "float16"), "codebook_dtype", self.codebook_dtype, "'bfloat16' or 'float16'")
+        _require(
+            self.codebook_dtype in ("bfloat16", "float16"),
+            "codebook_dtype",
+            self.codebook_dtype,
+            "'bfloat16' or 'float16'",
+        )
         if self.bits is not None:
             _require(math.isfinite(self.bits) and self.bits > 0, "bits", self.bits, "a positive number")
 
@@ -126,12 +131,29 @@ class TuningSettings:
     def __post_init__(self) -> None:
         _require(self.epochs >= 0, "epochs", self.epochs, "0 or more")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
-        _require(math.isfinite(self.learning_rate) and self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
-        _require(self.schedule in ("constant", "cosine", "linear"), "schedule", self.schedule, "'constant', 'cosine' or 'linear'")
+        _require(
+            math.isfinite(self.learning_rate) and self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0"
+        )
+        _require(
+            self.schedule in ("constant", "cosine", "linear"),
+            "schedule",
+            self.schedule,
+            "'constant', 'cosine' or 'linear'",
+        )
         _require_finite("warmup_fraction", self.warmup_fraction, low=0.0, high=1.0)
         _require_finite("weight_decay", self.weight_decay, low=0.0)
         if self.clip_norm is not None:
-            _require(math.isfinite(self.clip_norm) and self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0, or left out")
+            _require(
+                math.isfinite(self.clip_norm) and self.clip_norm > 0,
+                "clip_norm",
+                self.clip_norm,
+                "above 0, or left out",
+            )
         for name in ("compute_dtype", "activation_dtype"):
-            _require(getattr(self, name) in ("float32", "bfloat16", "float16"), name, getattr(self, name), "'float32', 'bfloat16' or 'float16'")
+            _require(
+                getattr(self, name) in ("float32", "bfloat16", "float16"),
+                name,
+                getattr(self, name),
+                "'float32', 'bfloat16' or 'float16'",
+            )
         _require(self.held_out >= 0, "held_out", self.held_out, "0 or more")

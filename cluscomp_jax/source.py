@@ -31,15 +31,27 @@ class ParamSource(Protocol):
 
 
 class BlockSink(Protocol):
-    """Takes finished blocks."""
+    """Takes finished blocks, and hands them back to a run that carries on behind them."""
 
-    def store_block(self, i: int, tree: Params) -> None: ...
+    def store_block(self, i: int, tree: Params) -> None:
+        """Keeps block i; `tree` has block-relative paths."""
+        ...
 
-    def store_rest(self, tree: Params) -> None: ...
+    def store_rest(self, tree: Params) -> None:
+        """Keeps everything outside the blocks; `tree` has full paths."""
+        ...
+
+    def load_block(self, i: int) -> Params:
+        """Returns a block that was stored."""
+        ...
 
 
 class DictSource:
-    """A ParamSource over a nested dict in the FlaxLlama layout (string or integer layer keys)."""
+    """A ParamSource over a nested dict in the FlaxLlama layout (string or integer layer keys).
+
+    Raises:
+      InputError: the dict does not hold as many blocks as the model.
+    """
 
     def __init__(self, params: Mapping[Any, Any], model: Model):
         self._params = params
@@ -49,17 +61,19 @@ class DictSource:
             raise InputError(f"{model.blocks_path} holds {found} blocks, the model config says {model.num_blocks}")
 
     def load_block(self, i: int) -> Params:
+        """Returns block i's tree with block-relative paths."""
         return trees.subtree(self._params, f"{self._blocks_path}/{i}")
 
     def load_rest(self) -> Params:
+        """Returns everything outside the blocks, with full paths."""
         return trees.without(self._params, self._blocks_path)
 
     def fingerprint(self) -> str:
+        """Returns the SHA-256 of every path, shape, dtype and byte."""
         digest = hashlib.sha256()
         for path, leaf in sorted(trees.flatten(self._params).items()):
-            arrays, structure = jax.tree.flatten(
-                leaf
-            )  # a CodebookArray: two arrays, its shape and axis in the structure
+            # Of a CodebookArray the structure holds shape and axis.
+            arrays, structure = jax.tree.flatten(leaf)
             digest.update(f"{path} {structure}".encode())
             for array in map(np.asarray, arrays):
                 digest.update(f" {array.dtype} {array.shape}".encode())
@@ -75,12 +89,19 @@ class DictSink:
         self._rest: Params = {}
 
     def store_block(self, i: int, tree: Params) -> None:
+        """Keeps block i."""
         self._blocks[i] = tree
 
     def store_rest(self, tree: Params) -> None:
+        """Keeps everything outside the blocks."""
         self._rest = tree
 
+    def load_block(self, i: int) -> Params:
+        """Returns a block that was stored."""
+        return self._blocks[i]
+
     def params(self, model: Model) -> Params:
+        """Returns the whole tree of what was stored."""
         flat = trees.flatten(self._rest)
         for i in sorted(self._blocks):
             flat.update(

@@ -17,7 +17,9 @@ def iterate(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
     for key, value in tree.items():
         name = str(key)
         if not name or "/" in name:
-            raise InputError(f"parameter key {name!r} under {prefix or 'the root'!r}: keys must be non-empty and free of '/'")
+            raise InputError(
+                f"parameter key {name!r} under {prefix or 'the root'!r}: keys must be non-empty and free of '/'"
+            )
         path = f"{prefix}/{name}" if prefix else name
         if isinstance(value, Mapping):
             yield from iterate(value, path)
@@ -71,9 +73,9 @@ def subtree(tree: Mapping[Any, Any], path: str) -> Params:
       InputError: nothing, or a leaf, is there.
     """
     node: Any = tree
-    for key in path.split("/"):
-        if isinstance(node, Mapping) and key not in node and key.isdigit():
-            key = int(key)  # nnx pure dicts number their layers with integers
+    for name in path.split("/"):
+        # nnx pure dicts number their layers with integers.
+        key = int(name) if isinstance(node, Mapping) and name not in node and name.isdigit() else name
         if not isinstance(node, Mapping) or key not in node:
             raise InputError(f"the parameters have no {path!r}")
         node = node[key]

@@ -131,13 +131,18 @@ def main() -> None:
             began = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - began)
-    print(f"SmolLM2-135M block, {options.tokens} tokens, g={options.g}, n={options.num_codes}, {options.threads} threads")
+    print(
+        f"SmolLM2-135M block, {options.tokens} tokens, g={options.g}, n={options.num_codes}, {options.threads} threads"
+    )
     print(f"jax {jax.__version__}, torch {torch.__version__}")
     for name, times in seconds.items():
         median = statistics.median(times)
         print(f"{name:14s} median {median * 1e3:7.1f} ms   range {min(times) * 1e3:.1f} to {max(times) * 1e3:.1f} ms")
     ratios = sorted(b / a for a, b in zip(seconds["cluscomp_jax"], seconds["PyTorch"], strict=True))
-    print(f"PyTorch / cluscomp_jax, pair by pair: median {statistics.median(ratios):.2f}, range {ratios[0]:.2f} to {ratios[-1]:.2f}")
+    print(
+        f"PyTorch / cluscomp_jax, pair by pair: median {statistics.median(ratios):.2f}, "
+        f"range {ratios[0]:.2f} to {ratios[-1]:.2f}"
+    )
 
 
 if __name__ == "__main__":

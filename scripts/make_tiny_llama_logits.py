@@ -6,7 +6,7 @@ Run with the parity extra installed; the default tests then need no PyTorch:
 
 `tokens` int32 [1, t] are the first of the held-out text; `positions` int32 [p] are every fourth of theirs, and
 `logits` float32 [1, p, v] what PyTorch computes there in float32 from the bfloat16 weights. The metadata holds its
-perplexity of the whole held-out text by windows of the model's context.
+perplexity of the first `windows` windows of that text, each as long as the model's context.
 """
 
 import argparse
@@ -21,17 +21,17 @@ from safetensors.numpy import save_file
 from cluscomp_jax import data
 
 STRIDE = 4
+WINDOWS = 64
 
 
-def reference_perplexity(model: torch.nn.Module, tokens: torch.Tensor, context: int) -> float:
-    """Returns exp of the mean loss of int tokens [t] over non-overlapping windows, each scored on all but its first."""
-    windows = tokens[: len(tokens) // context * context].reshape(-1, context)
+def reference_perplexity(model: torch.nn.Module, windows: torch.Tensor) -> float:
+    """Returns exp of the mean loss over int windows [w, t], each scored on all but its first token."""
     total = 0.0
     with torch.inference_mode():
         for window in windows:
             logits = model(window[None]).logits[0, :-1].double()
             total += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
-    return math.exp(total / (len(windows) * (context - 1)))
+    return math.exp(total / windows[:, 1:].numel())
 
 
 def main() -> None:
@@ -47,14 +47,15 @@ def main() -> None:
     positions = np.arange(STRIDE - 1, context, STRIDE)
     with torch.inference_mode():
         logits = model(tokens[None, :context]).logits[:, positions].numpy()
-    perplexity = reference_perplexity(model, tokens, context)
+    perplexity = reference_perplexity(model, tokens[: WINDOWS * context].reshape(WINDOWS, context))
     tensors = {
         "tokens": tokens[None, :context].numpy().astype(np.int32),
         "positions": positions.astype(np.int32),
         "logits": np.ascontiguousarray(logits),
     }
-    save_file(tensors, options.output, metadata={"perplexity": f"{perplexity:.6f}", "torch": torch.__version__})
-    print(f"{options.output}: {options.output.stat().st_size} bytes, perplexity {perplexity:.4f} at context {context}")
+    metadata = {"perplexity": f"{perplexity:.6f}", "windows": str(WINDOWS), "torch": torch.__version__}
+    save_file(tensors, options.output, metadata=metadata)
+    print(f"{options.output}: {options.output.stat().st_size} bytes, perplexity {perplexity:.4f} of {WINDOWS} windows")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A tiny Hugging Face model with a tokenizer of single characters, and texts for it. Random weights, fit to be tuned."""
+"""A tiny Hugging Face model with a tokenizer of single characters, and texts for it. Its weights are random."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from io_models import config_fields, hf_tensors, write_hf
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz .,!?\n"
 
@@ -23,6 +23,7 @@ def write_tokenizer(folder: Path) -> None:
     vocabulary = {character: i for i, character in enumerate(["<unk>", "</s>", *CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
     tokenizer.save(str(folder / "tokenizer.json"))
     fields = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "eos_token": "</s>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(fields))

@@ -50,7 +50,10 @@ def test_assign_gives_ties_to_the_lowest_code():
 def test_assign_does_not_depend_on_the_chunk(monkeypatch):
     module = sys.modules["cluscomp_jax.kmeans.assign"]  # the package offers the function under this name
     rng = np.random.default_rng(0)
-    lanes, codebook = jnp.asarray(rng.standard_normal((4, 1000)), jnp.float32), jnp.asarray(rng.standard_normal((50, 4)), jnp.float32)
+    lanes, codebook = (
+        jnp.asarray(rng.standard_normal((4, 1000)), jnp.float32),
+        jnp.asarray(rng.standard_normal((50, 4)), jnp.float32),
+    )
     whole = module.nearest_lanes(lanes, codebook)
     monkeypatch.setattr(module, "_CHUNK", 37)
     chex.assert_trees_all_equal(module.nearest_lanes(lanes, codebook), whole)

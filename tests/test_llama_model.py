@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from cluscomp_jax import trees
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.llama import LlamaConfig, LlamaModel, RopeConfig, build, forward, init_params
+from cluscomp_jax.llama.init import param_shapes
 from cluscomp_jax.model import Model
 
 SMALL = {
@@ -34,11 +35,11 @@ def random_params(config, seed=0):
     """Every leaf random, norms and biases too, so that none is idle."""
     rng = np.random.default_rng(seed)
 
-    def draw(path, leaf):
-        noise = rng.normal(0, 0.3, leaf.shape).astype(np.float32)
+    def draw(path, shape):
+        noise = rng.normal(0, 0.3, shape).astype(np.float32)
         return 1 + noise if path.endswith("weight") else noise
 
-    return trees.map_by_path(draw, init_params(config, jax.random.key(0)))
+    return trees.unflatten({path: draw(path, shape) for path, shape in param_shapes(config).items()})
 
 
 def random_tokens(config, shape, seed=0):
@@ -166,7 +167,7 @@ def test_shapes_sites_and_kinds_describe_the_parameters(config):
     model = build(config)
     assert isinstance(model, Model)
     assert hash(model) == hash(LlamaModel(config))
-    params = init_params(config, jax.random.key(0))
+    params = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
     for i in range(model.num_blocks):
         flat = trees.flatten(trees.subtree(params, f"{model.blocks_path}/{i}"))
         assert {path: leaf.shape for path, leaf in flat.items()} == model.block_shapes(i)
@@ -174,6 +175,17 @@ def test_shapes_sites_and_kinds_describe_the_parameters(config):
         assert model.block_kind(i) == config.window(i)
     rest = trees.flatten(trees.without(params, model.blocks_path))
     assert {path: leaf.shape for path, leaf in rest.items()} == model.rest_shapes()
+
+
+def test_initial_parameters_follow_the_key():
+    config = LlamaConfig(attention_bias=True, **SMALL)
+    first, again = (trees.flatten(init_params(config, jax.random.key(3))) for _ in range(2))
+    chex.assert_trees_all_equal(first, again)
+    queries = [first[f"model/layers/{i}/self_attn/q_proj/kernel"] for i in range(2)]
+    assert not np.array_equal(*queries)
+    assert np.std(queries) == pytest.approx(0.3, rel=0.1)
+    assert (first["model/norm/weight"] == 1).all()
+    assert (first["model/layers/0/self_attn/o_proj/bias"] == 0).all()
 
 
 def test_taps_see_the_input_of_every_kernel():

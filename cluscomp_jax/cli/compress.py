@@ -12,12 +12,12 @@ from cluscomp_jax.cli.folder import Compressed, Measure, compress_to_folder
 from cluscomp_jax.cli.inputs import read_tokens, require_windows
 from cluscomp_jax.cli.outcome import Result, note
 from cluscomp_jax.cli.overrides import run_config
-from cluscomp_jax.compress import check_calibration, rules_by_block
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.evaluate import perplexity
 from cluscomp_jax.io.open import OpenedModel, open_model
 from cluscomp_jax.io.text import calibration_samples, read_starts
+from cluscomp_jax.pipeline import check_calibration, rules_by_block
 from cluscomp_jax.progress import Reporter
 from cluscomp_jax.report import format_bytes, format_table, stage_rows
 from cluscomp_jax.rules import describe as describe_rule

@@ -22,7 +22,7 @@ from cluscomp_jax.cli.outcome import Result, note
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.errors import InputError, RunError
 from cluscomp_jax.evaluate import Perplexity, perplexity
-from cluscomp_jax.generate import generate
+from cluscomp_jax.generation import generate
 from cluscomp_jax.io import atomic
 from cluscomp_jax.io.checkpoint import describe, open_checkpoint
 from cluscomp_jax.io.open import OpenedModel, open_model

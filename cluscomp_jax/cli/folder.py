@@ -15,12 +15,12 @@ import numpy as np
 
 from cluscomp_jax import _version as version
 from cluscomp_jax.cli.outcome import note
-from cluscomp_jax.compress import CompressionSummary, compress_stream, fingerprint
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.evaluate import Perplexity
 from cluscomp_jax.io.checkpoint_writer import CheckpointWriter
 from cluscomp_jax.io.open import OpenedModel
+from cluscomp_jax.pipeline import CompressionSummary, compress_stream, fingerprint
 from cluscomp_jax.progress import Reporter, console_reporter
 from cluscomp_jax.source import ParamSource
 from cluscomp_jax.trees import Params

@@ -9,7 +9,7 @@ import numpy as np
 from cluscomp_jax.cli.arguments import GenerateArguments
 from cluscomp_jax.cli.outcome import Result
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.generate import Sampling, generate
+from cluscomp_jax.generation import Sampling, generate
 from cluscomp_jax.io.open import OpenedModel, open_model
 from cluscomp_jax.io.tokenizer import encode_text
 

@@ -47,7 +47,7 @@ def run(command: Callable[[], Result], *, json: bool, debug: bool, resumable: bo
         _print_result(result, json=json)
         return DONE
     except KeyboardInterrupt as error:
-        return _failed(error, f"stopped by {error or 'the keyboard'}{hint}", FAILED, debug)
+        return _failed(error, f"stopped by {str(error) or 'the keyboard'}{hint}", FAILED, debug)
     except InputError as error:
         return _failed(error, str(error), WRONG_INPUT, debug)
     except RunError as error:

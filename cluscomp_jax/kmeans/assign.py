@@ -63,4 +63,5 @@ def _nearest(lanes: jax.Array, *, codebook: jax.Array) -> tuple[jax.Array, jax.A
         return index, distance
 
     start = jnp.zeros((c,), jnp.int32), jnp.full((c,), jnp.inf, jnp.float32)
-    return jax.lax.fori_loop(0, steps, step, start)
+    index, distance = jax.lax.fori_loop(0, steps, step, start)
+    return index, distance

@@ -55,7 +55,7 @@ def fit_codebook(
       InputError: a size out of range, a weight that is negative, or a value that is not finite.
     """
     began = time.monotonic()
-    m, g = _check(vectors, num_codes, weights, iterations)
+    _check(vectors, num_codes, weights, iterations)
     lanes = jnp.asarray(vectors).astype(jnp.float32).T
     if weights is not None:
         weights = jnp.asarray(weights).astype(jnp.float32)
@@ -76,7 +76,9 @@ def fit_codebook(
     return codebook, index, KMeansStats(values, int(sum(jax.device_get(refills))), time.monotonic() - began)
 
 
-def _check(vectors: jax.Array | np.ndarray, num_codes: int, weights: jax.Array | np.ndarray | None, iterations: int) -> tuple[int, int]:
+def _check(
+    vectors: jax.Array | np.ndarray, num_codes: int, weights: jax.Array | np.ndarray | None, iterations: int
+) -> None:
     if vectors.ndim != 2 or vectors.shape[0] < 1:
         raise InputError(f"vectors have shape {tuple(vectors.shape)}; k-means takes [m, g] with m >= 1")
     m, g = vectors.shape
@@ -88,7 +90,6 @@ def _check(vectors: jax.Array | np.ndarray, num_codes: int, weights: jax.Array |
         raise InputError(f"iterations is {iterations}; it must be 0 or more")
     if weights is not None and weights.shape != (m,):
         raise InputError(f"weights have shape {tuple(weights.shape)}; {m} vectors need ({m},)")
-    return m, g
 
 
 def _check_finite(lanes: jax.Array, weights: jax.Array | None) -> None:

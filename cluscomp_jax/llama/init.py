@@ -1,5 +1,7 @@
 """The whole parameter layout of a config, and random parameters in it. Knows no checkpoint."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -24,7 +26,13 @@ def initial_value(name: str, shape: tuple[int, ...], key: jax.Array, deviation: 
         return jnp.ones(shape, jnp.float32)
     if name == "bias":
         return jnp.zeros(shape, jnp.float32)
-    return deviation * jax.random.normal(key, shape, jnp.float32)
+    drawn: jax.Array = _normal(key, shape)
+    return deviation * drawn
+
+
+@partial(jax.jit, static_argnames="shape")
+def _normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.normal(key, shape, jnp.float32)
 
 
 def init_params(config: LlamaConfig, key: jax.Array) -> Params:

@@ -19,7 +19,7 @@ from cluscomp_jax.linear import linear
 from cluscomp_jax.llama.attention import attention, causal_mask
 from cluscomp_jax.llama.config import LlamaConfig
 from cluscomp_jax.llama.rope import rotary_tables, rotate
-from cluscomp_jax.model import Cache, Tap
+from cluscomp_jax.model import Cache, Tap, run_block, run_embed
 from cluscomp_jax.trees import Params
 
 BLOCKS_PATH = "model/layers"
@@ -223,17 +223,6 @@ def build(config: LlamaConfig) -> LlamaModel:
     return LlamaModel(config)
 
 
-@partial(jax.jit, static_argnums=0, static_argnames="dtype")
-def _embed(model: LlamaModel, rest: Params, tokens: jax.Array, *, dtype: Any) -> jax.Array:
-    return model.embed(rest, tokens, dtype=dtype)
-
-
-@partial(jax.jit, static_argnums=0, static_argnames="kind")
-def _block(model: LlamaModel, params: Params, x: jax.Array, *, kind: Hashable) -> jax.Array:
-    y: jax.Array = model.block(params, x, kind=kind)
-    return y
-
-
 @partial(jax.jit, static_argnums=0)
 def _head(model: LlamaModel, rest: Params, x: jax.Array) -> jax.Array:
     return model.head(rest, x)
@@ -253,8 +242,9 @@ def forward(params: Mapping[Any, Any], tokens: Any, config: LlamaConfig, *, dtyp
     """
     model = build(config)
     rest = trees.without(params, BLOCKS_PATH)
-    x = _embed(model, rest, jnp.asarray(tokens), dtype=jnp.dtype(dtype))
+    x = run_embed(rest, jnp.asarray(tokens), model=model, dtype=jnp.dtype(dtype))
     for i in range(model.num_blocks):
-        x = _block(model, trees.subtree(params, f"{BLOCKS_PATH}/{i}"), x, kind=model.block_kind(i))
+        block = trees.subtree(params, f"{BLOCKS_PATH}/{i}")
+        x = run_block(block, x, model=model, kind=model.block_kind(i))
     logits: jax.Array = _head(model, rest, x)
     return logits

@@ -57,13 +57,18 @@ def split_codebooks(block: Params) -> tuple[Codebooks, dict[str, Any]]:
     """Returns ({path: codebook}, flat rest); in the rest a CodebookArray has None for its codebook."""
     flat = trees.flatten(block)
     codebooks = {path: leaf.codebook for path, leaf in flat.items() if isinstance(leaf, CodebookArray)}
-    rest = {path: dataclasses.replace(leaf, codebook=None) if path in codebooks else leaf for path, leaf in flat.items()}
+    rest = {
+        path: dataclasses.replace(leaf, codebook=None) if path in codebooks else leaf for path, leaf in flat.items()
+    }
     return codebooks, rest
 
 
 def join_codebooks(codebooks: Codebooks, rest: dict[str, Any]) -> Params:
     """Undoes `split_codebooks`."""
-    joined = {path: dataclasses.replace(leaf, codebook=codebooks[path]) if path in codebooks else leaf for path, leaf in rest.items()}
+    joined = {
+        path: dataclasses.replace(leaf, codebook=codebooks[path]) if path in codebooks else leaf
+        for path, leaf in rest.items()
+    }
     return trees.unflatten(joined)
 
 
@@ -117,7 +122,7 @@ def tuning_step(
         return block_loss(codebooks, frozen, x, targets, model=model, kind=kind, settings=settings)
 
     loss, gradients = jax.value_and_grad(loss_of)(state.codebooks)
-    alive = state.alive & jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(gradients))
+    alive = state.alive & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
     updates, optimizer = make_optimizer(settings, total_steps).update(gradients, state.optimizer, state.codebooks)
     stepped = StepState(optax.apply_updates(state.codebooks, updates), optimizer, alive)
     kept = jax.tree.map(partial(jnp.where, alive), stepped, state._replace(alive=alive))

@@ -67,7 +67,12 @@ def _reserve(descriptor: int, size: int) -> None:
 
 
 def run_through(
-    function: Callable[[jax.Array], jax.Array], store: ActivationStore, into: ActivationStore, *, batch_size: int, dtype: Any
+    function: Callable[[jax.Array], jax.Array],
+    store: ActivationStore,
+    into: ActivationStore,
+    *,
+    batch_size: int,
+    dtype: Any,
 ) -> None:
     """Writes function(batch as `dtype`) of every batch of `store` to the same place of `into` (may be `store`).
 

@@ -31,7 +31,9 @@ def codebook_matmul(
     g = codebook.shape[1]
     pieces = (shape[0], -(-shape[1] // g)) if axis == "out" else (-(-shape[0] // g), shape[1])
     if index.shape != pieces:
-        raise ValueError(f"codebook_matmul: index has shape {index.shape}, {shape} cut by {g} along {axis!r} needs {pieces}")
+        raise ValueError(
+            f"codebook_matmul: index has shape {index.shape}, {shape} cut by {g} along {axis!r} needs {pieces}"
+        )
     return _matmul(shape, axis, x, codebook, index)
 
 
@@ -50,9 +52,7 @@ def _backward(shape, axis, saved, dy):  # type: ignore[no-untyped-def]
     x, codebook, index = saved
     weight = decode(codebook.astype(x.dtype), index, shape=shape, axis=axis)
     dx = (dy @ weight.T).astype(x.dtype)
-    d_weight = jnp.matmul(
-        x.reshape(-1, shape[0]).T, dy.reshape(-1, shape[1]), preferred_element_type=jnp.float32
-    )
+    d_weight = jnp.matmul(x.reshape(-1, shape[0]).T, dy.reshape(-1, shape[1]), preferred_element_type=jnp.float32)
     d_codebook = codebook_gradient(d_weight, index, num_codes=codebook.shape[0], g=codebook.shape[1], axis=axis)
     return dx, d_codebook.astype(codebook.dtype), np.zeros(index.shape, jax.dtypes.float0)
 

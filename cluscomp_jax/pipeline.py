@@ -13,7 +13,7 @@ import time
 from collections.abc import Hashable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from cluscomp_jax.errors import InputError
 from cluscomp_jax.model import Model, build_model, check_tokens, run_block, run_embed
 from cluscomp_jax.progress import Reporter, SilentReporter
 from cluscomp_jax.settings import CompressionRule, TuningSettings
-from cluscomp_jax.source import DictSink, ParamSource, as_source
+from cluscomp_jax.source import BlockSink, DictSink, ParamSource, as_source
 from cluscomp_jax.stages import StageClock
 from cluscomp_jax.statistics import channel_moments
 from cluscomp_jax.trees import Params
@@ -38,16 +38,6 @@ from cluscomp_jax.tuning import ActivationStore, BlockTuning, run_through, tune_
 Rules = dict[str, CompressionRule]
 _FORWARD_TOKENS = 2048
 """Tokens per batch where nothing is differentiated."""
-
-
-class ResumableSink(Protocol):
-    """A BlockSink that hands finished blocks back, so that an interrupted run can carry on behind them."""
-
-    def store_block(self, i: int, tree: Params) -> None: ...
-
-    def store_rest(self, tree: Params) -> None: ...
-
-    def load_block(self, i: int) -> Params: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +92,7 @@ def compress(
 
 def compress_stream(
     source: ParamSource,
-    sink: ResumableSink,
+    sink: BlockSink,
     cfg: RunConfig,
     *,
     calibration: np.ndarray | None,
@@ -150,7 +140,9 @@ def rules_by_block(model: Model, cfg: RunConfig) -> list[Rules]:
     matched = rules_of.match(rules, shapes)
     outside = next((path for path in matched if path not in kernels), None)
     if outside is not None:
-        raise InputError(f"rule {matched[outside].pattern!r} matches {outside!r}; only the kernels of blocks are compressed")
+        raise InputError(
+            f"rule {matched[outside].pattern!r} matches {outside!r}; only the kernels of blocks are compressed"
+        )
     if cfg.cluster.bits is not None:
         chosen: Rules = {}
         for rule in rules:
@@ -175,16 +167,16 @@ def check_calibration(model: Model, cfg: RunConfig, calibration: np.ndarray, by_
         train = samples - cfg.tuning.held_out
         if train < 1 or train % cfg.tuning.batch_size:
             raise InputError(
-                f"calibration has {samples} samples; less {cfg.tuning.held_out} held out they must be a positive multiple "
-                f"of batch_size {cfg.tuning.batch_size}"
+                f"calibration has {samples} samples; less {cfg.tuning.held_out} held out they must be a "
+                f"positive multiple of batch_size {cfg.tuning.batch_size}"
             )
     check_tokens(calibration, model, "calibration")
     if cfg.cluster.weighted:
         cut_in = [path for rules in by_block for path, rule in rules.items() if rule.axis == "in"]
         if cut_in:
             raise InputError(
-                f"axis 'in' of {cut_in[0]!r} cannot be activation-weighted: its vectors span input channels of different "
-                "weight; set weighted = false or axis = 'out'"
+                f"axis 'in' of {cut_in[0]!r} cannot be activation-weighted: its vectors span input channels "
+                "of different weight; set weighted = false or axis = 'out'"
             )
 
 
@@ -194,7 +186,7 @@ def fingerprint(source: ParamSource, cfg: RunConfig, calibration: np.ndarray | N
         "config": cfg.to_dict(),
         "model": repr(cfg.model),
         "source": source.fingerprint(),
-        "calibration": None if calibration is None else hashlib.sha256(np.ascontiguousarray(calibration)).hexdigest(),
+        "calibration": None if calibration is None else hashlib.sha256(calibration.astype("<i4").tobytes()).hexdigest(),
         "versions": version.versions(),
         "device": jax.devices()[0].device_kind,
     }
@@ -207,7 +199,7 @@ class _Run:
     def __init__(
         self,
         source: ParamSource,
-        sink: ResumableSink,
+        sink: BlockSink,
         cfg: RunConfig,
         calibration: np.ndarray | None,
         work_dir: Path,
@@ -296,7 +288,9 @@ class _Run:
         assert self.compressed is not None
         with self.clock("statistics"):
             batches = (jax.device_put(x).astype(self.dtype) for _, x in self.compressed.batches(self.batch_size))
-            return jax.block_until_ready(channel_moments(self.model, kind, dense, batches))
+            moments = channel_moments(self.model, kind, dense, batches)
+            jax.tree.map(lambda moment: moment.block_until_ready(), moments)
+            return moments
 
     def _cluster(self, i: int, dense: Params, moments: dict[str, jax.Array]) -> tuple[Params, list[dict[str, Any]]]:
         flat, matrices = trees.flatten(dense), []
@@ -320,14 +314,18 @@ class _Run:
         return trees.unflatten(flat), matrices
 
     def _tune(self, i: int, block: Params, kind: Hashable) -> tuple[Params, BlockTuning]:
-        assert self.tuning is not None and self.compressed is not None and self.original is not None
+        assert self.tuning is not None
+        assert self.compressed is not None
+        assert self.original is not None
         train = len(self.compressed) - self.tuning.held_out
         steps = self.tuning.epochs * (train // self.tuning.batch_size)
         self.reporter.start(f"block {i + 1}/{self.model.num_blocks}: tune", steps, "steps")
         targets = (self.original,) if self.augmented is None else (self.original, self.augmented)
         rng = np.random.default_rng((self.cfg.seed, i))
         with self.clock("tune"):
-            return tune_block(self.model, kind, block, self.compressed, targets, self.tuning, rng=rng, reporter=self.reporter)
+            return tune_block(
+                self.model, kind, block, self.compressed, targets, self.tuning, rng=rng, reporter=self.reporter
+            )
 
     def _propagate_original(self, dense: Params, kind: Hashable) -> None:
         with self.clock("targets"):
@@ -353,7 +351,8 @@ class _Run:
 def _stream_distance(a: ActivationStore, b: ActivationStore, batch_size: int) -> float:
     """Returns the mean squared difference of two streams, summed in float64."""
     total = sum(
-        float(np.sum(np.square(x.astype(np.float64) - b.read(where).astype(np.float64)))) for where, x in a.batches(batch_size)
+        float(np.sum(np.square(x.astype(np.float64) - b.read(where).astype(np.float64))))
+        for where, x in a.batches(batch_size)
     )
     return total / math.prod(a.shape)
 
@@ -372,6 +371,8 @@ def _write_json(path: Path, fields: dict[str, Any]) -> None:
 @partial(jax.jit, static_argnames="dtype")
 def _round_codebooks(block: Params, dtype: str) -> Params:
     def rounded(leaf: Any) -> Any:
-        return dataclasses.replace(leaf, codebook=leaf.codebook.astype(dtype)) if isinstance(leaf, CodebookArray) else leaf
+        return (
+            dataclasses.replace(leaf, codebook=leaf.codebook.astype(dtype)) if isinstance(leaf, CodebookArray) else leaf
+        )
 
     return trees.map_by_path(lambda _, leaf: rounded(leaf), block)

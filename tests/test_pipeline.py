@@ -1,0 +1,244 @@
+"""The pipeline in memory and streamed, on a small random Llama and on the trained fixture."""
+
+import dataclasses
+import json
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+import cluscomp_jax
+from cluscomp_jax import llama, trees
+from cluscomp_jax.cluster import cluster_matrix, matrix_key
+from cluscomp_jax.codebook import CodebookArray, validate
+from cluscomp_jax.config import RunConfig
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.model import build_model
+from cluscomp_jax.pipeline import compress, compress_stream, fingerprint, rules_by_block
+from cluscomp_jax.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
+from cluscomp_jax.source import DictSink, as_source
+
+CONFIG = llama.LlamaConfig(
+    vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=8, initializer_range=0.3,
+)  # fmt: skip
+RUN = RunConfig(
+    model=CONFIG,
+    cluster=ClusterSettings(rules=(CompressionRule(g=4, num_codes=12),), iterations=4),
+    calibration=CalibrationSettings(samples=4, length=12),
+    tuning=TuningSettings(epochs=2, learning_rate=0.01),
+)
+TOKENS = np.random.default_rng(0).integers(0, 60, (4, 12))
+
+
+@pytest.fixture(scope="module")
+def params():
+    return llama.init_params(CONFIG, jax.random.key(0))
+
+
+class FoldersSink(DictSink):
+    """A sink that hands blocks back, and can fail at one of them."""
+
+    def __init__(self, fail_at=None):
+        super().__init__()
+        self.fail_at = fail_at
+
+    def store_block(self, i, tree):
+        if i == self.fail_at:
+            raise KeyboardInterrupt
+        super().store_block(i, tree)
+
+    def load_block(self, i):
+        return self._blocks[i]
+
+
+def kernels(params):
+    return {path: leaf for path, leaf in trees.flatten(params).items() if path.endswith("proj/kernel")}
+
+
+def test_every_projection_becomes_a_codebook_array_and_nothing_else_changes(params):
+    compressed = compress(params, RUN, calibration=TOKENS)
+    before, after = trees.flatten(params), trees.flatten(compressed)
+    assert after.keys() == before.keys()
+    for path, leaf in after.items():
+        if path.endswith("proj/kernel"):
+            assert isinstance(leaf, CodebookArray)
+            validate(leaf, path)
+            assert leaf.shape == before[path].shape
+            assert leaf.codebook.dtype == np.dtype(RUN.cluster.codebook_dtype)
+        else:
+            np.testing.assert_array_equal(leaf, before[path])
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves([after[path] for path in kernels(after)]))
+
+
+def test_without_calibration_every_matrix_is_clustered_on_its_own(params):
+    compressed = compress(params, RUN)
+    for path, weight in kernels(params).items():
+        alone, _ = cluster_matrix(weight, RUN.cluster.rules[0], RUN.cluster, key=matrix_key(RUN.seed, path))
+        chex.assert_trees_all_equal(trees.flatten(compressed)[path], jax.device_get(alone))
+
+
+def test_same_inputs_same_bytes_other_seed_other_bytes(params):
+    first, again = (compress(params, RUN, calibration=TOKENS) for _ in range(2))
+    chex.assert_trees_all_equal(first, again)
+    other = compress(params, dataclasses.replace(RUN, seed=1), calibration=TOKENS)
+    assert any(not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True))
+
+
+@pytest.mark.parametrize("fail_at", [0, 1, 2])
+@pytest.mark.parametrize("aug_loss", [False, True])
+def test_an_interrupted_run_resumed_gives_the_bytes_of_an_uninterrupted_one(params, tmp_path, fail_at, aug_loss):
+    run = dataclasses.replace(RUN, tuning=dataclasses.replace(RUN.tuning, aug_loss=aug_loss, held_out=1))
+    model = build_model(CONFIG)
+
+    def go(sink, folder, finished):
+        return compress_stream(
+            as_source(params, model), sink, run, calibration=TOKENS, work_dir=folder, finished_blocks=finished
+        )
+
+    whole = FoldersSink()
+    expected = go(whole, tmp_path / "whole", 0)
+    broken = FoldersSink(fail_at)
+    with pytest.raises(KeyboardInterrupt):
+        go(broken, tmp_path / "broken", 0)
+    broken.fail_at = None
+    summary = go(broken, tmp_path / "broken", fail_at)
+    chex.assert_trees_all_equal(broken.params(model), whole.params(model))
+    untimed = [
+        [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+        for records in (summary.matrices, expected.matrices, summary.blocks, expected.blocks)
+    ]
+    assert untimed[0] == untimed[1]
+    assert untimed[2] == untimed[3]
+
+
+def test_the_summary_counts_what_the_size_report_counts(params, tmp_path):
+    model = build_model(CONFIG)
+    sink = FoldersSink()
+    summary = compress_stream(as_source(params, model), sink, RUN, calibration=TOKENS, work_dir=tmp_path)
+    report = cluscomp_jax.size_report(sink.params(model))
+    assert summary.total_bytes == report.total_bytes
+    assert summary.bits_per_weight == pytest.approx(report.bits_per_weight)
+    assert [matrix["path"] for matrix in summary.matrices] == [matrix.path for matrix in report.matrices]
+    assert {"cluster", "tune", "statistics"} <= summary.stages.keys()
+    assert all(stage["seconds"] >= 0 and stage["peak_rss_bytes"] > 0 for stage in summary.stages.values())
+    json.dumps(summary.to_dict())
+
+
+def test_the_scratch_streams_are_gone_afterwards(params, tmp_path):
+    compress_stream(as_source(params, build_model(CONFIG)), FoldersSink(), RUN, calibration=TOKENS, work_dir=tmp_path)
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_integer_layer_keys_are_taken_as_they_are(params):
+    numbered = {**params, "model": {**params["model"]}}
+    numbered["model"]["layers"] = {int(i): block for i, block in params["model"]["layers"].items()}
+    chex.assert_trees_all_equal(compress(numbered, RUN), compress(params, RUN))
+
+
+def test_axis_in_is_compressed_without_activation_weights(params):
+    cut_in = ClusterSettings(rules=(CompressionRule(g=4, num_codes=12, axis="in"),), iterations=4, weighted=False)
+    compressed = compress(params, dataclasses.replace(RUN, cluster=cut_in), calibration=TOKENS)
+    assert {leaf.axis for leaf in kernels(compressed).values()} == {"in"}
+
+
+def test_rules_decide_per_matrix_and_what_none_matches_stays_dense(params):
+    rules = (
+        CompressionRule(pattern=r".*/1/.*", g=2, num_codes=7),
+        CompressionRule(pattern=r".*/(q|down)_proj/kernel", g=3, num_codes=300),
+    )
+    compressed = trees.flatten(
+        compress(params, dataclasses.replace(RUN, cluster=ClusterSettings(rules=(rules[1],), iterations=1)))
+    )
+    assert not isinstance(compressed["model/layers/0/mlp/up_proj/kernel"], CodebookArray)
+    assert compressed["model/layers/2/mlp/down_proj/kernel"].group_size == 3
+    with pytest.raises(InputError, match="only matrices"):  # the first rule also matches norms
+        compress(params, dataclasses.replace(RUN, cluster=ClusterSettings(rules=rules)))
+
+
+def test_a_bit_budget_becomes_rules_within_it(params):
+    large = dataclasses.replace(
+        CONFIG, hidden_size=512, intermediate_size=1024, num_attention_heads=64, num_key_value_heads=64
+    )
+    cfg = dataclasses.replace(RUN, model=large, cluster=ClusterSettings(bits=2.6))
+    (rules,) = {tuple(block.values()) for block in rules_by_block(build_model(large), cfg)}
+    from cluscomp_jax.rules import total_bits_per_weight
+
+    shapes = {path: shape for path, shape in build_model(large).block_shapes(0).items() if path.endswith("kernel")}
+    assert 2.4 < total_bits_per_weight(shapes, g=rules[0].g, num_codes=rules[0].num_codes) <= 2.6
+
+
+@pytest.mark.parametrize(
+    ("cfg", "tokens", "message"),
+    [
+        ({}, np.zeros((4, 12)), "calibration: dtype is float64"),
+        ({}, np.zeros(12, np.int32), "calibration has shape (12,)"),
+        ({}, np.full((4, 12), 60), "calibration: token 60 is outside"),
+        ({"tuning": TuningSettings(batch_size=2)}, np.zeros((3, 12), np.int32), "3 samples"),
+        ({"cluster": ClusterSettings(rules=(CompressionRule(axis="in"),))}, TOKENS, "axis 'in'"),
+        ({"cluster": ClusterSettings(rules=(CompressionRule(pattern="nothing"),))}, None, "matches none"),
+        (
+            {"cluster": ClusterSettings(rules=(CompressionRule(pattern="model/embed_tokens/embedding"),))},
+            None,
+            "only the kernels",
+        ),
+        ({"cluster": ClusterSettings(bits=0.001)}, None, "bits is 0.001; the least"),
+        ({"model": None}, None, "cfg.model must be a model config"),
+        (
+            {"model": dataclasses.replace(CONFIG, num_hidden_layers=4, layer_types=())},
+            None,
+            "3 blocks, the model config says 4",
+        ),
+    ],
+)
+def test_bad_input_is_named_before_any_work(params, cfg, tokens, message):
+    with pytest.raises(InputError) as error:
+        compress(params, dataclasses.replace(RUN, **cfg), calibration=tokens)
+    assert message in str(error.value)
+
+
+def test_the_fingerprint_changes_with_everything_the_result_depends_on(params):
+    model = build_model(CONFIG)
+    other = trees.map_by_path(lambda path, leaf: leaf + 1 if path.endswith("norm/weight") else leaf, params)
+    prints = [
+        fingerprint(as_source(params, model), RUN, TOKENS),
+        fingerprint(as_source(other, model), RUN, TOKENS),
+        fingerprint(as_source(params, model), dataclasses.replace(RUN, seed=7), TOKENS),
+        fingerprint(as_source(params, model), RUN, TOKENS + 0 * TOKENS[:1] + (TOKENS == 3)),
+        fingerprint(as_source(params, model), RUN, None),
+    ]
+    assert len(set(prints)) == len(prints)
+    assert prints[0] == fingerprint(as_source(params, model), RUN, TOKENS.copy())
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model):
+    opened = cluscomp_jax.open_model(str(tiny_model))
+    from cluscomp_jax.source import load_all
+
+    return opened.config, load_all(opened.source, opened.model)
+
+
+def test_claims_on_held_out_text(trained, tiny_train_tokens, tiny_test_tokens):
+    """Weighted clustering beats blind clustering, tuned beats untuned, at equal bits, on text never seen."""
+    config, params = trained
+    rng = np.random.default_rng(0)
+    starts = rng.integers(0, len(tiny_train_tokens) - 128, 16)
+    tokens = np.stack([tiny_train_tokens[start : start + 128] for start in starts])
+
+    def score(cluster, tuning):
+        cfg = RunConfig(
+            model=config, cluster=cluster, tuning=tuning, calibration=CalibrationSettings(samples=16, length=128)
+        )
+        compressed = compress(params, cfg, calibration=tokens)
+        return cluscomp_jax.perplexity(
+            compressed, tiny_test_tokens[:8192], config, context=128, batch_size=8
+        ).perplexity
+
+    rule = CompressionRule(g=4, num_codes=256)
+    blind = ClusterSettings(rules=(rule,), iterations=10, weighted=False)
+    weighted = dataclasses.replace(blind, weighted=True)
+    original = cluscomp_jax.perplexity(params, tiny_test_tokens[:8192], config, context=128, batch_size=8).perplexity
+    untuned_blind, untuned, tuned = score(blind, None), score(weighted, None), score(weighted, TuningSettings(epochs=2))
+    assert original < tuned < untuned < untuned_blind

@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Hashable, Mapping
@@ -26,6 +25,7 @@ from cluscomp_jax.cluster import ClusterStats, cluster_matrix, matrix_key, matri
 from cluscomp_jax.codebook import CodebookArray
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.io import atomic
 from cluscomp_jax.model import Model, build_model, check_tokens, run_block, run_embed
 from cluscomp_jax.progress import Reporter, SilentReporter
 from cluscomp_jax.settings import CompressionRule, TuningSettings
@@ -259,7 +259,7 @@ class _Run:
             with self.clock("resume"):
                 self._propagate_original(dense, kind)
                 self._propagate_compressed(self.sink.load_block(i), kind)
-            return json.loads(self._record_path(i).read_text())  # type: ignore[no-any-return]
+            return self._record(i)
         began = time.monotonic()
         moments = self._moments(dense, kind)
         block, matrices = self._cluster(i, dense, moments)
@@ -274,13 +274,18 @@ class _Run:
         size = size_report(block)
         record |= {"seconds": time.monotonic() - began, "total_bytes": size.total_bytes, "matrices": matrices}
         with self.clock("store"):
-            _write_json(self._record_path(i), record)
+            path = self._record_path(i)
+            atomic.write_text(path, json.dumps(record), aside=path.with_suffix(".tmp"))
             self.sink.store_block(i, block)
         self.reporter.record("block", **record)
-        return record
+        return self._record(i)
 
     def _record_path(self, i: int) -> Path:
         return self.records_dir / f"{i:05d}.json"
+
+    def _record(self, i: int) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads(self._record_path(i).read_text())
+        return record
 
     def _moments(self, dense: Params, kind: Hashable) -> dict[str, jax.Array]:
         if not self.weighted:
@@ -360,12 +365,6 @@ def _stream_distance(a: ActivationStore, b: ActivationStore, batch_size: int) ->
 def _matrix_record(path: str, array: CodebookArray, stats: ClusterStats) -> dict[str, Any]:
     size = matrix_size(path, array)
     return {**dataclasses.asdict(size), "bits_per_weight": size.bits_per_weight, **dataclasses.asdict(stats)}
-
-
-def _write_json(path: Path, fields: dict[str, Any]) -> None:
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(fields))
-    os.replace(aside, path)
 
 
 @partial(jax.jit, static_argnames="dtype")

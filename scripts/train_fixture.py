@@ -1,7 +1,7 @@
 """Trains the small Llama of tests/fixtures/tiny_llama on the shipped text: `python scripts/train_fixture.py FOLDER`.
 
-Byte-level BPE of 2048 pieces, a Llama of 2.4 million parameters, AdamW in float32 on whatever device JAX has; about ten
-minutes on two CPU cores. Writes an ordinary Hugging Face folder with bfloat16 weights and prints how well it
+Byte-level BPE of 2048 pieces, a Llama of 2.4 million parameters, AdamW in float32 on whatever device JAX has; sixteen
+CPU-minutes in all. Writes an ordinary Hugging Face folder with bfloat16 weights and prints how well it
 predicts the held-out text. Compresses nothing.
 """
 

@@ -101,6 +101,19 @@ def test_help_loads_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", check], check=True, capture_output=True, timeout=60)
 
 
+def test_a_reader_that_leaves_early_gets_no_traceback() -> None:
+    program = (
+        "import sys; from cluscomp_jax.cli.outcome import Result, run; "
+        "sys.exit(run(lambda: Result('x' * 200_000, {}), json=False, debug=False, resumable=False))"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=60) == 1
+
+
 def test_the_module_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "cluscomp_jax", "compres"], capture_output=True, timeout=60)
     assert done.returncode == 2

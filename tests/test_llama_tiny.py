@@ -48,7 +48,7 @@ def test_perplexity_of_held_out_text_equals_pytorch(
     assert result.perplexity == pytest.approx(expected, rel=1e-4)
     counts = np.bincount(tiny_train_tokens, minlength=opened.config.vocab_size) + 1.0
     unigram = np.exp(-np.mean(np.log(counts / counts.sum())[scored]))
-    assert result.perplexity < unigram / 4
+    assert result.perplexity < unigram / 6
 
 
 def test_our_tokenizer_loading_gives_the_same_tokens(

@@ -5,6 +5,7 @@ Knows no command. Exit codes: 0 done, 1 failed, 2 wrong input.
 
 import dataclasses
 import errno
+import os
 import signal
 import sys
 import threading
@@ -52,6 +53,9 @@ def run(command: Callable[[], Result], *, json: bool, debug: bool, resumable: bo
         return _failed(error, str(error), WRONG_INPUT, debug)
     except RunError as error:
         return _failed(error, f"{error}{hint}", FAILED, debug)
+    except BrokenPipeError:  # the reader of standard output has gone; the interpreter must not try to flush it again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
     except OSError as error:
         wrong = isinstance(error, _WRONG_PATH) or error.errno == errno.EROFS
         return _failed(error, str(error) if wrong else f"{error}{hint}", WRONG_INPUT if wrong else FAILED, debug)

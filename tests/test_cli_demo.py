@@ -40,7 +40,7 @@ def test_the_report_holds_every_column_and_the_table_every_number(
     for name in ("original", "clustered", "tuned"):
         assert f"{fields['perplexity'][name]['perplexity']:.2f}" in result.text
         assert f"{fields['bits_per_weight'][name]:.2f}" in result.text
-        assert fields["sentences"][name].startswith(demo.PROMPT)
+        assert repr(fields["sentences"][name]) in result.text
     assert fields["bits_per_weight"]["original"] == 16
     assert fields["bits_per_weight"]["clustered"] == fields["bits_per_weight"]["tuned"] < 2
     assert fields["bytes"]["tuned"] < fields["bytes"]["original"]

@@ -42,8 +42,8 @@ SETTINGS = RunConfig(
 """What the demo runs: 3.05 bits per weight, and the project's fixed calibration set of 16 x 512 tokens."""
 
 EVALUATED_TOKENS, CONTEXT = 8192, 512
-PROMPT = "The capital of France is"
-NEW_TOKENS = 24
+QUESTION = "What is gravity?"
+NEW_TOKENS = 32
 REPORT_NAME = "report.json"
 _OWN = {"clustered", "tuned", "figure.png", "report.txt", "report.txt.tmp", "report.json.tmp"}
 
@@ -175,13 +175,14 @@ def _checkpoint(
 
 
 def _sentences(opened: OpenedModel, sources: dict[str, ParamSource]) -> dict[str, str]:
-    """Returns {name: the prompt and its greedy continuation}."""
+    """Returns {name: its greedy answer to the question}, in the chat template where there is one."""
     tokenizer = opened.load_tokenizer()
-    prompt, stops = encode_prompt(tokenizer, PROMPT, chat=False), stop_tokens(opened, tokenizer)
+    prompt = encode_prompt(tokenizer, QUESTION, chat=bool(getattr(tokenizer, "chat_template", None)))
+    stops = stop_tokens(opened, tokenizer)
     sentences = {}
     for name, source in sources.items():
         tokens = generate(source, prompt, opened.model, max_new_tokens=NEW_TOKENS, stop_tokens=stops)
-        sentences[name] = PROMPT + tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+        sentences[name] = tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
     return sentences
 
 
@@ -189,7 +190,7 @@ def _write_report(demo: Demo, blocks_path: str, out: Path) -> Result:
     """Writes figure and report, report.json last, and returns them."""
     tuned = demo.manifests["tuned"]["metrics"]
     save_figure(out / "figure.png", tuned["blocks"], tuned["matrices"], blocks_path=blocks_path)
-    lines = [demo_table(demo), ""]
+    lines = [demo_table(demo), f"original: the 16-bit weights that {demo.model} decodes to", "", QUESTION]
     lines += [f"{name:9}  {sentence!r}" for name, sentence in demo.sentences.items()]
     lines += [
         "",

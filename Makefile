@@ -13,7 +13,7 @@ export CLUSCOMP_TEST_INSTALL = wheel
 .PHONY: help demo test test-slow parity lint types lock clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\): *## /\1: /p' Makefile
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1: /p' Makefile
 
 demo:  ## compress a real 135M-parameter Llama and show what it cost and kept
 	$(PYTHON) scripts/make_venv.py .venv-demo --bare-extra demo

@@ -70,7 +70,7 @@ def cluster_matrix(
       channel_weights: [d_in] >= 0, weight of each input channel's error (E[x_i^2]); axis "out" only.
 
     Raises:
-      InputError: weights that are not finite, weights for axis "in", or a value too large for the codebook's dtype.
+      InputError: weights that are not finite, or channel weights for axis "in".
     """
     d_in, d_out = weight.shape
     vectors = to_vectors(jnp.asarray(weight), g=rule.g, axis=rule.axis)
@@ -86,12 +86,7 @@ def cluster_matrix(
     codes, index, stats = kmeans.fit_codebook(
         vectors, num_codes=rule.num_codes, key=key, weights=vector_weights, iterations=settings.iterations
     )
-    rounded = codes.astype(settings.codebook_dtype)
-    if not bool(jnp.isfinite(rounded).all()):
-        raise InputError(
-            f"a weight of {float(jnp.abs(codes).max()):.3g} does not fit "
-            f"{settings.codebook_dtype}; set codebook_dtype = 'bfloat16'"
-        )
+    rounded = cb.round_codebook(codes, settings.codebook_dtype)
     shape = (d_in, d_out)
     packed = index.reshape(cb.index_shape(shape, rule.g, rule.axis)).astype(cb.index_dtype(rule.num_codes))
     array = CodebookArray(codebook=rounded, index=packed, shape=shape, axis=rule.axis)

@@ -74,10 +74,10 @@ def stored_bits(shape: tuple[int, int], *, g: int, num_codes: int, axis: Axis) -
     return index_bits(num_codes) * math.prod(index_shape(shape, g, axis)) + 16 * g * num_codes
 
 
-def bits_per_weight(w: CodebookArray) -> float:
-    """Returns stored bits over d_in*d_out (notation of the paper's table 1, the index counted exactly)."""
-    bits = stored_bits(w.shape, g=w.group_size, num_codes=w.num_codes, axis=w.axis)
-    return bits / (w.shape[0] * w.shape[1])
+def round_codebook(codebook: jax.Array, dtype: Any) -> jax.Array:
+    """Returns the codebook in the 16-bit `dtype`, or in bfloat16 where a code leaves the range of float16."""
+    rounded = codebook.astype(dtype)
+    return rounded if bool(jnp.isfinite(rounded).all()) else codebook.astype(jnp.bfloat16)
 
 
 def decode(w: CodebookArray) -> jax.Array:

@@ -58,7 +58,10 @@ PAPER = RunConfig(
     cluster=ClusterSettings(weighted=False),
     tuning=TuningSettings(epochs=20, learning_rate=0.005, schedule="constant", weight_decay=0.1),
 )
-"""The official recipe: blind k-means; AdamW at a constant 0.005, weight decay 0.1, 20 epochs."""
+"""The official recipe: blind k-means; AdamW at a constant 0.005, weight decay 0.1, 20 epochs.
+
+One thing differs: a block that ends worse than it began keeps its clustered codebooks (`TuningSettings`).
+"""
 
 RECIPES: dict[str, RunConfig] = {"default": RunConfig(), "paper": PAPER}
 
@@ -74,7 +77,7 @@ def load_config(path: str | Path, *, recipe: Recipe | None = None) -> RunConfig:
 
     Raises:
       InputError: no such file, not TOML, a key nobody reads, a value of the wrong type or range, or a recipe in the
-        file that is not the one asked for.
+        file that is not the one asked for, or a bit budget beside the g or num_codes that it would replace.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -88,11 +91,24 @@ def load_config(path: str | Path, *, recipe: Recipe | None = None) -> RunConfig:
             raise InputError(
                 f"recipe is {fields['recipe']!r} there, but {recipe!r} was asked for; leave one of them out"
             )
-        return from_dict(fields)
+        config = from_dict(fields)
+        _refuse_codes_beside_budget(fields.get("cluster", {}))
+        return config
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"config {path}: not valid TOML: {error}") from error
     except InputError as error:
         raise InputError(f"config {path}: {error}") from error
+
+
+def _refuse_codes_beside_budget(cluster: Mapping[str, Any]) -> None:
+    """Not in `from_dict`: settings of a run name every value, those that a budget replaces too."""
+    for i, rule in enumerate(cluster.get("rules", ())):
+        own = [name for name in ("g", "num_codes") if name in rule]
+        if own and "bits" in cluster:
+            raise InputError(
+                f"'cluster.rules[{i}].{own[0]}' is {rule[own[0]]}, but the budget 'cluster.bits' = {cluster['bits']} "
+                "chooses g and num_codes; leave one of them out"
+            )
 
 
 def from_dict(fields: Mapping[str, Any]) -> RunConfig:

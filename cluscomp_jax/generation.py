@@ -90,7 +90,8 @@ def generate(
       params: dense or compressed, a dict or a ParamSource.
       prompt_tokens: int [t] or [b, t], t >= 1, every one in [0, v). Prompts of a batch have equal lengths.
       model_config: the family's config, or a Model.
-      max_new_tokens: >= 1. The key-value cache holds t + max_new_tokens positions, rounded up to a power of two.
+      max_new_tokens: >= 1. The key-value cache holds bucket(bucket(t) + max_new_tokens) positions, where bucket
+        rounds up to a power of two, at least 16.
       temperature, top_k, top_p: see `Sampling`.
       stop_tokens: tokens that end a row.
       key: JAX random key of the draws; None: jax.random.key(0). The same key gives the same tokens.
@@ -178,8 +179,8 @@ class Decoder:
     ) -> Iterator[jax.Array]:
         """Yields int32 [b] tokens, one step after the other; prompt is int32 [b, t].
 
-        The prompt is padded at its end: no position reads a later one, and every padded position of the cache is
-        written anew before it is read. (Only a rope whose angles depend on the sequence's length sees the padding.)
+        The prompt is padded at its end: no position reads a later one, every padded position of the cache is written
+        anew before it is read, and the blocks are told the length without padding.
         """
         b, t = prompt.shape
         padded = np.pad(prompt, ((0, 0), (0, bucket(t) - t)))
@@ -194,10 +195,14 @@ class Decoder:
     def _step(
         self, tokens: jax.Array, caches: list[Cache], position: int, at: int, sampling: Sampling, key: jax.Array
     ) -> jax.Array:
-        """Returns the tokens [b] after column `at` of tokens [b, t] that start at `position`; `caches` move on."""
+        """Returns the tokens [b] after column `at` of tokens [b, t] that start at `position`; `caches` move on.
+
+        Columns past `at` are padding.
+        """
+        length = position + at + 1
         x = _embed(self.model, self.dtype, self.rest, tokens)
         for i, block in enumerate(self.blocks):
-            x, caches[i] = _cached_block(self.model, self.model.block_kind(i), block, x, caches[i], position)
+            x, caches[i] = _cached_block(self.model, self.model.block_kind(i), block, x, caches[i], position, length)
         token: jax.Array = _next_token(self.model, sampling, self.rest, x, at, position, key)
         return token
 
@@ -218,9 +223,15 @@ def _embed(model: Model, dtype: Any, rest: Params, tokens: jax.Array) -> jax.Arr
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def _cached_block(
-    model: Model, kind: Hashable, params: Params, x: jax.Array, cache: Cache, position: jax.Array
+    model: Model,
+    kind: Hashable,
+    params: Params,
+    x: jax.Array,
+    cache: Cache,
+    position: jax.Array,
+    length: jax.Array,
 ) -> tuple[jax.Array, Cache]:
-    return model.cached_block(params, x, cache, position, kind=kind)
+    return model.cached_block(params, x, cache, position, kind=kind, length=length)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -77,9 +77,20 @@ class Model(Protocol):
         ...
 
     def cached_block(
-        self, params: Params, x: jax.Array, cache: Cache, position: jax.Array, *, kind: Hashable
+        self,
+        params: Params,
+        x: jax.Array,
+        cache: Cache,
+        position: jax.Array,
+        *,
+        kind: Hashable,
+        length: jax.Array | int | None = None,
     ) -> tuple[jax.Array, Cache]:
-        """x [b, t, d] at positions position … position+t-1 against the cache -> (y, cache with them written)."""
+        """x [b, t, d] at positions position … position+t-1 against the cache -> (y, cache with them written).
+
+        `length` is the number of positions of the sequence after this call, less than position + t where x is padded
+        at its end; None: position + t. The columns of y at and past it mean nothing.
+        """
         ...
 
 

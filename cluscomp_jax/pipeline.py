@@ -22,7 +22,7 @@ import cluscomp_jax._version as version
 from cluscomp_jax import rules as rules_of
 from cluscomp_jax import trees
 from cluscomp_jax.cluster import ClusterStats, cluster_matrix, matrix_key, matrix_size, size_report
-from cluscomp_jax.codebook import CodebookArray
+from cluscomp_jax.codebook import CodebookArray, round_codebook
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io import atomic
@@ -84,6 +84,8 @@ def compress(
     """
     model = build_model(cfg.model)
     source = as_source(params, model)
+    if isinstance(params, Mapping):
+        _check_finite(params)
     sink = DictSink()
     with tempfile.TemporaryDirectory(prefix="cluscomp-") as work_dir:
         compress_stream(source, sink, cfg, calibration=calibration, work_dir=Path(work_dir), reporter=reporter)
@@ -113,10 +115,14 @@ def compress_stream(
       InputError: whatever does not fit, before any long work.
     """
     run = _Run(source, sink, cfg, calibration, work_dir, reporter or SilentReporter())
+    for i in range(finished_blocks):
+        run.report(i)
     records = [run.block(i, finished=i < finished_blocks) for i in range(run.model.num_blocks)]
     run.close()
-    rest = source.load_rest()
-    sink.store_rest(rest)
+    with run.clock("load"):
+        rest = source.load_rest()
+    with run.clock("store"):
+        sink.store_rest(rest)
     matrices = tuple(matrix for record in records for matrix in record.pop("matrices"))
     weights = sum(math.prod(matrix["shape"]) for matrix in matrices)
     bits = sum(matrix["bits"] for matrix in matrices)
@@ -268,6 +274,11 @@ class _Run:
         if self.tuning is not None and matrices:
             block, tuned = self._tune(i, block, kind)
             record |= dataclasses.asdict(tuned)
+            if tuned.diverged:
+                self.reporter.warn(
+                    f"block {i}: loss or gradient was not finite at epoch {len(tuned.epoch_losses)}; "
+                    "the last good codebooks are kept"
+                )
         block = jax.device_get(_round_codebooks(block, self.cfg.cluster.codebook_dtype))
         if i + 1 < self.model.num_blocks or self.tuning is not None:
             record |= self._propagate_compressed(block, kind)
@@ -277,8 +288,12 @@ class _Run:
             path = self._record_path(i)
             atomic.write_text(path, json.dumps(record), aside=path.with_suffix(".tmp"))
             self.sink.store_block(i, block)
-        self.reporter.record("block", **record)
+        self.report(i)
         return self._record(i)
+
+    def report(self, i: int) -> None:
+        """Tells the reporter of finished block i, in the same words whenever it is called."""
+        self.reporter.record("block", time=self._record_path(i).stat().st_mtime, **self._record(i))
 
     def _record_path(self, i: int) -> Path:
         return self.records_dir / f"{i:05d}.json"
@@ -367,11 +382,16 @@ def _matrix_record(path: str, array: CodebookArray, stats: ClusterStats) -> dict
     return {**dataclasses.asdict(size), "bits_per_weight": size.bits_per_weight, **dataclasses.asdict(stats)}
 
 
-@partial(jax.jit, static_argnames="dtype")
 def _round_codebooks(block: Params, dtype: str) -> Params:
-    def rounded(leaf: Any) -> Any:
-        return (
-            dataclasses.replace(leaf, codebook=leaf.codebook.astype(dtype)) if isinstance(leaf, CodebookArray) else leaf
-        )
+    def rounded(_: str, leaf: Any) -> Any:
+        if not isinstance(leaf, CodebookArray):
+            return leaf
+        return dataclasses.replace(leaf, codebook=round_codebook(leaf.codebook, dtype))
 
-    return trees.map_by_path(lambda _, leaf: rounded(leaf), block)
+    return trees.map_by_path(rounded, block)
+
+
+def _check_finite(params: Mapping[Any, Any]) -> None:
+    for path, leaf in trees.flatten(params).items():
+        if not bool(jnp.isfinite(jnp.asarray(leaf)).all()):
+            raise InputError(f"{path!r} holds NaN or Inf; only finite weights can be compressed")

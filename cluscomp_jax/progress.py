@@ -36,7 +36,14 @@ class Reporter(Protocol):
         ...
 
     def record(self, event: str, **fields: Any) -> None:
-        """One finished measurement, as plain JSON values."""
+        """One finished measurement, as plain JSON values; `time` among them replaces the time of the call.
+
+        A run that is resumed begins by recording again what it had finished.
+        """
+        ...
+
+    def warn(self, text: str) -> None:
+        """One line that a person should read, though the work goes on."""
         ...
 
 
@@ -52,16 +59,21 @@ class SilentReporter:
     def record(self, event: str, **fields: Any) -> None:
         """Says nothing."""
 
+    def warn(self, text: str) -> None:
+        """Says nothing."""
+
 
 class ConsoleReporter:
-    """A Reporter that shows a bar, or lines where there is no terminal, and appends records to a metrics file.
+    """A Reporter that shows a bar, or lines where there is no terminal, and writes records to a metrics file.
 
-    Made by `console_reporter`. The metrics file comes into being with the first record.
+    Made by `console_reporter`. The first record begins the metrics file anew, in place of one that a killed process
+    may have left incomplete.
     """
 
     def __init__(self, progress: Progress, metrics_path: Path | None):
         self._progress = progress
         self._metrics_path = metrics_path
+        self._metrics_mode = "w"
         self._task: TaskID | None = None
         self._stage, self._unit = "", ""
         self._done, self._total = 0, 0
@@ -92,10 +104,15 @@ class ConsoleReporter:
             self._last_line = now
 
     def record(self, event: str, **fields: Any) -> None:
-        """Appends one line of JSON to the metrics file, if there is one."""
+        """Adds one line of JSON to the metrics file, if there is one."""
         if self._metrics_path is not None:
-            with self._metrics_path.open("a", encoding="utf-8") as file:
+            with self._metrics_path.open(self._metrics_mode, encoding="utf-8") as file:
+                self._metrics_mode = "a"
                 file.write(to_json({"event": event, "time": time.time(), **fields}) + "\n")
+
+    def warn(self, text: str) -> None:
+        """Prints the line on standard error, above the bar."""
+        self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -56,7 +56,8 @@ class ClusterSettings:
       iterations: Lloyd iterations, >= 0 (paper: 20).
       weighted: weight each vector by the mean square of its input channel, E[x_i^2], from calibration; used for
         axis "out" only, and only where calibration is given.
-      codebook_dtype: 16-bit type codebooks are stored and evaluated in.
+      codebook_dtype: 16-bit type codebooks are stored and evaluated in; a matrix with codes beyond the range of
+        float16 is kept in bfloat16.
     """
 
     rules: tuple[CompressionRule, ...] = (CompressionRule(),)
@@ -101,12 +102,16 @@ class CalibrationSettings:
 class TuningSettings:
     """Block-wise error minimisation (paper section 3.3): the codebooks of one block at a time, indices frozen.
 
+    A block whose last epoch ran at a higher loss than that of its clustered codebooks is measured once more, and
+    keeps those if they are better.
+
     Attributes:
       epochs: passes over the calibration samples, >= 0.
       batch_size: samples per step, >= 1. Must divide the number of training samples.
       learning_rate: peak learning rate of AdamW, > 0.
       schedule: course of the rate after warm-up; "cosine" and "linear" fall to zero.
-      warmup_fraction: share of all steps over which the rate rises linearly from zero, 0 to 1.
+      warmup_fraction: share of all steps over which the rate rises linearly to its peak, 0 to 1; of w such steps the
+        first has 1/w of it.
       weight_decay: decoupled weight decay, >= 0.
       clip_norm: largest global gradient norm, > 0; None: no clipping.
       aug_loss: also match the original block's output on the compressed stream (official option, off by default).

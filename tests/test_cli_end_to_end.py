@@ -1,5 +1,6 @@
 """compress, evaluate, generate and inspect on a tiny model, through the command line and in one process."""
 
+import dataclasses
 import errno
 import json
 import math
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from cli_models import write_model, write_text
 
+from cluscomp_jax import pipeline
 from cluscomp_jax.cli import main
 from cluscomp_jax.io import items
 from cluscomp_jax.io.checkpoint import open_checkpoint
@@ -122,9 +124,40 @@ def test_without_calibration_it_clusters_and_says_so(
     assert "clustering only (ClusComp-)" in err
     assert 0.8 < fields["bits_per_weight"] <= 0.9
     assert fields["perplexity"] == {}
+    assert list(fields["stages"])[:2] == ["prepare", "check weights"]
     assert {"cluster", "store"} <= fields["stages"].keys()
+    assert fields["diverged_blocks"] == []
+    assert fields["peak_rss_bytes"] >= max(stage["peak_rss_bytes"] for stage in fields["stages"].values())
     assert all({"seconds", "peak_rss_bytes"} == stage.keys() for stage in fields["stages"].values())
     assert fields["bytes"] > 0
+
+
+def test_the_stages_add_up_to_the_run(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+    argv = ["compress", str(folder / "model"), "--out", str(tmp_path / "o"), "--g", "4", "--num-codes", "8"]
+    fields = succeed(capsys, [*argv, "--evaluate", str(folder / "test.txt"), "--context", "16"])
+    names = list(fields["stages"])
+    assert names[:3] == ["prepare", "check weights", "evaluate original"]
+    assert names[-2:] == ["evaluate compressed", "finish"]
+    total = sum(stage["seconds"] for stage in fields["stages"].values())
+    assert 0.8 * fields["seconds"] < total <= fields["seconds"]
+
+
+def test_a_block_that_diverged_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
+    whole, blocks = pipeline.tune_block, iter(range(2))
+
+    def diverging(*arguments: Any, **options: Any) -> Any:
+        block, tuned = whole(*arguments, **options)
+        return block, dataclasses.replace(tuned, diverged=next(blocks) == 1)
+
+    monkeypatch.setattr(pipeline, "tune_block", diverging)
+    assert main([*compress_argv(folder, tmp_path / "out"), "--json"]) == 0
+    out, err = capsys.readouterr()
+    line = "block 1: loss or gradient was not finite at epoch 1; the last good codebooks are kept"
+    assert err.splitlines().count(line) == 1
+    assert json.loads(out.splitlines()[-1])["diverged_blocks"] == [1]
+    assert "tuning stopped early where loss or gradient was not finite: block 1" in out.splitlines()
 
 
 def test_an_interrupted_run_resumes_to_the_same_bytes(

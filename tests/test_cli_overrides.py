@@ -58,10 +58,11 @@ def test_a_recipe_alone_is_that_recipe() -> None:
 
 def test_own_codes_replace_a_budget_and_a_budget_own_codes(tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
-    path.write_text("[cluster]\nbits = 3.0\n[[cluster.rules]]\ng = 7\n[[cluster.rules]]\ng = 8\n")
-    own = config_of(config=str(path), num_codes=99, no_tuning=True).cluster
+    path.write_text('[cluster]\nbits = 3.0\n[[cluster.rules]]\npattern = "a"\n[[cluster.rules]]\npattern = "b"\n')
+    own = config_of(config=str(path), g=7, num_codes=99, no_tuning=True).cluster
     assert own.bits is None
-    assert [(rule.g, rule.num_codes) for rule in own.rules] == [(7, 99), (8, 99)]
+    assert [(rule.pattern, rule.g, rule.num_codes) for rule in own.rules] == [("a", 7, 99), ("b", 7, 99)]
+    path.write_text("[[cluster.rules]]\ng = 7\n")
     assert config_of(config=str(path), bits=2.0, no_tuning=True).cluster.bits == 2.0
 
 
@@ -77,6 +78,17 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "rate but no tuning": ({"calibration": "t", "learning_rate": 0.1, "no_tuning": True}, "--learning-rate 0.1"),
     "samples without text": ({"samples": 4}, "--samples 4 has no effect without --calibration"),
     "starts without text": ({"starts": "f"}, "--starts f has no effect without --calibration"),
+    "weights without text": ({"unweighted": True}, "--unweighted has no effect without --calibration"),
+    "text that nothing reads": (
+        {"calibration": "t", "unweighted": True, "no_tuning": True},
+        "--calibration t has no effect where clustering is unweighted and nothing is tuned",
+    ),
+    "text that nothing of the recipe reads": (
+        {"calibration": "t", "recipe": "paper", "no_tuning": True},
+        "--calibration t has no effect",
+    ),
+    "window of nothing": ({"context": 64}, "--context 64 has no effect without --evaluate"),
+    "tokens of nothing": ({"tokens": 64}, "--tokens 64 has no effect without --evaluate"),
     "recipe without text": ({"recipe": "paper"}, "paper asks for tuning, which needs --calibration"),
     "window of one": ({"context": 1}, "--context 1: it must be 2 or more"),
     "nothing to score": ({"tokens": 0}, "--tokens 0: it must be 2 or more"),

@@ -103,12 +103,10 @@ def test_axis_in_refuses_activation_weights_with_the_reason():
         )  # fmt: skip
 
 
-def test_weights_too_large_for_float16_are_refused_and_fit_bfloat16():
+def test_a_matrix_too_large_for_float16_is_kept_in_bfloat16():
     weight = np.full((4, 4), 1e5, np.float32)
-    rule = CompressionRule(g=2, num_codes=2)
-    with pytest.raises(InputError, match=r"1e\+05.*bfloat16"):
-        cluster.cluster_matrix(weight, rule, EXACT, key=jax.random.key(0))
-    w, _ = cluster.cluster_matrix(weight, rule, ClusterSettings(codebook_dtype="bfloat16"), key=jax.random.key(0))
+    w, _ = cluster.cluster_matrix(weight, CompressionRule(g=2, num_codes=2), EXACT, key=jax.random.key(0))
+    assert w.codebook.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(decode(w), np.float32), 1e5, rtol=1e-2)
 
 

@@ -13,7 +13,7 @@ from cluscomp_jax.cluster import decompress
 from cluscomp_jax.codebook import CodebookArray
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.generation import Sampling, bucket, generate, sample
-from cluscomp_jax.llama import LlamaConfig
+from cluscomp_jax.llama import LlamaConfig, RopeConfig
 from cluscomp_jax.trees import Params
 
 draw = jax.jit(sample, static_argnums=1)
@@ -80,6 +80,36 @@ def test_a_sliding_window_sees_no_padding() -> None:
     prompt = np.random.default_rng(0).integers(VOCABULARY, size=19).tolist()
     tokens = generate(params, prompt, config, max_new_tokens=5)
     assert tokens.tolist() == greedy_without_cache(params, prompt, config, 5)
+
+
+def greedy_without_padding(params: Params, prompts: np.ndarray, config: LlamaConfig, count: int) -> np.ndarray:
+    """A cached loop over pieces of their true lengths: the prompts, then one token of each at a time."""
+    model = llama.build(config)
+    step = jax.jit(model.cached_block, static_argnames="kind")
+    caches = [model.init_cache(i, len(prompts), 48, jnp.float32) for i in range(model.num_blocks)]
+    tokens, position = jnp.asarray(prompts), 0
+    drawn: list[np.ndarray] = []
+    while len(drawn) < count:
+        x = model.embed(params, tokens, dtype=jnp.float32)
+        for i in range(model.num_blocks):
+            block = trees.subtree(params, f"{model.blocks_path}/{i}")
+            x, caches[i] = step(block, x, caches[i], position, kind=model.block_kind(i))
+        position += tokens.shape[1]
+        tokens = jnp.argmax(model.head(params, x[:, -1:]), axis=-1)
+        drawn.append(np.asarray(tokens[:, 0]))
+    return np.stack(drawn, axis=1)
+
+
+@pytest.mark.parametrize("length", [3, 16, 17, 23, 37])
+def test_the_dynamic_rope_reads_the_length_without_padding(length: int) -> None:
+    rope = RopeConfig(rope_type="dynamic", theta=100.0, factor=8.0, original_max_positions=8)
+    config = make_config(rope=rope)
+    params = llama.init_params(config, jax.random.key(4))
+    prompts = np.random.default_rng(length).integers(VOCABULARY, size=(16, length))
+    tokens = generate(params, prompts, config, max_new_tokens=6)
+    first = jnp.argmax(llama.forward(params, prompts, config)[:, -1], axis=-1)
+    assert tokens[:, 0].tolist() == first.tolist()
+    assert tokens.tolist() == greedy_without_padding(params, prompts, config, 6).tolist()
 
 
 def test_a_batch_gives_each_prompt_its_own_tokens(params: Params) -> None:

@@ -203,6 +203,18 @@ def test_a_run_that_stored_nothing_leaves_nothing(tmp_path):
     assert not list((tmp_path / "empty").iterdir())
 
 
+def test_a_run_that_stored_nothing_takes_the_parents_it_made_along_unless_they_are_in_use(tmp_path):
+    with writer(tmp_path / "a" / "b" / "out"):
+        assert (tmp_path / "a" / "b" / "out").is_dir()
+    assert not list(tmp_path.iterdir())
+    with writer(tmp_path / "a" / "b" / "out"):
+        (tmp_path / "a" / "other").mkdir()
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["a", "a/other"]
+    with writer(tmp_path / "a" / "out"):
+        pass
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["other"]
+
+
 def test_a_run_that_logged_before_its_first_block_resumes(tmp_path):
     out = tmp_path / "out"
     with writer(out):

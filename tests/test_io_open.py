@@ -12,6 +12,7 @@ from io_models import config_fields, hf_tensors, write_gguf, write_hf
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io import open as opening
 from cluscomp_jax.io.checkpoint import save_checkpoint
+from cluscomp_jax.io.checkpoint_writer import TOKENIZER_FILES
 from cluscomp_jax.io.gguf_source import GgufSource
 from cluscomp_jax.io.open import open_model
 
@@ -87,7 +88,7 @@ def test_a_hub_id_is_downloaded_without_pickles_and_code(tmp_path, monkeypatch):
             "config.json",
             "model-00001-of-00002.safetensors",
             "model.safetensors.index.json",
-            "tokenizer.json",
+            *TOKENIZER_FILES,
             "pytorch_model.bin",
             "modeling_x.py",
             "consolidated.safetensors",
@@ -100,7 +101,7 @@ def test_a_hub_id_is_downloaded_without_pickles_and_code(tmp_path, monkeypatch):
         "config.json",
         "model-00001-of-00002.safetensors",
         "model.safetensors.index.json",
-        "tokenizer.json",
+        *TOKENIZER_FILES,
     ]
 
 

@@ -58,6 +58,32 @@ def test_every_tensor_arrives_in_its_stored_dtype(tmp_path, shards, dtype):
     assert {leaf.dtype for leaf in trees.flatten(params).values()} == {np.dtype(dtype)}
 
 
+def test_float64_arrives_as_float32(tmp_path):
+    fields, tensors = config_fields(tie_word_embeddings=True), hf_tensors(tied=True, dtype=np.float64)
+    stored = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    source = open_source(write_hf(tmp_path, fields, stored))
+    params = load_all(source, build_model(parse_model_config(fields)))
+    assert_equals_tensors(params, {name: array.astype(np.float32) for name, array in tensors.items()})
+    assert {leaf.dtype for leaf in trees.flatten(params).values()} == {np.dtype(np.float32)}
+
+
+def test_a_float64_beyond_float32_is_refused_when_its_block_is_loaded(tmp_path):
+    tensors = hf_tensors(dtype=np.float64)
+    tensors[QUERY][3, 4] = 1e39
+    source = open_source(write_hf(tmp_path, config_fields(), tensors))
+    with pytest.raises(InputError, match=QUERY):
+        source.load_block(1)
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_eight_bit_floats_are_refused_at_construction(tmp_path, dtype, name):
+    tensors = hf_tensors(tied=True)
+    tensors[name] = tensors["model.embed_tokens.weight"].astype(dtype)
+    line = refused(write_hf(tmp_path, config_fields(tie_word_embeddings=True), tensors))
+    assert f"tensor {name} is {np.dtype(dtype)}; served are bfloat16, float16, float32, float64" in line
+
+
 @pytest.mark.parametrize(
     ("model_type", "changes"), [("qwen2", {}), ("qwen3", {}), ("llama", {"attention_bias": True, "mlp_bias": True})]
 )

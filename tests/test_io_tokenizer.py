@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.gguf_tokenizer import build_tokenizer
 from cluscomp_jax.io.open import open_model
-from cluscomp_jax.io.tokenizer import encode_text, load_tokenizer, save_tokenizer, start_tokens
+from cluscomp_jax.io.tokenizer import encode_text, load_tokenizer, start_tokens
 
 CORPUS = ["the cat and the hat sat in 1984 , the  1985 and 19 thin cats", "naïve café don't — 12,345.67"] * 20
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -219,7 +219,7 @@ def test_a_gguf_file_gives_the_tokenizer_of_its_header(tmp_path):
 
 @pytest.mark.parametrize("folder", [".", "tokenizer"])
 def test_a_saved_tokenizer_comes_back_from_a_folder_or_a_checkpoint(tmp_path, folder):
-    save_tokenizer(REBUILT["smollm"], tmp_path / folder)
+    REBUILT["smollm"].save_pretrained(tmp_path / folder)
     again = load_tokenizer(tmp_path)
     assert encode_text(again, CORPUS[0]).tolist() == SMOLLM.encode(CORPUS[0]).ids
     assert again.chat_template == TEMPLATE
@@ -230,7 +230,7 @@ def test_start_tokens_of_a_saved_template_are_put_once(tmp_path):
     tokenizer = build_tokenizer(
         gguf_metadata(SMOLLM, pre="smollm", **{"tokenizer.ggml.add_bos_token": True}), where="here"
     )
-    save_tokenizer(tokenizer, tmp_path)
+    tokenizer.save_pretrained(tmp_path)
     text = CORPUS[0] * 50
     assert encode_text(load_tokenizer(tmp_path), text).tolist() == [1, *SMOLLM.encode(text).ids]
 
@@ -251,7 +251,7 @@ def test_a_text_longer_than_the_context_is_encoded_whole_and_in_silence(tmp_path
 
 
 def test_loading_says_nothing_of_pytorch(tmp_path):
-    save_tokenizer(REBUILT["smollm"], tmp_path)
+    REBUILT["smollm"].save_pretrained(tmp_path)
     code = "import sys; from cluscomp_jax.io.tokenizer import load_tokenizer; load_tokenizer(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")

@@ -49,9 +49,6 @@ class FoldersSink(DictSink):
             raise KeyboardInterrupt
         super().store_block(i, tree)
 
-    def load_block(self, i):
-        return self._blocks[i]
-
 
 def kernels(params):
     return {path: leaf for path, leaf in trees.flatten(params).items() if path.endswith("proj/kernel")}
@@ -244,3 +241,22 @@ def test_claims_on_held_out_text(trained, tiny_train_tokens, tiny_test_tokens):
     original = cluscomp_jax.perplexity(params, tiny_test_tokens[:8192], config, context=128, batch_size=8).perplexity
     untuned_blind, untuned, tuned = score(blind, None), score(weighted, None), score(weighted, TuningSettings(epochs=2))
     assert original < tuned < untuned < untuned_blind
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "message"),
+    [
+        ("model/layers/1/mlp/up_proj/kernel", None, "no 'model/layers/1/mlp/up_proj/kernel'"),
+        ("model/layers/1/mlp/extra/kernel", np.zeros((2, 2)), "the model has no parameter"),
+        ("model/norm/weight", np.zeros(15), "has shape (15,); the model config says (16,)"),
+        ("model/layers/2/self_attn/q_proj/kernel", np.full((16, 16), np.nan), "holds NaN or Inf"),
+        ("model/norm/weight", np.full(16, np.inf), "holds NaN or Inf"),
+    ],
+)
+def test_parameters_that_do_not_fit_the_model_are_named(params, path, change, message):
+    flat = {p: leaf for p, leaf in trees.flatten(params).items() if p != path}
+    if change is not None:
+        flat[path] = change
+    with pytest.raises(InputError) as error:
+        compress(trees.unflatten(flat), RUN)
+    assert message in str(error.value)

@@ -20,6 +20,24 @@ def test_records_are_lines_of_strict_json_and_the_file_comes_with_the_first(tmp_
     assert second["time"] >= first["time"]
 
 
+def test_a_new_reporter_begins_the_file_anew_and_a_time_given_stands(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "block", "los')
+    for _ in range(2):
+        with console_reporter(path) as reporter:
+            reporter.record("block", time=1.5)
+            reporter.record("block", time=2.5)
+        assert [json.loads(line)["time"] for line in path.read_text().splitlines()] == [1.5, 2.5]
+
+
+def test_a_warning_is_one_line_as_it_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    with console_reporter() as reporter:
+        reporter.start("tune", 4, "steps")
+        reporter.warn("[bold] " + "x" * 200)
+    SilentReporter().warn("nothing")
+    assert capsys.readouterr() == ("", "[bold] " + "x" * 200 + "\n")
+
+
 def test_without_a_terminal_progress_is_lines_with_rate_and_time_left(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,7 +121,7 @@ def test_gradients_reach_the_codebooks_alone_and_equal_finite_differences(compre
 def test_loss_is_the_mean_squared_distance_to_every_target(compressed, streams):
     x, y = (jnp.asarray(store.read(slice(0, 2))) for store in streams)
     codebooks, frozen = split_codebooks(compressed)
-    dense = trees.map_by_path(lambda _, leaf: decode(leaf) if isinstance(leaf, CodebookArray) else leaf, compressed)
+    dense = trees.map_by_path(_decoded, compressed)
     output = np.asarray(MODEL.block(dense, x, kind=KIND), np.float64)
     one, two = (
         float(block_loss(codebooks, frozen, x, targets, model=MODEL, kind=KIND, settings=FAST))
@@ -239,3 +239,23 @@ def test_clipping_bounds_the_gradient_that_adam_sees():
     _, state = optimizer.update({"a": jnp.full(4, 100.0)}, optimizer.init(parameters), parameters)
     mu = optax.tree.get(state, "mu")["a"]
     np.testing.assert_allclose(jnp.linalg.norm(mu), 0.1, rtol=1e-5)
+
+
+def test_float16_gradients_do_not_vanish(compressed, streams):
+    """The loss is a mean of squares far below float16's smallest number; its gradient must survive all the same."""
+    x, y = (jnp.asarray(store.read(slice(0, 6))) for store in streams)
+    codebooks, frozen = split_codebooks(compressed)
+    near = y + 1e-3 * (MODEL.block(trees.map_by_path(_decoded, compressed), x, kind=KIND) - y)
+    mean = {}
+    for dtype in ("float32", "float16"):
+        settings = dataclasses.replace(FAST, compute_dtype=dtype)
+        state = init_state(codebooks, settings=settings, total_steps=3)
+        state, _ = tuning_step(state, frozen, x, (near,), model=MODEL, kind=KIND, settings=settings, total_steps=3)
+        mean[dtype] = optax.tree.get(state.optimizer, "mu")
+    for path, expected in mean["float32"].items():
+        scale = float(jnp.abs(expected).max())
+        np.testing.assert_allclose(mean["float16"][path], expected, atol=0.1 * scale)
+
+
+def _decoded(_, leaf):
+    return decode(leaf) if isinstance(leaf, CodebookArray) else leaf

@@ -11,6 +11,8 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg, subcommand
 Model = Annotated[Positional[str], arg(metavar="MODEL")]
 Flag = Annotated[bool, FlagCreatePairsOff]
 Dtype = Literal["float32", "bfloat16", "float16"]
+DEFAULT_CONTEXT = 2048
+"""Tokens per evaluation window."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,8 +69,8 @@ class CompressArguments(Common):
     """seed of everything random"""
     evaluate: Annotated[str | None, arg(metavar="TEXT")] = None
     """also measure the perplexity of this text before and after"""
-    context: Annotated[int, arg(metavar="INT")] = 2048
-    """tokens per evaluation window"""
+    context: Annotated[int | None, arg(metavar="INT")] = None
+    """tokens per evaluation window; 2048 if left out"""
     tokens: Annotated[int | None, arg(metavar="INT")] = None
     """score the first so many tokens only"""
 
@@ -81,7 +83,7 @@ class EvaluateArguments(Common):
     """compressed folder, Hugging Face folder or hub id, or .gguf file"""
     text: str
     """text file (.txt, .gz), token array (.npy) or dataset name (wikitext2, c4, ptb)"""
-    context: Annotated[int, arg(metavar="INT")] = 2048
+    context: Annotated[int, arg(metavar="INT")] = DEFAULT_CONTEXT
     """tokens per window; windows do not overlap, a shorter last one is dropped"""
     tokens: Annotated[int | None, arg(metavar="INT")] = None
     """score the first so many tokens only"""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cluscomp_jax.cli.arguments import CompressArguments
+from cluscomp_jax.cli.arguments import DEFAULT_CONTEXT, CompressArguments
 from cluscomp_jax.cli.evaluate import describe
 from cluscomp_jax.cli.folder import Compressed, Measure, compress_to_folder
 from cluscomp_jax.cli.inputs import read_tokens, require_windows
@@ -60,10 +60,11 @@ def read_calibration(opened: OpenedModel, cfg: RunConfig, spec: str) -> np.ndarr
 def _measure(opened: OpenedModel, arguments: CompressArguments) -> Measure:
     assert arguments.evaluate is not None
     tokens = read_tokens(opened, arguments.evaluate, first=arguments.tokens)
-    require_windows(arguments.evaluate, tokens, arguments.context)
+    context = DEFAULT_CONTEXT if arguments.context is None else arguments.context
+    require_windows(arguments.evaluate, tokens, context)
 
     def measure(source: ParamSource, reporter: Reporter) -> Any:
-        return perplexity(source, tokens, opened.model, context=arguments.context, reporter=reporter)
+        return perplexity(source, tokens, opened.model, context=context, reporter=reporter)
 
     return measure
 
@@ -81,12 +82,16 @@ def _describe_stages(cfg: RunConfig, calibration: np.ndarray | None) -> str:
 
 def _text(done: Compressed, out: Path) -> str:
     summary = done.summary
+    whole = {"seconds": done.seconds, "peak_rss_bytes": done.peak_rss_bytes}
     lines = [
-        format_table(("stage", "seconds", "peak memory"), stage_rows(summary.stages)),
+        format_table(("stage", "seconds", "peak memory"), stage_rows({**done.stages, "whole run": whole})),
         "",
         f"{out}: {summary.bits_per_weight:.3f} bits per weight, {format_bytes(summary.total_bytes)} in all, "
         f"{done.seconds:.1f} s",
     ]
+    if done.diverged_blocks:
+        blocks = ", ".join(map(str, done.diverged_blocks))
+        lines.append(f"tuning stopped early where loss or gradient was not finite: block {blocks}")
     lines += [f"{name}: {describe(measured)}" for name, measured in done.perplexity.items()]
     return "\n".join(lines)
 
@@ -99,5 +104,7 @@ def _fields(done: Compressed, out: Path) -> dict[str, Any]:
         "bytes": fields["total_bytes"],
         "seconds": fields["seconds"],
         "stages": fields["stages"],
+        "peak_rss_bytes": fields["peak_rss_bytes"],
+        "diverged_blocks": done.diverged_blocks,
         "perplexity": fields["perplexity"],
     }

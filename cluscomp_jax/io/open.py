@@ -25,6 +25,7 @@ _HASHED_BYTES = 10**9
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = (
     "config.json",
+    "generation_config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
     "tokenizer*",
@@ -32,6 +33,7 @@ _HUB_FILES = (
     "added_tokens.json",
     "chat_template*",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
 )
 

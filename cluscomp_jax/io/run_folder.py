@@ -7,6 +7,7 @@
 Knows nothing of what the run stores between these.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import os
@@ -57,7 +58,7 @@ class RunFolder:
         """
         self.path = path
         self.work = path / WORK_NAME
-        self._made = not path.exists()
+        self._made = [folder for folder in (path, *path.parents) if not _exists(folder)]
         self._lock: int | None = None
         try:
             _refuse_others(path, identity)
@@ -95,14 +96,15 @@ class RunFolder:
         _remove_leftovers(self.path)
 
     def abandon_if_empty(self) -> None:
-        """Undoes the claim if nothing but run.json and work/ is there; removes the folder too if the claim made it.
+        """Undoes the claim if nothing but run.json and work/ is there; removes the folders too that the claim made.
 
         Where anything else is there, a log say, the folder must stay this run's, or the same run could not resume.
         """
         if {entry.name for entry in self.path.iterdir()} <= {RUN_NAME, WORK_NAME}:
             _remove_leftovers(self.path)
-            if self._made:
-                self.path.rmdir()
+            with contextlib.suppress(OSError):  # not empty: another run has begun to use a parent
+                for folder in self._made:
+                    folder.rmdir()
 
     def release(self) -> None:
         """Gives the lock back; the folder stays as it is."""

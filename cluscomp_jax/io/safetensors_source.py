@@ -20,6 +20,7 @@ from cluscomp_jax.trees import Params
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_SERVED = ("bfloat16", "float16", "float32", "float64")
 
 
 def read_config(folder: str | Path) -> Any:
@@ -55,8 +56,8 @@ class SafetensorsSource:
       model: says which tensors of which shapes there must be.
 
     Raises:
-      InputError: a file or shard is missing, truncated or damaged; a tensor is missing, unused, misshapen or no
-        floating-point array. All headers are checked here, no data is read.
+      InputError: a file or shard is missing, truncated or damaged; a tensor is missing, unused, misshapen or of a
+        dtype that is not served. All headers are checked here, no data is read.
     """
 
     def __init__(self, folder: str | Path, model: Model):
@@ -67,25 +68,30 @@ class SafetensorsSource:
         names, tied_head = layout.match_tensors(shapes, model, layout.HUGGING_FACE, str(self._folder))
         self._entries = {path: entries[name] for path, name in names.items()}
         self._tied_head = entries[tied_head] if tied_head else None
-        for entry in self._entries.values():
-            if entry.dtype.kind != "f" and entry.dtype.name != "bfloat16":
+        for entry in (*self._entries.values(), *([self._tied_head] if self._tied_head else [])):
+            if entry.dtype.name not in _SERVED:
                 raise InputError(
-                    f"{entry.path}: tensor {entry.name} is {entry.dtype}; a 16- to 64-bit float is expected"
+                    f"{entry.path}: tensor {entry.name} is {entry.dtype}; served are {', '.join(_SERVED)}; "
+                    "convert it to one of these"
                 )
 
     def load_block(self, i: int) -> Params:
-        """Returns block i's tree in its stored dtypes; kernels [d_in, d_out]. Raises InputError on NaN or infinity."""
+        """Returns block i's tree in its stored dtypes, float64 as float32; kernels [d_in, d_out].
+
+        Raises:
+          InputError: NaN or infinity, or a float64 beyond float32.
+        """
         prefix = f"{self._model.blocks_path}/{i}/"
         return trees.unflatten({path: self._load(prefix + path) for path in self._model.block_shapes(i)})
 
     def load_rest(self) -> Params:
-        """Returns embedding, last norm and, unless tied, the output head.
+        """Returns embedding, last norm and, unless tied, the output head, in the dtypes of `load_block`.
 
         Raises:
-          InputError: NaN or infinity; or the config ties the output head, but the file has another one.
+          InputError: as `load_block`; or the config ties the output head, but the file has another one.
         """
         rest = {path: self._load(path) for path in self._model.rest_shapes()}
-        if self._tied_head and not np.array_equal(read_tensor(self._tied_head), rest[layout.EMBEDDING]):
+        if self._tied_head and not np.array_equal(_read(self._tied_head), rest[layout.EMBEDDING]):
             raise InputError(
                 f"{self._folder}: config.json says tie_word_embeddings, but {self._tied_head.name} differs from "
                 f"{self._entries[layout.EMBEDDING].name}; correct the config"
@@ -104,9 +110,18 @@ class SafetensorsSource:
 
     def _load(self, path: str) -> np.ndarray:
         entry = self._entries[path]
-        array = read_tensor(entry)
+        array = _read(entry)
         layout.require_finite(array, entry.name, str(entry.path))
         return layout.to_flax(path, array)
+
+
+def _read(entry: Entry) -> np.ndarray:
+    """Returns the tensor in its stored dtype, float64 as float32; what is too large for float32 becomes infinite."""
+    array = read_tensor(entry)
+    if array.dtype != np.float64:
+        return array
+    with np.errstate(over="ignore"):
+        return array.astype(np.float32)
 
 
 def _open_folder(folder: Path) -> tuple[tuple[Path, ...], dict[str, Entry]]:

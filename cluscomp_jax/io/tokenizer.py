@@ -51,11 +51,6 @@ def _wants_remote_code(folder: Path) -> bool:
     return "auto_map" in read_object(file)
 
 
-def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
-    """Writes the tokenizer files, chat template included, into a folder (made if absent)."""
-    tokenizer.save_pretrained(str(folder))
-
-
 def encode_text(tokenizer: Any, text: str) -> np.ndarray:
     """Returns the token ids int32 [tokens] of a whole text, led by the tokenizer's own start tokens.
 

@@ -152,17 +152,27 @@ class LlamaModel:
         return {"keys": jnp.zeros(shape, dtype), "values": jnp.zeros(shape, dtype)}
 
     def cached_block(
-        self, params: Params, x: jax.Array, cache: Cache, position: jax.Array, *, kind: Hashable
+        self,
+        params: Params,
+        x: jax.Array,
+        cache: Cache,
+        position: jax.Array,
+        *,
+        kind: Hashable,
+        length: jax.Array | int | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Returns (y [b, t, d], new cache) of x [b, t, d] at positions `position` … position+t-1.
 
-        Earlier positions are read from the cache; position + t must not exceed its length (not checked: traced).
+        Earlier positions are read from the cache; position + t must not exceed its size (not checked: traced).
+        `length` is the number of positions of the sequence after this call, less than position + t where x is padded
+        at its end; None: position + t. The dynamic rope reads it; columns of y at and past it mean nothing.
         Keys are kept as they were rotated when written, as transformers does; so with the dynamic rope beyond
         the original context, cached decoding and a fresh forward pass differ there as here.
         """
-        t, length = x.shape[1], cache["keys"].shape[2]
+        t, size = x.shape[1], cache["keys"].shape[2]
+        length = position + t if length is None else length
         positions = position + jnp.arange(t)
-        mask = causal_mask(positions, jnp.arange(length), _window(kind))
+        mask = causal_mask(positions, jnp.arange(size), _window(kind))
         written: Cache = {}
 
         def attend(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
@@ -171,7 +181,7 @@ class LlamaModel:
                 written[name] = jax.lax.dynamic_update_slice_in_dim(cache[name], new, position, axis=2)
             return attention(queries, written["keys"].astype(x.dtype), written["values"].astype(x.dtype), mask)
 
-        y = self._residual_block(params, x, positions, position + t, attend, lambda site, value: None)
+        y = self._residual_block(params, x, positions, length, attend, lambda site, value: None)
         return y, written
 
     def _residual_block(

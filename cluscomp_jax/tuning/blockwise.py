@@ -117,11 +117,15 @@ def tuning_step(
 
     A step whose loss or gradient is not finite changes nothing, nor does any step after it.
     """
+    # The derivative of a mean over so many outputs would vanish in float16; that of the scaled mean does not.
+    scale = float(2 ** (x.size.bit_length() - 1)) if settings.compute_dtype == "float16" else 1.0
 
-    def loss_of(codebooks: Codebooks) -> jax.Array:
-        return block_loss(codebooks, frozen, x, targets, model=model, kind=kind, settings=settings)
+    def loss_of(codebooks: Codebooks) -> tuple[jax.Array, jax.Array]:
+        loss = block_loss(codebooks, frozen, x, targets, model=model, kind=kind, settings=settings)
+        return scale * loss, loss
 
-    loss, gradients = jax.value_and_grad(loss_of)(state.codebooks)
+    (_, loss), scaled = jax.value_and_grad(loss_of, has_aux=True)(state.codebooks)
+    gradients = jax.tree.map(lambda gradient: gradient / scale, scaled)
     alive = state.alive & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
     updates, optimizer = make_optimizer(settings, total_steps).update(gradients, state.optimizer, state.codebooks)
     stepped = StepState(optax.apply_updates(state.codebooks, updates), optimizer, alive)
@@ -148,6 +152,46 @@ def block_loss(
 _evaluate = partial(jax.jit, static_argnames=("model", "kind", "settings"))(block_loss)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Problem:
+    """One block's frozen part and its data, ready to be stepped and scored."""
+
+    model: Model
+    kind: Hashable
+    settings: TuningSettings
+    frozen: dict[str, Any]
+    inputs: ActivationStore
+    targets: tuple[ActivationStore, ...]
+    total_steps: int
+
+    @property
+    def _fixed(self) -> dict[str, Any]:
+        return {"model": self.model, "kind": self.kind, "settings": self.settings}
+
+    def batch(self, where: slice | np.ndarray) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Returns (inputs, targets) of some samples, on the device."""
+        targets = tuple(jax.device_put(store.read(where)) for store in self.targets)
+        return jax.device_put(self.inputs.read(where)), targets
+
+    def step(self, state: StepState, where: np.ndarray) -> tuple[StepState, jax.Array]:
+        """Returns (next state, loss before the step)."""
+        x, targets = self.batch(where)
+        stepped: tuple[StepState, jax.Array] = tuning_step(
+            state, self.frozen, x, targets, total_steps=self.total_steps, **self._fixed
+        )
+        return stepped
+
+    def mean_loss(self, codebooks: Codebooks, samples: range) -> float:
+        """Returns the loss over at least one sample."""
+        total = 0.0
+        for begin in samples[:: self.settings.batch_size]:
+            where = slice(begin, min(begin + self.settings.batch_size, samples.stop))
+            x, targets = self.batch(where)
+            loss = _evaluate(codebooks, self.frozen, x, targets, **self._fixed)
+            total += (where.stop - where.start) * float(loss)
+        return total / len(samples)
+
+
 def tune_block(
     model: Model,
     kind: Hashable,
@@ -162,7 +206,7 @@ def tune_block(
     """Returns (the block with tuned float32 codebooks, what happened).
 
     The last `settings.held_out` samples are never stepped on; they choose among the start and the epochs. Without
-    them the last epoch is kept.
+    them see `TuningSettings`.
 
     Args:
       block: compressed parameters, block-relative paths; at least one CodebookArray.
@@ -171,46 +215,33 @@ def tune_block(
       rng: orders the samples of each epoch.
     """
     codebooks, frozen = split_codebooks(jax.tree.map(jnp.asarray, block))
-    train = len(inputs) - settings.held_out
-    steps_per_epoch = train // settings.batch_size
+    stepped, held_out = range(len(inputs) - settings.held_out), range(len(inputs) - settings.held_out, len(inputs))
+    steps_per_epoch = len(stepped) // settings.batch_size
     total_steps = max(settings.epochs * steps_per_epoch, 1)
-    fixed: dict[str, Any] = {"model": model, "kind": kind, "settings": settings}
-
-    def batch(where: slice | np.ndarray) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        return jax.device_put(inputs.read(where)), tuple(jax.device_put(store.read(where)) for store in targets)
-
-    def mean_loss(codebooks: Codebooks, samples: range) -> float:
-        losses = []
-        for begin in samples[:: settings.batch_size]:
-            where = slice(begin, min(begin + settings.batch_size, samples.stop))
-            losses.append((where.stop - where.start, _evaluate(codebooks, frozen, *batch(where), **fixed)))
-        return float(sum(count * float(loss) for count, loss in losses) / len(samples))
-
-    held_out = range(train, len(inputs))
+    problem = _Problem(model, kind, settings, frozen, inputs, targets, total_steps)
     state = init_state(codebooks, settings=settings, total_steps=total_steps)
-    loss_before = mean_loss(state.codebooks, range(train))
-    held_out_losses = [mean_loss(state.codebooks, held_out)] if settings.held_out else []
     start = jax.tree.map(jnp.copy, state.codebooks)
     best, chosen = start, 0
-    epoch_losses = []
-    for epoch in range(1, settings.epochs + 1):
-        order = rng.permutation(train)[: steps_per_epoch * settings.batch_size]
+    loss_before = problem.mean_loss(start, stepped)
+    held_out_losses = [problem.mean_loss(start, held_out)] if held_out else []
+    epoch_losses: list[float] = []
+    while len(epoch_losses) < settings.epochs and bool(state.alive):
+        order = rng.permutation(len(stepped))[: steps_per_epoch * settings.batch_size]
         losses = []
         for where in np.split(order, steps_per_epoch):
-            state, loss = tuning_step(state, frozen, *batch(np.sort(where)), total_steps=total_steps, **fixed)
+            state, loss = problem.step(state, np.sort(where))
             losses.append(loss)
             reporter.advance()
         epoch_losses.append(float(np.mean(jax.device_get(losses))))
-        if not bool(state.alive):
-            break
-        if settings.held_out:
-            held_out_losses.append(mean_loss(state.codebooks, held_out))
-        if not settings.held_out or held_out_losses[-1] < min(held_out_losses[:-1]):
-            best, chosen = jax.tree.map(jnp.copy, state.codebooks), epoch
-    diverged = not bool(state.alive)
-    if not settings.held_out and epoch_losses and (diverged or epoch_losses[-1] > loss_before):
+        if held_out and bool(state.alive):
+            held_out_losses.append(problem.mean_loss(state.codebooks, held_out))
+            if held_out_losses[-1] < min(held_out_losses[:-1]):
+                best, chosen = jax.tree.map(jnp.copy, state.codebooks), len(epoch_losses)
+    if not held_out and epoch_losses:
         # The last good step counts unless it is worse than no step at all.
-        better = mean_loss(state.codebooks, range(train)) < loss_before
-        best, chosen = (state.codebooks, len(epoch_losses)) if better else (start, 0)
+        suspect = not bool(state.alive) or epoch_losses[-1] > loss_before
+        if not suspect or problem.mean_loss(state.codebooks, stepped) < loss_before:
+            best, chosen = state.codebooks, len(epoch_losses)
+    diverged = not bool(state.alive)
     result = BlockTuning(loss_before, tuple(epoch_losses), tuple(held_out_losses), chosen, diverged)
     return join_codebooks(best, frozen), result

@@ -1,16 +1,19 @@
-"""SmolLM2's GGUF read by us against transformers' own GGUF loading in PyTorch: weights and tokens."""
+"""SmolLM2's GGUF read by us against transformers' own GGUF loading in PyTorch: weights, logits, tokens."""
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from cluscomp_jax import trees
+from cluscomp_jax import data, trees
 from cluscomp_jax.io.gguf_source import GgufSource
 from cluscomp_jax.io.open import open_model
 from cluscomp_jax.io.tokenizer import encode_text
+from cluscomp_jax.llama import forward
+from cluscomp_jax.source import load_all
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
 
@@ -34,13 +37,18 @@ def flax_form(name: str, weight: np.ndarray) -> tuple[str, np.ndarray]:
     return "/".join([*modules, "embedding" if modules[-1] == "embed_tokens" else "weight"]), weight
 
 
-def test_every_weight_equals_the_one_transformers_reads(gguf_file: Path) -> None:
+def torch_model(gguf_file: Path) -> Any:
+    """The LlamaForCausalLM, float32, that transformers makes of the file by itself."""
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        str(gguf_file.parent), gguf_file=gguf_file.name, dtype=torch.float32
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        str(gguf_file.parent), gguf_file=gguf_file.name, dtype=torch.float32, attn_implementation="eager"
     )
+
+
+def test_every_weight_equals_the_one_transformers_reads(gguf_file: Path) -> None:
+    model = torch_model(gguf_file)
     source = GgufSource(gguf_file, dtype=np.float32)
     ours = trees.flatten(source.load_rest())
     for i in range(source.model.num_blocks):
@@ -61,6 +69,21 @@ def test_the_default_dtype_is_torchs_rounding_to_bfloat16(gguf_file: Path) -> No
     assert rounded.dtype == ml_dtypes.bfloat16
     expected = torch.from_numpy(exact.copy()).to(torch.bfloat16).float().numpy()
     np.testing.assert_array_equal(rounded.astype(np.float32), expected)
+
+
+def test_the_logits_of_real_text_equal_those_of_pytorch_on_the_same_rounded_weights(gguf_file: Path) -> None:
+    import torch
+
+    model = torch_model(gguf_file)
+    opened = open_model(gguf_file)
+    tokens = encode_text(opened.load_tokenizer(), data.text("wiki_test"))[None, :128]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+        expected = model(torch.from_numpy(tokens).long()).logits.numpy()
+    actual = np.asarray(forward(load_all(opened.source, opened.model), tokens, opened.config))
+    assert actual.shape == expected.shape == (1, 128, opened.config.vocab_size)
+    assert np.abs(actual - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
 def test_the_config_equals_the_one_transformers_reads(gguf_file: Path) -> None:

@@ -1,0 +1,38 @@
+"""The Makefile's list of targets, and the script that makes the environments, short of making one."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What a Debian without python3-venv does: the interpreter is linked, then `-m ensurepip` fails in it.
+WITHOUT_ENSUREPIP = """
+import runpy, subprocess, sys, venv
+def create(*args, **kwargs):
+    raise subprocess.CalledProcessError(1, [sys.executable, "-m", "ensurepip"])
+venv.create = create
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_help_lists_every_target():
+    command = ["make", "--no-print-directory", "help"]
+    listing = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert phony is not None
+    assert sorted(line.split(": ")[0] for line in listing.splitlines()) == sorted(phony[1].split())
+
+
+def test_a_python_that_cannot_install_pip_is_told_what_to_install(tmp_path):
+    command = [sys.executable, "-c", WITHOUT_ENSUREPIP, ROOT / "scripts" / "make_venv.py", tmp_path / "env"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.endswith("apt install python3-venv")

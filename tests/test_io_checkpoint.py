@@ -143,10 +143,26 @@ def worn(kernel):
     return CodebookArray(kernel.codebook[:100], kernel.index.clip(max=150), kernel.shape, kernel.axis)
 
 
+class Unchecked:
+    """A source that hands out what it holds, whether it fits the model or not."""
+
+    def __init__(self, params):
+        self.params = params
+
+    def load_block(self, i):
+        return self.params["model"]["layers"][str(i)]
+
+    def load_rest(self):
+        return toy_rest(CONFIG)
+
+    def fingerprint(self):
+        return "unchecked"
+
+
 def broken(change):
     params = toy_params(CONFIG)
     change(params["model"]["layers"]["1"])
-    return params
+    return Unchecked(params)
 
 
 @pytest.mark.parametrize(

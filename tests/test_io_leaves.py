@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluscomp_jax.codebook import CodebookArray, bits_per_weight
+from cluscomp_jax.cluster import matrix_size
+from cluscomp_jax.codebook import CodebookArray
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.leaves import MatrixEntry, TensorEntry, decode, encode, stored_arrays
 
@@ -32,7 +33,7 @@ def test_a_matrix_comes_back_and_its_entry_says_what_is_stored(w):
     np.testing.assert_array_equal(back.index, w.index)
     assert back.codebook.tobytes() == w.codebook.tobytes()
     if w.codebook.dtype.itemsize == 2:
-        assert entry.to_dict()["bits_per_weight"] == bits_per_weight(w)
+        assert entry.to_dict()["bits_per_weight"] == matrix_size("w", w).bits_per_weight
 
 
 def test_float32_codes_count_with_32_bits():

@@ -14,6 +14,8 @@ _CHUNK = 131072
 """Vectors per chunk: enough for XLA to spread one step over the cores. Changes the speed only."""
 _UNROLL = 16
 """Codes per loop step, kept in registers against one load of the vectors. Changes the speed only."""
+_FEW_CODES = 512
+"""Below so many codes a quarter of that compiles sooner than it runs longer."""
 
 
 @jax.jit
@@ -46,19 +48,20 @@ def _nearest(lanes: jax.Array, *, codebook: jax.Array) -> tuple[jax.Array, jax.A
     """One chunk: lanes [g, c] -> (index [c], squared distance [c])."""
     g, c = lanes.shape
     n = codebook.shape[0]
-    steps = -(-n // _UNROLL)
+    unroll = _UNROLL if n >= _FEW_CODES else _UNROLL // 4
+    steps = -(-n // unroll)
     # Codes at infinity fill the last step: their distance is never less than the best so far.
-    codes = jnp.pad(codebook, ((0, steps * _UNROLL - n), (0, 0)), constant_values=jnp.inf)
+    codes = jnp.pad(codebook, ((0, steps * unroll - n), (0, 0)), constant_values=jnp.inf)
 
     def step(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         index, distance = best
-        some = jax.lax.dynamic_slice(codes, (i * _UNROLL, 0), (_UNROLL, g))
-        for u in range(_UNROLL):
+        some = jax.lax.dynamic_slice(codes, (i * unroll, 0), (unroll, g))
+        for u in range(unroll):
             d = jnp.square(lanes[0] - some[u, 0])
             for t in range(1, g):
                 d += jnp.square(lanes[t] - some[u, t])
             closer = d < distance
-            index = jnp.where(closer, i * _UNROLL + u, index)
+            index = jnp.where(closer, i * unroll + u, index)
             distance = jnp.where(closer, d, distance)
         return index, distance
 

@@ -151,6 +151,14 @@ def run_block(block: Params, x: jax.Array, *, model: Model, kind: Hashable) -> j
     return y
 
 
+def parameter_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Returns {path: shape} of all dense parameters, blocks in order behind the rest."""
+    shapes = dict(model.rest_shapes())
+    for i in range(model.num_blocks):
+        shapes |= {f"{model.blocks_path}/{i}/{path}": shape for path, shape in model.block_shapes(i).items()}
+    return shapes
+
+
 def check_tokens(tokens: np.ndarray, model: Model, what: str) -> None:
     """Raises InputError where `tokens` (called `what` in the message) are no integers or leave the vocabulary."""
     if not np.issubdtype(tokens.dtype, np.integer):

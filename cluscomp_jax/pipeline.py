@@ -26,7 +26,7 @@ from cluscomp_jax.codebook import CodebookArray, round_codebook
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io import atomic
-from cluscomp_jax.model import Model, build_model, check_tokens, run_block, run_embed
+from cluscomp_jax.model import Model, build_model, check_tokens, parameter_shapes, run_block, run_embed
 from cluscomp_jax.progress import Reporter, SilentReporter
 from cluscomp_jax.settings import CompressionRule, TuningSettings
 from cluscomp_jax.source import BlockSink, DictSink, ParamSource, as_source
@@ -136,12 +136,9 @@ def rules_by_block(model: Model, cfg: RunConfig) -> list[Rules]:
     Raises:
       InputError: a rule matches nothing or something that is no kernel of a block, or the budget cannot be met.
     """
-    shapes: dict[str, tuple[int, ...]] = dict(model.rest_shapes())
-    kernels = set()
-    for i in range(model.num_blocks):
-        prefix = f"{model.blocks_path}/{i}/"
-        shapes |= {prefix + path: shape for path, shape in model.block_shapes(i).items()}
-        kernels |= {prefix + path for paths in model.sites.values() for path in paths}
+    shapes = parameter_shapes(model)
+    blocks = range(model.num_blocks)
+    kernels = {f"{model.blocks_path}/{i}/{path}" for i in blocks for paths in model.sites.values() for path in paths}
     rules = cfg.cluster.rules
     matched = rules_of.match(rules, shapes)
     outside = next((path for path in matched if path not in kernels), None)

@@ -9,7 +9,7 @@ import numpy as np
 
 from cluscomp_jax import trees
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.model import Model
+from cluscomp_jax.model import Model, parameter_shapes
 from cluscomp_jax.trees import Params
 
 
@@ -83,9 +83,7 @@ class DictSource:
 
 
 def _check_shapes(flat: Mapping[str, Any], model: Model) -> None:
-    expected: dict[str, tuple[int, ...]] = dict(model.rest_shapes())
-    for i in range(model.num_blocks):
-        expected |= {f"{model.blocks_path}/{i}/{path}": shape for path, shape in model.block_shapes(i).items()}
+    expected = parameter_shapes(model)
     for path, shape in expected.items():
         if path not in flat:
             raise InputError(f"the parameters have no {path!r}; the model config asks for it, of shape {shape}")

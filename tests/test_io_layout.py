@@ -6,7 +6,7 @@ from io_models import config_fields, hf_tensors
 
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io import layout
-from cluscomp_jax.model import build_model, parse_model_config
+from cluscomp_jax.model import build_model, parameter_shapes, parse_model_config
 
 FAMILIES = [
     ("llama", {}),
@@ -31,10 +31,10 @@ def test_every_tensor_of_every_family_finds_its_parameter(model_type, changes):
     shapes = {name: array.shape for name, array in tensors.items()}
     names, tied_head = layout.match_tensors(shapes, model, layout.HUGGING_FACE, "here")
     assert sorted(names.values()) == sorted(tensors)
-    assert set(names) == set(layout.parameter_shapes(model))
+    assert set(names) == set(parameter_shapes(model))
     assert tied_head is None
     for path, name in names.items():
-        assert layout.to_flax(path, tensors[name]).shape == layout.parameter_shapes(model)[path]
+        assert layout.to_flax(path, tensors[name]).shape == parameter_shapes(model)[path]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_names_are_those_of_the_two_formats(path, hf, gguf):
     naming=st.sampled_from([layout.HUGGING_FACE, layout.GGUF]),
 )
 def test_path_undoes_name(family, pick, naming):
-    paths = sorted(layout.parameter_shapes(model_and_tensors(*family)[0]))
+    paths = sorted(parameter_shapes(model_and_tensors(*family)[0]))
     path = paths[pick % len(paths)]
     assert naming.path(naming.name(path)) == path
 

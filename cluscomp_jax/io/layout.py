@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.model import Model
+from cluscomp_jax.model import Model, parameter_shapes
 
 _REST = (
     # Flax module, Hugging Face module, GGUF module, Flax name of its stored "weight"
@@ -143,14 +143,6 @@ def match_tensors(
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{where}: tensor {missing[0]}{more} is missing; the model config needs it")
     return names, tied_head
-
-
-def parameter_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """Returns {Flax path: shape} of all parameters of a model."""
-    shapes = dict(model.rest_shapes())
-    for i in range(model.num_blocks):
-        shapes.update({f"{model.blocks_path}/{i}/{path}": shape for path, shape in model.block_shapes(i).items()})
-    return shapes
 
 
 def require_finite(array: np.ndarray, name: str, where: str) -> None:

@@ -8,16 +8,13 @@ import jax.numpy as jnp
 from cluscomp_jax import trees
 from cluscomp_jax.llama.config import LlamaConfig
 from cluscomp_jax.llama.model import LlamaModel
+from cluscomp_jax.model import parameter_shapes
 from cluscomp_jax.trees import Params
 
 
 def param_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Returns {path: shape} of all dense parameters, blocks in order."""
-    model = LlamaModel(config)
-    shapes = dict(model.rest_shapes())
-    for i in range(model.num_blocks):
-        shapes |= {f"{model.blocks_path}/{i}/{path}": shape for path, shape in model.block_shapes(i).items()}
-    return shapes
+    return parameter_shapes(LlamaModel(config))
 
 
 def initial_value(name: str, shape: tuple[int, ...], key: jax.Array, deviation: float) -> jax.Array:

@@ -22,6 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 
 from cluscomp_jax import llama, trees
 from cluscomp_jax.codebook import CodebookArray, index_dtype, index_shape
+from cluscomp_jax.host_memory import keep_freed_memory
 from cluscomp_jax.settings import TuningSettings
 from cluscomp_jax.tuning.blockwise import init_state, split_codebooks, tuning_step
 
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     model = llama.build(llama.parse_config(SMOLLM2_135M))
     block = random_block(model, g=options.g, num_codes=options.num_codes)
     rng = np.random.default_rng(1)
@@ -128,6 +130,7 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(options.steps):
         for name, step in steps.items():
+            time.sleep(0.02)  # the other's threads spin on for a while after their work
             began = time.perf_counter()
             step()
             seconds[name].append(time.perf_counter() - began)

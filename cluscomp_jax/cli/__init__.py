@@ -7,6 +7,7 @@ import tyro
 
 from cluscomp_jax.cli import arguments as args
 from cluscomp_jax.cli.outcome import DONE, WRONG_INPUT, Result, run
+from cluscomp_jax.host_memory import keep_freed_memory
 
 _MODULES: dict[type[args.Common], str] = {
     args.CompressArguments: "compress",
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DONE if end.code in (None, 0) else WRONG_INPUT
 
     def command() -> Result:
+        keep_freed_memory()
         module = importlib.import_module(f"cluscomp_jax.cli.{_MODULES[type(parsed)]}")
         result: Result = module.run(parsed)
         return result

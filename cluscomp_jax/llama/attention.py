@@ -1,6 +1,7 @@
 """Causal grouped-query attention over given queries, keys and values. Knows nothing of projections, ropes or caches.
 
-Letters: b batch, t query time, s key time, q query heads, k key-value heads, h head_dim.
+Letters: b batch, t query time, s key time, q query heads, k key-value heads, r = q / k queries per key-value head,
+h head_dim.
 """
 
 import jax
@@ -8,6 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 _HIDDEN = float(np.finfo(np.float32).min)
+_SEGMENT = 64
+"""Fewest queries that are worth a segment of their own. Changes the speed only."""
+_MAX_SEGMENTS = 8
+"""Most segments of one sequence: each is compiled for itself. Changes the speed only."""
 
 
 def causal_mask(query_positions: jax.Array, key_positions: jax.Array, window: int | None) -> jax.Array:
@@ -23,6 +28,29 @@ def causal_mask(query_positions: jax.Array, key_positions: jax.Array, window: in
     return visible if window is None else visible & (distance < window)
 
 
+def causal_attention(queries: jax.Array, keys: jax.Array, values: jax.Array, window: int | None) -> jax.Array:
+    """Returns `attention` of a whole sequence under its causal mask, [b, t, q, h].
+
+    Cut into segments of queries, each against only the keys that it may read: about half the work, and scores
+    that stay in the cache of a CPU.
+
+    Args:
+      queries: [b, t, q, h].
+      keys: [b, k, t, h].
+      values: [b, k, t, h].
+      window: see `causal_mask`.
+    """
+    t = queries.shape[1]
+    size = max(_SEGMENT, -(-t // _MAX_SEGMENTS))
+    segments = []
+    for begin in range(0, t, size):
+        end = min(begin + size, t)
+        first = 0 if window is None else max(0, begin - window + 1)
+        mask = causal_mask(jnp.arange(begin, end), jnp.arange(first, end), window)
+        segments.append(attention(queries[:, begin:end], keys[:, :, first:end], values[:, :, first:end], mask))
+    return jnp.concatenate(segments, axis=1)
+
+
 def attention(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns softmax(queries keys^T / sqrt(h)) values, [b, t, q, h] in the dtype of the queries.
 
@@ -36,10 +64,44 @@ def attention(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.
       mask: bool [t, s], at least one True in every row.
     """
     b, t, q, h = queries.shape
-    k, s = keys.shape[1:3]
-    grouped = queries.reshape(b, t, k, q // k, h).transpose(0, 2, 3, 1, 4).reshape(b, k, q // k * t, h)
-    scores = jnp.einsum("bkmh,bksh->bkms", grouped, keys, preferred_element_type=jnp.float32) * h**-0.5
-    scores = jnp.where(mask, scores.reshape(b, k, q // k, t, s), _HIDDEN)
-    weights = jax.nn.softmax(scores, axis=-1).astype(queries.dtype).reshape(b, k, q // k * t, s)
-    mixed = jnp.einsum("bkms,bksh->bkmh", weights, values)
+    k = keys.shape[1]
+    rows = queries.reshape(b, t, k, q // k, h).transpose(0, 2, 3, 1, 4).reshape(b, k, q // k * t, h)
+    mixed = _attend(rows, keys, values, mask)
     return mixed.reshape(b, k, q // k, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, q, h)
+
+
+@jax.custom_vjp
+def _attend(rows: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Attention of query rows [b, k, r*t, h], the mask [t, s] repeated r times, to keys and values [b, k, s, h]."""
+    return _attend_forward(rows, keys, values, mask)[0]
+
+
+def _attend_forward(
+    rows: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    (t, s), h = mask.shape, rows.shape[-1]
+    scores = jnp.einsum("bkmh,bksh->bkms", rows, keys, preferred_element_type=jnp.float32) * h**-0.5
+    scores = jnp.where(mask, scores.reshape(*scores.shape[:2], -1, t, s), _HIDDEN).reshape(scores.shape)
+    # The division by the sum waits for the product with the values: it then costs [.., h] and not [.., s].
+    powers = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    total = jnp.sum(powers, axis=-1, keepdims=True)
+    powers = powers.astype(rows.dtype)
+    mixed = jnp.einsum("bkms,bksh->bkmh", powers, values, preferred_element_type=jnp.float32) / total
+    return mixed.astype(rows.dtype), (rows, keys, values, powers, total, mixed)
+
+
+def _attend_backward(saved: tuple[jax.Array, ...], d_mixed: jax.Array) -> tuple[jax.Array | None, ...]:
+    rows, keys, values, powers, total, mixed = saved
+    scaled = d_mixed.astype(jnp.float32) / total
+    # What the softmax takes off, the sum over s of weight * d_weight, is that over h of output * its gradient.
+    shift = jnp.sum(scaled * mixed, axis=-1, keepdims=True)
+    scaled = scaled.astype(rows.dtype)
+    d_values = jnp.einsum("bkms,bkmh->bksh", powers, scaled)
+    d_weights = jnp.einsum("bkmh,bksh->bkms", scaled, values, preferred_element_type=jnp.float32)
+    d_scores = (powers * ((d_weights - shift) * rows.shape[-1] ** -0.5)).astype(rows.dtype)
+    d_rows = jnp.einsum("bkms,bksh->bkmh", d_scores, keys)
+    d_keys = jnp.einsum("bkms,bkmh->bksh", d_scores, rows)
+    return d_rows, d_keys, d_values, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from cluscomp_jax import trees
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.linear import linear
-from cluscomp_jax.llama.attention import attention, causal_mask
+from cluscomp_jax.llama.attention import attention, causal_attention, causal_mask
 from cluscomp_jax.llama.config import LlamaConfig
 from cluscomp_jax.llama.rope import rotary_tables, rotate
 from cluscomp_jax.model import Cache, Tap, run_block, run_embed
@@ -131,11 +131,9 @@ class LlamaModel:
           kind: `block_kind` of the block.
           tap: see `cluscomp_jax.model.Tap`.
         """
-        positions = jnp.arange(x.shape[1])
-        mask = causal_mask(positions, positions, _window(kind))
 
         def attend(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
-            return attention(queries, keys, values, mask)
+            return causal_attention(queries, keys, values, _window(kind))
 
         tapped: dict[str, Any] = {}
 
@@ -143,7 +141,7 @@ class LlamaModel:
             if tap is not None:
                 tapped[site] = tap(site, value)
 
-        y = self._residual_block(params, x, positions, x.shape[1], attend, observe)
+        y = self._residual_block(params, x, jnp.arange(x.shape[1]), x.shape[1], attend, observe)
         return y if tap is None else (y, tapped)
 
     def init_cache(self, i: int, batch: int, length: int, dtype: Any) -> Cache:

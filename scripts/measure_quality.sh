@@ -8,8 +8,8 @@ recipe=$1 out=$2
 model=$(python -c 'from cluscomp_jax.cli.demo import find_model; print(find_model())')
 data=$(python -c 'from cluscomp_jax import data; print(data.path("wiki_train").parent)')
 mkdir -p "$out"
-for seed in 1 2 3; do
-  for stage in clustered tuned; do
+for stage in clustered tuned; do
+  for seed in 1 2 3; do
     options=(--calibration "$data/wiki_train.txt.gz" --samples 16 --length 512 --starts "$data/calibration_starts.txt")
     case "$recipe-$stage" in
       *-tuned) options+=(--epochs 4) ;;

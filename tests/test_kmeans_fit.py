@@ -65,8 +65,9 @@ def test_same_start_same_fixed_point_as_float64_lloyd(weighted):
     centres = rng.standard_normal((6, 3)) * 10
     vectors = (centres[rng.integers(0, 6, 600)] + rng.standard_normal((600, 3)) * 0.3).astype(np.float32)
     weights = rng.uniform(0.1, 5, 600).astype(np.float32) if weighted else None
-    start, _, _ = fit_codebook(vectors, num_codes=6, key=jax.random.key(0), weights=weights, iterations=0)
-    codebook, index, _ = fit_codebook(vectors, num_codes=6, key=jax.random.key(0), weights=weights, iterations=15)
+    start, _, _ = fit_codebook(vectors, num_codes=6, key=jax.random.key(1), weights=weights, iterations=0)
+    codebook, index, stats = fit_codebook(vectors, num_codes=6, key=jax.random.key(1), weights=weights, iterations=15)
+    assert stats.refills == 0
     expected = lloyd(vectors, np.asarray(start), np.ones(600) if weights is None else weights, 15)
     np.testing.assert_allclose(codebook, expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(index, squared_distances(vectors, expected).argmin(1))
@@ -160,11 +161,12 @@ def test_few_distinct_vectors_are_exact(m, distinct, n):
 
 def test_empty_clusters_are_refilled_where_the_error_is_largest():
     rng = np.random.default_rng(10)
-    # Nearly all vectors are copies of one: a random start puts most codes on top of each other.
+    # Nearly all vectors are copies of one: the start puts several codes on top of each other.
     vectors = np.concatenate([np.zeros((950, 2)), rng.standard_normal((50, 2))]).astype(np.float32)
-    _, _, stats = fit_codebook(vectors, num_codes=40, key=jax.random.key(0), iterations=10)
+    _, index, stats = fit_codebook(vectors, num_codes=40, key=jax.random.key(0), iterations=10)
     assert stats.refills > 0
-    assert stats.inertia[-1] < 0.05 * stats.inertia[0]
+    assert len(np.unique(index)) == 40
+    assert stats.inertia[-1] < 0.2 * stats.inertia[0]
 
 
 def test_one_huge_outlier_takes_one_code_and_no_more():

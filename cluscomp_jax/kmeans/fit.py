@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +9,7 @@ import numpy as np
 
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.kmeans.assign import nearest_lanes
+from cluscomp_jax.kmeans.start import spread_start
 
 _MAX_CODES = 65536
 _MAX_GROUP = 32
@@ -40,9 +40,9 @@ def fit_codebook(
 ) -> tuple[jax.Array, jax.Array, KMeansStats]:
     """Returns (codebook float32 [n, g], index int32 [m], stats) of k-means on `vectors`.
 
-    One start from random distinct positions, exact Lloyd iterations (paper section 3.2), then one exact
-    assignment: `index` is the nearest of the returned codes. A cluster that falls empty takes a vector whose
-    weighted error is among the largest. With at most `num_codes` distinct vectors the result is exact.
+    One start from vectors drawn where codes are due (`spread_start`), exact Lloyd iterations (paper section 3.2),
+    then one exact assignment: `index` is the nearest of the returned codes. A cluster that falls empty takes a
+    vector whose weighted error is among the largest. With at most `num_codes` distinct vectors the result is exact.
 
     Args:
       vectors: [m, g], m >= 1, 1 <= g <= 32, any floating dtype; computed in float32.
@@ -64,7 +64,7 @@ def fit_codebook(
     if exact is not None:
         codebook, index = exact
         return codebook, index, KMeansStats((0.0,), 0, time.monotonic() - began)
-    codebook = _random_start(lanes, key, num_codes)
+    codebook = spread_start(lanes, weights, key, num_codes)
     inertias, refills = [], []
     for _ in range(iterations):
         codebook, inertia, refilled = _lloyd(lanes, weights, codebook)
@@ -122,12 +122,6 @@ def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     keys = rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1]))).reshape(-1)
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     return rows[first], inverse
-
-
-@partial(jax.jit, static_argnames="num_codes")
-def _random_start(lanes: jax.Array, key: jax.Array, num_codes: int) -> jax.Array:
-    positions = jax.random.choice(key, lanes.shape[1], (num_codes,), replace=False)
-    return lanes[:, positions].T
 
 
 @jax.jit

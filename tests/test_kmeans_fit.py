@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.kmeans import assign, fit_codebook
+from cluscomp_jax.kmeans import assign, fit_codebook, fit_codebooks
 
 
 def squared_distances(vectors, codebook):
@@ -65,8 +65,9 @@ def test_same_start_same_fixed_point_as_float64_lloyd(weighted):
     centres = rng.standard_normal((6, 3)) * 10
     vectors = (centres[rng.integers(0, 6, 600)] + rng.standard_normal((600, 3)) * 0.3).astype(np.float32)
     weights = rng.uniform(0.1, 5, 600).astype(np.float32) if weighted else None
-    start, _, _ = fit_codebook(vectors, num_codes=6, key=jax.random.key(1), weights=weights, iterations=0)
-    codebook, index, stats = fit_codebook(vectors, num_codes=6, key=jax.random.key(1), weights=weights, iterations=15)
+    options = {"num_codes": 6, "key": jax.random.key(1), "weights": weights, "accelerate": False}
+    start, _, _ = fit_codebook(vectors, **options, iterations=0)
+    codebook, index, stats = fit_codebook(vectors, **options, iterations=15)
     assert stats.refills == 0
     expected = lloyd(vectors, np.asarray(start), np.ones(600) if weights is None else weights, 15)
     np.testing.assert_allclose(codebook, expected, rtol=1e-4, atol=1e-4)
@@ -89,7 +90,7 @@ def test_index_and_inertia_are_those_of_the_returned_codebook():
 @settings(max_examples=15, deadline=None)
 def test_inertia_never_rises(seed, m, g, n):
     vectors = np.random.default_rng(seed).standard_normal((m, g)).astype(np.float32)
-    _, index, stats = fit_codebook(vectors, num_codes=n, key=jax.random.key(seed), iterations=6)
+    _, index, stats = fit_codebook(vectors, num_codes=n, key=jax.random.key(seed), iterations=6, accelerate=False)
     inertia = np.array(stats.inertia)
     assert np.all(np.diff(inertia) <= 1e-5 * inertia[0] + 1e-9)
     assert index.min() >= 0
@@ -115,7 +116,9 @@ def test_weight_two_equals_the_vector_twice():
     np.testing.assert_allclose(
         weighted.inertia[0], squared_distances(repeated, np.asarray(codebook)).min(1).sum(), rtol=1e-5
     )
-    after, _, _ = fit_codebook(vectors, num_codes=9, key=jax.random.key(2), weights=weights, iterations=7)
+    after, _, _ = fit_codebook(
+        vectors, num_codes=9, key=jax.random.key(2), weights=weights, iterations=7, accelerate=False
+    )
     expected = lloyd(repeated, np.asarray(codebook), np.ones(len(repeated)), 7)
     np.testing.assert_allclose(after, expected, rtol=1e-4, atol=1e-5)
 
@@ -195,4 +198,105 @@ def test_one_huge_outlier_takes_one_code_and_no_more():
 def test_bad_input_is_named(vectors, options, message):
     with pytest.raises(InputError) as error:
         fit_codebook(vectors, **({"num_codes": 2, "key": jax.random.key(0)} | options))
+    assert message in str(error.value)
+
+
+def test_permuting_the_vectors_permutes_the_index() -> None:
+    rng = np.random.default_rng(12)
+    vectors, codebook = rng.standard_normal((500, 4)).astype(np.float32), rng.standard_normal((40, 4))
+    order = rng.permutation(500)
+    index, _ = assign(jnp.asarray(vectors), jnp.asarray(codebook))
+    permuted, _ = assign(jnp.asarray(vectors[order]), jnp.asarray(codebook))
+    np.testing.assert_array_equal(permuted, np.asarray(index)[order])
+
+
+def heavy_tailed(m, g, seed=0):
+    return np.random.default_rng(seed).standard_t(4, (m, g)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("m", "n", "g"), [(20000, 1000, 4), (9000, 600, 8), (6000, 400, 16)])
+def test_of_many_codes_almost_every_vector_gets_the_nearest(m, n, g):
+    vectors = heavy_tailed(m, g)
+    codebook, index, stats = fit_codebook(vectors, num_codes=n, key=jax.random.key(0))
+    _, nearest = assign(jnp.asarray(vectors), codebook)
+    distance = np.square(vectors - np.asarray(codebook)[np.asarray(index)]).sum(1)
+    assert np.mean(distance > np.asarray(nearest) * (1 + 1e-4) + 1e-6) < 1e-3
+    assert distance.sum() < np.asarray(nearest).sum() * 1.0005
+    np.testing.assert_allclose(stats.inertia[-1], distance.sum(), rtol=1e-4)
+    assert 0 <= stats.certified <= 1
+    assert len(stats.inertia) == 21
+
+
+def test_acceleration_reaches_in_half_the_iterations_what_plain_updates_reach():
+    vectors = heavy_tailed(20000, 4)
+    plain = fit_codebook(vectors, num_codes=300, key=jax.random.key(0), iterations=20, accelerate=False)[2]
+    half = fit_codebook(vectors, num_codes=300, key=jax.random.key(0), iterations=10)[2]
+    whole = fit_codebook(vectors, num_codes=300, key=jax.random.key(0), iterations=20)[2]
+    assert half.inertia[-1] < 1.005 * plain.inertia[-1]
+    assert whole.inertia[-1] < 0.99 * plain.inertia[-1]
+
+
+def test_the_error_is_below_that_of_plain_lloyd_from_a_uniform_start():
+    vectors, n = heavy_tailed(6000, 4), 300
+    start = vectors[np.random.default_rng(0).permutation(len(vectors))[:n]]
+    reference = squared_distances(vectors, lloyd(vectors, start, np.ones(len(vectors)), 20)).min(1).sum()
+    _, _, stats = fit_codebook(vectors, num_codes=n, key=jax.random.key(0))
+    assert stats.inertia[-1] < 0.93 * reference
+
+
+@pytest.mark.parametrize("kind", ["outlier", "copies", "clusters", "one direction", "unweighted half", "tiny"])
+def test_odd_vectors_with_many_codes_are_sound(kind):
+    rng = np.random.default_rng(13)
+    vectors, weights = rng.standard_normal((4000, 4)).astype(np.float32), None
+    if kind == "outlier":
+        vectors[7] = 1e6
+    elif kind == "copies":
+        vectors[:3500] = 1.0
+    elif kind == "clusters":
+        vectors = (vectors * 1e-3 + rng.integers(0, 2, (4000, 1)) * 100).astype(np.float32)
+    elif kind == "one direction":
+        vectors[:, 1:] = 0.0
+    elif kind == "unweighted half":
+        weights = (np.arange(4000) % 2).astype(np.float32)
+    else:
+        vectors *= np.float32(1e-12)
+    codebook, index, stats = fit_codebook(vectors, num_codes=300, key=jax.random.key(0), weights=weights)
+    mass = np.ones(4000) if weights is None else weights
+    error = (np.square(vectors - np.asarray(codebook)[np.asarray(index)]).sum(1) * mass).sum()
+    spread = (np.square(vectors - vectors.mean(0)).sum(1) * mass).sum()
+    chex.assert_tree_all_finite((codebook, stats.inertia))
+    assert 0 <= index.min() <= index.max() < 300
+    assert error < 0.08 * spread
+    if kind == "outlier":
+        assert np.sum(np.asarray(index) == index[7]) == 1
+
+
+def test_a_batch_is_each_matrix_by_itself():
+    vectors = np.stack([heavy_tailed(700, 3, seed) for seed in range(3)])
+    weights = np.random.default_rng(0).exponential(1, (3, 700)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(5), 3)
+    codebooks, index, stats = fit_codebooks(vectors, num_codes=20, keys=keys, weights=weights, iterations=3)
+    chex.assert_shape([codebooks, index], [(3, 20, 3), (3, 700)])
+    for i in range(3):
+        alone = fit_codebook(vectors[i], num_codes=20, key=keys[i], weights=weights[i], iterations=3)
+        chex.assert_trees_all_equal((codebooks[i], index[i]), alone[:2])
+        assert stats[i].inertia == alone[2].inertia
+
+
+@pytest.mark.parametrize(
+    ("shape", "keys", "weights", "message"),
+    [
+        ((5, 4), 5, None, "[k, m, g]"),
+        ((2, 5, 4), 3, None, "2 matrices came with keys of shape (3,)"),
+        ((2, 5, 4), 2, 3, "3 rows of weights"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_named(shape, keys, weights, message):
+    with pytest.raises(InputError) as error:
+        fit_codebooks(
+            np.zeros(shape, np.float32),
+            num_codes=2,
+            keys=jax.random.split(jax.random.key(0), keys),
+            weights=None if weights is None else np.ones((weights, 5), np.float32),
+        )
     assert message in str(error.value)

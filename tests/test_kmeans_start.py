@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cluscomp_jax.kmeans.found import Blocks
 from cluscomp_jax.kmeans.start import spread_start
 
 
 def start(vectors: np.ndarray, n: int, *, seed: int = 0, weights: np.ndarray | None = None) -> np.ndarray:
-    mass = None if weights is None else jnp.asarray(weights, jnp.float32)
-    return np.asarray(spread_start(jnp.asarray(vectors.T), mass, jax.random.key(seed), n))
+    mass = jnp.ones(len(vectors)) if weights is None else jnp.asarray(weights, jnp.float32)
+    blocks = Blocks(jnp.asarray(vectors)[None], mass[None])
+    return np.asarray(spread_start(blocks, jax.random.key(seed), num_codes=n, count=len(vectors)))
 
 
 def error_after_lloyd(vectors: np.ndarray, codebook: np.ndarray, iterations: int) -> float:
@@ -65,3 +67,9 @@ def test_a_crowd_of_equal_vectors_gets_a_code() -> None:
     vectors = np.concatenate([np.full((5000, 4), 7.0), rng.standard_normal((5000, 4))]).astype(np.float32)
     codes = start(rng.permutation(vectors), 200)
     assert (codes == 7.0).all(1).any()
+
+
+def test_padding_is_never_drawn() -> None:
+    vectors = np.random.default_rng(4).standard_normal((96, 2)).astype(np.float32)
+    blocks = Blocks(jnp.asarray(np.where(np.arange(96)[:, None] < 90, vectors, 1e6))[None], jnp.ones((1, 96)))
+    assert np.abs(spread_start(blocks, jax.random.key(0), num_codes=80, count=90)).max() < 1e6

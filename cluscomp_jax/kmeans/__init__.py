@@ -1,6 +1,6 @@
 """The clustering engine: k-means for many short vectors and up to 65,536 codes. Arrays in, arrays out."""
 
 from cluscomp_jax.kmeans.assign import assign
-from cluscomp_jax.kmeans.fit import KMeansStats, fit_codebook
+from cluscomp_jax.kmeans.fit import KMeansStats, fit_codebook, fit_codebooks
 
-__all__ = ["KMeansStats", "assign", "fit_codebook"]
+__all__ = ["KMeansStats", "assign", "fit_codebook", "fit_codebooks"]

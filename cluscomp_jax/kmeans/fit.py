@@ -1,18 +1,32 @@
-"""Lloyd's k-means over weighted vectors: a host function of checks and clocks over jitted pieces."""
+"""k-means over weighted vectors: a host function of checks and clocks over jitted pieces."""
 
 import dataclasses
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.kmeans.assign import nearest_lanes
-from cluscomp_jax.kmeans.start import spread_start
+from cluscomp_jax.kmeans.found import Blocks, Found, next_codebook
+from cluscomp_jax.kmeans.lists import make_lists
+from cluscomp_jax.kmeans.search import search_all, search_listed
+from cluscomp_jax.kmeans.start import draw_sample, spread_start
+from cluscomp_jax.kmeans.tree import grow_tree, leaves_of
 
 _MAX_CODES = 65536
 _MAX_GROUP = 32
+_BLOCK = 262144
+_UNIT = 4096
+"""Most vectors of a block, which are sorted and summed up together, and what its size is a multiple of."""
+_COMPARE_ALL = 256
+"""Up to so many codes every vector is compared with all of them."""
+_SETTLING = 4
+"""The last assignment searches lists so many times as long."""
+_STEP, _MOMENTUM = 1.5, 0.7
+_PLAIN_UPDATES = 3
+"""The last updates are plain means: the codes come to rest."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +35,13 @@ class KMeansStats:
 
     Attributes:
       inertia: sum of weight times squared distance, float; before each update, and last for what is returned.
-      refills: empty clusters given a new code, over all iterations.
+      certified: share of the vectors, 0 to 1, of which it is proven that no code is nearer than the one returned.
+      refills: codes without vectors that were moved onto a vector, over all iterations.
       seconds: wall time, compilation included.
     """
 
     inertia: tuple[float, ...]
+    certified: float
     refills: int
     seconds: float
 
@@ -37,43 +53,130 @@ def fit_codebook(
     key: jax.Array,
     weights: jax.Array | np.ndarray | None = None,
     iterations: int = 20,
+    accelerate: bool = True,
 ) -> tuple[jax.Array, jax.Array, KMeansStats]:
-    """Returns (codebook float32 [n, g], index int32 [m], stats) of k-means on `vectors`.
+    """Returns (codebook float32 [n, g], index int32 [m], stats) of k-means on `vectors` (paper section 3.2).
 
-    One start from vectors drawn where codes are due (`spread_start`), exact Lloyd iterations (paper section 3.2),
-    then one exact assignment: `index` is the nearest of the returned codes. A cluster that falls empty takes a
-    vector whose weighted error is among the largest. With at most `num_codes` distinct vectors the result is exact.
+    One start from vectors drawn where codes are due (`spread_start`), then `iterations` times assignment and update.
+    Up to 256 codes every assignment is exact. With more, a vector keeps the code it has unless it finds a nearer one
+    on the lists of a tree, and every iteration grows another tree: almost every `index` ends at the nearest code.
+    A code without vectors moves onto one of those with the largest weighted error. With at most `num_codes` distinct
+    vectors the result is exact.
 
     Args:
       vectors: [m, g], m >= 1, 1 <= g <= 32, any floating dtype; computed in float32.
       num_codes: n, 1 to 65536.
-      key: decides the start; same key, same bytes.
+      key: decides the start and the trees; same key, same bytes.
       weights: [m], finite, >= 0, or None for all equal.
-      iterations: Lloyd iterations, >= 0.
+      iterations: updates of the codebook, >= 0.
+      accelerate: all updates but the last three overshoot and keep a share of their velocity, which reaches in half
+        the iterations what Lloyd's own updates (False) reach.
 
     Raises:
       InputError: a size out of range, a weight that is negative, or a value that is not finite.
     """
     began = time.monotonic()
     _check(vectors, num_codes, weights, iterations)
-    lanes = jnp.asarray(vectors).astype(jnp.float32).T
-    if weights is not None:
-        weights = jnp.asarray(weights).astype(jnp.float32)
-    _check_finite(lanes, weights)
-    exact = _exact_codebook(lanes, num_codes, key)
+    m = vectors.shape[0]
+    blocks = _blocks(vectors, weights)
+    _check_finite(blocks)
+    exact = _exact_codebook(blocks, m, num_codes, key)
     if exact is not None:
         codebook, index = exact
-        return codebook, index, KMeansStats((0.0,), 0, time.monotonic() - began)
-    codebook = spread_start(lanes, weights, key, num_codes)
-    inertias, refills = [], []
-    for _ in range(iterations):
-        codebook, inertia, refilled = _lloyd(lanes, weights, codebook)
-        inertias.append(inertia)
+        return codebook, index, KMeansStats((0.0,), 1.0, 0, time.monotonic() - began)
+    codebook = spread_start(blocks, key, num_codes=num_codes, count=m)
+    velocity = jnp.zeros_like(codebook)
+    known = jnp.full(blocks.weights.shape, -1, jnp.int32)
+    inertia, refills = [], []
+    for i in range(iterations):
+        found = _search(blocks, known, codebook, key, i)
+        step, momentum = (_STEP, _MOMENTUM) if accelerate and i < iterations - _PLAIN_UPDATES else (1.0, 0.0)
+        codebook, velocity, refilled = next_codebook(blocks, codebook, velocity, found, step, momentum)
+        known = found.nearest
+        inertia.append(found.inertia)
         refills.append(refilled)
-    index, inertia = _finish(lanes, weights, codebook)
-    inertias.append(inertia)
-    values = tuple(float(value) for value in jax.device_get(inertias))
-    return codebook, index, KMeansStats(values, int(sum(jax.device_get(refills))), time.monotonic() - began)
+    found = _search(blocks, known, codebook, key, iterations, longer=_SETTLING)
+    values = jax.device_get(([*inertia, found.inertia], _share(found.certain, m), refills))
+    stats = KMeansStats(
+        tuple(float(value) for value in values[0]), float(values[1]), int(sum(values[2])), time.monotonic() - began
+    )
+    return codebook, found.nearest.reshape(-1)[:m], stats
+
+
+def fit_codebooks(
+    vectors: jax.Array | np.ndarray,
+    *,
+    num_codes: int,
+    keys: jax.Array,
+    weights: jax.Array | np.ndarray | None = None,
+    iterations: int = 20,
+    accelerate: bool = True,
+) -> tuple[jax.Array, jax.Array, list[KMeansStats]]:
+    """Returns (codebooks [k, n, g], index int32 [k, m], stats) of k matrices of one shape, each as `fit_codebook` does.
+
+    The matrices follow each other through the same compiled programs: the memory is that of one.
+
+    Args:
+      vectors: [k, m, g], k >= 1.
+      keys: [k], one key for each.
+      weights: [k, m] or None.
+
+    Raises:
+      InputError: as `fit_codebook`, or the leading sizes differ.
+    """
+    if vectors.ndim != 3 or len(vectors) < 1:
+        raise InputError(f"vectors have shape {tuple(vectors.shape)}; a batch is [k, m, g] with k >= 1")
+    if keys.shape[:1] != (len(vectors),) or (weights is not None and len(weights) != len(vectors)):
+        given = "" if weights is None else f" and {len(weights)} rows of weights"
+        raise InputError(f"{len(vectors)} matrices came with keys of shape {keys.shape}{given}; each needs its own")
+    fits = [
+        fit_codebook(
+            vectors[i],
+            num_codes=num_codes,
+            key=keys[i],
+            weights=None if weights is None else weights[i],
+            iterations=iterations,
+            accelerate=accelerate,
+        )
+        for i in range(len(vectors))
+    ]
+    return jnp.stack([fit[0] for fit in fits]), jnp.stack([fit[1] for fit in fits]), [fit[2] for fit in fits]
+
+
+def _search(
+    blocks: Blocks, known: jax.Array, codebook: jax.Array, key: jax.Array, turn: int, *, longer: int = 1
+) -> Found:
+    n, g = codebook.shape
+    if n <= _COMPARE_ALL:
+        found: Found = search_all(blocks, codebook)
+        return found
+    tree = grow_tree(codebook, key, turn)
+    lists = make_lists(tree, codebook, length=longer * _codes_searched(g) // leaves_of(n)[1])
+    found = search_listed(blocks, known, codebook, tree, lists)
+    return found
+
+
+@partial(jax.jit, static_argnames="m")
+def _share(certain: jax.Array, m: int) -> jax.Array:
+    return jnp.mean(certain.reshape(-1)[:m])
+
+
+def _codes_searched(g: int) -> int:
+    """Returns how many codes a vector is compared with: the more weights per code, the more neighbours a code has."""
+    return 128 if g <= 4 else 256 if g <= 6 else 512
+
+
+@jax.jit
+def _blocks(vectors: jax.Array, weights: jax.Array | None) -> Blocks:
+    """Returns the vectors [m, g] in equal blocks, as few as possible."""
+    m, g = vectors.shape
+    count = -(-m // _BLOCK)
+    block = -(-m // (count * _UNIT)) * _UNIT
+    spare = count * block - m
+    vectors = vectors.astype(jnp.float32)
+    vectors = jnp.concatenate([vectors, jnp.broadcast_to(vectors[:1], (spare, g))])
+    weights = jnp.ones((m,), jnp.float32) if weights is None else weights.astype(jnp.float32)
+    return Blocks(vectors.reshape(count, block, g), jnp.pad(weights, (0, spare)).reshape(count, block))
 
 
 def _check(
@@ -92,25 +195,33 @@ def _check(
         raise InputError(f"weights have shape {tuple(weights.shape)}; {m} vectors need ({m},)")
 
 
-def _check_finite(lanes: jax.Array, weights: jax.Array | None) -> None:
-    if not bool(jnp.isfinite(lanes).all()):
-        t, i = np.argwhere(~np.isfinite(np.asarray(lanes)))[0]
-        raise InputError(f"vectors[{i}, {t}] is {float(lanes[t, i])}; k-means takes finite numbers")
-    if weights is not None and not bool((jnp.isfinite(weights) & (weights >= 0)).all()):
-        (i,) = np.argwhere(~(np.isfinite(np.asarray(weights)) & (np.asarray(weights) >= 0)))[0]
+def _check_finite(blocks: Blocks) -> None:
+    vectors_fine, weights_fine = jax.device_get(_sound(blocks))
+    if not vectors_fine:
+        vectors = np.asarray(blocks.vectors).reshape(-1, blocks.vectors.shape[-1])
+        i, t = np.argwhere(~np.isfinite(vectors))[0]
+        raise InputError(f"vectors[{i}, {t}] is {float(vectors[i, t])}; k-means takes finite numbers")
+    if not weights_fine:
+        weights = np.asarray(blocks.weights).reshape(-1)
+        (i,) = np.argwhere(~(np.isfinite(weights) & (weights >= 0)))[0]
         raise InputError(f"weights[{i}] is {float(weights[i])}; weights must be finite and 0 or more")
 
 
-def _exact_codebook(lanes: jax.Array, num_codes: int, key: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+@jax.jit
+def _sound(blocks: Blocks) -> tuple[jax.Array, jax.Array]:
+    weights = blocks.weights
+    return jnp.isfinite(blocks.vectors).all(), (jnp.isfinite(weights) & (weights >= 0)).all()
+
+
+def _exact_codebook(blocks: Blocks, m: int, num_codes: int, key: jax.Array) -> tuple[jax.Array, jax.Array] | None:
     """Returns (codebook, index) that repeat every vector exactly, or None if there are too many distinct ones."""
-    host = np.ascontiguousarray(np.asarray(lanes).T) + 0.0  # -0.0 and 0.0 are one vector
-    m, g = host.shape
+    g = blocks.vectors.shape[-1]
     if m > num_codes:
         # More than n distinct vectors in a sample settle the question without sorting them all.
-        sample = np.asarray(jax.random.randint(key, (min(m, 4 * num_codes),), 0, m))
-        if len(_distinct(host[sample])[0]) > num_codes:
+        sample, _ = draw_sample(blocks, key, size=min(m, 2 * num_codes + 64), count=m)
+        if len(np.unique(_fingerprints(np.asarray(sample)))) > num_codes:
             return None
-    values, index = _distinct(host)
+    values, index = _distinct(np.asarray(blocks.vectors).reshape(-1, g)[:m])
     if len(values) > num_codes:
         return None
     codebook = np.zeros((num_codes, g), np.float32)
@@ -118,40 +229,19 @@ def _exact_codebook(lanes: jax.Array, num_codes: int, key: jax.Array) -> tuple[j
     return jnp.asarray(codebook), jnp.asarray(index.astype(np.int32))
 
 
+def _fingerprints(rows: np.ndarray) -> np.ndarray:
+    """Returns uint64 [m], equal for equal rows [m, g]; for different ones almost never."""
+    words = (rows + 0.0).view(np.uint32).astype(np.uint64)  # -0.0 and 0.0 are one number
+    mixed = np.zeros(len(rows), np.uint64)
+    for t in range(rows.shape[1]):
+        mixed = (mixed ^ words[:, t]) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(29)
+    return mixed
+
+
 def _distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the distinct rows and, for each row, which of them it is."""
+    rows = np.ascontiguousarray(rows) + 0.0
     keys = rows.view(np.dtype((np.void, rows.dtype.itemsize * rows.shape[1]))).reshape(-1)
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     return rows[first], inverse
-
-
-@jax.jit
-def _lloyd(lanes: jax.Array, weights: jax.Array | None, codebook: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """One iteration: returns (next codebook, inertia of the given one, clusters refilled)."""
-    g, m = lanes.shape
-    n = codebook.shape[0]
-    index, distance = nearest_lanes(lanes, codebook)
-    error = distance if weights is None else distance * weights
-    mass = jnp.ones((m,), jnp.float32) if weights is None else weights
-    # Offsets from the present code are small beside the code: their float32 sums keep more digits.
-    offsets = (lanes - codebook.T[:, index]) * mass
-    sums = jnp.zeros((n, g), jnp.float32).at[index].add(offsets.T, mode="promise_in_bounds")
-    masses = jnp.zeros((n,), jnp.float32).at[index].add(mass, mode="promise_in_bounds")
-    moved = codebook + sums / jnp.where(masses > 0, masses, 1.0)[:, None]
-    empty = masses <= 0
-    refilled = jnp.sum(empty)
-    moved = jax.lax.cond(refilled > 0, _refill, lambda codes, *_: codes, moved, empty, error, lanes)
-    return moved, jnp.sum(error), refilled
-
-
-def _refill(codebook: jax.Array, empty: jax.Array, error: jax.Array, lanes: jax.Array) -> jax.Array:
-    """Puts the empty codes, in order, onto the vectors of largest error; those without error stay where they are."""
-    worst_error, worst = jax.lax.top_k(error, min(codebook.shape[0], error.shape[0]))
-    rank = jnp.clip(jnp.cumsum(empty) - 1, 0, worst.shape[0] - 1)
-    taken = empty & (worst_error[rank] > 0)
-    return jnp.where(taken[:, None], lanes[:, worst[rank]].T, codebook)
-
-
-@jax.jit
-def _finish(lanes: jax.Array, weights: jax.Array | None, codebook: jax.Array) -> tuple[jax.Array, jax.Array]:
-    index, distance = nearest_lanes(lanes, codebook)
-    return index, jnp.sum(distance if weights is None else distance * weights)

@@ -12,82 +12,89 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cluscomp_jax.kmeans.found import Blocks
+
 _SAMPLES_PER_CODE = 16
-_LEAF = 16
+_PER_LEAF = 16
 """Vectors of a leaf: enough to measure how far apart they lie, few enough to lie together."""
-_FLOOR = 1e-3
-"""Least error of a leaf as a share of the mean: even a crowd of equal vectors may get a code."""
+_FLOOR = 0.01
+"""Least error of a vector as a share of the mean: even a crowd of equal vectors gets a code."""
 
 
-def spread_start(lanes: jax.Array, weights: jax.Array | None, key: jax.Array, num_codes: int) -> jax.Array:
-    """Returns codes [n, g], each one of the vectors.
+def spread_start(blocks: Blocks, key: jax.Array, *, num_codes: int, count: int) -> jax.Array:
+    """Returns codes [n, g], each one of the first `count` vectors; the density that counts is that of the weight.
 
     Args:
-      lanes: [g, m] float32, m >= n.
-      weights: [m] >= 0 or None; the density that counts is that of the weight.
-      key: draws the sample and the codes from it.
+      blocks: m vectors, m >= count >= num_codes.
+      key: draws the sample, the tree and the codes.
     """
-    m = lanes.shape[1]
-    drawing, picking = jax.random.split(key)
-    size = min(m, _SAMPLES_PER_CODE * num_codes)
-    stretches = np.arange(size + 1) * m // size
-    positions = _one_of_each(drawing, stretches.astype(np.int32))
-    mass = jnp.ones(positions.shape, jnp.float32) if weights is None else weights[positions]
-    codes: jax.Array = _pick(lanes[:, positions].T, mass, picking, num_codes=num_codes)
+    sample, mass = draw_sample(blocks, key, size=min(count, _SAMPLES_PER_CODE * num_codes), count=count)
+    codes: jax.Array = _pick(sample, mass, key, num_codes=num_codes)
     return codes
 
 
-@jax.jit
-def _one_of_each(key: jax.Array, stretches: jax.Array) -> jax.Array:
-    """Returns a position [s] from each of the stretches [s+1] between two positions."""
-    inside = jax.random.uniform(key, (stretches.shape[0] - 1,)) * jnp.diff(stretches)
-    return stretches[:-1] + jnp.floor(inside).astype(jnp.int32)
+@partial(jax.jit, static_argnames=("size", "count"))
+def draw_sample(blocks: Blocks, key: jax.Array, *, size: int, count: int) -> tuple[jax.Array, jax.Array]:
+    """Returns (vectors [size, g], weights [size]), one from each of `size` equal stretches of the first `count`."""
+    stretches = np.arange(size + 1) * count // size
+    inside = jax.random.uniform(key, (size,)) * np.diff(stretches)
+    at = stretches[:-1].astype(np.int32) + jnp.floor(inside).astype(jnp.int32)
+    return blocks.vectors.reshape(-1, blocks.vectors.shape[-1])[at], blocks.weights.reshape(-1)[at]
 
 
 @partial(jax.jit, static_argnames="num_codes")
 def _pick(sample: jax.Array, mass: jax.Array, key: jax.Array, *, num_codes: int) -> jax.Array:
     """Returns n of the sampled vectors [s, g], none twice within rounding, with the density of good codes."""
-    size = sample.shape[0]
-    # The tree halves evenly: up to a power of two the sample repeats itself, and no repeat is ever picked.
-    repeated = jnp.arange(1 << (size - 1).bit_length()) % size
-    order = _tree_order(sample[repeated])
-    nearby = repeated[order]
-    share = _zador_share(sample[nearby], mass[nearby])
-    ends = jnp.cumsum(_capped(jnp.where(order < size, share, 0.0), num_codes))
+    turning, placing = jax.random.split(jax.random.fold_in(key, 1))
+    leaf = _leaves_by_means(sample, turning)
+    leaf, order = jax.lax.sort((leaf, jnp.arange(len(leaf), dtype=jnp.int32)), num_keys=1)
+    ends = jnp.cumsum(_capped(_zador_share(sample[order], mass[order], leaf), num_codes))
     # Systematic sampling along the tree: neighbours in the order are neighbours in space.
-    ticks = (jnp.arange(num_codes) + jax.random.uniform(key)) * (ends[-1] / num_codes)
-    return sample[nearby[jnp.searchsorted(ends, ticks, side="right")]]
+    ticks = (jnp.arange(num_codes) + jax.random.uniform(placing)) * (ends[-1] / num_codes)
+    place = jnp.searchsorted(ends, ticks, side="right")
+    codes: jax.Array = sample[order[jnp.minimum(place, len(order) - 1)]]
+    return codes
 
 
-def _tree_order(vectors: jax.Array) -> jax.Array:
-    """Returns an order of the vectors [2^k, g] in which each run of 2^j, j >= 4, is a box of a k-d tree."""
-    size, g = vectors.shape
-    order = jnp.arange(size)
-    while size > _LEAF:
-        boxes = vectors[order].reshape(-1, size, g)
-        widest = jnp.argmax(jnp.var(boxes, axis=1), axis=1)
-        along = jnp.take_along_axis(boxes, widest[:, None, None], axis=2)[..., 0]
-        inside = jnp.argsort(along, axis=1)
-        order = jnp.take_along_axis(order.reshape(-1, size), inside, axis=1).reshape(-1)
-        size //= 2
-    return order
+def _leaves_by_means(vectors: jax.Array, key: jax.Array) -> jax.Array:
+    """Returns the leaf, int32 [s], of each vector [s, g] in a tree that cuts every box at the mean of one direction.
+
+    Means take sums and no sorting, and follow the tails better than medians do.
+    """
+    s, g = vectors.shape
+    depth = max(s // _PER_LEAF, 1).bit_length() - 1
+    along = jnp.dot(vectors, jax.random.orthogonal(key, g), precision="highest").T
+
+    def halve(level: jax.Array, box: jax.Array) -> jax.Array:
+        coordinate = jax.lax.dynamic_index_in_dim(along, level % g, keepdims=False)
+        members = _sum_by(box, jnp.ones((s,)), 1 << depth)
+        mean = _sum_by(box, coordinate, 1 << depth) / jnp.maximum(members, 1.0)
+        return 2 * box + jnp.asarray(coordinate > mean[box], jnp.int32)
+
+    leaf: jax.Array = jax.lax.fori_loop(0, depth, halve, jnp.zeros((s,), jnp.int32))
+    return leaf
 
 
-def _zador_share(vectors: jax.Array, mass: jax.Array) -> jax.Array:
-    """Returns [s] >= 0: the codes that each of the ordered vectors [s, g] is due, up to a factor.
+def _zador_share(vectors: jax.Array, mass: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Returns [s] >= 0: the codes that each of the vectors [s, g] is due, up to a factor; leaf is sorted.
 
     A leaf of weight w that extends over a length l is due w^(g/(g+2)) * (l^g)^(2/(g+2)) codes, which is the power
     g/(g+2) of w * l^2, its error if it had one code.
     """
     s, g = vectors.shape
-    leaf = min(_LEAF, s)
-    leaves, mass = vectors.reshape(-1, leaf, g), mass.reshape(-1, leaf, 1)
-    total = jnp.sum(mass, axis=1, keepdims=True)
-    centre = jnp.sum(mass * leaves, axis=1, keepdims=True) / jnp.where(total > 0, total, 1.0)
-    error = jnp.sum(mass * jnp.square(leaves - centre), axis=(1, 2))
-    mean = jnp.mean(error)
-    share = jnp.where(mean > 0, (error / jnp.where(mean > 0, mean, 1.0) + _FLOOR) ** (g / (g + 2)), 1.0)
-    return jnp.repeat(share, leaf)
+    members = _sum_by(leaf, jnp.ones((s,)), s)
+    total = _sum_by(leaf, mass, s)[:, None]
+    centre = _sum_by(leaf, mass[:, None] * vectors, s) / jnp.where(total > 0, total, 1.0)
+    error = _sum_by(leaf, mass * jnp.sum(jnp.square(vectors - centre[leaf]), axis=1), s)
+    # Vectors lie nearer to their own mean than to that of all: by the usual (members - 1) / members.
+    error *= members / jnp.maximum(members - 1.0, 1.0)
+    mean = jnp.sum(error) / s
+    share = jnp.where(mean > 0, (error / jnp.where(mean > 0, mean, 1.0) + _FLOOR * members) ** (g / (g + 2)), 1.0)
+    return (share / jnp.maximum(members, 1.0))[leaf]
+
+
+def _sum_by(group: jax.Array, values: jax.Array, groups: int) -> jax.Array:
+    return jnp.zeros((groups, *values.shape[1:])).at[group].add(values, mode="promise_in_bounds")
 
 
 def _capped(share: jax.Array, num_codes: int) -> jax.Array:

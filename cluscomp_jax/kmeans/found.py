@@ -1,0 +1,66 @@
+"""What an assignment of vectors to codes leaves behind, and the codebook that follows from it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_REFILLS_AT_ONCE = 4096
+"""Most codes refilled after one assignment; the next one sees to the rest."""
+
+
+class Blocks(NamedTuple):
+    """Vectors float32 [k, m', g] and their weights [k, m']; padding at the end has weight 0 and repeats a vector."""
+
+    vectors: jax.Array
+    weights: jax.Array
+
+
+class Found(NamedTuple):
+    """An assignment of all vectors of `Blocks` to codes, and what the next codebook needs of it.
+
+    Attributes:
+      nearest: int32 [k, m'], the code of every vector.
+      certain: bool [k, m'], true where no other code can be nearer.
+      sums: [n, g + 1], by code the weighted sum of (vector - code), then of the weights.
+      inertia: sum of weight times squared distance.
+      worst: int32 [w], places in the flattened blocks of vectors with much error; worst_error [w] their share of it.
+    """
+
+    nearest: jax.Array
+    certain: jax.Array
+    sums: jax.Array
+    inertia: jax.Array
+    worst: jax.Array
+    worst_error: jax.Array
+
+
+@jax.jit
+def next_codebook(
+    blocks: Blocks, codebook: jax.Array, velocity: jax.Array, found: Found, step: jax.Array, momentum: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns (codebook [n, g], velocity [n, g], codes refilled): Lloyd's update as a heavy ball.
+
+    With a step of 1 and a momentum of 0 every code moves to the mean of its vectors. A code without vectors moves onto
+    one of the worst vectors, if that has any error.
+    """
+    mass = found.sums[:, -1:]
+    pull = found.sums[:, :-1] / jnp.where(mass > 0, mass, 1.0)
+    velocity = step * pull + momentum * velocity
+    moved = codebook + velocity
+    empty = mass[:, 0] <= 0
+    moved, refilled = jax.lax.cond(
+        empty.any(), _refill, lambda codes, empty, *_: (codes, empty), moved, empty, blocks, found
+    )
+    return moved, jnp.where(refilled[:, None], 0.0, velocity), jnp.sum(refilled)
+
+
+def _refill(codebook: jax.Array, empty: jax.Array, blocks: Blocks, found: Found) -> tuple[jax.Array, jax.Array]:
+    """Puts the empty codes, in order, onto the vectors of largest error; returns the codes and which were moved."""
+    most = min(codebook.shape[0], found.worst.shape[0], _REFILLS_AT_ONCE)
+    error, at = jax.lax.top_k(found.worst_error, most)
+    turn = jnp.cumsum(empty) - 1
+    rank = jnp.clip(turn, 0, most - 1)
+    taken = empty & (turn < most) & (error[rank] > 0)
+    onto = blocks.vectors.reshape(-1, codebook.shape[1])[found.worst[at[rank]]]
+    return jnp.where(taken[:, None], onto, codebook), taken

@@ -1,0 +1,141 @@
+"""Assigning vectors to codes, all codes compared or only those on the lists of a tree.
+
+Letters: k blocks of m' vectors, n codes, g weights per code; a block is cut into tiles of l vectors.
+Every sum runs over one block in a fixed order and then over the blocks, so that no result depends on how much is
+computed at once.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from cluscomp_jax.kmeans.assign import nearest_lanes
+from cluscomp_jax.kmeans.found import Blocks, Found
+from cluscomp_jax.kmeans.lists import Lists
+from cluscomp_jax.kmeans.tree import CodeTree, leaf_of
+
+_TILE = 32
+"""Vectors that search together."""
+_PIECES = 4
+"""Parts in which a block is searched, so that one stays in the cache. Changes the speed only."""
+
+
+@jax.jit
+def search_all(blocks: Blocks, codebook: jax.Array) -> Found:
+    """Returns the exact assignment to the codes [n, g]; ties go to the lowest index."""
+    k, m, g = blocks.vectors.shape
+    index, _ = nearest_lanes(blocks.vectors.reshape(-1, g).T, codebook)
+
+    def one_block(sums: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        vectors, weights, index = block
+        sums, error = _add_up(sums, vectors - codebook[index], weights, index)
+        return sums, (jnp.sum(error), *_worst(error, jnp.arange(m)))
+
+    start = jnp.zeros((codebook.shape[0], g + 1))
+    index = index.reshape(k, m)
+    sums, (inertia, worst, error) = jax.lax.scan(one_block, start, (*blocks, index))
+    return Found(index, jnp.ones((k, m), bool), sums, jnp.sum(inertia), *_flat(worst, error, m))
+
+
+@partial(jax.jit, donate_argnames="index")
+def search_listed(blocks: Blocks, index: jax.Array, codebook: jax.Array, tree: CodeTree, lists: Lists) -> Found:
+    """Returns the assignment to the nearer of two codes: the one of `index` and the nearest on a list.
+
+    A tile of vectors that are near each other searches the list of the leaf in its middle. Cost: l * b * s
+    distances per tile, whatever n is.
+
+    Args:
+      index: int32 [k, m'], codes known so far, -1 for none.
+      codebook: [n, g], the codes of which `tree` and `lists` were made.
+    """
+    _, m, g = blocks.vectors.shape
+    bits = (m - 1).bit_length()
+    far = 4 * jnp.max(jnp.abs(codebook)) + 1.0
+    by_leaf = jnp.where((tree.order < 0)[..., None], far, codebook[tree.order])
+
+    def one_block(sums: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        vectors, weights, known = block
+        # Leaf and place in one number: a sort of single numbers is the fast one.
+        key = jax.lax.sort((leaf_of(tree, vectors).astype(jnp.uint32) << bits) | jnp.arange(m, dtype=jnp.uint32))
+        at = (key & ((1 << bits) - 1)).astype(jnp.int32)
+        leaf = (key[_TILE // 2 :: _TILE] >> bits).astype(jnp.int32)
+        vectors, weights, known = vectors[at], weights[at], known[at]
+        tiles = vectors.reshape(-1, _TILE, g) - lists.centres[leaf][:, None]
+        place = _search_tiles(tiles, leaf, by_leaf, lists)
+        listed = jnp.maximum(tree.order.reshape(-1)[place], 0)
+        offset, other = vectors - codebook[listed], vectors - codebook[jnp.maximum(known, 0)]
+        nearer = (known < 0) | (_squared(offset) < _squared(other))
+        best, offset = jnp.where(nearer, listed, known), jnp.where(nearer[:, None], offset, other)
+        # |x - c| <= reach - |x - centre| <= |centre - other| - |x - centre| <= |x - other|
+        certain = jnp.sqrt(_squared(offset)) + jnp.sqrt(_squared(tiles)).reshape(-1) <= lists.reach[leaf].repeat(_TILE)
+        sums, error = _add_up(sums, offset, weights, best)
+        back = jnp.zeros((m,), jnp.int32).at[at].set(jnp.where(certain, best, ~best), unique_indices=True)
+        return sums, (back, jnp.sum(error), *_worst(error, at))
+
+    start = jnp.zeros((codebook.shape[0], g + 1))
+    sums, (back, inertia, worst, error) = jax.lax.scan(one_block, start, (*blocks, index))
+    return Found(jnp.maximum(back, ~back), back >= 0, sums, jnp.sum(inertia), *_flat(worst, error, m))
+
+
+def _search_tiles(tiles: jax.Array, leaf: jax.Array, by_leaf: jax.Array, lists: Lists) -> jax.Array:
+    """Returns the place, int32 [m'], in by_leaf [k, b, g] of the nearest listed code of each vector of tiles [t, l, g].
+
+    The tiles' vectors are relative to the centre of their leaf: so are the codes in here, which keeps the digits
+    of |x - c|^2 / 2 - |x|^2 / 2 = |c|^2 / 2 - x.c where all of these are far from zero.
+    """
+    t, tile, g = tiles.shape
+    pieces = _PIECES if t % _PIECES == 0 else 1
+    codes_per_leaf = by_leaf.shape[1]
+    table = by_leaf.reshape(by_leaf.shape[0], -1)
+
+    def one_piece(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
+        tiles, leaf = piece
+        listed, centres = lists.searched[leaf], lists.centres[leaf]
+
+        def step(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            place, score = best
+            where = jax.lax.dynamic_index_in_dim(listed, i, axis=1, keepdims=False)
+            codes = table[where].reshape(-1, codes_per_leaf, g) - centres[:, None]
+            halves = 0.5 * jnp.sum(jnp.square(codes), axis=2)
+            for u in range(codes_per_leaf):
+                s = halves[:, u, None]
+                for d in range(g):
+                    s = s - tiles[:, d] * codes[:, u, d, None]
+                closer = s < score
+                place = jnp.where(closer, (where * codes_per_leaf + u)[:, None], place)
+                score = jnp.where(closer, s, score)
+            return place, score
+
+        start = jnp.zeros((len(leaf), tile), jnp.int32), jnp.full((len(leaf), tile), jnp.inf)
+        place: jax.Array = jax.lax.fori_loop(0, listed.shape[1], step, start)[0]
+        return place
+
+    # Vectors in the lanes, and the g lanes of one tile side by side: g streams a power of two apart would share a
+    # few cache lines.
+    lanes = tiles.swapaxes(1, 2).reshape(pieces, t // pieces, g, tile)
+    place: jax.Array = jax.lax.map(one_piece, (lanes, leaf.reshape(pieces, -1)))
+    return place.reshape(-1)
+
+
+def _squared(vectors: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(vectors), axis=-1)
+
+
+def _add_up(sums: jax.Array, offset: jax.Array, weights: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (sums [n, g+1] with the block's added, weighted squared error [m'])."""
+    # Offsets from the present code are small beside the code: their float32 sums keep more digits.
+    rows = jnp.concatenate([offset * weights[:, None], weights[:, None]], axis=1)
+    return sums.at[index].add(rows, mode="promise_in_bounds"), _squared(offset) * weights
+
+
+def _worst(error: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (place int32 [m'/l], error [m'/l]) of the worst vector of every tile."""
+    tiles = error.reshape(-1, _TILE)
+    worst = jnp.argmax(tiles, axis=1)
+    return at.reshape(-1, _TILE)[jnp.arange(len(worst)), worst], jnp.max(tiles, axis=1)
+
+
+def _flat(worst: jax.Array, error: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+    """Returns places in the flattened blocks and errors, both [w]."""
+    return (worst + block * jnp.arange(len(worst))[:, None]).reshape(-1), error.reshape(-1)

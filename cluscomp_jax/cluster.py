@@ -18,8 +18,18 @@ from cluscomp_jax import codebook as cb
 from cluscomp_jax import kmeans, trees
 from cluscomp_jax.codebook import Axis, CodebookArray
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.feedback import Feedback, assign_with_feedback, refit_codebook
 from cluscomp_jax.settings import ClusterSettings, CompressionRule
 from cluscomp_jax.trees import Params
+
+NOT_WEIGHTED_IN = (
+    "axis 'in' cannot be activation-weighted: its vectors span input channels of different weight; "
+    "set weighted = false or axis = 'out'"
+)
+NO_FEEDBACK_IN = (
+    "axis 'in' takes no error feedback: the weights of a vector belong to input channels that answer for each other; "
+    "set feedback = false or axis = 'out'"
+)
 
 
 @partial(jax.jit, static_argnames=("g", "axis"))
@@ -59,39 +69,56 @@ def cluster_matrix(
     *,
     key: jax.Array,
     channel_weights: jax.Array | np.ndarray | None = None,
+    feedback: Feedback | None = None,
 ) -> tuple[CodebookArray, ClusterStats]:
     """Returns the CodebookArray of a kernel [d_in, d_out] and its error; the codebook is already 16 bit.
 
     Args:
       weight: [d_in, d_out], finite.
       rule: gives g, num_codes and axis; its pattern is not looked at.
-      settings: iterations and codebook_dtype are used.
+      settings: iterations, codebook_dtype and, with feedback, refits are used.
       key: same key, same bytes.
       channel_weights: [d_in] >= 0, weight of each input channel's error (E[x_i^2]); axis "out" only.
+      feedback: of the kernel's input: codes are chosen channel by channel, each making good the errors before it;
+        axis "out" only.
 
     Raises:
-      InputError: weights that are not finite, or channel weights for axis "in".
+      InputError: weights that are not finite, or channel weights or feedback for axis "in".
     """
     d_in, d_out = weight.shape
     vectors = to_vectors(jnp.asarray(weight), g=rule.g, axis=rule.axis)
     vector_weights = None
+    if feedback is not None and rule.axis != "out":
+        raise InputError(NO_FEEDBACK_IN)
     if channel_weights is not None:
         if rule.axis != "out":
-            raise InputError(
-                "axis 'in' cannot be activation-weighted: its vectors span input channels of different weight; "
-                "set weighted = false or axis = 'out'"
-            )
+            raise InputError(NOT_WEIGHTED_IN)
         mass = _positive_mass(jnp.asarray(channel_weights))
         vector_weights = jnp.repeat(mass, vectors.shape[0] // d_in, total_repeat_length=vectors.shape[0])
     codes, index, stats = kmeans.fit_codebook(
         vectors, num_codes=rule.num_codes, key=key, weights=vector_weights, iterations=settings.iterations
     )
     rounded = cb.round_codebook(codes, settings.codebook_dtype)
+    if feedback is not None:
+        rounded, index = _fed_back(jnp.asarray(weight), rounded, feedback, settings)
     shape = (d_in, d_out)
     packed = index.reshape(cb.index_shape(shape, rule.g, rule.axis)).astype(cb.index_dtype(rule.num_codes))
     array = CodebookArray(codebook=rounded, index=packed, shape=shape, axis=rule.axis)
     plain, weighted = relative_errors(jnp.asarray(weight), array, channel_weights)
     return array, ClusterStats(plain, weighted, stats.seconds)
+
+
+def _fed_back(
+    weight: jax.Array, codebook: jax.Array, feedback: Feedback, settings: ClusterSettings
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (codebook [n, g], index [d_in, c]), the codes moved to their targets `settings.refits` times."""
+    g = codebook.shape[1]
+    index, targets = assign_with_feedback(weight, codebook, feedback, g=g)
+    for _ in range(settings.refits):
+        codes = refit_codebook(codebook, index, targets, feedback)
+        codebook = cb.round_codebook(codes, settings.codebook_dtype)
+        index, targets = assign_with_feedback(weight, codebook, feedback, g=g)
+    return codebook, index
 
 
 def _positive_mass(channel_weights: jax.Array) -> jax.Array:

@@ -12,30 +12,36 @@ import time
 from collections.abc import Hashable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import cluscomp_jax._version as version
-from cluscomp_jax import rules as rules_of
 from cluscomp_jax import trees
-from cluscomp_jax.cluster import ClusterStats, cluster_matrix, matrix_key, matrix_size, size_report
+from cluscomp_jax.cluster import (
+    ClusterStats,
+    cluster_matrix,
+    matrix_key,
+    matrix_size,
+    size_report,
+)
 from cluscomp_jax.codebook import CodebookArray, round_codebook
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.feedback import Feedback, factorise
 from cluscomp_jax.io import atomic
-from cluscomp_jax.model import Model, build_model, check_tokens, parameter_shapes, run_block, run_embed
+from cluscomp_jax.model import build_model, run_block, run_embed
+from cluscomp_jax.preflight import check_calibration, rules_by_block
 from cluscomp_jax.progress import Reporter, SilentReporter
-from cluscomp_jax.settings import CompressionRule, TuningSettings
+from cluscomp_jax.settings import TuningSettings
 from cluscomp_jax.source import BlockSink, DictSink, ParamSource, as_source
 from cluscomp_jax.stages import StageClock
-from cluscomp_jax.statistics import channel_moments
+from cluscomp_jax.statistics import channel_moments, second_moments
 from cluscomp_jax.trees import Params
 from cluscomp_jax.tuning import ActivationStore, BlockTuning, run_through, tune_block
 
-Rules = dict[str, CompressionRule]
 _FORWARD_TOKENS = 2048
 """Tokens per batch where nothing is differentiated."""
 
@@ -130,59 +136,6 @@ def compress_stream(
     return CompressionSummary(matrices, tuple(records), run.clock.to_dict(), bits / weights, total_bytes)
 
 
-def rules_by_block(model: Model, cfg: RunConfig) -> list[Rules]:
-    """Returns, per block, {block-relative kernel path: rule}, a bit budget already turned into rules.
-
-    Raises:
-      InputError: a rule matches nothing or something that is no kernel of a block, or the budget cannot be met.
-    """
-    shapes = parameter_shapes(model)
-    blocks = range(model.num_blocks)
-    kernels = {f"{model.blocks_path}/{i}/{path}" for i in blocks for paths in model.sites.values() for path in paths}
-    rules = cfg.cluster.rules
-    matched = rules_of.match(rules, shapes)
-    outside = next((path for path in matched if path not in kernels), None)
-    if outside is not None:
-        raise InputError(
-            f"rule {matched[outside].pattern!r} matches {outside!r}; only the kernels of blocks are compressed"
-        )
-    if cfg.cluster.bits is not None:
-        chosen: Rules = {}
-        for rule in rules:
-            own = {path: shapes[path] for path, first in matched.items() if first is rule}
-            if own:
-                for one in rules_of.allocate(own, cfg.cluster.bits, like=rule):
-                    chosen |= dict.fromkeys(own, one)
-        matched = chosen
-    by_block: list[Rules] = []
-    for i in range(model.num_blocks):
-        prefix = f"{model.blocks_path}/{i}/"
-        by_block.append({path.removeprefix(prefix): rule for path, rule in matched.items() if path.startswith(prefix)})
-    return by_block
-
-
-def check_calibration(model: Model, cfg: RunConfig, calibration: np.ndarray, by_block: list[Rules]) -> None:
-    """Raises InputError where calibration tokens do not fit the model or the settings."""
-    if calibration.ndim != 2 or calibration.shape[1] < 2:
-        raise InputError(f"calibration has shape {calibration.shape}; it must be [samples, length], length 2 or more")
-    samples = calibration.shape[0]
-    if cfg.tuning is not None:
-        train = samples - cfg.tuning.held_out
-        if train < 1 or train % cfg.tuning.batch_size:
-            raise InputError(
-                f"calibration has {samples} samples; less {cfg.tuning.held_out} held out they must be a "
-                f"positive multiple of batch_size {cfg.tuning.batch_size}"
-            )
-    check_tokens(calibration, model, "calibration")
-    if cfg.cluster.weighted:
-        cut_in = [path for rules in by_block for path, rule in rules.items() if rule.axis == "in"]
-        if cut_in:
-            raise InputError(
-                f"axis 'in' of {cut_in[0]!r} cannot be activation-weighted: its vectors span input channels "
-                "of different weight; set weighted = false or axis = 'out'"
-            )
-
-
 def fingerprint(source: ParamSource, cfg: RunConfig, calibration: np.ndarray | None) -> str:
     """Returns the hex digest of everything the result's bytes depend on."""
     parts = {
@@ -194,6 +147,19 @@ def fingerprint(source: ParamSource, cfg: RunConfig, calibration: np.ndarray | N
         "device": jax.devices()[0].device_kind,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+class _Input(NamedTuple):
+    """What is known of a kernel's input: E[x_i^2] [d_in] and the factor for error feedback, each None if not used."""
+
+    weights: jax.Array | None
+    feedback: Feedback | None
+
+
+def _computed(inputs: dict[str, _Input]) -> dict[str, _Input]:
+    """Returns the inputs when they are there, so that their time counts as theirs."""
+    jax.tree.map(lambda leaf: leaf.block_until_ready(), inputs)
+    return inputs
 
 
 class _Run:
@@ -216,6 +182,7 @@ class _Run:
         self.records_dir.mkdir(parents=True, exist_ok=True)
         self.tuning = cfg.tuning if calibration is not None else None
         self.weighted = calibration is not None and cfg.cluster.weighted
+        self.feedback = calibration is not None and cfg.cluster.feedback
         self.dtype, self.batch_size = jnp.dtype("float32"), 1
         self.original: ActivationStore | None = None
         self.compressed: ActivationStore | None = None
@@ -226,7 +193,7 @@ class _Run:
         numbers = cfg.tuning or TuningSettings()
         self.dtype = jnp.dtype(numbers.compute_dtype)
         self.batch_size = max(1, _FORWARD_TOKENS // calibration.shape[1])
-        if self.weighted or self.tuning:
+        if self.weighted or self.feedback or self.tuning:
             with self.clock("embed"):
                 self._embed(calibration, work_dir, jnp.dtype(numbers.activation_dtype))
 
@@ -264,8 +231,7 @@ class _Run:
                 self._propagate_compressed(self.sink.load_block(i), kind)
             return self._record(i)
         began = time.monotonic()
-        moments = self._moments(dense, kind)
-        block, matrices = self._cluster(i, dense, moments)
+        block, matrices = self._cluster(i, dense, self._inputs(dense, kind))
         self._propagate_original(dense, kind)
         record: dict[str, Any] = {"index": i}
         if self.tuning is not None and matrices:
@@ -299,29 +265,39 @@ class _Run:
         record: dict[str, Any] = json.loads(self._record_path(i).read_text())
         return record
 
-    def _moments(self, dense: Params, kind: Hashable) -> dict[str, jax.Array]:
-        if not self.weighted:
+    def _inputs(self, dense: Params, kind: Hashable) -> dict[str, _Input]:
+        """Returns what clustering needs to know of each kernel's input, by block-relative path."""
+        if not self.weighted and not self.feedback:
             return {}
         assert self.compressed is not None
+        inputs: dict[str, _Input] = {}
         with self.clock("statistics"):
             batches = (jax.device_put(x).astype(self.dtype) for _, x in self.compressed.batches(self.batch_size))
-            moments = channel_moments(self.model, kind, dense, batches)
-            jax.tree.map(lambda moment: moment.block_until_ready(), moments)
-            return moments
+            if not self.feedback:
+                moments = channel_moments(self.model, kind, dense, batches)
+                return _computed({path: _Input(weights, None) for path, weights in moments.items()})
+            by_site = second_moments(self.model, kind, dense, batches)
+            for site, paths in self.model.sites.items():
+                moment = by_site.pop(site)
+                weights = jnp.diagonal(moment) if self.weighted else None
+                inputs |= dict.fromkeys(paths, _Input(weights, factorise(moment, damping=self.cfg.cluster.damping)))
+        return _computed(inputs)
 
-    def _cluster(self, i: int, dense: Params, moments: dict[str, jax.Array]) -> tuple[Params, list[dict[str, Any]]]:
+    def _cluster(self, i: int, dense: Params, inputs: dict[str, _Input]) -> tuple[Params, list[dict[str, Any]]]:
         flat, matrices = trees.flatten(dense), []
         self.reporter.start(f"block {i + 1}/{self.model.num_blocks}: cluster", len(self.rules[i]), "matrices")
         with self.clock("cluster"):
             for path, rule in self.rules[i].items():
                 full = f"{self.model.blocks_path}/{i}/{path}"
+                known = inputs.get(path, _Input(None, None))
                 try:
                     array, stats = cluster_matrix(
                         flat[path],
                         rule,
                         self.cfg.cluster,
                         key=matrix_key(self.cfg.seed, full),
-                        channel_weights=moments.get(path),
+                        channel_weights=known.weights,
+                        feedback=known.feedback,
                     )
                 except InputError as error:
                     raise InputError(f"{full}: {error}") from error

@@ -56,6 +56,10 @@ class ClusterSettings:
       iterations: Lloyd iterations, >= 0 (paper: 20).
       weighted: weight each vector by the mean square of its input channel, E[x_i^2], from calibration; used for
         axis "out" only, and only where calibration is given.
+      feedback: choose the codes of one input channel after another, each making good the errors before it, by the
+        second moments E[x x^T] from calibration; used for axis "out" only, and only where calibration is given.
+      damping: share of the mean of E[x_i^2] added to the diagonal of those moments, > 0.
+      refits: times the codes are moved to the means of what they stand for and chosen again, >= 0; with feedback only.
       codebook_dtype: 16-bit type codebooks are stored and evaluated in; a matrix with codes beyond the range of
         float16 is kept in bfloat16.
     """
@@ -64,11 +68,16 @@ class ClusterSettings:
     bits: float | None = None
     iterations: int = 20
     weighted: bool = True
+    feedback: bool = False
+    damping: float = 0.01
+    refits: int = 0
     codebook_dtype: Literal["bfloat16", "float16"] = "float16"
 
     def __post_init__(self) -> None:
         _require(len(self.rules) > 0, "rules", self.rules, "at least one rule")
         _require(self.iterations >= 0, "iterations", self.iterations, "0 or more")
+        _require(math.isfinite(self.damping) and self.damping > 0, "damping", self.damping, "above 0")
+        _require(self.refits >= 0, "refits", self.refits, "0 or more")
         _require(
             self.codebook_dtype in ("bfloat16", "float16"),
             "codebook_dtype",

@@ -112,6 +112,10 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     "start outside the text": ("--calibration {}/text.txt --length 8 --samples 1 --starts {}/far.txt", ["9999", "592"]),
     "too few starts": ("--calibration {}/text.txt --length 8 --samples 2 --starts {}/far.txt", ["1 ", "2 samples"]),
     "weighted axis in": ("--calibration {}/text.txt --length 8 --samples 2 --axis in", ["'in'", "weighted"]),
+    "feedback for axis in": (
+        "--calibration {}/text.txt --length 8 --samples 2 --config {}/in.toml",
+        ["'in'", "feedback"],
+    ),
     "short evaluation text": ("--evaluate {}/text.txt --context 601", ["600", "601"]),
     "too few evaluation tokens": ("--evaluate {}/text.txt --context 8 --tokens 601", ["600", "601"]),
     "config of no one": ("--config {}/absent.toml", ["absent.toml"]),
@@ -127,6 +131,7 @@ def test_a_wrong_option(
 ) -> None:
     (folder / "key.toml").write_text("[tuning]\nlr = 1.0")
     (folder / "rule.toml").write_text('recipe = "default"\ntuning = false\n[[cluster.rules]]\npattern = "nothing.*"')
+    (folder / "in.toml").write_text('[cluster]\nweighted = false\nfeedback = true\n[[cluster.rules]]\naxis = "in"')
     (folder / "far.txt").write_text("9999\n")
     np.save(folder / "large.npy", np.full(64, 77))
     out = tmp_path / "out"

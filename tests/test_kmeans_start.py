@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 
 from cluscomp_jax.kmeans.found import Blocks
-from cluscomp_jax.kmeans.start import spread_start
+from cluscomp_jax.kmeans.start import draw_sample, spread_start
 
 
 def start(vectors: np.ndarray, n: int, *, seed: int = 0, weights: np.ndarray | None = None) -> np.ndarray:
     mass = jnp.ones(len(vectors)) if weights is None else jnp.asarray(weights, jnp.float32)
-    blocks = Blocks(jnp.asarray(vectors)[None], mass[None])
-    return np.asarray(spread_start(blocks, jax.random.key(seed), num_codes=n, count=len(vectors)))
+    sample, mass = draw_sample(
+        Blocks(jnp.asarray(vectors)[None], mass[None]), key := jax.random.key(seed), num_codes=n, count=len(vectors)
+    )
+    return np.asarray(spread_start(sample, mass, key, num_codes=n))
 
 
 def error_after_lloyd(vectors: np.ndarray, codebook: np.ndarray, iterations: int) -> float:
@@ -72,4 +74,6 @@ def test_a_crowd_of_equal_vectors_gets_a_code() -> None:
 def test_padding_is_never_drawn() -> None:
     vectors = np.random.default_rng(4).standard_normal((96, 2)).astype(np.float32)
     blocks = Blocks(jnp.asarray(np.where(np.arange(96)[:, None] < 90, vectors, 1e6))[None], jnp.ones((1, 96)))
-    assert np.abs(spread_start(blocks, jax.random.key(0), num_codes=80, count=90)).max() < 1e6
+    sample, _ = draw_sample(blocks, jax.random.key(0), num_codes=80, count=90)
+    assert sample.shape == (90, 2)
+    assert np.abs(sample).max() < 1e6

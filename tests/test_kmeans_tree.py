@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 
 from cluscomp_jax.kmeans.lists import make_lists
-from cluscomp_jax.kmeans.tree import EMPTY, CodeTree, grow_tree, leaf_of, leaves_of
+from cluscomp_jax.kmeans.tree import EMPTY, CodeTree, grow_tree, leaf_of, leaves_of, random_rotation
 
 
 def random_codes(n: int, g: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_t(5, (n, g)).astype(np.float32)
+
+
+def plant(codes: np.ndarray | jax.Array, seed: int, turn: int) -> CodeTree:
+    tree: CodeTree = grow_tree(jnp.asarray(codes), random_rotation(jax.random.key(seed), turn, g=codes.shape[1]))
+    return tree
 
 
 def walk(tree: CodeTree, vector: np.ndarray) -> int:
@@ -34,7 +39,7 @@ def test_leaves_hold_nine_to_sixteen_codes(n: int) -> None:
 @pytest.mark.parametrize(("n", "g"), [(1, 1), (5, 3), (100, 2), (777, 4), (1024, 16), (3000, 9)])
 def test_every_code_stands_in_one_leaf_and_most_would_fall_into_it(n: int, g: int) -> None:
     codes = random_codes(n, g)
-    tree = grow_tree(jnp.asarray(codes), jax.random.key(0), 0)
+    tree = plant(codes, 0, 0)
     order = np.asarray(tree.order)
     np.testing.assert_array_equal(np.sort(order[order != EMPTY]), np.arange(n))
     places = order.reshape(-1)
@@ -47,7 +52,7 @@ def test_every_code_stands_in_one_leaf_and_most_would_fall_into_it(n: int, g: in
 
 
 def test_vectors_fall_as_a_walk_from_cut_to_cut_would_lead_them() -> None:
-    tree = grow_tree(jnp.asarray(random_codes(700, 5)), jax.random.key(1), 3)
+    tree = plant(random_codes(700, 5), 1, 3)
     vectors = random_codes(300, 5, seed=1)
     expected = [walk(tree, vector) for vector in vectors]
     assert np.mean(np.asarray(leaf_of(tree, jnp.asarray(vectors))) == expected) > 0.99  # a rounding apart from a cut
@@ -55,13 +60,13 @@ def test_vectors_fall_as_a_walk_from_cut_to_cut_would_lead_them() -> None:
 
 def test_every_turn_grows_another_tree() -> None:
     codes = jnp.asarray(random_codes(100, 4))
-    first, again, other = (grow_tree(codes, jax.random.key(0), turn) for turn in (0, 0, 1))
+    first, again, other = (plant(codes, 0, turn) for turn in (0, 0, 1))
     np.testing.assert_array_equal(first.order, again.order)
     assert not np.array_equal(first.cuts, other.cuts)
 
 
 def test_equal_codes_make_a_tree() -> None:
-    tree = grow_tree(jnp.ones((100, 3)), jax.random.key(0), 0)
+    tree = plant(jnp.ones((100, 3)), 0, 0)
     assert np.isfinite(tree.cuts).all()
     assert sorted(np.asarray(tree.order).reshape(-1))[-100:] == list(range(100))
 
@@ -69,7 +74,7 @@ def test_equal_codes_make_a_tree() -> None:
 @pytest.mark.parametrize(("n", "g", "length"), [(600, 4, 4), (900, 8, 3), (500, 2, 7)])
 def test_no_code_off_the_list_is_nearer_to_the_centre_than_the_reach(n: int, g: int, length: int) -> None:
     codes = random_codes(n, g)
-    tree = grow_tree(jnp.asarray(codes), jax.random.key(2), 0)
+    tree = plant(codes, 2, 0)
     lists = make_lists(tree, jnp.asarray(codes), length=length)
     order, searched = np.asarray(tree.order), np.asarray(lists.searched)
     assert searched.shape == (len(order), length)
@@ -86,7 +91,7 @@ def test_no_code_off_the_list_is_nearer_to_the_centre_than_the_reach(n: int, g: 
 
 def test_lists_of_all_leaves_reach_everywhere() -> None:
     codes = jnp.asarray(random_codes(100, 3))
-    tree = grow_tree(codes, jax.random.key(0), 0)
+    tree = plant(codes, 0, 0)
     lists = make_lists(tree, codes, length=1000)
     assert lists.searched.shape == (8, 8)
     assert np.isinf(lists.reach).all()

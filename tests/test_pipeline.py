@@ -15,7 +15,8 @@ from cluscomp_jax.codebook import CodebookArray, validate
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.model import build_model
-from cluscomp_jax.pipeline import compress, compress_stream, fingerprint, rules_by_block
+from cluscomp_jax.pipeline import compress, compress_stream, fingerprint
+from cluscomp_jax.preflight import rules_by_block
 from cluscomp_jax.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
 from cluscomp_jax.source import DictSink, as_source
 
@@ -220,7 +221,7 @@ def trained(tiny_model):
 
 
 def test_claims_on_held_out_text(trained, tiny_train_tokens, tiny_test_tokens):
-    """Weighted clustering beats blind clustering, tuned beats untuned, at equal bits, on text never seen."""
+    """Weighted beats blind clustering, feedback beats both, tuned beats untuned, at equal bits, on text never seen."""
     config, params = trained
     rng = np.random.default_rng(0)
     starts = rng.integers(0, len(tiny_train_tokens) - 128, 16)
@@ -238,9 +239,13 @@ def test_claims_on_held_out_text(trained, tiny_train_tokens, tiny_test_tokens):
     rule = CompressionRule(g=4, num_codes=256)
     blind = ClusterSettings(rules=(rule,), iterations=10, weighted=False)
     weighted = dataclasses.replace(blind, weighted=True)
+    fed_back = dataclasses.replace(weighted, feedback=True)
     original = cluscomp_jax.perplexity(params, tiny_test_tokens[:8192], config, context=128, batch_size=8).perplexity
     untuned_blind, untuned, tuned = score(blind, None), score(weighted, None), score(weighted, TuningSettings(epochs=2))
     assert original < tuned < untuned < untuned_blind
+    untuned_feedback = score(fed_back, None)
+    assert original < untuned_feedback < untuned
+    assert original < score(fed_back, TuningSettings(epochs=2)) < tuned
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from cluscomp_jax.cluster import cluster_matrix
 from cluscomp_jax.codebook import CodebookArray, decode
 from cluscomp_jax.progress import SilentReporter
 from cluscomp_jax.settings import ClusterSettings, CompressionRule, TuningSettings
-from cluscomp_jax.statistics import channel_moments
+from cluscomp_jax.statistics import channel_moments, second_moments
 from cluscomp_jax.tuning import ActivationStore, run_through, tune_block
 from cluscomp_jax.tuning.blockwise import (
     block_loss,
@@ -74,6 +74,19 @@ def test_moments_are_the_mean_squares_of_what_each_kernel_reads(dense, streams):
             assert moments[path].shape == (trees.flatten(dense)[path].shape[0],)
     with pytest.raises(ValueError, match="no batches"):
         channel_moments(MODEL, KIND, dense, [])
+
+
+def test_second_moments_are_the_mean_products_of_what_each_site_reads(dense, streams):
+    inputs, _ = streams
+    moments = second_moments(MODEL, KIND, dense, (jnp.asarray(x) for _, x in inputs.batches(4)))
+    seen = {}
+    MODEL.block(dense, jnp.asarray(inputs.read(slice(0, 6))), kind=KIND, tap=lambda site, x: seen.update({site: x}))
+    assert set(moments) == set(MODEL.sites)
+    for site, moment in moments.items():
+        rows = np.asarray(seen[site], np.float64).reshape(60, -1)
+        np.testing.assert_allclose(moment, rows.T @ rows / 60, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="no batches"):
+        second_moments(MODEL, KIND, dense, [])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])

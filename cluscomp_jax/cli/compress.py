@@ -17,7 +17,7 @@ from cluscomp_jax.errors import InputError
 from cluscomp_jax.evaluate import perplexity
 from cluscomp_jax.io.open import OpenedModel, open_model
 from cluscomp_jax.io.text import calibration_samples, read_starts
-from cluscomp_jax.pipeline import check_calibration, rules_by_block
+from cluscomp_jax.preflight import check_calibration, rules_by_block
 from cluscomp_jax.progress import Reporter
 from cluscomp_jax.report import format_bytes, format_table, stage_rows
 from cluscomp_jax.rules import describe as describe_rule

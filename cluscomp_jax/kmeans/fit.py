@@ -13,7 +13,7 @@ from cluscomp_jax.kmeans.found import Blocks, Found, next_codebook
 from cluscomp_jax.kmeans.lists import make_lists
 from cluscomp_jax.kmeans.search import search_all, search_listed
 from cluscomp_jax.kmeans.start import draw_sample, spread_start
-from cluscomp_jax.kmeans.tree import grow_tree, leaves_of
+from cluscomp_jax.kmeans.tree import grow_tree, leaves_of, random_rotation
 
 _MAX_CODES = 65536
 _MAX_GROUP = 32
@@ -80,11 +80,12 @@ def fit_codebook(
     m = vectors.shape[0]
     blocks = _blocks(vectors, weights)
     _check_finite(blocks)
-    exact = _exact_codebook(blocks, m, num_codes, key)
+    sample, mass = draw_sample(blocks, key, num_codes=num_codes, count=m)
+    exact = _exact_codebook(blocks, m, num_codes, sample)
     if exact is not None:
         codebook, index = exact
         return codebook, index, KMeansStats((0.0,), 1.0, 0, time.monotonic() - began)
-    codebook = spread_start(blocks, key, num_codes=num_codes, count=m)
+    codebook = spread_start(sample, mass, key, num_codes=num_codes)
     velocity = jnp.zeros_like(codebook)
     known = jnp.full(blocks.weights.shape, -1, jnp.int32)
     inertia, refills = [], []
@@ -150,7 +151,7 @@ def _search(
     if n <= _COMPARE_ALL:
         found: Found = search_all(blocks, codebook)
         return found
-    tree = grow_tree(codebook, key, turn)
+    tree = grow_tree(codebook, random_rotation(key, turn + 1, g=g))
     lists = make_lists(tree, codebook, length=longer * _codes_searched(g) // leaves_of(n)[1])
     found = search_listed(blocks, known, codebook, tree, lists)
     return found
@@ -213,13 +214,13 @@ def _sound(blocks: Blocks) -> tuple[jax.Array, jax.Array]:
     return jnp.isfinite(blocks.vectors).all(), (jnp.isfinite(weights) & (weights >= 0)).all()
 
 
-def _exact_codebook(blocks: Blocks, m: int, num_codes: int, key: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+def _exact_codebook(blocks: Blocks, m: int, num_codes: int, sample: jax.Array) -> tuple[jax.Array, jax.Array] | None:
     """Returns (codebook, index) that repeat every vector exactly, or None if there are too many distinct ones."""
     g = blocks.vectors.shape[-1]
     if m > num_codes:
-        # More than n distinct vectors in a sample settle the question without sorting them all.
-        sample, _ = draw_sample(blocks, key, size=min(m, 2 * num_codes + 64), count=m)
-        if len(np.unique(_fingerprints(np.asarray(sample)))) > num_codes:
+        # More than n distinct ones among a few vectors settle the question without sorting them all.
+        few = np.asarray(sample)[:: max(1, len(sample) // (2 * num_codes + 64))]
+        if len(np.unique(_fingerprints(few))) > num_codes:
             return None
     values, index = _distinct(np.asarray(blocks.vectors).reshape(-1, g)[:m])
     if len(values) > num_codes:

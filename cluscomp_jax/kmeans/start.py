@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cluscomp_jax.kmeans.found import Blocks
+from cluscomp_jax.kmeans.tree import random_rotation
 
 _SAMPLES_PER_CODE = 16
 _PER_LEAF = 16
@@ -21,21 +22,26 @@ _FLOOR = 0.01
 """Least error of a vector as a share of the mean: even a crowd of equal vectors gets a code."""
 
 
-def spread_start(blocks: Blocks, key: jax.Array, *, num_codes: int, count: int) -> jax.Array:
-    """Returns codes [n, g], each one of the first `count` vectors; the density that counts is that of the weight.
+def spread_start(sample: jax.Array, mass: jax.Array, key: jax.Array, *, num_codes: int) -> jax.Array:
+    """Returns codes [n, g], each one of the sampled vectors; the density that counts is that of their weights.
 
     Args:
-      blocks: m vectors, m >= count >= num_codes.
-      key: draws the sample, the tree and the codes.
+      sample: [s, g] float32, s >= n; 16 vectors per code are enough.
+      mass: [s] >= 0, their weights.
+      key: draws the tree and the codes.
     """
-    sample, mass = draw_sample(blocks, key, size=min(count, _SAMPLES_PER_CODE * num_codes), count=count)
-    codes: jax.Array = _pick(sample, mass, key, num_codes=num_codes)
+    rotation = random_rotation(key, 0, g=sample.shape[1])
+    codes: jax.Array = _pick(sample, mass, rotation, jax.random.fold_in(key, 1), num_codes=num_codes)
     return codes
 
 
-@partial(jax.jit, static_argnames=("size", "count"))
-def draw_sample(blocks: Blocks, key: jax.Array, *, size: int, count: int) -> tuple[jax.Array, jax.Array]:
-    """Returns (vectors [size, g], weights [size]), one from each of `size` equal stretches of the first `count`."""
+@partial(jax.jit, static_argnames=("num_codes", "count"))
+def draw_sample(blocks: Blocks, key: jax.Array, *, num_codes: int, count: int) -> tuple[jax.Array, jax.Array]:
+    """Returns (vectors [s, g], weights [s]), one from each of s equal stretches of the first `count`.
+
+    s is 16 for each code, or `count` if that is less.
+    """
+    size = min(count, _SAMPLES_PER_CODE * num_codes)
     stretches = np.arange(size + 1) * count // size
     inside = jax.random.uniform(key, (size,)) * np.diff(stretches)
     at = stretches[:-1].astype(np.int32) + jnp.floor(inside).astype(jnp.int32)
@@ -43,27 +49,26 @@ def draw_sample(blocks: Blocks, key: jax.Array, *, size: int, count: int) -> tup
 
 
 @partial(jax.jit, static_argnames="num_codes")
-def _pick(sample: jax.Array, mass: jax.Array, key: jax.Array, *, num_codes: int) -> jax.Array:
+def _pick(sample: jax.Array, mass: jax.Array, rotation: jax.Array, key: jax.Array, *, num_codes: int) -> jax.Array:
     """Returns n of the sampled vectors [s, g], none twice within rounding, with the density of good codes."""
-    turning, placing = jax.random.split(jax.random.fold_in(key, 1))
-    leaf = _leaves_by_means(sample, turning)
+    leaf = _leaves_by_means(sample, rotation)
     leaf, order = jax.lax.sort((leaf, jnp.arange(len(leaf), dtype=jnp.int32)), num_keys=1)
     ends = jnp.cumsum(_capped(_zador_share(sample[order], mass[order], leaf), num_codes))
     # Systematic sampling along the tree: neighbours in the order are neighbours in space.
-    ticks = (jnp.arange(num_codes) + jax.random.uniform(placing)) * (ends[-1] / num_codes)
+    ticks = (jnp.arange(num_codes) + jax.random.uniform(key)) * (ends[-1] / num_codes)
     place = jnp.searchsorted(ends, ticks, side="right")
     codes: jax.Array = sample[order[jnp.minimum(place, len(order) - 1)]]
     return codes
 
 
-def _leaves_by_means(vectors: jax.Array, key: jax.Array) -> jax.Array:
+def _leaves_by_means(vectors: jax.Array, rotation: jax.Array) -> jax.Array:
     """Returns the leaf, int32 [s], of each vector [s, g] in a tree that cuts every box at the mean of one direction.
 
     Means take sums and no sorting, and follow the tails better than medians do.
     """
     s, g = vectors.shape
     depth = max(s // _PER_LEAF, 1).bit_length() - 1
-    along = jnp.dot(vectors, jax.random.orthogonal(key, g), precision="highest").T
+    along = jnp.dot(vectors, rotation, precision="highest").T
 
     def halve(level: jax.Array, box: jax.Array) -> jax.Array:
         coordinate = jax.lax.dynamic_index_in_dim(along, level % g, keepdims=False)

@@ -6,6 +6,7 @@ lie elsewhere: what one tree cuts off, the next one finds.
 Letters: n codes, g weights per code, m vectors; 2^depth leaves of b codes.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -34,13 +35,20 @@ def leaves_of(num_codes: int) -> tuple[int, int]:
     return depth, -(-num_codes // (1 << depth))
 
 
+@partial(jax.jit, static_argnames="g")
+def random_rotation(key: jax.Array, turn: jax.Array | int, *, g: int) -> jax.Array:
+    """Returns an orthogonal matrix [g, g]; a program of its own, because it compiles as long as a whole tree."""
+    rotation: jax.Array = jax.random.orthogonal(jax.random.fold_in(key, turn), g)
+    return rotation
+
+
 @jax.jit
-def grow_tree(codebook: jax.Array, key: jax.Array, turn: jax.Array | int) -> CodeTree:
-    """Returns the tree of the codes [n, g], finite, 1 <= n <= 65536; `key` and `turn` draw its rotation."""
+def grow_tree(codebook: jax.Array, rotation: jax.Array) -> CodeTree:
+    """Returns the tree of the codes [n, g], finite, 1 <= n <= 65536, cut along the columns of `rotation` [g, g]."""
     n, g = codebook.shape
     depth, leaf = leaves_of(n)
     places = leaf << depth
-    directions = jax.random.orthogonal(jax.random.fold_in(key, turn), g)[:, : max(1, min(g, depth))]
+    directions = rotation[:, : max(1, min(g, depth))]
     along = jnp.dot(codebook, directions, precision="highest").T
     along = jnp.pad(along, ((0, 0), (0, places - n)), constant_values=jnp.inf)
     by_rank = _nearly_sorted(along)

@@ -1,0 +1,62 @@
+"""What a run settles before any long work: which rule compresses which kernel, and whether the calibration fits."""
+
+import numpy as np
+
+from cluscomp_jax import rules as rules_of
+from cluscomp_jax.cluster import NO_FEEDBACK_IN, NOT_WEIGHTED_IN
+from cluscomp_jax.config import RunConfig
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.model import Model, check_tokens, parameter_shapes
+from cluscomp_jax.settings import CompressionRule
+
+Rules = dict[str, CompressionRule]
+
+
+def rules_by_block(model: Model, cfg: RunConfig) -> list[Rules]:
+    """Returns, per block, {block-relative kernel path: rule}, a bit budget already turned into rules.
+
+    Raises:
+      InputError: a rule matches nothing or something that is no kernel of a block, or the budget cannot be met.
+    """
+    shapes = parameter_shapes(model)
+    blocks = range(model.num_blocks)
+    kernels = {f"{model.blocks_path}/{i}/{path}" for i in blocks for paths in model.sites.values() for path in paths}
+    rules = cfg.cluster.rules
+    matched = rules_of.match(rules, shapes)
+    outside = next((path for path in matched if path not in kernels), None)
+    if outside is not None:
+        raise InputError(
+            f"rule {matched[outside].pattern!r} matches {outside!r}; only the kernels of blocks are compressed"
+        )
+    if cfg.cluster.bits is not None:
+        chosen: Rules = {}
+        for rule in rules:
+            own = {path: shapes[path] for path, first in matched.items() if first is rule}
+            if own:
+                for one in rules_of.allocate(own, cfg.cluster.bits, like=rule):
+                    chosen |= dict.fromkeys(own, one)
+        matched = chosen
+    by_block: list[Rules] = []
+    for i in range(model.num_blocks):
+        prefix = f"{model.blocks_path}/{i}/"
+        by_block.append({path.removeprefix(prefix): rule for path, rule in matched.items() if path.startswith(prefix)})
+    return by_block
+
+
+def check_calibration(model: Model, cfg: RunConfig, calibration: np.ndarray, by_block: list[Rules]) -> None:
+    """Raises InputError where calibration tokens do not fit the model or the settings."""
+    if calibration.ndim != 2 or calibration.shape[1] < 2:
+        raise InputError(f"calibration has shape {calibration.shape}; it must be [samples, length], length 2 or more")
+    samples = calibration.shape[0]
+    if cfg.tuning is not None:
+        train = samples - cfg.tuning.held_out
+        if train < 1 or train % cfg.tuning.batch_size:
+            raise InputError(
+                f"calibration has {samples} samples; less {cfg.tuning.held_out} held out they must be a "
+                f"positive multiple of batch_size {cfg.tuning.batch_size}"
+            )
+    check_tokens(calibration, model, "calibration")
+    cut_in = [path for rules in by_block for path, rule in rules.items() if rule.axis == "in"]
+    for used, reason in ((cfg.cluster.weighted, NOT_WEIGHTED_IN), (cfg.cluster.feedback, NO_FEEDBACK_IN)):
+        if used and cut_in:
+            raise InputError(f"{cut_in[0]}: {reason}")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cluscomp_jax.kmeans import assign
+from cluscomp_jax.kmeans import add_up, assign, mean_offset
 
 _ROWS = 128
 """Channels whose errors reach the channels after them together: one product of matrices instead of many sums."""
@@ -110,7 +110,7 @@ def assign_with_feedback(
 
     firsts = jnp.arange(0, channels + spare, rows)
     _, (index, targets) = jax.lax.scan(code_rows, ordered, firsts)
-    back = jnp.zeros((channels,), jnp.int32).at[feedback.order].set(jnp.arange(channels, dtype=jnp.int32))
+    back = jnp.argsort(feedback.order)
     return index.reshape(channels + spare, -1)[back], targets.reshape(channels + spare, -1)[back]
 
 
@@ -123,7 +123,5 @@ def refit_codebook(codebook: jax.Array, index: jax.Array, targets: jax.Array, fe
     n, g = codebook.shape
     mass = jnp.repeat(feedback.channel_weights, index.shape[1])
     offset = targets.reshape(-1, g) - codebook.astype(jnp.float32)[index.reshape(-1)]
-    rows = jnp.concatenate([offset * mass[:, None], mass[:, None]], axis=1)
-    sums = jnp.zeros((n, g + 1)).at[index.reshape(-1)].add(rows, mode="promise_in_bounds")
-    total = sums[:, g:]
-    return codebook.astype(jnp.float32) + sums[:, :g] / jnp.where(total > 0, total, 1.0)
+    sums, _ = add_up(jnp.zeros((n, g + 1)), offset, mass, index.reshape(-1))
+    return codebook.astype(jnp.float32) + mean_offset(sums)

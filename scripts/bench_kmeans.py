@@ -24,10 +24,12 @@ from pathlib import Path
 
 import faiss
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cluscomp_jax import trees
 from cluscomp_jax.cli.demo import find_model
+from cluscomp_jax.cluster import to_vectors
 from cluscomp_jax.host_memory import keep_freed_memory
 from cluscomp_jax.io.open import open_model
 from cluscomp_jax.kmeans import KMeansStats, fit_codebook
@@ -77,7 +79,7 @@ def real_weights(matrix: str, g: int) -> np.ndarray:
     _, _, layer, path = matrix.split("/", 3)
     block = open_model(find_model()).source.load_block(int(layer))
     kernel = trees.flatten(block)[path]
-    return np.ascontiguousarray(np.asarray(kernel, np.float32).reshape(-1, g))
+    return np.asarray(to_vectors(jnp.asarray(kernel), g=g, axis="out"))
 
 
 def fit_ours(vectors: np.ndarray, shape: Shape, iterations: int) -> tuple[float, KMeansStats]:

@@ -11,9 +11,8 @@ from cluscomp_jax.kmeans.start import draw_sample, spread_start
 
 def start(vectors: np.ndarray, n: int, *, seed: int = 0, weights: np.ndarray | None = None) -> np.ndarray:
     mass = jnp.ones(len(vectors)) if weights is None else jnp.asarray(weights, jnp.float32)
-    sample, mass = draw_sample(
-        Blocks(jnp.asarray(vectors)[None], mass[None]), key := jax.random.key(seed), num_codes=n, count=len(vectors)
-    )
+    key, blocks = jax.random.key(seed), Blocks(jnp.asarray(vectors)[None], mass[None])
+    sample, mass = draw_sample(blocks, key, num_codes=n, count=len(vectors))
     return np.asarray(spread_start(sample, mass, key, num_codes=n))
 
 

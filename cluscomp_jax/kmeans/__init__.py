@@ -2,5 +2,6 @@
 
 from cluscomp_jax.kmeans.assign import assign
 from cluscomp_jax.kmeans.fit import KMeansStats, fit_codebook, fit_codebooks
+from cluscomp_jax.kmeans.found import add_up, mean_offset
 
-__all__ = ["KMeansStats", "assign", "fit_codebook", "fit_codebooks"]
+__all__ = ["KMeansStats", "add_up", "assign", "fit_codebook", "fit_codebooks", "mean_offset"]

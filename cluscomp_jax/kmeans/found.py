@@ -35,6 +35,26 @@ class Found(NamedTuple):
     worst_error: jax.Array
 
 
+def squared_lengths(vectors: jax.Array) -> jax.Array:
+    """Returns |x|^2 of vectors [..., g]."""
+    return jnp.sum(jnp.square(vectors), axis=-1)
+
+
+def add_up(sums: jax.Array, offset: jax.Array, weights: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (sums [n, g + 1] with these added, weighted squared error [m]) of vectors at `offset` from their codes.
+
+    Offsets from the present code are small beside the code: their float32 sums keep more digits.
+    """
+    rows = jnp.concatenate([offset * weights[:, None], weights[:, None]], axis=1)
+    return sums.at[index].add(rows, mode="promise_in_bounds"), squared_lengths(offset) * weights
+
+
+def mean_offset(sums: jax.Array) -> jax.Array:
+    """Returns the weighted mean offset [n, g] of each code's vectors, 0 for a code without any."""
+    mass = sums[:, -1:]
+    return sums[:, :-1] / jnp.where(mass > 0, mass, 1.0)
+
+
 @jax.jit
 def next_codebook(
     blocks: Blocks, codebook: jax.Array, velocity: jax.Array, found: Found, step: jax.Array, momentum: jax.Array
@@ -44,11 +64,9 @@ def next_codebook(
     With a step of 1 and a momentum of 0 every code moves to the mean of its vectors. A code without vectors moves onto
     one of the worst vectors, if that has any error.
     """
-    mass = found.sums[:, -1:]
-    pull = found.sums[:, :-1] / jnp.where(mass > 0, mass, 1.0)
-    velocity = step * pull + momentum * velocity
+    velocity = step * mean_offset(found.sums) + momentum * velocity
     moved = codebook + velocity
-    empty = mass[:, 0] <= 0
+    empty = found.sums[:, -1] <= 0
     moved, refilled = jax.lax.cond(
         empty.any(), _refill, lambda codes, empty, *_: (codes, empty), moved, empty, blocks, found
     )

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from cluscomp_jax.kmeans.assign import nearest_lanes
-from cluscomp_jax.kmeans.found import Blocks, Found
+from cluscomp_jax.kmeans.found import Blocks, Found, add_up, squared_lengths
 from cluscomp_jax.kmeans.lists import Lists
-from cluscomp_jax.kmeans.tree import CodeTree, leaf_of
+from cluscomp_jax.kmeans.tree import EMPTY, CodeTree, leaf_of
 
 _TILE = 32
 """Vectors that search together."""
@@ -29,7 +29,7 @@ def search_all(blocks: Blocks, codebook: jax.Array) -> Found:
 
     def one_block(sums: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         vectors, weights, index = block
-        sums, error = _add_up(sums, vectors - codebook[index], weights, index)
+        sums, error = add_up(sums, vectors - codebook[index], weights, index)
         return sums, (jnp.sum(error), *_worst(error, jnp.arange(m)))
 
     start = jnp.zeros((codebook.shape[0], g + 1))
@@ -52,7 +52,7 @@ def search_listed(blocks: Blocks, index: jax.Array, codebook: jax.Array, tree: C
     _, m, g = blocks.vectors.shape
     bits = (m - 1).bit_length()
     far = 4 * jnp.max(jnp.abs(codebook)) + 1.0
-    by_leaf = jnp.where((tree.order < 0)[..., None], far, codebook[tree.order])
+    by_leaf = jnp.where((tree.order == EMPTY)[..., None], far, codebook[tree.order])
 
     def one_block(sums: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         vectors, weights, known = block
@@ -65,11 +65,14 @@ def search_listed(blocks: Blocks, index: jax.Array, codebook: jax.Array, tree: C
         place = _search_tiles(tiles, leaf, by_leaf, lists)
         listed = jnp.maximum(tree.order.reshape(-1)[place], 0)
         offset, other = vectors - codebook[listed], vectors - codebook[jnp.maximum(known, 0)]
-        nearer = (known < 0) | (_squared(offset) < _squared(other))
+        nearer = (known < 0) | (squared_lengths(offset) < squared_lengths(other))
         best, offset = jnp.where(nearer, listed, known), jnp.where(nearer[:, None], offset, other)
         # |x - c| <= reach - |x - centre| <= |centre - other| - |x - centre| <= |x - other|
-        certain = jnp.sqrt(_squared(offset)) + jnp.sqrt(_squared(tiles)).reshape(-1) <= lists.reach[leaf].repeat(_TILE)
-        sums, error = _add_up(sums, offset, weights, best)
+        certain = jnp.sqrt(squared_lengths(offset)) + jnp.sqrt(squared_lengths(tiles)).reshape(-1) <= lists.reach[
+            leaf
+        ].repeat(_TILE)
+        sums, error = add_up(sums, offset, weights, best)
+        # One scatter brings both back: an uncertain code c as ~c, which is below zero.
         back = jnp.zeros((m,), jnp.int32).at[at].set(jnp.where(certain, best, ~best), unique_indices=True)
         return sums, (back, jnp.sum(error), *_worst(error, at))
 
@@ -116,17 +119,6 @@ def _search_tiles(tiles: jax.Array, leaf: jax.Array, by_leaf: jax.Array, lists: 
     lanes = tiles.swapaxes(1, 2).reshape(pieces, t // pieces, g, tile)
     place: jax.Array = jax.lax.map(one_piece, (lanes, leaf.reshape(pieces, -1)))
     return place.reshape(-1)
-
-
-def _squared(vectors: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(vectors), axis=-1)
-
-
-def _add_up(sums: jax.Array, offset: jax.Array, weights: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns (sums [n, g+1] with the block's added, weighted squared error [m'])."""
-    # Offsets from the present code are small beside the code: their float32 sums keep more digits.
-    rows = jnp.concatenate([offset * weights[:, None], weights[:, None]], axis=1)
-    return sums.at[index].add(rows, mode="promise_in_bounds"), _squared(offset) * weights
 
 
 def _worst(error: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -22,13 +22,9 @@ from cluscomp_jax.feedback import Feedback, assign_with_feedback, refit_codebook
 from cluscomp_jax.settings import ClusterSettings, CompressionRule
 from cluscomp_jax.trees import Params
 
-NOT_WEIGHTED_IN = (
-    "axis 'in' cannot be activation-weighted: its vectors span input channels of different weight; "
-    "set weighted = false or axis = 'out'"
-)
-NO_FEEDBACK_IN = (
-    "axis 'in' takes no error feedback: the weights of a vector belong to input channels that answer for each other; "
-    "set feedback = false or axis = 'out'"
+NOT_IN = (
+    "axis 'in' takes neither activation weights nor error feedback: its vectors span input channels of different "
+    "weight that answer for each other; set weighted = false and feedback = false (--unweighted), or axis = 'out'"
 )
 
 
@@ -88,11 +84,9 @@ def cluster_matrix(
     d_in, d_out = weight.shape
     vectors = to_vectors(jnp.asarray(weight), g=rule.g, axis=rule.axis)
     vector_weights = None
-    if feedback is not None and rule.axis != "out":
-        raise InputError(NO_FEEDBACK_IN)
+    if rule.axis != "out" and (feedback is not None or channel_weights is not None):
+        raise InputError(NOT_IN)
     if channel_weights is not None:
-        if rule.axis != "out":
-            raise InputError(NOT_WEIGHTED_IN)
         mass = _positive_mass(jnp.asarray(channel_weights))
         vector_weights = jnp.repeat(mass, vectors.shape[0] // d_in, total_repeat_length=vectors.shape[0])
     codes, index, stats = kmeans.fit_codebook(

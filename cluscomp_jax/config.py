@@ -55,8 +55,8 @@ class RunConfig:
 
 
 PAPER = RunConfig(
-    cluster=ClusterSettings(weighted=False, feedback=False),
-    tuning=TuningSettings(epochs=20, learning_rate=0.005, schedule="constant", weight_decay=0.1),
+    cluster=ClusterSettings(weighted=False, feedback=False, correction=False, sequential=False, mixed="none"),
+    tuning=TuningSettings(epochs=20, learning_rate=0.005, schedule="constant", weight_decay=0.1, norms=False),
 )
 """The official recipe: blind k-means; AdamW at a constant 0.005, weight decay 0.1, 20 epochs.
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cluscomp_jax.cluster import decompress
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.losses import token_nll
 from cluscomp_jax.model import Model, build_model, check_tokens, run_block, run_embed
@@ -82,7 +83,8 @@ def perplexity(
     with tempfile.TemporaryDirectory(prefix="cluscomp-") as work_dir:
         stream = _embedded(model, rest, windows, jnp.dtype(dtype), Path(work_dir))
         for i in range(model.num_blocks):
-            block = jax.tree.map(jnp.asarray, source.load_block(i))
+            # Decoded once, not window by window; and one program serves all blocks, however finely each is cut.
+            block = jax.tree.map(jnp.asarray, decompress(source.load_block(i)))
             step = partial(run_block, block, model=model, kind=model.block_kind(i))
             run_through(step, stream, stream, batch_size=batch_size, dtype=jnp.dtype(dtype))
             reporter.advance(windows.size)

@@ -16,8 +16,9 @@ from cluscomp_jax.errors import InputError
 from cluscomp_jax.trees import Params
 
 Cache = dict[str, jax.Array]
-Tap = Callable[[str, jax.Array], Any]
-"""Called as tap(site, x [..., d_in]) with the input of a site's kernels; block returns what it returns."""
+Tap = Callable[[str, jax.Array, jax.Array | None], Any]
+"""Called as tap(site, x [..., d_in], residual [..., d] or None) with the input of a site's kernels and what their
+output is added to, if it is added to anything; block returns what it returns."""
 
 
 @runtime_checkable
@@ -65,7 +66,7 @@ class Model(Protocol):
         ...
 
     def block(self, params: Params, x: jax.Array, *, kind: Hashable, tap: Tap | None = None) -> Any:
-        """x [b, t, d] -> y [b, t, d]; with a tap, (y, {site: tap(site, input)})."""
+        """x [b, t, d] -> y [b, t, d]; with a tap, (y, {site: tap(site, input, residual)})."""
         ...
 
     def head(self, rest: Params, x: jax.Array) -> jax.Array:

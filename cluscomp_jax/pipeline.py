@@ -12,7 +12,7 @@ import time
 from collections.abc import Hashable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,25 +20,19 @@ import numpy as np
 
 import cluscomp_jax._version as version
 from cluscomp_jax import trees
-from cluscomp_jax.cluster import (
-    ClusterStats,
-    cluster_matrix,
-    matrix_key,
-    matrix_size,
-    size_report,
-)
+from cluscomp_jax.cluster import decompress, size_report
+from cluscomp_jax.cluster_block import BlockClustering, Streams
 from cluscomp_jax.codebook import CodebookArray, round_codebook
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.feedback import Feedback, factorise
 from cluscomp_jax.io import atomic
 from cluscomp_jax.model import build_model, run_block, run_embed
-from cluscomp_jax.preflight import check_calibration, rules_by_block
+from cluscomp_jax.preflight import check_calibration, mixes, rules_by_block
 from cluscomp_jax.progress import Reporter, SilentReporter
+from cluscomp_jax.sensitivity import sensitivities
 from cluscomp_jax.settings import TuningSettings
 from cluscomp_jax.source import BlockSink, DictSink, ParamSource, as_source
 from cluscomp_jax.stages import StageClock
-from cluscomp_jax.statistics import channel_moments, second_moments
 from cluscomp_jax.trees import Params
 from cluscomp_jax.tuning import ActivationStore, BlockTuning, run_through, tune_block
 
@@ -149,19 +143,6 @@ def fingerprint(source: ParamSource, cfg: RunConfig, calibration: np.ndarray | N
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-class _Input(NamedTuple):
-    """What is known of a kernel's input: E[x_i^2] [d_in] and the factor for error feedback, each None if not used."""
-
-    weights: jax.Array | None
-    feedback: Feedback | None
-
-
-def _computed(inputs: dict[str, _Input]) -> dict[str, _Input]:
-    """Returns the inputs when they are there, so that their time counts as theirs."""
-    jax.tree.map(lambda leaf: leaf.block_until_ready(), inputs)
-    return inputs
-
-
 class _Run:
     """The state of one run between blocks: the two activation streams, the rules, the clock."""
 
@@ -181,8 +162,7 @@ class _Run:
         self.records_dir = work_dir / "records"
         self.records_dir.mkdir(parents=True, exist_ok=True)
         self.tuning = cfg.tuning if calibration is not None else None
-        self.weighted = calibration is not None and cfg.cluster.weighted
-        self.feedback = calibration is not None and cfg.cluster.feedback
+        self.cluster = BlockClustering(self.model, cfg.cluster, cfg.seed, self.clock, self.reporter)
         self.dtype, self.batch_size = jnp.dtype("float32"), 1
         self.original: ActivationStore | None = None
         self.compressed: ActivationStore | None = None
@@ -190,12 +170,27 @@ class _Run:
         if calibration is None:
             return
         check_calibration(self.model, cfg, calibration, self.rules)
+        if mixes(cfg, calibration):
+            self.rules = rules_by_block(self.model, cfg, self._sensitivities(calibration, work_dir))
         numbers = cfg.tuning or TuningSettings()
         self.dtype = jnp.dtype(numbers.compute_dtype)
         self.batch_size = max(1, _FORWARD_TOKENS // calibration.shape[1])
-        if self.weighted or self.feedback or self.tuning:
+        if cfg.cluster.calibrated or self.tuning:
             with self.clock("embed"):
                 self._embed(calibration, work_dir, jnp.dtype(numbers.activation_dtype))
+
+    def _sensitivities(self, calibration: np.ndarray, work_dir: Path) -> dict[str, float]:
+        """Returns {path: sensitivity}, from the records where a run is resumed."""
+        path = self.records_dir / "sensitivities.json"
+        if not path.exists():
+            with self.clock("sensitivity"):
+                damping = self.cfg.cluster.damping if self.cfg.cluster.feedback else None
+                measured = sensitivities(
+                    self.model, self.source, calibration, damping=damping, work_dir=work_dir, reporter=self.reporter
+                )
+            atomic.write_text(path, json.dumps(measured, indent=1), aside=path.with_suffix(".tmp"))
+        known: dict[str, float] = json.loads(path.read_text())
+        return known
 
     def _embed(self, calibration: np.ndarray, work_dir: Path, dtype: Any) -> None:
         """Opens the streams that the run needs, at the first block's input."""
@@ -204,10 +199,10 @@ class _Run:
         width = embed(jnp.asarray(calibration[:1])).shape[-1]
         new_store = partial(ActivationStore, shape=(*calibration.shape, width), dtype=dtype)
         self.compressed = new_store(work_dir / "compressed.bin")
-        if self.tuning:
+        if self.tuning or self.cfg.cluster.corrects:
             self.original = new_store(work_dir / "original.bin")
-            if self.tuning.aug_loss:
-                self.augmented = new_store(work_dir / "augmented.bin")
+        if self.tuning and self.tuning.aug_loss:
+            self.augmented = new_store(work_dir / "augmented.bin")
         for i in range(len(calibration)):
             x = embed(jnp.asarray(calibration[i : i + 1]))
             for store in (self.compressed, self.original):
@@ -231,7 +226,7 @@ class _Run:
                 self._propagate_compressed(self.sink.load_block(i), kind)
             return self._record(i)
         began = time.monotonic()
-        block, matrices = self._cluster(i, dense, self._inputs(dense, kind))
+        block, matrices = self.cluster(i, dense, self.rules[i], self._streams())
         self._propagate_original(dense, kind)
         record: dict[str, Any] = {"index": i}
         if self.tuning is not None and matrices:
@@ -242,7 +237,7 @@ class _Run:
                     f"block {i}: loss or gradient was not finite at epoch {len(tuned.epoch_losses)}; "
                     "the last good codebooks are kept"
                 )
-        block = jax.device_get(_round_codebooks(block, self.cfg.cluster.codebook_dtype))
+        block = jax.device_get(_rounded(block, dense, self.cfg.cluster.codebook_dtype))
         if i + 1 < self.model.num_blocks or self.tuning is not None:
             record |= self._propagate_compressed(block, kind)
         size = size_report(block)
@@ -265,46 +260,10 @@ class _Run:
         record: dict[str, Any] = json.loads(self._record_path(i).read_text())
         return record
 
-    def _inputs(self, dense: Params, kind: Hashable) -> dict[str, _Input]:
-        """Returns what clustering needs to know of each kernel's input, by block-relative path."""
-        if not self.weighted and not self.feedback:
-            return {}
-        assert self.compressed is not None
-        inputs: dict[str, _Input] = {}
-        with self.clock("statistics"):
-            batches = (jax.device_put(x).astype(self.dtype) for _, x in self.compressed.batches(self.batch_size))
-            if not self.feedback:
-                moments = channel_moments(self.model, kind, dense, batches)
-                return _computed({path: _Input(weights, None) for path, weights in moments.items()})
-            by_site = second_moments(self.model, kind, dense, batches)
-            for site, paths in self.model.sites.items():
-                moment = by_site.pop(site)
-                weights = jnp.diagonal(moment) if self.weighted else None
-                inputs |= dict.fromkeys(paths, _Input(weights, factorise(moment, damping=self.cfg.cluster.damping)))
-        return _computed(inputs)
-
-    def _cluster(self, i: int, dense: Params, inputs: dict[str, _Input]) -> tuple[Params, list[dict[str, Any]]]:
-        flat, matrices = trees.flatten(dense), []
-        self.reporter.start(f"block {i + 1}/{self.model.num_blocks}: cluster", len(self.rules[i]), "matrices")
-        with self.clock("cluster"):
-            for path, rule in self.rules[i].items():
-                full = f"{self.model.blocks_path}/{i}/{path}"
-                known = inputs.get(path, _Input(None, None))
-                try:
-                    array, stats = cluster_matrix(
-                        flat[path],
-                        rule,
-                        self.cfg.cluster,
-                        key=matrix_key(self.cfg.seed, full),
-                        channel_weights=known.weights,
-                        feedback=known.feedback,
-                    )
-                except InputError as error:
-                    raise InputError(f"{full}: {error}") from error
-                flat[path] = array
-                matrices.append(_matrix_record(full, array, stats))
-                self.reporter.advance(note=path)
-        return trees.unflatten(flat), matrices
+    def _streams(self) -> Streams | None:
+        if self.compressed is None:
+            return None
+        return Streams(self.compressed, self.original, self.batch_size, self.dtype)
 
     def _tune(self, i: int, block: Params, kind: Hashable) -> tuple[Params, BlockTuning]:
         assert self.tuning is not None
@@ -334,7 +293,9 @@ class _Run:
         if self.compressed is None:
             return {}
         with self.clock("propagate"):
-            step = partial(run_block, jax.tree.map(jnp.asarray, block), model=self.model, kind=kind)
+            # Decoded first, so that one program serves all blocks, however finely each is cut.
+            decoded = jax.tree.map(jnp.asarray, decompress(block))
+            step = partial(run_block, decoded, model=self.model, kind=kind)
             run_through(step, self.compressed, self.compressed, batch_size=self.batch_size, dtype=self.dtype)
             if self.original is None:
                 return {}
@@ -350,16 +311,14 @@ def _stream_distance(a: ActivationStore, b: ActivationStore, batch_size: int) ->
     return total / math.prod(a.shape)
 
 
-def _matrix_record(path: str, array: CodebookArray, stats: ClusterStats) -> dict[str, Any]:
-    size = matrix_size(path, array)
-    return {**dataclasses.asdict(size), "bits_per_weight": size.bits_per_weight, **dataclasses.asdict(stats)}
+def _rounded(block: Params, dense: Params, dtype: str) -> Params:
+    """Returns the block with what was trained in 16 bit: codebooks, and vectors that are no longer the dense ones."""
+    before = trees.flatten(dense)
 
-
-def _round_codebooks(block: Params, dtype: str) -> Params:
-    def rounded(_: str, leaf: Any) -> Any:
-        if not isinstance(leaf, CodebookArray):
-            return leaf
-        return dataclasses.replace(leaf, codebook=round_codebook(leaf.codebook, dtype))
+    def rounded(path: str, leaf: Any) -> Any:
+        if isinstance(leaf, CodebookArray):
+            return dataclasses.replace(leaf, codebook=round_codebook(leaf.codebook, dtype))
+        return leaf if leaf is before[path] else round_codebook(leaf, dtype)
 
     return trees.map_by_path(rounded, block)
 

@@ -1,19 +1,27 @@
 """What a run settles before any long work: which rule compresses which kernel, and whether the calibration fits."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from cluscomp_jax import rules as rules_of
-from cluscomp_jax.cluster import NO_FEEDBACK_IN, NOT_WEIGHTED_IN
+from cluscomp_jax.allocation import allocate_unevenly
+from cluscomp_jax.cluster import NOT_IN
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.model import Model, check_tokens, parameter_shapes
-from cluscomp_jax.settings import CompressionRule
+from cluscomp_jax.settings import ClusterSettings, CompressionRule
 
 Rules = dict[str, CompressionRule]
 
 
-def rules_by_block(model: Model, cfg: RunConfig) -> list[Rules]:
+def rules_by_block(model: Model, cfg: RunConfig, sensitivities: Mapping[str, float] | None = None) -> list[Rules]:
     """Returns, per block, {block-relative kernel path: rule}, a bit budget already turned into rules.
+
+    Args:
+      model: the decoder.
+      cfg: the run.
+      sensitivities: {path: what an error of that kernel costs} for a budget that is spent unevenly; None: evenly.
 
     Raises:
       InputError: a rule matches nothing or something that is no kernel of a block, or the budget cannot be met.
@@ -33,14 +41,32 @@ def rules_by_block(model: Model, cfg: RunConfig) -> list[Rules]:
         for rule in rules:
             own = {path: shapes[path] for path, first in matched.items() if first is rule}
             if own:
-                for one in rules_of.allocate(own, cfg.cluster.bits, like=rule):
-                    chosen |= dict.fromkeys(own, one)
+                chosen |= _within_budget(own, rule, cfg.cluster, sensitivities)
         matched = chosen
     by_block: list[Rules] = []
     for i in range(model.num_blocks):
         prefix = f"{model.blocks_path}/{i}/"
         by_block.append({path.removeprefix(prefix): rule for path, rule in matched.items() if path.startswith(prefix)})
     return by_block
+
+
+def mixes(cfg: RunConfig, calibration: np.ndarray | None) -> bool:
+    """Returns whether a budget is spent unevenly, by sensitivities that calibration tells."""
+    return cfg.cluster.bits is not None and cfg.cluster.mixed != "none" and calibration is not None
+
+
+def _within_budget(
+    shapes: Mapping[str, tuple[int, ...]],
+    rule: CompressionRule,
+    settings: ClusterSettings,
+    sensitivities: Mapping[str, float] | None,
+) -> Rules:
+    assert settings.bits is not None
+    even = rules_of.allocate(shapes, settings.bits, like=rule)
+    if sensitivities is None:
+        return dict.fromkeys(shapes, even)
+    by_kernel = settings.mixed == "kernel"
+    return allocate_unevenly(shapes, sensitivities, settings.bits, like=rule, by_kernel=by_kernel)
 
 
 def check_calibration(model: Model, cfg: RunConfig, calibration: np.ndarray, by_block: list[Rules]) -> None:
@@ -57,6 +83,5 @@ def check_calibration(model: Model, cfg: RunConfig, calibration: np.ndarray, by_
             )
     check_tokens(calibration, model, "calibration")
     cut_in = [path for rules in by_block for path, rule in rules.items() if rule.axis == "in"]
-    for used, reason in ((cfg.cluster.weighted, NOT_WEIGHTED_IN), (cfg.cluster.feedback, NO_FEEDBACK_IN)):
-        if used and cut_in:
-            raise InputError(f"{cut_in[0]}: {reason}")
+    if cfg.cluster.calibrated and cut_in:
+        raise InputError(f"{cut_in[0]}: {NOT_IN}")

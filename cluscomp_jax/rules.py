@@ -48,8 +48,8 @@ def total_bits_per_weight(matrices: Shapes, *, g: int, num_codes: int, axis: Axi
 _ANY = CompressionRule()
 
 
-def allocate(matrices: Shapes, bits: float, *, like: CompressionRule = _ANY) -> tuple[CompressionRule, ...]:
-    """Returns rules that spend at most `bits` stored bits per weight on `matrices`: here one (g, num_codes) for all.
+def allocate(matrices: Shapes, bits: float, *, like: CompressionRule = _ANY) -> CompressionRule:
+    """Returns the rule that spends at most `bits` stored bits per weight on `matrices` with one (g, num_codes) for all.
 
     For every g the largest num_codes within the budget is a candidate; the candidate with the least distortion
     predicted by high-rate theory for a Gaussian source wins (`predicted_distortion`).
@@ -77,7 +77,7 @@ def allocate(matrices: Shapes, bits: float, *, like: CompressionRule = _ANY) -> 
         raise InputError(
             f"bits is {bits}; the least that any group size and 2 codes reach on this model is {least:.3f}"
         )
-    return (best[1],)
+    return best[1]
 
 
 def _largest_num_codes(matrices: Shapes, bits: float, *, g: int, axis: Axis) -> int | None:

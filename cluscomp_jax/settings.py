@@ -53,12 +53,20 @@ class ClusterSettings:
       rules: the first rule whose pattern matches decides; what no rule matches stays dense.
       bits: a budget in stored bits per weight instead of g and num_codes: every rule keeps its pattern and axis,
         and (g, num_codes) are chosen to meet the budget. None: the rules stand as they are.
+      mixed: how a budget is spent where calibration is given: "none": one (g, num_codes) for all; "kernel": one for
+        q_proj in all blocks, one for k_proj and so on; "matrix": one for every matrix, which is compiled block by
+        block. The choice is by measured sensitivity of the model's loss.
       iterations: Lloyd iterations, >= 0 (paper: 20).
       weighted: weight each vector by the mean square of its input channel, E[x_i^2], from calibration; used for
         axis "out" only, and only where calibration is given.
       feedback: choose the codes of one input channel after another, each making good the errors before it, by the
         second moments E[x x^T] from calibration; used for axis "out" only, and only where calibration is given.
       damping: share of the mean of E[x_i^2] added to the diagonal of those moments, > 0.
+      correction: before a kernel is clustered, move it towards what gives the original model's outputs from the
+        compressed model's inputs (`cluscomp_jax.correction`); with feedback only.
+      ridge: how strongly the correction is held back, as a share of the mean of E[x_i^2], > 0.
+      sequential: inside a block, kernels see the outputs of those clustered before them, not of the original ones;
+        with feedback only.
       refits: times the codes are moved to the means of what they stand for and chosen again, >= 0; with feedback only.
       codebook_dtype: 16-bit type codebooks are stored and evaluated in; a matrix with codes beyond the range of
         float16 is kept in bfloat16.
@@ -66,17 +74,23 @@ class ClusterSettings:
 
     rules: tuple[CompressionRule, ...] = (CompressionRule(),)
     bits: float | None = None
+    mixed: Literal["none", "kernel", "matrix"] = "matrix"
     iterations: int = 20
     weighted: bool = True
-    feedback: bool = False
+    feedback: bool = True
     damping: float = 0.01
+    correction: bool = True
+    ridge: float = 1.0
+    sequential: bool = True
     refits: int = 0
     codebook_dtype: Literal["bfloat16", "float16"] = "float16"
 
     def __post_init__(self) -> None:
         _require(len(self.rules) > 0, "rules", self.rules, "at least one rule")
+        _require(self.mixed in ("none", "kernel", "matrix"), "mixed", self.mixed, "'none', 'kernel' or 'matrix'")
         _require(self.iterations >= 0, "iterations", self.iterations, "0 or more")
         _require(math.isfinite(self.damping) and self.damping > 0, "damping", self.damping, "above 0")
+        _require(math.isfinite(self.ridge) and self.ridge > 0, "ridge", self.ridge, "above 0")
         _require(self.refits >= 0, "refits", self.refits, "0 or more")
         _require(
             self.codebook_dtype in ("bfloat16", "float16"),
@@ -86,6 +100,16 @@ class ClusterSettings:
         )
         if self.bits is not None:
             _require(math.isfinite(self.bits) and self.bits > 0, "bits", self.bits, "a positive number")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether clustering looks at the activations."""
+        return self.weighted or self.feedback
+
+    @property
+    def corrects(self) -> bool:
+        """Whether kernels are corrected for drifted inputs."""
+        return self.feedback and self.correction
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +133,7 @@ class CalibrationSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TuningSettings:
-    """Block-wise error minimisation (paper section 3.3): the codebooks of one block at a time, indices frozen.
+    """Block-wise error minimisation (paper section 3.3): what trains of one block at a time, indices frozen.
 
     A block whose last epoch ran at a higher loss than that of its clustered codebooks is measured once more, and
     keeps those if they are better.
@@ -124,20 +148,23 @@ class TuningSettings:
       weight_decay: decoupled weight decay, >= 0.
       clip_norm: largest global gradient norm, > 0; None: no clipping.
       aug_loss: also match the original block's output on the compressed stream (official option, off by default).
+      norms: train the block's one-dimensional parameters too (norm weights, biases), at a tenth of the rate; they are
+        then stored in the dtype of codebooks.
       compute_dtype: dtype of activations and decoded weights in the step; masters and moments stay float32.
       activation_dtype: dtype of the stored activation streams.
       held_out: samples kept out of tuning and scored after each epoch, >= 0; the epoch with the lowest held-out
         loss is kept. 0: the last epoch is kept.
     """
 
-    epochs: int = 4
+    epochs: int = 2
     batch_size: int = 1
-    learning_rate: float = 0.002
+    learning_rate: float = 0.001
     schedule: Schedule = "cosine"
     warmup_fraction: float = 0.0
     weight_decay: float = 0.0
     clip_norm: float | None = None
     aug_loss: bool = False
+    norms: bool = True
     compute_dtype: Dtype = "float32"
     activation_dtype: Dtype = "float32"
     held_out: int = 0

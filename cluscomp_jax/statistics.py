@@ -1,66 +1,134 @@
 """Input moments of a block's kernels, taken through the block's tap. Knows a Model and batches, no files."""
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Hashable, Iterable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from cluscomp_jax.correction import SiteMoments
 from cluscomp_jax.model import Model
-from cluscomp_jax.trees import Params
-
-Moment = Callable[[jax.Array], jax.Array]
-"""Rows float32 [m, d_in] to the sum over them of what is wanted."""
+from cluscomp_jax.trees import Params, flatten
 
 
 def channel_moments(model: Model, kind: Hashable, block: Params, batches: Iterable[jax.Array]) -> dict[str, jax.Array]:
     """Returns {block-relative kernel path: E[x_i^2] float32 [d_in]} over all positions of all batches.
 
     Args:
-      block: dense parameters of the block, block-relative paths.
+      block: parameters of the block, block-relative paths.
       batches: inputs [b, t, d] of the block, the stream whose moments are wanted.
+
+    Raises:
+      ValueError: no batch.
     """
-    means = _site_means(model, kind, block, batches, _squares)
+    means = _means(batches, partial(_add_squares, model=model, kind=kind, block=block))
     return {path: means[site] for site, paths in model.sites.items() for path in paths}
 
 
-def second_moments(model: Model, kind: Hashable, block: Params, batches: Iterable[jax.Array]) -> dict[str, jax.Array]:
-    """Returns {site: E[x x^T] float32 [d_in, d_in]} over all positions of all batches; arguments as above.
+def site_moments(
+    model: Model,
+    kind: Hashable,
+    site: str,
+    block: Params,
+    batches: Iterable[Any],
+    *,
+    original: Params | None = None,
+) -> SiteMoments:
+    """Returns the second moments of one site's inputs over all positions of all batches.
 
-    Kernels of one site read the same input and share its moments.
+    Args:
+      site: of `model.sites`; the parts of the block behind it are not computed.
+      block: parameters of the block as they are by now, dense or compressed.
+      batches: inputs [b, t, d] of the block, the compressed stream; with `original` pairs of them and of the
+        original stream's inputs.
+      original: the block's dense parameters; with them the moments tell how far the compressed stream has drifted.
+
+    Raises:
+      ValueError: no batch.
     """
-    return _site_means(model, kind, block, batches, _products)
+    if original is None:
+        add = partial(_add_products, model=model, kind=kind, site=site, block=block)
+    else:
+        add = partial(_add_pair, model=model, kind=kind, site=site, block=block, original=original)
+    return SiteMoments(**_means(batches, add))
 
 
-def _squares(rows: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(rows), axis=0)
-
-
-def _products(rows: jax.Array) -> jax.Array:
-    return jnp.dot(rows.T, rows, precision="highest")
-
-
-def _site_means(
-    model: Model, kind: Hashable, block: Params, batches: Iterable[jax.Array], moment: Moment
-) -> dict[str, jax.Array]:
-    """Returns {site: moment of its inputs, summed over the rows of all batches and divided by their number}."""
+def _means(batches: Iterable[Any], add: Any) -> dict[str, jax.Array]:
+    """Returns the sums that `add(sums or None, batch)` makes over all batches, divided by the number of positions."""
     sums: dict[str, jax.Array] | None = None
     positions = 0
-    for x in batches:
-        sums = _add_batch(model, kind, block, x, sums, moment=moment)
-        positions += x.shape[0] * x.shape[1]
+    for batch in batches:
+        sums = add(sums, batch)
+        first = batch[0] if isinstance(batch, tuple) else batch
+        positions += first.shape[0] * first.shape[1]
     if sums is None:
         raise ValueError("no batches to take the moments of")
-    return {site: total / positions for site, total in sums.items()}
+    return {name: total / positions for name, total in sums.items()}
 
 
-@partial(jax.jit, static_argnames=("model", "kind", "moment"), donate_argnames="sums")
-def _add_batch(
-    model: Model, kind: Hashable, block: Params, x: jax.Array, sums: dict[str, jax.Array] | None, *, moment: Moment
+@partial(jax.jit, static_argnames=("model", "kind"), donate_argnames="sums")
+def _add_squares(
+    sums: dict[str, jax.Array] | None, x: jax.Array, *, model: Model, kind: Hashable, block: Params
 ) -> dict[str, jax.Array]:
-    def tap(site: str, value: jax.Array) -> jax.Array:
-        total = moment(value.astype(jnp.float32).reshape(-1, value.shape[-1]))
+    def tap(site: str, value: jax.Array, residual: jax.Array | None) -> jax.Array:
+        total = jnp.sum(jnp.square(_rows(value)), axis=0)
         return total if sums is None else sums[site] + total
 
-    _, totals = model.block(block, x, kind=kind, tap=tap)
-    return dict(totals)
+    return dict(model.block(block, x, kind=kind, tap=tap)[1])
+
+
+@partial(jax.jit, static_argnames=("model", "kind", "site"), donate_argnames="sums")
+def _add_products(
+    sums: dict[str, jax.Array] | None, x: jax.Array, *, model: Model, kind: Hashable, site: str, block: Params
+) -> dict[str, jax.Array]:
+    value, _ = _at_site(model, kind, site, block, x)
+    return _sum(sums, {"inputs": _product(value, value)})
+
+
+@partial(jax.jit, static_argnames=("model", "kind", "site"), donate_argnames="sums")
+def _add_pair(
+    sums: dict[str, jax.Array] | None,
+    pair: tuple[jax.Array, jax.Array],
+    *,
+    model: Model,
+    kind: Hashable,
+    site: str,
+    block: Params,
+    original: Params,
+) -> dict[str, jax.Array]:
+    x, onto = _at_site(model, kind, site, block, pair[0])
+    wanted, wanted_onto = _at_site(model, kind, site, original, pair[1])
+    drift = wanted - x
+    new = {"inputs": _product(x, x)}
+    if onto is None or wanted_onto is None:
+        new["drift"] = _product(x, drift)
+    else:
+        (path,) = model.sites[site]
+        kernel = flatten(original)[path].astype(jnp.float32)
+        new["errors"] = _product(x, wanted_onto - onto + jnp.dot(drift, kernel, precision="highest"))
+    return _sum(sums, new)
+
+
+def _at_site(
+    model: Model, kind: Hashable, site: str, block: Params, x: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns (input float32 [m, d_in] of the site, residual float32 [m, d] that its output is added to or None)."""
+
+    def tap(name: str, value: jax.Array, residual: jax.Array | None) -> Any:
+        return (_rows(value), None if residual is None else _rows(residual)) if name == site else None
+
+    found: tuple[jax.Array, jax.Array | None] = model.block(block, x, kind=kind, tap=tap)[1][site]
+    return found
+
+
+def _rows(value: jax.Array) -> jax.Array:
+    return value.astype(jnp.float32).reshape(-1, value.shape[-1])
+
+
+def _product(rows: jax.Array, others: jax.Array) -> jax.Array:
+    return jnp.dot(rows.T, others, precision="highest")
+
+
+def _sum(sums: dict[str, jax.Array] | None, new: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return new if sums is None else {name: sums[name] + value for name, value in new.items()}

@@ -24,7 +24,7 @@ from cluscomp_jax import llama, trees
 from cluscomp_jax.codebook import CodebookArray, index_dtype, index_shape
 from cluscomp_jax.host_memory import keep_freed_memory
 from cluscomp_jax.settings import TuningSettings
-from cluscomp_jax.tuning.blockwise import init_state, split_codebooks, tuning_step
+from cluscomp_jax.tuning.blockwise import init_state, split_trainable, tuning_step
 
 SMOLLM2_135M = {
     "model_type": "llama",
@@ -59,7 +59,7 @@ def random_block(model: Any, *, g: int, num_codes: int) -> dict[str, Any]:
 
 def jax_step(model: Any, block: Any, x: np.ndarray, y: np.ndarray, rate: float) -> Callable[[], float]:
     settings = TuningSettings(learning_rate=rate, schedule="constant", weight_decay=0.1)
-    codebooks, frozen = split_codebooks(block)
+    codebooks, frozen = split_trainable(block, norms=False)
     state = init_state(codebooks, settings=settings, total_steps=1000)
     inputs, targets = jnp.asarray(x), (jnp.asarray(y),)
 

@@ -48,7 +48,10 @@ def test_every_option_reaches_its_setting() -> None:
     assert config.calibration.starts == "s"
     assert (tuning_of(config).epochs, tuning_of(config).learning_rate, config.seed) == (1, 0.5, 11)
     (rule,) = config.cluster.rules
-    assert (rule.g, rule.axis, config.cluster.weighted) == (5, "in", False)
+    assert (rule.g, rule.axis, config.cluster.calibrated) == (5, "in", False)
+    assert config_of(bits=2.0, calibration="t").cluster.mixed == "matrix"
+    assert config_of(bits=2.0, mixed="kernel", calibration="t").cluster.mixed == "kernel"
+    assert config_of(bits=2.0, unweighted=True, calibration="t").cluster.mixed == "none"
 
 
 def test_a_recipe_alone_is_that_recipe() -> None:
@@ -79,6 +82,15 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "samples without text": ({"samples": 4}, "--samples 4 has no effect without --calibration"),
     "starts without text": ({"starts": "f"}, "--starts f has no effect without --calibration"),
     "weights without text": ({"unweighted": True}, "--unweighted has no effect without --calibration"),
+    "mixed without text": ({"mixed": "matrix", "bits": 2.0}, "--mixed matrix has no effect without --calibration"),
+    "mixed without a budget": (
+        {"mixed": "matrix", "calibration": "t"},
+        "--mixed matrix has no effect without a budget",
+    ),
+    "mixed and unweighted": (
+        {"mixed": "kernel", "bits": 2.0, "calibration": "t", "unweighted": True},
+        "--mixed kernel and --unweighted contradict each other",
+    ),
     "text that nothing reads": (
         {"calibration": "t", "unweighted": True, "no_tuning": True},
         "--calibration t has no effect where clustering is unweighted and nothing is tuned",

@@ -192,7 +192,8 @@ def test_taps_see_the_input_of_every_kernel():
     model, params = build(MIXED), random_params(MIXED)
     block = trees.subtree(params, "model/layers/0")
     x = model.embed(params, random_tokens(MIXED, (2, 5)), dtype=jnp.float32)
-    y, tapped = jax.jit(lambda block, x: model.block(block, x, kind=None, tap=lambda site, value: value))(block, x)
+    y, both = jax.jit(lambda block, x: model.block(block, x, kind=None, tap=lambda site, *seen: seen))(block, x)
+    tapped = {site: value for site, (value, _) in both.items()}
     assert tapped.keys() == model.sites.keys()
     for site, paths in model.sites.items():
         for path in paths:
@@ -202,6 +203,11 @@ def test_taps_see_the_input_of_every_kernel():
     after_attention = x + tapped["self_attn/output"] @ block["self_attn"]["o_proj"]["kernel"]
     down = tapped["mlp/hidden"] @ block["mlp"]["down_proj"]["kernel"]
     chex.assert_trees_all_close(y, after_attention + down, atol=1e-5)
+    residuals = {site: residual for site, (_, residual) in both.items()}
+    chex.assert_trees_all_close(residuals["self_attn/output"], x)
+    chex.assert_trees_all_close(residuals["mlp/hidden"], after_attention, atol=1e-5)
+    assert residuals["self_attn/input"] is None
+    assert residuals["mlp/input"] is None
 
 
 def test_block_gradients_match_finite_differences():

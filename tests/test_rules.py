@@ -50,19 +50,19 @@ LARGE = {"q": (4096, 4096), "down": (11008, 4096)}
 @given(bits=st.floats(1.05, 8.0))
 @settings(max_examples=40, deadline=None)
 def test_allocate_meets_the_budget_and_leaves_less_than_half_a_bit(bits):
-    (rule,) = rules.allocate(LARGE, bits)
+    rule = rules.allocate(LARGE, bits)
     spent = rules.total_bits_per_weight(LARGE, g=rule.g, num_codes=rule.num_codes)
     assert bits - 0.5 < spent <= bits
 
 
 def test_a_larger_budget_never_predicts_more_distortion():
-    chosen = [rules.allocate(LARGE, bits)[0] for bits in (1.1, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)]
+    chosen = [rules.allocate(LARGE, bits) for bits in (1.1, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)]
     distortions = [rules.predicted_distortion(rule.g, rule.num_codes) for rule in chosen]
     assert distortions == sorted(distortions, reverse=True)
 
 
 def test_allocate_keeps_pattern_and_axis():
-    (rule,) = rules.allocate({"q": (100, 4096)}, 3.0, like=CompressionRule(pattern="q", axis="in"))
+    rule = rules.allocate({"q": (100, 4096)}, 3.0, like=CompressionRule(pattern="q", axis="in"))
     assert (rule.pattern, rule.axis) == ("q", "in")
     assert rules.total_bits_per_weight({"q": (100, 4096)}, g=rule.g, num_codes=rule.num_codes, axis="in") <= 3.0
     assert CompressionRule().pattern == DECODER_KERNELS

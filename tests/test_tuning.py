@@ -15,14 +15,14 @@ from cluscomp_jax.cluster import cluster_matrix
 from cluscomp_jax.codebook import CodebookArray, decode
 from cluscomp_jax.progress import SilentReporter
 from cluscomp_jax.settings import ClusterSettings, CompressionRule, TuningSettings
-from cluscomp_jax.statistics import channel_moments, second_moments
+from cluscomp_jax.statistics import channel_moments, site_moments
 from cluscomp_jax.tuning import ActivationStore, run_through, tune_block
 from cluscomp_jax.tuning.blockwise import (
     block_loss,
     init_state,
-    join_codebooks,
+    join_trainable,
     make_optimizer,
-    split_codebooks,
+    split_trainable,
     tuning_step,
 )
 
@@ -66,7 +66,7 @@ def test_moments_are_the_mean_squares_of_what_each_kernel_reads(dense, streams):
     inputs, _ = streams
     moments = channel_moments(MODEL, KIND, dense, (jnp.asarray(x) for _, x in inputs.batches(4)))
     seen = {}
-    MODEL.block(dense, jnp.asarray(inputs.read(slice(0, 6))), kind=KIND, tap=lambda site, x: seen.update({site: x}))
+    MODEL.block(dense, jnp.asarray(inputs.read(slice(0, 6))), kind=KIND, tap=lambda site, x, _: seen.update({site: x}))
     for site, paths in MODEL.sites.items():
         expected = np.mean(np.asarray(seen[site], np.float64).reshape(60, -1) ** 2, axis=0)
         for path in paths:
@@ -76,17 +76,42 @@ def test_moments_are_the_mean_squares_of_what_each_kernel_reads(dense, streams):
         channel_moments(MODEL, KIND, dense, [])
 
 
-def test_second_moments_are_the_mean_products_of_what_each_site_reads(dense, streams):
-    inputs, _ = streams
-    moments = second_moments(MODEL, KIND, dense, (jnp.asarray(x) for _, x in inputs.batches(4)))
+def seen_at_sites(block, x):
+    """{site: (input, residual)} float64 [positions, channels] of a block, by the tap alone."""
     seen = {}
-    MODEL.block(dense, jnp.asarray(inputs.read(slice(0, 6))), kind=KIND, tap=lambda site, x: seen.update({site: x}))
-    assert set(moments) == set(MODEL.sites)
-    for site, moment in moments.items():
-        rows = np.asarray(seen[site], np.float64).reshape(60, -1)
-        np.testing.assert_allclose(moment, rows.T @ rows / 60, rtol=1e-4, atol=1e-6)
+    MODEL.block(block, jnp.asarray(x), kind=KIND, tap=lambda site, x, onto: seen.update({site: (x, onto)}))
+    rows = lambda a: None if a is None else np.asarray(a, np.float64).reshape(-1, a.shape[-1])  # noqa: E731
+    return {site: (rows(x), rows(onto)) for site, (x, onto) in seen.items()}
+
+
+def test_site_moments_are_the_mean_products_of_what_the_site_reads(dense, streams):
+    inputs, _ = streams
+    for site, (rows, _) in seen_at_sites(dense, inputs.read(slice(0, 6))).items():
+        moments = site_moments(MODEL, KIND, site, dense, (jnp.asarray(x) for _, x in inputs.batches(4)))
+        np.testing.assert_allclose(moments.inputs, rows.T @ rows / 60, rtol=1e-4, atol=1e-6)
+        assert moments.drift is None
+        assert moments.errors is None
     with pytest.raises(ValueError, match="no batches"):
-        second_moments(MODEL, KIND, dense, [])
+        site_moments(MODEL, KIND, "mlp/input", dense, [])
+
+
+def test_site_moments_of_two_streams_tell_what_the_outputs_lack(dense, streams):
+    inputs, _ = streams
+    rng = np.random.default_rng(3)
+    x0 = inputs.read(slice(0, 6))
+    x = x0 + 0.3 * rng.standard_normal(x0.shape).astype(np.float32)
+    block = jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32), dense)
+    was, now = seen_at_sites(dense, x0), seen_at_sites(block, x)
+    pairs = [(jnp.asarray(x[where]), jnp.asarray(x0[where])) for where in (slice(0, 4), slice(4, 6))]
+    for site, paths in MODEL.sites.items():
+        moments = site_moments(MODEL, KIND, site, block, pairs, original=dense)
+        (rows, onto), (rows0, onto0) = now[site], was[site]
+        kernel = np.asarray(trees.flatten(dense)[paths[0]], np.float64)
+        lacking = rows0 @ kernel - rows @ kernel + (0 if onto is None else onto0 - onto)
+        np.testing.assert_allclose(moments.inputs, rows.T @ rows / 60, rtol=1e-4, atol=1e-5)
+        assert (moments.errors is None) == (onto is None)
+        given = moments.errors if moments.drift is None else np.asarray(moments.drift, np.float64) @ kernel
+        np.testing.assert_allclose(given, rows.T @ lacking / 60, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -112,9 +137,9 @@ def test_a_stream_can_run_through_in_place(tmp_path):
 
 def test_gradients_reach_the_codebooks_alone_and_equal_finite_differences(compressed, streams):
     inputs, targets = (jnp.asarray(store.read(slice(0, 1))) for store in streams)
-    codebooks, frozen = split_codebooks(compressed)
+    codebooks, frozen = split_trainable(compressed, norms=False)
     assert all(isinstance(frozen[path], CodebookArray) and frozen[path].codebook is None for path in codebooks)
-    chex.assert_trees_all_equal(join_codebooks(codebooks, frozen), compressed)
+    chex.assert_trees_all_equal(join_trainable(codebooks, frozen), compressed)
     codebooks = {path: codebook.astype(jnp.float32) for path, codebook in codebooks.items()}
 
     def loss(codebooks):
@@ -133,7 +158,7 @@ def test_gradients_reach_the_codebooks_alone_and_equal_finite_differences(compre
 
 def test_loss_is_the_mean_squared_distance_to_every_target(compressed, streams):
     x, y = (jnp.asarray(store.read(slice(0, 2))) for store in streams)
-    codebooks, frozen = split_codebooks(compressed)
+    codebooks, frozen = split_trainable(compressed, norms=False)
     dense = trees.map_by_path(_decoded, compressed)
     output = np.asarray(MODEL.block(dense, x, kind=KIND), np.float64)
     one, two = (
@@ -146,22 +171,24 @@ def test_loss_is_the_mean_squared_distance_to_every_target(compressed, streams):
 
 def test_a_step_is_adamw_on_the_gradient(compressed, streams):
     x, y = (jnp.asarray(store.read(slice(0, 1))) for store in streams)
-    codebooks, frozen = split_codebooks(compressed)
+    codebooks, frozen = split_trainable(compressed, norms=False)
     settings = dataclasses.replace(FAST, weight_decay=0.1)
     state = init_state(codebooks, settings=settings, total_steps=3)
-    start = jax.tree.map(jnp.copy, state.codebooks)
+    start = jax.tree.map(jnp.copy, state.trained)
     gradients = jax.grad(lambda c: block_loss(c, frozen, x, (y,), model=MODEL, kind=KIND, settings=settings))(start)
     state, _ = tuning_step(state, frozen, x, (y,), model=MODEL, kind=KIND, settings=settings, total_steps=3)
     for path, before in start.items():
         g = np.asarray(gradients[path], np.float64)
         # The first step of Adam: both moments' bias corrections cancel, which leaves g / (|g| + eps).
         expected = before - 0.01 * (g / (np.abs(g) + 1e-8) + 0.1 * np.asarray(before))
-        np.testing.assert_allclose(state.codebooks[path], expected, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(state.trained[path], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_tuning_lowers_the_loss_and_leaves_indices_and_dense_leaves_alone(compressed, streams):
+@pytest.mark.parametrize("norms", [False, True])
+def test_tuning_lowers_the_loss_and_leaves_indices_and_dense_leaves_alone(compressed, streams, norms):
+    settings = dataclasses.replace(FAST, norms=norms)
     tuned, result = tune_block(
-        MODEL, KIND, compressed, *_stores(streams), FAST, rng=np.random.default_rng(0), reporter=SilentReporter()
+        MODEL, KIND, compressed, *_stores(streams), settings, rng=np.random.default_rng(0), reporter=SilentReporter()
     )
     assert result.epoch_losses[-1] < 0.7 * result.loss_before
     assert (result.chosen_epoch, result.diverged, result.held_out_losses) == (6, False, ())
@@ -171,7 +198,23 @@ def test_tuning_lowers_the_loss_and_leaves_indices_and_dense_leaves_alone(compre
             np.testing.assert_array_equal(after[path].index, leaf.index)
             assert not np.array_equal(after[path].codebook, leaf.codebook)
         else:
-            np.testing.assert_array_equal(after[path], leaf)
+            assert np.array_equal(after[path], leaf) == (not norms or leaf.ndim != 1)
+
+
+def test_vectors_take_a_tenth_of_the_step_of_codebooks(compressed, streams):
+    """AdamW's first step is as long as its rate, whatever the gradient."""
+    settings = dataclasses.replace(FAST, norms=True, schedule="constant", learning_rate=1e-3)
+    trained, frozen = split_trainable(compressed, norms=True)
+    assert sorted(p for p, leaf in trained.items() if leaf.ndim == 1) == [
+        "input_layernorm/weight",
+        "post_attention_layernorm/weight",
+    ]
+    x, y = (jnp.asarray(store.read(slice(0, 2))) for store in streams)
+    state = init_state(trained, settings=settings, total_steps=9)
+    state, _ = tuning_step(state, frozen, x, (y,), model=MODEL, kind=KIND, settings=settings, total_steps=9)
+    for path, start in trained.items():
+        step = np.abs(np.asarray(state.trained[path]) - np.asarray(start, np.float32))
+        np.testing.assert_allclose(step.max(), 1e-3 if start.ndim == 2 else 1e-4, rtol=2e-2)
 
 
 def _stores(streams):
@@ -183,7 +226,7 @@ def test_tuning_is_deterministic_and_follows_its_random_order(compressed, stream
         tuned, _ = tune_block(
             MODEL, KIND, compressed, *_stores(streams), FAST, rng=np.random.default_rng(seed), reporter=SilentReporter()
         )
-        return split_codebooks(tuned)[0]
+        return split_trainable(tuned, norms=False)[0]
 
     chex.assert_trees_all_equal(codebooks(0), codebooks(0))
     assert any(not np.array_equal(a, b) for a, b in zip(codebooks(0).values(), codebooks(1).values(), strict=True))
@@ -198,8 +241,8 @@ def test_held_out_samples_choose_the_epoch(compressed, streams):
     assert len(result.held_out_losses) == 4
     assert result.chosen_epoch == int(np.argmin(result.held_out_losses))
     x, y = (jnp.asarray(store.read(slice(4, 6))) for store in streams)
-    codebooks, frozen = split_codebooks(tuned)
-    kept = float(block_loss(codebooks, frozen, x, (y,), model=MODEL, kind=KIND, settings=settings))
+    trained, frozen = split_trainable(tuned, norms=True)
+    kept = float(block_loss(trained, frozen, x, (y,), model=MODEL, kind=KIND, settings=settings))
     np.testing.assert_allclose(kept, min(result.held_out_losses), rtol=1e-5)
 
 
@@ -209,8 +252,8 @@ def test_a_hopeless_rate_keeps_the_codebooks_it_started_with(compressed, streams
         MODEL, KIND, compressed, *_stores(streams), settings, rng=np.random.default_rng(0), reporter=SilentReporter()
     )
     assert result.chosen_epoch == 0
-    before = {path: codebook.astype(jnp.float32) for path, codebook in split_codebooks(compressed)[0].items()}
-    chex.assert_trees_all_equal(split_codebooks(tuned)[0], before)
+    before, _ = split_trainable(compressed, norms=False)
+    chex.assert_trees_all_equal(split_trainable(tuned, norms=False)[0], jax.tree.map(jnp.float32, before))
 
 
 def test_a_loss_that_is_not_finite_stops_the_block_at_the_last_good_codebooks(compressed, streams):
@@ -224,7 +267,7 @@ def test_a_loss_that_is_not_finite_stops_the_block_at_the_last_good_codebooks(co
     )
     assert result.diverged
     assert len(result.epoch_losses) == 1
-    chex.assert_tree_all_finite(split_codebooks(tuned)[0])
+    chex.assert_tree_all_finite(split_trainable(tuned, norms=False)[0])
 
 
 @pytest.mark.parametrize(
@@ -257,7 +300,7 @@ def test_clipping_bounds_the_gradient_that_adam_sees():
 def test_float16_gradients_do_not_vanish(compressed, streams):
     """The loss is a mean of squares far below float16's smallest number; its gradient must survive all the same."""
     x, y = (jnp.asarray(store.read(slice(0, 6))) for store in streams)
-    codebooks, frozen = split_codebooks(compressed)
+    codebooks, frozen = split_trainable(compressed, norms=False)
     near = y + 1e-3 * (MODEL.block(trees.map_by_path(_decoded, compressed), x, kind=KIND) - y)
     mean = {}
     for dtype in ("float32", "float16"):

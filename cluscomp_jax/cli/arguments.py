@@ -51,6 +51,8 @@ class CompressArguments(Common):
     """file of start positions of the samples, one token position per line"""
     bits: Annotated[float | None, arg(metavar="FLOAT")] = None
     """budget in stored bits per weight, codebooks included, instead of --g and --num-codes"""
+    mixed: Literal["none", "kernel", "matrix"] | None = None
+    """with --bits: codebooks alike for all matrices, chosen kernel by kernel, or matrix by matrix (default)"""
     g: Annotated[int | None, arg(metavar="INT")] = None
     """weights per code, 1 to 32, for every rule"""
     num_codes: Annotated[int | None, arg(metavar="INT")] = None
@@ -58,7 +60,7 @@ class CompressArguments(Common):
     axis: Literal["out", "in"] | None = None
     """axis of the kernel that is cut into vectors, for every rule"""
     unweighted: Flag = False
-    """cluster without activation weights"""
+    """cluster the weights alone: no activation weights, no error feedback, bits spent evenly"""
     no_tuning: Flag = False
     """leave the codebooks as clustering made them"""
     epochs: Annotated[int | None, arg(metavar="INT")] = None

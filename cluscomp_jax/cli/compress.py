@@ -17,7 +17,7 @@ from cluscomp_jax.errors import InputError
 from cluscomp_jax.evaluate import perplexity
 from cluscomp_jax.io.open import OpenedModel, open_model
 from cluscomp_jax.io.text import calibration_samples, read_starts
-from cluscomp_jax.preflight import check_calibration, rules_by_block
+from cluscomp_jax.preflight import Rules, check_calibration, mixes, rules_by_block
 from cluscomp_jax.progress import Reporter
 from cluscomp_jax.report import format_bytes, format_table, stage_rows
 from cluscomp_jax.rules import describe as describe_rule
@@ -37,8 +37,7 @@ def run(arguments: CompressArguments) -> Result:
         calibration = read_calibration(opened, cfg, arguments.calibration)
         check_calibration(opened.model, cfg, calibration, by_block)
     measure = None if arguments.evaluate is None else _measure(opened, arguments)
-    rules = sorted({describe_rule(rule) for rules in by_block for rule in rules.values()})
-    note(f"{opened.name}: {', '.join(rules)}; {_describe_stages(cfg, calibration)}")
+    note(f"{opened.name}: {_describe_rules(cfg, by_block, calibration)}; {_describe_stages(cfg, calibration)}")
     done = compress_to_folder(
         opened, cfg, out, calibration=calibration, calibration_name=arguments.calibration, measure=measure
     )
@@ -69,12 +68,21 @@ def _measure(opened: OpenedModel, arguments: CompressArguments) -> Measure:
     return measure
 
 
+def _describe_rules(cfg: RunConfig, by_block: list[Rules], calibration: np.ndarray | None) -> str:
+    """Returns how finely matrices are cut, in one phrase."""
+    if mixes(cfg, calibration):
+        return f"{cfg.cluster.bits} bits per weight, spent by {cfg.cluster.mixed} where they count"
+    return ", ".join(sorted({describe_rule(rule) for rules in by_block for rule in rules.values()}))
+
+
 def _describe_stages(cfg: RunConfig, calibration: np.ndarray | None) -> str:
     """Returns which stages of the method will run, in one phrase."""
     if calibration is None:
         return "clustering only (ClusComp-), for want of --calibration"
     samples, length = calibration.shape
     weighted = "activation-weighted clustering" if cfg.cluster.weighted else "clustering"
+    if cfg.cluster.feedback:
+        weighted += " with error feedback"
     if cfg.tuning is None:
         return f"{weighted} only, {samples} x {length} tokens"
     return f"{weighted} and {cfg.tuning.epochs} epochs of tuning on {samples} x {length} tokens"

@@ -1,7 +1,7 @@
 """From the options of `compress` to its RunConfig: recipe, then config file, then options. Reads no model."""
 
 import dataclasses
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cluscomp_jax.cli.arguments import CompressArguments
 from cluscomp_jax.config import RECIPES, RunConfig, load_config
@@ -10,7 +10,7 @@ from cluscomp_jax.settings import CalibrationSettings, ClusterSettings, Compress
 
 Settings = TypeVar("Settings", CompressionRule, CalibrationSettings, TuningSettings)
 _NEEDED_BY = {
-    "calibration": ("samples", "length", "starts", "epochs", "learning_rate", "unweighted"),
+    "calibration": ("samples", "length", "starts", "epochs", "learning_rate", "unweighted", "mixed"),
     "evaluate": ("context", "tokens"),
 }
 _NEED_TUNING = ("epochs", "learning_rate")
@@ -43,13 +43,15 @@ def run_config(arguments: CompressArguments) -> RunConfig:
         seed=config.seed if arguments.seed is None else arguments.seed,
     )
     asked = arguments.config or arguments.recipe
+    if arguments.mixed is not None and changed.cluster.bits is None:
+        raise InputError(f"{_given(arguments, 'mixed')} has no effect without a budget; add --bits, or leave it out")
     if changed.tuning is not None and arguments.calibration is None:
         if asked is not None:
             raise InputError(
                 f"{asked} asks for tuning, which needs --calibration TEXT; --no-tuning for clustering only"
             )
         changed = dataclasses.replace(changed, tuning=None)
-    if arguments.calibration is not None and changed.tuning is None and not changed.cluster.weighted:
+    if arguments.calibration is not None and changed.tuning is None and not changed.cluster.calibrated:
         raise InputError(
             f"{_given(arguments, 'calibration')} has no effect where clustering is unweighted and nothing is tuned; "
             "leave it out, or turn one of them on"
@@ -63,6 +65,8 @@ def _refuse_contradictions(arguments: CompressArguments) -> None:
             raise InputError(
                 f"{_given(arguments, name)} and --bits {arguments.bits}: the budget chooses both; leave one out"
             )
+    if arguments.mixed not in (None, "none") and arguments.unweighted:
+        raise InputError(f"{_given(arguments, 'mixed')} and --unweighted contradict each other; leave one out")
     for name in _NEED_TUNING:
         if arguments.no_tuning and getattr(arguments, name) is not None:
             raise InputError(f"{_given(arguments, name)} and --no-tuning contradict each other; leave one out")
@@ -85,12 +89,15 @@ def _given(arguments: CompressArguments, name: str) -> str:
 
 def _cluster(arguments: CompressArguments, settings: ClusterSettings) -> ClusterSettings:
     rules = tuple(_replaced(rule, arguments, "g", "num_codes", "axis") for rule in settings.rules)
+    alone: dict[str, Any] = {} if arguments.mixed is None else {"mixed": arguments.mixed}
+    if arguments.unweighted:
+        alone = {"weighted": False, "feedback": False, "mixed": "none"}
     own_codes = arguments.g is not None or arguments.num_codes is not None
     return dataclasses.replace(
         settings,
         rules=rules,
         bits=None if own_codes else settings.bits if arguments.bits is None else arguments.bits,
-        weighted=settings.weighted and not arguments.unweighted,
+        **alone,
     )
 
 

@@ -123,7 +123,7 @@ class LlamaModel:
         return linear(normed, rest["lm_head"]["kernel"], out_dtype=jnp.float32)
 
     def block(self, params: Params, x: jax.Array, *, kind: Hashable, tap: Tap | None = None) -> Any:
-        """Returns y [b, t, d] of x [b, t, d]; with a tap, (y, {site: tap(site, input of that site)}).
+        """Returns y [b, t, d] of x [b, t, d]; with a tap, (y, {site: what the tap returns}).
 
         Args:
           params: the block's tree, block-relative paths, dense or compressed kernels.
@@ -137,9 +137,9 @@ class LlamaModel:
 
         tapped: dict[str, Any] = {}
 
-        def observe(site: str, value: jax.Array) -> None:
+        def observe(site: str, value: jax.Array, residual: jax.Array | None = None) -> None:
             if tap is not None:
-                tapped[site] = tap(site, value)
+                tapped[site] = tap(site, value, residual)
 
         y = self._residual_block(params, x, jnp.arange(x.shape[1]), x.shape[1], attend, observe)
         return y if tap is None else (y, tapped)
@@ -179,7 +179,7 @@ class LlamaModel:
                 written[name] = jax.lax.dynamic_update_slice_in_dim(cache[name], new, position, axis=2)
             return attention(queries, written["keys"].astype(x.dtype), written["values"].astype(x.dtype), mask)
 
-        y = self._residual_block(params, x, positions, length, attend, lambda site, value: None)
+        y = self._residual_block(params, x, positions, length, attend, lambda *_: None)
         return y, written
 
     def _residual_block(
@@ -189,20 +189,20 @@ class LlamaModel:
         positions: jax.Array,
         length: Any,
         attend: Attend,
-        observe: Callable[[str, jax.Array], None],
+        observe: Callable[..., None],
     ) -> jax.Array:
         eps = self.config.rms_norm_eps
         normed = rms_norm(x, params["input_layernorm"]["weight"], eps)
         observe("self_attn/input", normed)
         mixed = self._attention_mix(params["self_attn"], normed, positions, length, attend)
-        observe("self_attn/output", mixed)
+        observe("self_attn/output", mixed, x)
         x = x + _project(params["self_attn"]["o_proj"], mixed)
         normed = rms_norm(x, params["post_attention_layernorm"]["weight"], eps)
         observe("mlp/input", normed)
         mlp = params["mlp"]
         gate = _ACTIVATIONS[self.config.hidden_act](_project(mlp["gate_proj"], normed))
         hidden = gate * _project(mlp["up_proj"], normed)
-        observe("mlp/hidden", hidden)
+        observe("mlp/hidden", hidden, x)
         return x + _project(mlp["down_proj"], hidden)
 
     def _attention_mix(

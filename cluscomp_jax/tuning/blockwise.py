@@ -23,13 +23,17 @@ from cluscomp_jax.settings import TuningSettings
 from cluscomp_jax.trees import Params
 from cluscomp_jax.tuning.store import ActivationStore
 
-Codebooks = dict[str, jax.Array]
+Trainable = dict[str, jax.Array]
+"""Float32 masters by block-relative path: codebooks [n, g], and with `TuningSettings.norms` vectors [d]."""
+
+_NORM_RATE = 0.1
+"""The learning rate of vectors as a share of that of codebooks."""
 
 
 class StepState(NamedTuple):
-    """What a step carries: float32 masters [n, g] by path, the optimiser's state, and whether all was finite so far."""
+    """What a step carries: the masters, the optimiser's state, and whether all was finite so far."""
 
-    codebooks: Codebooks
+    trained: Trainable
     optimizer: Any
     alive: jax.Array
 
@@ -53,22 +57,28 @@ class BlockTuning:
     diverged: bool
 
 
-def split_codebooks(block: Params) -> tuple[Codebooks, dict[str, Any]]:
-    """Returns ({path: codebook}, flat rest); in the rest a CodebookArray has None for its codebook."""
+def split_trainable(block: Params, *, norms: bool) -> tuple[Trainable, dict[str, Any]]:
+    """Returns ({path: what is trained}, flat rest); there a CodebookArray has None for its codebook.
+
+    Args:
+      norms: train the block's one-dimensional parameters too.
+    """
     flat = trees.flatten(block)
-    codebooks = {path: leaf.codebook for path, leaf in flat.items() if isinstance(leaf, CodebookArray)}
-    rest = {
-        path: dataclasses.replace(leaf, codebook=None) if path in codebooks else leaf for path, leaf in flat.items()
-    }
-    return codebooks, rest
+    trained: Trainable = {}
+    for path, leaf in flat.items():
+        if isinstance(leaf, CodebookArray):
+            trained[path], flat[path] = leaf.codebook, dataclasses.replace(leaf, codebook=None)
+        elif norms and len(leaf.shape) == 1:
+            trained[path] = leaf
+    return trained, flat
 
 
-def join_codebooks(codebooks: Codebooks, rest: dict[str, Any]) -> Params:
-    """Undoes `split_codebooks`."""
-    joined = {
-        path: dataclasses.replace(leaf, codebook=codebooks[path]) if path in codebooks else leaf
-        for path, leaf in rest.items()
-    }
+def join_trainable(trained: Trainable, rest: dict[str, Any]) -> Params:
+    """Undoes `split_trainable`."""
+    joined = dict(rest)
+    for path, value in trained.items():
+        whole = rest[path]
+        joined[path] = dataclasses.replace(whole, codebook=value) if isinstance(whole, CodebookArray) else value
     return trees.unflatten(joined)
 
 
@@ -90,9 +100,9 @@ def make_optimizer(settings: TuningSettings, total_steps: int) -> optax.Gradient
 
 
 @partial(jax.jit, static_argnames=("settings", "total_steps"))
-def init_state(codebooks: Codebooks, *, settings: TuningSettings, total_steps: int) -> StepState:
-    """Returns the state before the first step: float32 masters of the given codebooks."""
-    masters = {path: codebook.astype(jnp.float32) for path, codebook in codebooks.items()}
+def init_state(trained: Trainable, *, settings: TuningSettings, total_steps: int) -> StepState:
+    """Returns the state before the first step: float32 masters of what is trained."""
+    masters = {path: value.astype(jnp.float32) for path, value in trained.items()}
     return StepState(masters, make_optimizer(settings, total_steps).init(masters), jnp.array(True))
 
 
@@ -120,21 +130,23 @@ def tuning_step(
     # The derivative of a mean over so many outputs would vanish in float16; that of the scaled mean does not.
     scale = float(2 ** (x.size.bit_length() - 1)) if settings.compute_dtype == "float16" else 1.0
 
-    def loss_of(codebooks: Codebooks) -> tuple[jax.Array, jax.Array]:
-        loss = block_loss(codebooks, frozen, x, targets, model=model, kind=kind, settings=settings)
+    def loss_of(trained: Trainable) -> tuple[jax.Array, jax.Array]:
+        loss = block_loss(trained, frozen, x, targets, model=model, kind=kind, settings=settings)
         return scale * loss, loss
 
-    (_, loss), scaled = jax.value_and_grad(loss_of, has_aux=True)(state.codebooks)
+    (_, loss), scaled = jax.value_and_grad(loss_of, has_aux=True)(state.trained)
     gradients = jax.tree.map(lambda gradient: gradient / scale, scaled)
     alive = state.alive & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradients))
-    updates, optimizer = make_optimizer(settings, total_steps).update(gradients, state.optimizer, state.codebooks)
-    stepped = StepState(optax.apply_updates(state.codebooks, updates), optimizer, alive)
+    updates, optimizer = make_optimizer(settings, total_steps).update(gradients, state.optimizer, state.trained)
+    # A vector is shared by all outputs, so it moves less than a codebook; scaling AdamW's updates scales its rate.
+    updates = {path: update * (1.0 if update.ndim == 2 else _NORM_RATE) for path, update in updates.items()}
+    stepped = StepState(optax.apply_updates(state.trained, updates), optimizer, alive)
     kept = jax.tree.map(partial(jnp.where, alive), stepped, state._replace(alive=alive))
     return kept, loss
 
 
 def block_loss(
-    codebooks: Codebooks,
+    trained: Trainable,
     frozen: dict[str, Any],
     x: jax.Array,
     targets: tuple[jax.Array, ...],
@@ -144,7 +156,7 @@ def block_loss(
     settings: TuningSettings,
 ) -> jax.Array:
     """Returns the sum over targets of mean((block(x) - target)^2), float32 scalar (paper eq. 4)."""
-    y = model.block(join_codebooks(codebooks, frozen), x.astype(settings.compute_dtype), kind=kind)
+    y = model.block(join_trainable(trained, frozen), x.astype(settings.compute_dtype), kind=kind)
     losses = [mean_squared_error(y, target) for target in targets]
     return jnp.sum(jnp.stack(losses))
 
@@ -181,13 +193,13 @@ class _Problem:
         )
         return stepped
 
-    def mean_loss(self, codebooks: Codebooks, samples: range) -> float:
+    def mean_loss(self, trained: Trainable, samples: range) -> float:
         """Returns the loss over at least one sample."""
         total = 0.0
         for begin in samples[:: self.settings.batch_size]:
             where = slice(begin, min(begin + self.settings.batch_size, samples.stop))
             x, targets = self.batch(where)
-            loss = _evaluate(codebooks, self.frozen, x, targets, **self._fixed)
+            loss = _evaluate(trained, self.frozen, x, targets, **self._fixed)
             total += (where.stop - where.start) * float(loss)
         return total / len(samples)
 
@@ -214,13 +226,13 @@ def tune_block(
       targets: what the block's outputs should be, see `tuning_step`.
       rng: orders the samples of each epoch.
     """
-    codebooks, frozen = split_codebooks(jax.tree.map(jnp.asarray, block))
+    trained, frozen = split_trainable(jax.tree.map(jnp.asarray, block), norms=settings.norms)
     stepped, held_out = range(len(inputs) - settings.held_out), range(len(inputs) - settings.held_out, len(inputs))
     steps_per_epoch = len(stepped) // settings.batch_size
     total_steps = max(settings.epochs * steps_per_epoch, 1)
     problem = _Problem(model, kind, settings, frozen, inputs, targets, total_steps)
-    state = init_state(codebooks, settings=settings, total_steps=total_steps)
-    start = jax.tree.map(jnp.copy, state.codebooks)
+    state = init_state(trained, settings=settings, total_steps=total_steps)
+    start = jax.tree.map(jnp.copy, state.trained)
     best, chosen = start, 0
     loss_before = problem.mean_loss(start, stepped)
     held_out_losses = [problem.mean_loss(start, held_out)] if held_out else []
@@ -234,14 +246,14 @@ def tune_block(
             reporter.advance()
         epoch_losses.append(float(np.mean(jax.device_get(losses))))
         if held_out and bool(state.alive):
-            held_out_losses.append(problem.mean_loss(state.codebooks, held_out))
+            held_out_losses.append(problem.mean_loss(state.trained, held_out))
             if held_out_losses[-1] < min(held_out_losses[:-1]):
-                best, chosen = jax.tree.map(jnp.copy, state.codebooks), len(epoch_losses)
+                best, chosen = jax.tree.map(jnp.copy, state.trained), len(epoch_losses)
     if not held_out and epoch_losses:
         # The last good step counts unless it is worse than no step at all.
         suspect = not bool(state.alive) or epoch_losses[-1] > loss_before
-        if not suspect or problem.mean_loss(state.codebooks, stepped) < loss_before:
-            best, chosen = state.codebooks, len(epoch_losses)
+        if not suspect or problem.mean_loss(state.trained, stepped) < loss_before:
+            best, chosen = state.trained, len(epoch_losses)
     diverged = not bool(state.alive)
     result = BlockTuning(loss_before, tuple(epoch_losses), tuple(held_out_losses), chosen, diverged)
-    return join_codebooks(best, frozen), result
+    return join_trainable(best, frozen), result

@@ -1,0 +1,49 @@
+"""Where a kernel should go so that drifted inputs give the outputs that the original inputs gave.
+
+By the time a kernel is compressed its inputs x are no longer those of the original model, x0, and nor is the residual
+r that its outputs are added to. Quantising the original weights W would repair none of that; this moves them first
+to the ridge regression of the original outputs x0 W + r0 - r on x. (The same first step, without the residual, is in
+GPTAQ, Li et al. 2025, and Qronos, Zhang et al. 2025.)
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class SiteMoments(NamedTuple):
+    """Second moments of the inputs x [d_in] of a site, float32, means over positions.
+
+    Attributes:
+      inputs: E[x x^T] [d_in, d_in].
+      drift: E[x (x0 - x)^T] [d_in, d_in], x0 the original stream's inputs; None where it is not known, and where
+        `errors` says more.
+      errors: E[x e^T] [d_in, d_out], e = (x0 - x) W + r0 - r what the outputs of the site's one kernel lack on their
+        residual; None where outputs are added to none.
+    """
+
+    inputs: jax.Array
+    drift: jax.Array | None = None
+    errors: jax.Array | None = None
+
+
+@jax.jit
+def corrected(weight: jax.Array, moments: SiteMoments, *, ridge: jax.Array | float) -> jax.Array:
+    """Returns the kernel float32 [d_in, d_out] W + (E[x x^T] + ridge m I)^-1 E[x e^T], m the mean of E[x_i^2].
+
+    Args:
+      weight: [d_in, d_out], the original W.
+      moments: with drift or errors.
+      ridge: > 0; the larger, the nearer to W. What cannot be solved comes back as W.
+    """
+    weight = weight.astype(jnp.float32)
+    channels = moments.inputs.shape[0]
+    mean = jnp.mean(jnp.diagonal(moments.inputs))
+    damped = moments.inputs + ridge * jnp.where(mean > 0, mean, 1.0) * jnp.eye(channels)
+    errors = moments.errors
+    if errors is None:
+        assert moments.drift is not None
+        errors = jnp.dot(moments.drift, weight, precision="highest")
+    moved = weight + jax.scipy.linalg.solve(damped, errors, assume_a="pos")
+    return jnp.where(jnp.isfinite(moved).all(), moved, weight)

@@ -1,0 +1,154 @@
+"""Perplexity of SmolLM2-135M under every setting of the quality tables, for several seeds; what is done is not redone.
+
+    pip install ".[demo]"
+    python scripts/bench_quality.py --out quality                            # the table of bit budgets, three seeds
+    python scripts/bench_quality.py --out quality --table parts --seeds 1    # what each part of the method buys
+    python scripts/bench_quality.py --out quality --table calibration        # which text, and how much of it
+
+Calibration is the fixed set of cluscomp_jax/data, perplexity that of the first 8,192 tokens of wiki_test in windows of
+512. A run takes 5 to 40 minutes on two cores; every finished one leaves NAME-SEED.json and its checkpoint in OUT.
+The baselines beside it, round-to-nearest and scalar GPTQ, are in scripts/bench_quality_baselines.py.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cluscomp_jax import data
+from cluscomp_jax.cli.demo import find_model
+
+TEXT, TEST, STARTS = data.path("wiki_train"), data.path("wiki_test"), data.path("calibration_starts")
+UNTUNED = "tuning = false"
+EVEN = "g = 4\nnum_codes = 1024"
+
+Setting = tuple[str, int, int]
+"""(TOML, samples, tokens per sample)."""
+
+
+def budget(bits: float, *, mixed: str = "matrix", tuned: bool = True) -> str:
+    return f'{"" if tuned else UNTUNED}\n[cluster]\nbits = {bits}\nmixed = "{mixed}"'
+
+
+def even(cluster: str = "", *, top: str = UNTUNED) -> str:
+    """Returns the TOML of one (g, n) = (4, 1024) for all matrices: 2.63 bits per weight."""
+    return f"{top}\n[cluster]\n{cluster}\n[[cluster.rules]]\n{EVEN}"
+
+
+TABLES: dict[str, dict[str, Setting]] = {
+    "budgets": {
+        "2.63-clustered-16": (budget(2.63, tuned=False), 16, 512),
+        "2.63-tuned-16": (budget(2.63), 16, 512),
+        "2.63-tuned-64": (budget(2.63), 64, 512),
+        "2.1-tuned-64": (budget(2.1), 64, 512),
+        "3.3-tuned-64": (budget(3.3), 64, 512),
+        "4.1-tuned-64": (budget(4.1), 64, 512),
+    },
+    "parts": {
+        "blind": (even("weighted = false\nfeedback = false", top=f'recipe = "paper"\n{UNTUNED}'), 16, 512),
+        "weighted": (even("feedback = false"), 16, 512),
+        "feedback": (even("correction = false\nsequential = false"), 16, 512),
+        "sequential": (even("correction = false"), 16, 512),
+        "correction": (even(), 16, 512),
+        "mixed-kernel": (budget(2.63, mixed="kernel", tuned=False), 16, 512),
+        "mixed-matrix": (budget(2.63, tuned=False), 16, 512),
+        "correction-64": (even(), 64, 512),
+        "tuned-64": (even(top=""), 64, 512),
+        "paper-tuned": (even("weighted = false\nfeedback = false", top='recipe = "paper"'), 16, 512),
+    },
+    "calibration": {
+        f"{samples}x{length}": (even(), samples, length) for length in (256, 512) for samples in (8, 16, 64, 128)
+    }
+    | {"code-64x512": (even(), 64, 512)},
+}
+
+
+def measure(name: str, setting: Setting, seed: int, out: Path) -> dict[str, Any]:
+    """Returns {"perplexity", "bits_per_weight", "seconds"} of one run, from its file if it is there already."""
+    done = out / f"{name}-{seed}.json"
+    if not done.exists():
+        config, samples, length = setting
+        folder, toml = out / f"{name}-{seed}", out / f"{name}-{seed}.toml"
+        toml.write_text(config + "\n")
+        text = _code(out) if name.startswith("code") else TEXT
+        options = ["--config", str(toml), "--seed", str(seed), "--samples", str(samples), "--length", str(length)]
+        starts = [] if name.startswith("code") else ["--starts", str(_starts(out, samples))]
+        began = time.monotonic()
+        if 'recipe = "paper"' in config and UNTUNED in config:
+            options = ["--config", str(toml), "--seed", str(seed)]  # blind clustering reads no text
+        else:
+            options += ["--calibration", str(text), *starts]
+        made = _cluscomp("compress", str(find_model()), *options, "--out", str(folder))
+        seconds = time.monotonic() - began
+        score = _cluscomp("evaluate", str(folder), "--text", str(TEST), "--tokens", "8192", "--context", "512")
+        result = {"perplexity": score["perplexity"], "bits_per_weight": made["bits_per_weight"], "seconds": seconds}
+        done.write_text(json.dumps(result))
+    known: dict[str, Any] = json.loads(done.read_text())
+    return known
+
+
+def _cluscomp(*arguments: str) -> dict[str, Any]:
+    """Runs one command, progress to our standard error; returns its last line."""
+    command = [sys.executable, "-m", "cluscomp_jax", *arguments, "--json"]
+    printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    fields: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    return fields
+
+
+def _starts(out: Path, samples: int) -> Path:
+    """Returns the fixed starts, and for more samples than it has positions between them."""
+    fixed = [int(line) for line in STARTS.read_text().split()]
+    if samples <= len(fixed):
+        return STARTS
+    more = out / f"starts-{samples}.txt"
+    between = [(a + b) // 2 for a, b in zip(sorted(fixed), sorted(fixed)[1:], strict=False)]
+    more.write_text("\n".join(map(str, (fixed + between)[:samples])))
+    return more
+
+
+def _code(out: Path) -> Path:
+    """Returns a text that is no Wikipedia: the sources of the Python standard library."""
+    path = out / "code.txt"
+    library = Path(json.__file__).parent.parent
+    path.write_text(
+        "\n\n".join(p.read_text(encoding="utf-8", errors="ignore") for p in sorted(library.glob("[a-m]*.py")))
+    )
+    return path
+
+
+def rows(table: dict[str, Setting], seeds: list[int], out: Path) -> Iterator[str]:
+    """Yields the lines of a Markdown table, each as soon as its runs are done."""
+    yield f"| setting | bits per weight | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | minutes |"
+    yield "|---" * (len(seeds) + 4) + "|"
+    for name, setting in table.items():
+        results = [measure(name, setting, seed, out) for seed in seeds]
+        scores = [result["perplexity"] for result in results]
+        minutes = statistics.mean(result["seconds"] for result in results) / 60
+        cells = [name, f"{results[0]['bits_per_weight']:.3f}", *(f"{score:.2f}" for score in scores)]
+        yield f"| {' | '.join(cells)} | {statistics.mean(scores):.2f} | {minutes:.1f} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of results, made if absent")
+    parser.add_argument("--table", choices=sorted(TABLES), default="budgets")
+    parser.add_argument("--settings", nargs="+", help="only these rows")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    options = parser.parse_args()
+    table = TABLES[options.table]
+    unknown = sorted(set(options.settings or ()) - set(table))
+    if unknown:
+        parser.error(f"no row {unknown[0]!r} in table {options.table!r}; rows: {', '.join(table)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    chosen = {name: table[name] for name in options.settings or table}
+    for line in rows(chosen, options.seeds, options.out):
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Bits spent unevenly: the choice against every choice there is, and what a budget promises."""
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluscomp_jax import allocation
+from cluscomp_jax.allocation import allocate_unevenly
+from cluscomp_jax.codebook import stored_bits
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.rules import allocate, predicted_distortion
+from cluscomp_jax.settings import CompressionRule
+
+SHAPES = {
+    "layers/0/q/kernel": (64, 64),
+    "layers/0/up/kernel": (64, 256),
+    "layers/1/q/kernel": (64, 64),
+    "layers/1/up/kernel": (64, 256),
+}
+LARGE = {
+    f"layers/{i}/{name}/kernel": shape for i in range(4) for name, shape in (("q", (512, 512)), ("up", (512, 2048)))
+}
+ANY = CompressionRule()
+
+
+def spent(shapes, rules):
+    bits = sum(
+        stored_bits(shapes[path], g=rule.g, num_codes=rule.num_codes, axis=rule.axis) for path, rule in rules.items()
+    )
+    return bits / sum(math.prod(shape) for shape in shapes.values())
+
+
+def predicted(rules, sensitivities):
+    return sum(sensitivities[path] * predicted_distortion(rule.g, rule.num_codes) for path, rule in rules.items())
+
+
+@pytest.mark.parametrize("bits", [1.3, 2.0, 3.1])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_other_choice_within_the_budget_predicts_less(monkeypatch, bits, seed):
+    """Every combination of a few settings, tried out."""
+    monkeypatch.setattr(allocation, "_GROUPS", (1, 2, 3, 4))
+    monkeypatch.setattr(allocation, "_INDEX_BITS", range(2, 6))
+    sensitivities = {path: 10.0 ** ((i * 7 + seed * 3) % 5) for i, path in enumerate(SHAPES)}
+    found = allocate_unevenly(SHAPES, sensitivities, bits, like=ANY, by_kernel=False)
+    assert spent(SHAPES, found) <= bits
+    offers = [CompressionRule(g=g, num_codes=2**width) for g in range(1, 5) for width in range(2, 6)]
+    least = math.inf
+    for rules in itertools.product(offers, repeat=len(SHAPES)):
+        chosen = dict(zip(SHAPES, rules, strict=True))
+        if spent(SHAPES, chosen) <= bits:
+            least = min(least, predicted(chosen, sensitivities))
+    assert predicted(found, sensitivities) == pytest.approx(least, rel=1e-5)
+
+
+@given(bits=st.floats(0.6, 9.0), seed=st.integers(0, 1000), by_kernel=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_the_budget_holds_and_even_spending_is_never_better(bits, seed, by_kernel):
+    sensitivities = {path: 1.0 + (hash((path.count("1"), i, seed)) % 100) for i, path in enumerate(LARGE)}
+    found = allocate_unevenly(LARGE, sensitivities, bits, like=ANY, by_kernel=by_kernel)
+    assert spent(LARGE, found) <= bits
+    even = allocate(LARGE, bits)
+    power = dict.fromkeys(LARGE, CompressionRule(g=even.g, num_codes=2 ** int(math.log2(even.num_codes))))
+    if even.g in (1, 2, 3, 4, 6, 8) and even.num_codes >= 4:
+        assert predicted(found, sensitivities) <= predicted(power, sensitivities) * (1 + 1e-5)
+
+
+def test_what_counts_more_gets_more_bits_and_kernels_stay_together():
+    sensitivities = dict.fromkeys(LARGE, 1.0) | {path: 100.0 for path in LARGE if "/q/" in path}
+    found = allocate_unevenly(LARGE, sensitivities, 2.5, like=CompressionRule(pattern="x", axis="in"), by_kernel=True)
+    assert {(rule.pattern, rule.axis) for rule in found.values()} == {("x", "in")}
+    assert len({found[path] for path in LARGE if "/q/" in path}) == 1
+    rate = {name: math.log2(rule.num_codes) / rule.g for path, rule in found.items() for name in [path.split("/")[2]]}
+    assert rate["q"] > rate["up"]
+    first = dict.fromkeys(LARGE, 1.0) | {path: 100.0 for path in LARGE if "/0/" in path}
+    by_matrix = allocate_unevenly(LARGE, first, 2.5, like=ANY, by_kernel=False)
+    q = [by_matrix[f"layers/{i}/q/kernel"] for i in range(2)]
+    assert math.log2(q[0].num_codes) / q[0].g > math.log2(q[1].num_codes) / q[1].g
+
+
+def test_a_budget_that_nothing_reaches_names_the_least():
+    with pytest.raises(InputError, match=r"bits is 0\.1; the least that mixed settings reach on this model is 0\.2"):
+        allocate_unevenly(LARGE, dict.fromkeys(LARGE, 1.0), 0.1, like=ANY, by_kernel=False)

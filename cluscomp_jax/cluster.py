@@ -48,13 +48,15 @@ class ClusterStats:
     """How well a matrix was clustered.
 
     Attributes:
-      relative_error: ||W - decode||^2 / ||W||^2.
+      relative_error: ||W - decode||^2 / ||W||^2, W the kernel as it was given.
       weighted_error: the same with each input channel weighted, or None without weights.
+      index_entropy: bits that an entry of the index holds; stored are ceil(log2 n).
       seconds: wall time.
     """
 
     relative_error: float
     weighted_error: float | None
+    index_entropy: float
     seconds: float
 
 
@@ -99,7 +101,14 @@ def cluster_matrix(
     packed = index.reshape(cb.index_shape(shape, rule.g, rule.axis)).astype(cb.index_dtype(rule.num_codes))
     array = CodebookArray(codebook=rounded, index=packed, shape=shape, axis=rule.axis)
     plain, weighted = relative_errors(jnp.asarray(weight), array, channel_weights)
-    return array, ClusterStats(plain, weighted, stats.seconds)
+    return array, ClusterStats(plain, weighted, index_entropy(np.asarray(packed), rule.num_codes), stats.seconds)
+
+
+def index_entropy(index: np.ndarray, num_codes: int) -> float:
+    """Returns the entropy of the entries of an index, in bits: what a perfect entropy coder would spend on each."""
+    counts = np.bincount(index.reshape(-1), minlength=num_codes)
+    share = counts[counts > 0] / index.size
+    return float(-np.sum(share * np.log2(share)))
 
 
 def _fed_back(

@@ -54,14 +54,6 @@ class Streams(NamedTuple):
             yield jax.device_put(x).astype(self.dtype), jax.device_put(self.original.read(where)).astype(self.dtype)
 
 
-class _Input(NamedTuple):
-    """What is known of a kernel's input, each None if not used."""
-
-    channel_weights: jax.Array | None = None
-    feedback: Feedback | None = None
-    moments: SiteMoments | None = None
-
-
 @dataclasses.dataclass(frozen=True)
 class BlockClustering:
     """Clusters blocks of one run.
@@ -98,19 +90,24 @@ class BlockClustering:
         self.reporter.start(f"block {i + 1}/{self.model.num_blocks}: cluster", len(rules), "matrices")
         kind = self.model.block_kind(i)
         weights = self._channel_weights(kind, dense, streams)
+        last = list(self.model.sites)[-1]
         for site, paths in self.model.sites.items():
-            matched = [path for path in paths if path in rules]
-            if not matched:
-                continue
-            known = self._known(kind, site, trees.unflatten(now), dense, streams)
-            for path in matched:
-                own = known if known.feedback is not None else known._replace(channel_weights=weights.get(path))
+            kernels = {path: flat[path] for path in paths if path in rules}
+            feedback = None
+            if kernels and streams is not None and self.settings.feedback:
+                moments = self._moments(kind, site, trees.unflatten(now), dense, streams)
+                if site == last:
+                    now.clear()  # nothing reads it any more, and the roots of the moments are large
+                kernels, diagonal, feedback = self._prepare(kernels, moments)
+                weights |= dict.fromkeys(kernels, diagonal) if self.settings.weighted else {}
+                del moments
+            for path in list(kernels):
                 full = f"{self.model.blocks_path}/{i}/{path}"
                 with self.clock("cluster"):
-                    flat[path], stats = self._cluster(full, flat[path], rules[path], own)
+                    flat[path], stats = self._cluster(full, kernels.pop(path), rules[path], weights.get(path), feedback)
                 records.append(_record(full, flat[path], stats))
                 self.reporter.advance(note=path)
-                if self.settings.sequential:
+                if self.settings.sequential and now:
                     # Dense again, so that one program serves all blocks, however finely each is cut.
                     now[path] = decode(flat[path])
         return trees.unflatten(flat), records
@@ -122,31 +119,35 @@ class BlockClustering:
         with self.clock("statistics"):
             return _computed(channel_moments(self.model, kind, dense, streams.batches()))
 
-    def _known(self, kind: Hashable, site: str, now: Params, dense: Params, streams: Streams | None) -> _Input:
-        if streams is None or not self.settings.feedback:
-            return _Input()
+    def _moments(self, kind: Hashable, site: str, now: Params, dense: Params, streams: Streams) -> SiteMoments:
+        """Returns the moments of a site's input; `now` is the block as the compressed stream sees it."""
         with self.clock("statistics"):
             if self.settings.corrects:
-                moments = site_moments(self.model, kind, site, now, streams.pairs(), original=dense)
-            else:
-                moments = site_moments(self.model, kind, site, now, streams.batches())
+                return _computed(site_moments(self.model, kind, site, now, streams.pairs(), original=dense))
+            return _computed(site_moments(self.model, kind, site, now, streams.batches()))
+
+    def _prepare(
+        self, kernels: dict[str, jax.Array], moments: SiteMoments
+    ) -> tuple[dict[str, jax.Array], jax.Array, Feedback]:
+        """Returns (the kernels as they should be clustered, E[x_i^2] of their input, what feedback needs)."""
+        with self.clock("statistics"):
+            if self.settings.corrects:
+                kernels = {path: corrected(w, moments, ridge=self.settings.ridge) for path, w in kernels.items()}
             feedback = factorise(moments.inputs, damping=self.settings.damping)
-            weights = jnp.diagonal(moments.inputs) if self.settings.weighted else None
-            return _computed(_Input(weights, feedback, moments if self.settings.corrects else None))
+            return _computed((kernels, jnp.diagonal(moments.inputs), feedback))
 
     def _cluster(
-        self, path: str, weight: jax.Array, rule: CompressionRule, known: _Input
+        self,
+        path: str,
+        weight: jax.Array,
+        rule: CompressionRule,
+        channel_weights: jax.Array | None,
+        feedback: Feedback | None,
     ) -> tuple[CodebookArray, ClusterStats]:
-        if known.moments is not None:
-            weight = corrected(weight, known.moments, ridge=self.settings.ridge)
+        key = matrix_key(self.seed, path)
         try:
             return cluster_matrix(
-                weight,
-                rule,
-                self.settings,
-                key=matrix_key(self.seed, path),
-                channel_weights=known.channel_weights,
-                feedback=known.feedback,
+                weight, rule, self.settings, key=key, channel_weights=channel_weights, feedback=feedback
             )
         except InputError as error:
             raise InputError(f"{path}: {error}") from error

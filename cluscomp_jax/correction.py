@@ -6,6 +6,7 @@ to the ridge regression of the original outputs x0 W + r0 - r on x. (The same fi
 GPTAQ, Li et al. 2025, and Qronos, Zhang et al. 2025.)
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -28,8 +29,7 @@ class SiteMoments(NamedTuple):
     errors: jax.Array | None = None
 
 
-@jax.jit
-def corrected(weight: jax.Array, moments: SiteMoments, *, ridge: jax.Array | float) -> jax.Array:
+def corrected(weight: jax.Array, moments: SiteMoments, *, ridge: float) -> jax.Array:
     """Returns the kernel float32 [d_in, d_out] W + (E[x x^T] + ridge m I)^-1 E[x e^T], m the mean of E[x_i^2].
 
     Args:
@@ -37,13 +37,25 @@ def corrected(weight: jax.Array, moments: SiteMoments, *, ridge: jax.Array | flo
       moments: with drift or errors.
       ridge: > 0; the larger, the nearer to W. What cannot be solved comes back as W.
     """
+    moved: jax.Array = _moved(weight, _ridge_root(moments.inputs, ridge), moments.drift, moments.errors)
+    return moved
+
+
+@jax.jit
+def _ridge_root(inputs: jax.Array, ridge: jax.Array) -> jax.Array:
+    """Returns the lower root of E[x x^T] + ridge m I, a program of its own: it needs twice its memory while it runs."""
+    mean = jnp.mean(jnp.diagonal(inputs))
+    damped = inputs + ridge * jnp.where(mean > 0, mean, 1.0) * jnp.eye(len(inputs))
+    return jax.lax.linalg.cholesky(damped, symmetrize_input=False)
+
+
+@jax.jit
+def _moved(weight: jax.Array, root: jax.Array, drift: jax.Array | None, errors: jax.Array | None) -> jax.Array:
     weight = weight.astype(jnp.float32)
-    channels = moments.inputs.shape[0]
-    mean = jnp.mean(jnp.diagonal(moments.inputs))
-    damped = moments.inputs + ridge * jnp.where(mean > 0, mean, 1.0) * jnp.eye(channels)
-    errors = moments.errors
     if errors is None:
-        assert moments.drift is not None
-        errors = jnp.dot(moments.drift, weight, precision="highest")
-    moved = weight + jax.scipy.linalg.solve(damped, errors, assume_a="pos")
+        assert drift is not None
+        errors = jnp.dot(drift, weight, precision="highest")
+    # Solved from the right, transposed: GPU solvers want columns side by side, and that is what rows become.
+    solve = partial(jax.lax.linalg.triangular_solve, root.T, left_side=False, lower=False)
+    moved = weight + solve(solve(errors.T), transpose_a=True).T
     return jnp.where(jnp.isfinite(moved).all(), moved, weight)

@@ -43,6 +43,8 @@ def rules_by_block(model: Model, cfg: RunConfig, sensitivities: Mapping[str, flo
             if own:
                 chosen |= _within_budget(own, rule, cfg.cluster, sensitivities)
         matched = chosen
+    if cfg.cluster.export == "aqlm":
+        _check_aqlm(matched, shapes)
     by_block: list[Rules] = []
     for i in range(model.num_blocks):
         prefix = f"{model.blocks_path}/{i}/"
@@ -52,7 +54,9 @@ def rules_by_block(model: Model, cfg: RunConfig, sensitivities: Mapping[str, flo
 
 def mixes(cfg: RunConfig, calibration: np.ndarray | None) -> bool:
     """Returns whether a budget is spent unevenly, by sensitivities that calibration tells."""
-    return cfg.cluster.bits is not None and cfg.cluster.mixed != "none" and calibration is not None
+    settings = cfg.cluster
+    uneven = settings.bits is not None and settings.mixed != "none" and settings.export == "any"
+    return uneven and calibration is not None
 
 
 def _within_budget(
@@ -62,11 +66,28 @@ def _within_budget(
     sensitivities: Mapping[str, float] | None,
 ) -> Rules:
     assert settings.bits is not None
+    if settings.export == "aqlm":
+        groups = rules_of.groups_for_aqlm(shapes, axis=rule.axis)
+        return dict.fromkeys(shapes, rules_of.allocate(shapes, settings.bits, like=rule, groups=groups))
     even = rules_of.allocate(shapes, settings.bits, like=rule)
     if sensitivities is None:
         return dict.fromkeys(shapes, even)
     by_kernel = settings.mixed == "kernel"
     return allocate_unevenly(shapes, sensitivities, settings.bits, like=rule, by_kernel=by_kernel)
+
+
+def _check_aqlm(rules: Rules, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises InputError where an AQLM checkpoint could not hold the result."""
+    first = next(iter(rules))
+    for path, rule in rules.items():
+        side = shapes[path][1] if rule.axis == "out" else shapes[path][0]
+        if side % rule.g:
+            raise InputError(f"{path}: g = {rule.g} does not divide its axis {rule.axis!r} of {side}, as AQLM demands")
+        if (rule.g, rule.num_codes, rule.axis) != (rules[first].g, rules[first].num_codes, rules[first].axis):
+            raise InputError(
+                f"{path} has {rules_of.describe(rule)}, {first} has {rules_of.describe(rules[first])}; "
+                "AQLM has one setting for the whole model"
+            )
 
 
 def check_calibration(model: Model, cfg: RunConfig, calibration: np.ndarray, by_block: list[Rules]) -> None:

@@ -3,11 +3,14 @@
 Takes plain numbers and the records of a CompressionSummary. Knows no model, and writes no file but the figure.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from cluscomp_jax.codebook import index_bits, index_shape
 
 Record = Mapping[str, Any]
 
@@ -39,7 +42,7 @@ def stage_rows(stages: Mapping[str, Record]) -> list[tuple[str, str, str]]:
 
 
 def matrix_rows(matrices: Sequence[Record]) -> list[tuple[str, ...]]:
-    """Returns (path, shape, g, codes, axis, bits per weight, relative error) of matrix records."""
+    """Returns (path, shape, g, codes, axis, bits per weight, index entropy, relative error) of matrix records."""
     return [
         (
             matrix["path"],
@@ -48,13 +51,24 @@ def matrix_rows(matrices: Sequence[Record]) -> list[tuple[str, ...]]:
             str(matrix["num_codes"]),
             matrix["axis"],
             f"{matrix['bits_per_weight']:.3f}",
+            f"{matrix['index_entropy']:.2f}/{index_bits(matrix['num_codes'])}",
             f"{matrix['relative_error']:.5f}",
         )
         for matrix in matrices
     ]
 
 
-MATRIX_HEADER = ("matrix", "shape", "g", "codes", "axis", "bits/weight", "relative error")
+MATRIX_HEADER = ("matrix", "shape", "g", "codes", "axis", "bits/weight", "entropy", "relative error")
+
+
+def entropy_saving(matrices: Sequence[Record]) -> float:
+    """Returns the share of all stored bits that a perfect entropy coder of the indices would save."""
+    saved = sum(
+        (index_bits(matrix["num_codes"]) - matrix["index_entropy"])
+        * math.prod(index_shape(tuple(matrix["shape"]), matrix["g"], matrix["axis"]))
+        for matrix in matrices
+    )
+    return float(saved / sum(matrix["bits"] for matrix in matrices))
 
 
 def error_map(matrices: Sequence[Record], blocks_path: str) -> tuple[list[str], np.ndarray]:

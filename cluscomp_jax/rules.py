@@ -48,7 +48,9 @@ def total_bits_per_weight(matrices: Shapes, *, g: int, num_codes: int, axis: Axi
 _ANY = CompressionRule()
 
 
-def allocate(matrices: Shapes, bits: float, *, like: CompressionRule = _ANY) -> CompressionRule:
+def allocate(
+    matrices: Shapes, bits: float, *, like: CompressionRule = _ANY, groups: Sequence[int] = range(1, MAX_GROUP + 1)
+) -> CompressionRule:
     """Returns the rule that spends at most `bits` stored bits per weight on `matrices` with one (g, num_codes) for all.
 
     For every g the largest num_codes within the budget is a candidate; the candidate with the least distortion
@@ -58,6 +60,7 @@ def allocate(matrices: Shapes, bits: float, *, like: CompressionRule = _ANY) -> 
       matrices: {path: (d_in, d_out)} of the matrices to compress.
       bits: budget, stored bits per weight: index at ceil(log2 n) bits plus 16-bit codebooks.
       like: the rule whose pattern and axis are kept.
+      groups: the g to choose from.
 
     Raises:
       InputError: no (g, num_codes) is that small; the least reachable is named.
@@ -65,7 +68,7 @@ def allocate(matrices: Shapes, bits: float, *, like: CompressionRule = _ANY) -> 
     if not matrices:
         raise InputError("there is no matrix to spend bits on")
     best: tuple[float, CompressionRule] | None = None
-    for g in range(1, MAX_GROUP + 1):
+    for g in groups:
         num_codes = _largest_num_codes(matrices, bits, g=g, axis=like.axis)
         if num_codes is None:
             continue
@@ -73,11 +76,17 @@ def allocate(matrices: Shapes, bits: float, *, like: CompressionRule = _ANY) -> 
         if best is None or distortion < best[0]:
             best = distortion, CompressionRule(pattern=like.pattern, g=g, num_codes=num_codes, axis=like.axis)
     if best is None:
-        least = min(total_bits_per_weight(matrices, g=g, num_codes=2, axis=like.axis) for g in range(1, MAX_GROUP + 1))
+        least = min(total_bits_per_weight(matrices, g=g, num_codes=2, axis=like.axis) for g in groups)
         raise InputError(
             f"bits is {bits}; the least that any group size and 2 codes reach on this model is {least:.3f}"
         )
     return best[1]
+
+
+def groups_for_aqlm(matrices: Shapes, *, axis: Axis) -> list[int]:
+    """Returns the g that an AQLM checkpoint can hold for all of these matrices: those that divide every cut axis."""
+    sides = {shape[1] if axis == "out" else shape[0] for shape in matrices.values()}
+    return [g for g in range(1, MAX_GROUP + 1) if all(side % g == 0 for side in sides)]
 
 
 def _largest_num_codes(matrices: Shapes, bits: float, *, g: int, axis: Axis) -> int | None:

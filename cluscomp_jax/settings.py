@@ -56,6 +56,8 @@ class ClusterSettings:
       mixed: how a budget is spent where calibration is given: "none": one (g, num_codes) for all; "kernel": one for
         q_proj in all blocks, one for k_proj and so on; "matrix": one for every matrix, which is compiled block by
         block. The choice is by measured sensitivity of the model's loss.
+      export: the form the result is meant for: "aqlm" restricts a budget, and refuses rules, to what an AQLM
+        checkpoint can hold: one (g, num_codes) and axis for all matrices, g dividing every cut axis.
       iterations: Lloyd iterations, >= 0 (paper: 20).
       weighted: weight each vector by the mean square of its input channel, E[x_i^2], from calibration; used for
         axis "out" only, and only where calibration is given.
@@ -75,6 +77,7 @@ class ClusterSettings:
     rules: tuple[CompressionRule, ...] = (CompressionRule(),)
     bits: float | None = None
     mixed: Literal["none", "kernel", "matrix"] = "matrix"
+    export: Literal["any", "aqlm"] = "any"
     iterations: int = 20
     weighted: bool = True
     feedback: bool = True
@@ -88,6 +91,7 @@ class ClusterSettings:
     def __post_init__(self) -> None:
         _require(len(self.rules) > 0, "rules", self.rules, "at least one rule")
         _require(self.mixed in ("none", "kernel", "matrix"), "mixed", self.mixed, "'none', 'kernel' or 'matrix'")
+        _require(self.export in ("any", "aqlm"), "export", self.export, "'any' or 'aqlm'")
         _require(self.iterations >= 0, "iterations", self.iterations, "0 or more")
         _require(math.isfinite(self.damping) and self.damping > 0, "damping", self.damping, "above 0")
         _require(math.isfinite(self.ridge) and self.ridge > 0, "ridge", self.ridge, "above 0")

@@ -91,6 +91,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"mixed": "kernel", "bits": 2.0, "calibration": "t", "unweighted": True},
         "--mixed kernel and --unweighted contradict each other",
     ),
+    "mixed for aqlm": (
+        {"mixed": "kernel", "bits": 2.0, "calibration": "t", "export": "aqlm"},
+        "--mixed kernel, but AQLM has one setting",
+    ),
     "text that nothing reads": (
         {"calibration": "t", "unweighted": True, "no_tuning": True},
         "--calibration t has no effect where clustering is unweighted and nothing is tuned",

@@ -50,8 +50,8 @@ def test_codes_are_those_of_optimal_brain_quantisation(i: int, o: int, g: int) -
     feedback = factorise(jnp.asarray(moments))
     index, targets = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=g)
     order = np.asarray(feedback.order)
-    assert np.all(np.diff(np.diag(moments)[order]) <= 0)
-    expected = brain_quantise(weight, codes, moments, order, g)
+    assert np.all(np.diff(np.diag(moments)[order]) >= 0)
+    expected = brain_quantise(weight, codes, moments, order[::-1], g)
     assert index.shape == (i, -(-o // g))
     assert targets.shape == (i, index.shape[1] * g)
     # A vector between two codes may round to either, and what comes after it then differs.
@@ -96,7 +96,7 @@ def test_a_factorisation_that_fails_is_damped_more_and_one_that_cannot_says_so()
     rng = np.random.default_rng(0)
     few = rng.standard_normal((3, 50)).astype(np.float32)
     moments = few.T @ few - 0.05 * np.eye(50, dtype=np.float32)  # rounding can leave eigenvalues below zero
-    assert np.isfinite(factorise(jnp.asarray(moments)).factor).all()
+    assert np.isfinite(factorise(jnp.asarray(moments)).root).all()
     with pytest.raises(FloatingPointError, match="50 channels"):
         factorise(jnp.full((50, 50), jnp.nan))
 

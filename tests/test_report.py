@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluscomp_jax.report import error_map, format_bytes, format_table, save_figure
+from cluscomp_jax.report import entropy_saving, error_map, format_bytes, format_table, save_figure
 
 MATRICES = [
     {"path": f"model/layers/{i}/{name}/kernel", "relative_error": error}
@@ -34,3 +34,9 @@ def test_the_figure_is_a_png_with_or_without_tuning(tmp_path: Path, tuned: bool)
     losses = {"loss_before": 2.0, "loss_after": 1.0} if tuned else {}
     save_figure(tmp_path / "f.png", [{"index": 0, **losses}], MATRICES, blocks_path="model/layers")
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_the_saving_of_entropy_coding_counts_index_bits_against_all_bits() -> None:
+    """[4, 8] in pairs: 16 entries of 2 bits that hold 1.5 each, and a codebook of 4 x 2 halves: 8 of 160 bits."""
+    matrix = {"shape": [4, 8], "g": 2, "num_codes": 4, "axis": "out", "index_entropy": 1.5, "bits": 160}
+    assert entropy_saving([matrix, matrix]) == pytest.approx(8 / 160)

@@ -80,3 +80,11 @@ def test_predicted_distortion_falls_with_codes_and_stays_above_the_rate_distorti
         distortion = rules.predicted_distortion(g, 2**bits)
         assert 2 ** (-2 * bits / g) <= distortion * (1 + 1e-3) <= previous * (1 + 1e-3)
         previous = distortion
+
+
+def test_groups_for_aqlm_divide_every_cut_axis():
+    shapes = {"q": (576, 576), "k": (576, 192), "up": (576, 1536)}
+    assert rules.groups_for_aqlm(shapes, axis="out") == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
+    assert rules.groups_for_aqlm({"q": (50, 64)}, axis="in") == [1, 2, 5, 10, 25]
+    rule = rules.allocate({"q": (50, 4096)}, 3.0, like=CompressionRule(axis="in"), groups=[5, 10])
+    assert rule.g in (5, 10)

@@ -53,6 +53,8 @@ class CompressArguments(Common):
     """budget in stored bits per weight, codebooks included, instead of --g and --num-codes"""
     mixed: Literal["none", "kernel", "matrix"] | None = None
     """with --bits: codebooks alike for all matrices, chosen kernel by kernel, or matrix by matrix (default)"""
+    export: Annotated[Literal["any", "aqlm"] | None, arg(name="for")] = None
+    """the form the result is meant for; aqlm: one setting for all matrices, which its checkpoints can hold"""
     g: Annotated[int | None, arg(metavar="INT")] = None
     """weights per code, 1 to 32, for every rule"""
     num_codes: Annotated[int | None, arg(metavar="INT")] = None

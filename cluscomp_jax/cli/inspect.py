@@ -6,7 +6,7 @@ from cluscomp_jax.cli.arguments import InspectArguments
 from cluscomp_jax.cli.outcome import Result
 from cluscomp_jax.io.checkpoint import describe, open_checkpoint
 from cluscomp_jax.progress import to_json
-from cluscomp_jax.report import MATRIX_HEADER, format_bytes, format_table, matrix_rows
+from cluscomp_jax.report import MATRIX_HEADER, entropy_saving, format_bytes, format_table, matrix_rows
 
 
 def run(arguments: InspectArguments) -> Result:
@@ -31,6 +31,11 @@ def _summary(manifest: dict[str, Any]) -> list[str]:
         + (f" at {bits:.3f} bits per weight, codebooks included" if bits is not None else ""),
         f"other:      {totals['tensors']} tensors, {format_bytes(totals['tensor_bytes'])}",
     ]
+    recorded = manifest["metrics"].get("matrices")
+    if recorded and all("index_entropy" in matrix for matrix in recorded):
+        lines.append(
+            f"entropy:    coding the indices would save at most {entropy_saving(recorded):.1%} of the matrices"
+        )
     for name, measured in manifest["metrics"].get("perplexity", {}).items():
         lines.append(f"perplexity: {measured['perplexity']:.4f} {name}")
     return lines
@@ -39,7 +44,7 @@ def _summary(manifest: dict[str, Any]) -> list[str]:
 def _matrices(manifest: dict[str, Any]) -> str:
     """Returns the table of all matrices; errors are known where the run recorded them."""
     recorded = manifest["metrics"].get("matrices")
-    if recorded:
+    if recorded and all("index_entropy" in matrix for matrix in recorded):
         return format_table(MATRIX_HEADER, matrix_rows(recorded))
     rows = [
         (path, "x".join(map(str, m["shape"])), m["group_size"], m["num_codes"], m["axis"])

@@ -43,6 +43,10 @@ def run_config(arguments: CompressArguments) -> RunConfig:
         seed=config.seed if arguments.seed is None else arguments.seed,
     )
     asked = arguments.config or arguments.recipe
+    if arguments.mixed not in (None, "none") and changed.cluster.export == "aqlm":
+        raise InputError(
+            f"{_given(arguments, 'mixed')}, but AQLM has one setting for all matrices; leave one of them out"
+        )
     if arguments.mixed is not None and changed.cluster.bits is None:
         raise InputError(f"{_given(arguments, 'mixed')} has no effect without a budget; add --bits, or leave it out")
     if changed.tuning is not None and arguments.calibration is None:
@@ -89,9 +93,11 @@ def _given(arguments: CompressArguments, name: str) -> str:
 
 def _cluster(arguments: CompressArguments, settings: ClusterSettings) -> ClusterSettings:
     rules = tuple(_replaced(rule, arguments, "g", "num_codes", "axis") for rule in settings.rules)
-    alone: dict[str, Any] = {} if arguments.mixed is None else {"mixed": arguments.mixed}
+    alone: dict[str, Any] = {
+        name: getattr(arguments, name) for name in ("mixed", "export") if getattr(arguments, name) is not None
+    }
     if arguments.unweighted:
-        alone = {"weighted": False, "feedback": False, "mixed": "none"}
+        alone |= {"weighted": False, "feedback": False, "mixed": "none"}
     own_codes = arguments.g is not None or arguments.num_codes is not None
     return dataclasses.replace(
         settings,

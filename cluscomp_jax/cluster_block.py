@@ -6,10 +6,12 @@ Knows a Model's sites and the activation streams, not where blocks come from or 
 import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cluscomp_jax import trees
 from cluscomp_jax.cluster import ClusterStats, cluster_matrix, matrix_key, matrix_size
@@ -17,10 +19,11 @@ from cluscomp_jax.codebook import CodebookArray, decode
 from cluscomp_jax.correction import SiteMoments, corrected
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.feedback import Feedback, factorise
-from cluscomp_jax.model import Model
+from cluscomp_jax.losses import position_weights
+from cluscomp_jax.model import Model, run_block
 from cluscomp_jax.progress import Reporter
 from cluscomp_jax.settings import ClusterSettings, CompressionRule
-from cluscomp_jax.statistics import channel_moments, site_moments
+from cluscomp_jax.statistics import Batch, channel_moments, site_moments
 from cluscomp_jax.trees import Params
 from cluscomp_jax.tuning import ActivationStore
 
@@ -42,16 +45,30 @@ class Streams(NamedTuple):
     batch_size: int
     dtype: Any
 
-    def batches(self) -> Iterator[jax.Array]:
+    def inputs(self) -> Iterator[jax.Array]:
         """Yields the compressed stream's inputs [b, t, d]."""
         for _, x in self.compressed.batches(self.batch_size):
-            yield jax.device_put(x).astype(self.dtype)
+            yield self._on_device(x)
 
-    def pairs(self) -> Iterator[tuple[jax.Array, jax.Array]]:
-        """Yields inputs [b, t, d] of both streams."""
-        assert self.original is not None
+    def batches(self, weights: np.ndarray | None) -> Iterator[Batch]:
+        """Yields inputs of both streams; `weights` [samples, t] is what each position counts."""
         for where, x in self.compressed.batches(self.batch_size):
-            yield jax.device_put(x).astype(self.dtype), jax.device_put(self.original.read(where)).astype(self.dtype)
+            original = None if self.original is None else self._on_device(self.original.read(where))
+            yield Batch(self._on_device(x), original, None if weights is None else jnp.asarray(weights[where]))
+
+    def position_weights(self, block: Callable[[jax.Array], jax.Array], limit: float) -> np.ndarray | None:
+        """Returns float32 [samples, t], what each position counts by its output of the original block."""
+        if not limit:
+            return None
+        stream = self.compressed if self.original is None else self.original
+        weigh = jax.jit(partial(position_weights, limit=limit))
+        return np.concatenate(
+            [np.asarray(weigh(block(self._on_device(x)))) for _, x in stream.batches(self.batch_size)]
+        )
+
+    def _on_device(self, x: np.ndarray) -> jax.Array:
+        there: jax.Array = jax.device_put(x).astype(self.dtype)
+        return there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +107,22 @@ class BlockClustering:
         self.reporter.start(f"block {i + 1}/{self.model.num_blocks}: cluster", len(rules), "matrices")
         kind = self.model.block_kind(i)
         weights = self._channel_weights(kind, dense, streams)
+        positions = None
+        if streams is not None and self.settings.feedback:
+            with self.clock("statistics"):
+                step = partial(run_block, dense, model=self.model, kind=kind)
+                positions = streams.position_weights(step, self.settings.outlier_limit)
         last = list(self.model.sites)[-1]
         for site, paths in self.model.sites.items():
             kernels = {path: flat[path] for path in paths if path in rules}
             feedback = None
             if kernels and streams is not None and self.settings.feedback:
-                moments = self._moments(kind, site, trees.unflatten(now), dense, streams)
+                original = dense if self.settings.corrects else None
+                with self.clock("statistics"):
+                    batches = streams.batches(positions)
+                    moments = _computed(
+                        site_moments(self.model, kind, site, trees.unflatten(now), batches, original=original)
+                    )
                 if site == last:
                     now.clear()  # nothing reads it any more, and the roots of the moments are large
                 kernels, diagonal, feedback = self._prepare(kernels, moments)
@@ -117,14 +144,7 @@ class BlockClustering:
         if streams is None or self.settings.feedback or not self.settings.weighted:
             return {}
         with self.clock("statistics"):
-            return _computed(channel_moments(self.model, kind, dense, streams.batches()))
-
-    def _moments(self, kind: Hashable, site: str, now: Params, dense: Params, streams: Streams) -> SiteMoments:
-        """Returns the moments of a site's input; `now` is the block as the compressed stream sees it."""
-        with self.clock("statistics"):
-            if self.settings.corrects:
-                return _computed(site_moments(self.model, kind, site, now, streams.pairs(), original=dense))
-            return _computed(site_moments(self.model, kind, site, now, streams.batches()))
+            return _computed(channel_moments(self.model, kind, dense, streams.inputs()))
 
     def _prepare(
         self, kernels: dict[str, jax.Array], moments: SiteMoments

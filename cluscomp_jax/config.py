@@ -55,8 +55,12 @@ class RunConfig:
 
 
 PAPER = RunConfig(
-    cluster=ClusterSettings(weighted=False, feedback=False, correction=False, sequential=False, mixed="none"),
-    tuning=TuningSettings(epochs=20, learning_rate=0.005, schedule="constant", weight_decay=0.1, norms=False),
+    cluster=ClusterSettings(
+        weighted=False, feedback=False, correction=False, sequential=False, mixed="none", outlier_limit=0.0
+    ),
+    tuning=TuningSettings(
+        epochs=20, learning_rate=0.005, schedule="constant", weight_decay=0.1, norms=False, outlier_limit=0.0
+    ),
 )
 """The official recipe: blind k-means; AdamW at a constant 0.005, weight decay 0.1, 20 epochs.
 

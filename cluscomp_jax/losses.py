@@ -4,10 +4,34 @@ import jax
 import jax.numpy as jnp
 
 
-def mean_squared_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
-    """Returns mean((prediction - target)^2), float32 scalar, over all entries (paper eq. 4)."""
+def position_weights(outputs: jax.Array, limit: float) -> jax.Array:
+    """Returns what every position counts, float32 [b, t], 0 to 1: min(1, limit median / mean square) of its output.
+
+    A few positions, above all the first, carry activations thousands of times as large as all others (Sun et al.,
+    2024). The next norm divides them away, but squared errors would be about them alone.
+
+    Args:
+      outputs: [b, t, d] of the original block; the median is that of the sample.
+      limit: positions up to so many times the median count in full; 0: all do.
+    """
+    squares = jnp.mean(jnp.square(outputs.astype(jnp.float32)), axis=-1)
+    if not limit:
+        return jnp.ones_like(squares)
+    return jnp.minimum(1.0, limit * jnp.median(squares, axis=-1, keepdims=True) / jnp.maximum(squares, 1e-30))
+
+
+def mean_squared_error(prediction: jax.Array, target: jax.Array, *, outlier_limit: float = 0.0) -> jax.Array:
+    """Returns mean((prediction - target)^2), float32 scalar, over all entries (paper eq. 4).
+
+    Args:
+      prediction: [b, t, d].
+      target: [b, t, d].
+      outlier_limit: positions are weighted by `position_weights` of the target.
+    """
     difference = prediction.astype(jnp.float32) - target.astype(jnp.float32)
-    return jnp.mean(difference * difference)
+    if not outlier_limit:
+        return jnp.mean(difference * difference)
+    return jnp.mean(position_weights(target, outlier_limit)[..., None] * difference * difference)
 
 
 def token_nll(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -26,6 +26,7 @@ from cluscomp_jax.codebook import CodebookArray, round_codebook
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io import atomic
+from cluscomp_jax.losses import mean_squared_error
 from cluscomp_jax.model import build_model, run_block, run_embed
 from cluscomp_jax.preflight import check_calibration, mixes, rules_by_block
 from cluscomp_jax.progress import Reporter, SilentReporter
@@ -299,16 +300,15 @@ class _Run:
             run_through(step, self.compressed, self.compressed, batch_size=self.batch_size, dtype=self.dtype)
             if self.original is None:
                 return {}
-            return {"loss_after": _stream_distance(self.compressed, self.original, self.batch_size)}
+            limit = (self.tuning or self.cfg.cluster).outlier_limit
+            return {"loss_after": _stream_distance(self.compressed, self.original, self.batch_size, limit)}
 
 
-def _stream_distance(a: ActivationStore, b: ActivationStore, batch_size: int) -> float:
-    """Returns the mean squared difference of two streams, summed in float64."""
-    total = sum(
-        float(np.sum(np.square(x.astype(np.float64) - b.read(where).astype(np.float64))))
-        for where, x in a.batches(batch_size)
-    )
-    return total / math.prod(a.shape)
+def _stream_distance(a: ActivationStore, b: ActivationStore, batch_size: int, outlier_limit: float) -> float:
+    """Returns the mean squared error of stream a against stream b, as tuning counts it."""
+    error = jax.jit(partial(mean_squared_error, outlier_limit=outlier_limit))
+    total = sum(len(x) * float(error(jnp.asarray(x), jnp.asarray(b.read(where)))) for where, x in a.batches(batch_size))
+    return total / len(a)
 
 
 def _rounded(block: Params, dense: Params, dtype: str) -> Params:

@@ -21,7 +21,7 @@ from cluscomp_jax.losses import token_nll
 from cluscomp_jax.model import Model, run_block, run_embed
 from cluscomp_jax.progress import Reporter
 from cluscomp_jax.source import ParamSource
-from cluscomp_jax.statistics import site_moments
+from cluscomp_jax.statistics import Batch, site_moments
 from cluscomp_jax.trees import Params
 from cluscomp_jax.tuning import ActivationStore, run_through
 
@@ -99,7 +99,7 @@ def _kept_by_feedback(
     """Returns {block-relative path: sum_i 1/U_ii^2 / sum_i E[x_i^2]}, the share of an error that feedback leaves."""
     shares: dict[str, float] = {}
     for site, paths in model.sites.items():
-        batches = (jnp.asarray(x) for _, x in inputs.batches(1))
+        batches = (Batch(jnp.asarray(x)) for _, x in inputs.batches(1))
         moments = site_moments(model, kind, site, block, batches).inputs
         left = jnp.sum(factorise(moments, damping=damping).channel_weights) / jnp.trace(moments)
         shares |= dict.fromkeys(paths, float(jnp.where(jnp.isfinite(left), jnp.minimum(left, 1.0), 1.0)))

@@ -69,6 +69,8 @@ class ClusterSettings:
       ridge: how strongly the correction is held back, as a share of the mean of E[x_i^2], > 0.
       sequential: inside a block, kernels see the outputs of those clustered before them, not of the original ones;
         with feedback only.
+      outlier_limit: positions whose output of the block has more than so many times the median mean square count in
+        proportion less in second moments, >= 0; 0: all count alike; with feedback only.
       refits: times the codes are moved to the means of what they stand for and chosen again, >= 0; with feedback only.
       codebook_dtype: 16-bit type codebooks are stored and evaluated in; a matrix with codes beyond the range of
         float16 is kept in bfloat16.
@@ -85,6 +87,7 @@ class ClusterSettings:
     correction: bool = True
     ridge: float = 1.0
     sequential: bool = True
+    outlier_limit: float = 4.0
     refits: int = 0
     codebook_dtype: Literal["bfloat16", "float16"] = "float16"
 
@@ -94,6 +97,7 @@ class ClusterSettings:
         _require(self.export in ("any", "aqlm"), "export", self.export, "'any' or 'aqlm'")
         _require(self.iterations >= 0, "iterations", self.iterations, "0 or more")
         _require(math.isfinite(self.damping) and self.damping > 0, "damping", self.damping, "above 0")
+        _require_finite("outlier_limit", self.outlier_limit, low=0.0)
         _require(math.isfinite(self.ridge) and self.ridge > 0, "ridge", self.ridge, "above 0")
         _require(self.refits >= 0, "refits", self.refits, "0 or more")
         _require(
@@ -152,6 +156,7 @@ class TuningSettings:
       weight_decay: decoupled weight decay, >= 0.
       clip_norm: largest global gradient norm, > 0; None: no clipping.
       aug_loss: also match the original block's output on the compressed stream (official option, off by default).
+      outlier_limit: the same for the squared errors of outputs.
       norms: train the block's one-dimensional parameters too (norm weights, biases), at a tenth of the rate; they are
         then stored in the dtype of codebooks.
       compute_dtype: dtype of activations and decoded weights in the step; masters and moments stay float32.
@@ -169,6 +174,7 @@ class TuningSettings:
     clip_norm: float | None = None
     aug_loss: bool = False
     norms: bool = True
+    outlier_limit: float = 4.0
     compute_dtype: Dtype = "float32"
     activation_dtype: Dtype = "float32"
     held_out: int = 0
@@ -201,4 +207,5 @@ class TuningSettings:
                 getattr(self, name),
                 "'float32', 'bfloat16' or 'float16'",
             )
+        _require_finite("outlier_limit", self.outlier_limit, low=0.0)
         _require(self.held_out >= 0, "held_out", self.held_out, "0 or more")

@@ -1,8 +1,8 @@
 """Input moments of a block's kernels, taken through the block's tap. Knows a Model and batches, no files."""
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,20 @@ import jax.numpy as jnp
 from cluscomp_jax.correction import SiteMoments
 from cluscomp_jax.model import Model
 from cluscomp_jax.trees import Params, flatten
+
+
+class Batch(NamedTuple):
+    """Inputs of a block at some positions.
+
+    Attributes:
+      x: [b, t, d] of the compressed stream.
+      original: [b, t, d] of the original stream, or None.
+      weights: float32 [b, t], what each position counts, or None for 1.
+    """
+
+    x: jax.Array
+    original: jax.Array | None = None
+    weights: jax.Array | None = None
 
 
 def channel_moments(model: Model, kind: Hashable, block: Params, batches: Iterable[jax.Array]) -> dict[str, jax.Array]:
@@ -31,7 +45,7 @@ def site_moments(
     kind: Hashable,
     site: str,
     block: Params,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     *,
     original: Params | None = None,
 ) -> SiteMoments:
@@ -40,28 +54,26 @@ def site_moments(
     Args:
       site: of `model.sites`; the parts of the block behind it are not computed.
       block: parameters of the block as they are by now, dense or compressed.
-      batches: inputs [b, t, d] of the block, the compressed stream; with `original` pairs of them and of the
-        original stream's inputs.
+      batches: inputs of the block, with `original` those of both streams.
       original: the block's dense parameters; with them the moments tell how far the compressed stream has drifted.
 
     Raises:
       ValueError: no batch.
     """
+    fixed = {"model": model, "kind": kind, "site": site, "block": block}
     if original is None:
-        add = partial(_add_products, model=model, kind=kind, site=site, block=block)
-    else:
-        add = partial(_add_pair, model=model, kind=kind, site=site, block=block, original=original)
-    return SiteMoments(**_means(batches, add))
+        return SiteMoments(**_means(batches, partial(_add_products, **fixed)))
+    return SiteMoments(**_means(batches, partial(_add_pair, original=original, **fixed)))
 
 
-def _means(batches: Iterable[Any], add: Any) -> dict[str, jax.Array]:
+def _means(batches: Iterable[Any], add: Callable[[Any, Any], dict[str, jax.Array]]) -> dict[str, jax.Array]:
     """Returns the sums that `add(sums or None, batch)` makes over all batches, divided by the number of positions."""
     sums: dict[str, jax.Array] | None = None
     positions = 0
     for batch in batches:
         sums = add(sums, batch)
-        first = batch[0] if isinstance(batch, tuple) else batch
-        positions += first.shape[0] * first.shape[1]
+        x = batch.x if isinstance(batch, Batch) else batch
+        positions += x.shape[0] * x.shape[1]
     if sums is None:
         raise ValueError("no batches to take the moments of")
     return {name: total / positions for name, total in sums.items()}
@@ -80,16 +92,16 @@ def _add_squares(
 
 @partial(jax.jit, static_argnames=("model", "kind", "site"), donate_argnames="sums")
 def _add_products(
-    sums: dict[str, jax.Array] | None, x: jax.Array, *, model: Model, kind: Hashable, site: str, block: Params
+    sums: dict[str, jax.Array] | None, batch: Batch, *, model: Model, kind: Hashable, site: str, block: Params
 ) -> dict[str, jax.Array]:
-    value, _ = _at_site(model, kind, site, block, x)
-    return _sum(sums, {"inputs": _product(value, value)})
+    value, _ = _at_site(model, kind, site, block, batch.x)
+    return _sum(sums, {"inputs": _product(_weighted(value, batch.weights), value)})
 
 
 @partial(jax.jit, static_argnames=("model", "kind", "site"), donate_argnames="sums")
 def _add_pair(
     sums: dict[str, jax.Array] | None,
-    pair: tuple[jax.Array, jax.Array],
+    batch: Batch,
     *,
     model: Model,
     kind: Hashable,
@@ -97,16 +109,17 @@ def _add_pair(
     block: Params,
     original: Params,
 ) -> dict[str, jax.Array]:
-    x, onto = _at_site(model, kind, site, block, pair[0])
-    wanted, wanted_onto = _at_site(model, kind, site, original, pair[1])
-    drift = wanted - x
-    new = {"inputs": _product(x, x)}
+    assert batch.original is not None
+    x, onto = _at_site(model, kind, site, block, batch.x)
+    wanted, wanted_onto = _at_site(model, kind, site, original, batch.original)
+    drift, weighted = wanted - x, _weighted(x, batch.weights)
+    new = {"inputs": _product(weighted, x)}
     if onto is None or wanted_onto is None:
-        new["drift"] = _product(x, drift)
+        new["drift"] = _product(weighted, drift)
     else:
         (path,) = model.sites[site]
         kernel = flatten(original)[path].astype(jnp.float32)
-        new["errors"] = _product(x, wanted_onto - onto + jnp.dot(drift, kernel, precision="highest"))
+        new["errors"] = _product(weighted, wanted_onto - onto + jnp.dot(drift, kernel, precision="highest"))
     return _sum(sums, new)
 
 
@@ -124,6 +137,10 @@ def _at_site(
 
 def _rows(value: jax.Array) -> jax.Array:
     return value.astype(jnp.float32).reshape(-1, value.shape[-1])
+
+
+def _weighted(rows: jax.Array, weights: jax.Array | None) -> jax.Array:
+    return rows if weights is None else rows * weights.reshape(-1, 1)
 
 
 def _product(rows: jax.Array, others: jax.Array) -> jax.Array:

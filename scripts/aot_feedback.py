@@ -45,10 +45,11 @@ def programs(config: LlamaConfig, tokens: int, g: int, n: int, on_card: Any) -> 
     weights, kernel = total_bytes(block), array(d_in, d_out, dtype=jnp.bfloat16)
     inputs, errors, moved = array(d_in, d_in), array(d_in, d_out), array(d_in, d_out)
     x = array(1, tokens, config.hidden_size, dtype=jnp.bfloat16)
+    batch = statistics.Batch(x, x, array(1, tokens))
     sums = {"inputs": inputs, "errors": errors}
     fed = feedback.Feedback(array(d_in, dtype=jnp.int32), array(d_in, d_in))
     held = weights  # the decoded kernels of the block are given up behind the statistics of its last site
-    seen = statistics._add_pair.trace(sums, (x, x), model=model, kind=kind, site=SITE, block=block, original=block)
+    seen = statistics._add_pair.trace(sums, batch, model=model, kind=kind, site=SITE, block=block, original=block)
     return {
         "statistics": (seen, 0),
         "root for the correction": (correction._ridge_root.trace(inputs, 1.0), held + total_bytes(errors)),

@@ -38,7 +38,7 @@ from cluscomp_jax.model import Model, check_tokens, run_block, run_embed
 from cluscomp_jax.progress import to_json
 from cluscomp_jax.report import format_table
 from cluscomp_jax.source import DictSink
-from cluscomp_jax.statistics import site_moments
+from cluscomp_jax.statistics import Batch, site_moments
 from cluscomp_jax.trees import Params
 
 METHODS = ("rtn", "gptq")
@@ -192,7 +192,9 @@ def quantise(
         if stream:
             on_device = jax.tree.map(jnp.asarray, block)
             for site in model.sites:
-                moments[site] = site_moments(model, kind, site, on_device, map(jnp.asarray, stream)).inputs
+                moments[site] = site_moments(
+                    model, kind, site, on_device, (Batch(jnp.asarray(x)) for x in stream)
+                ).inputs
         for path, site in ((path, site) for site, paths in model.sites.items() for path in paths):
             kernel = as_tensor(flat[path])
             known = as_tensor(moments[site]) if stream else None

@@ -41,6 +41,7 @@ def predicted(rules, sensitivities):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_no_other_choice_within_the_budget_predicts_less(monkeypatch, bits, seed):
     """Every combination of a few settings, tried out."""
+    monkeypatch.setattr(allocation, "_BY_HEART", 0.0)
     monkeypatch.setattr(allocation, "_GROUPS", (1, 2, 3, 4))
     monkeypatch.setattr(allocation, "_INDEX_BITS", range(2, 6))
     sensitivities = {path: 10.0 ** ((i * 7 + seed * 3) % 5) for i, path in enumerate(SHAPES)}
@@ -55,6 +56,12 @@ def test_no_other_choice_within_the_budget_predicts_less(monkeypatch, bits, seed
     assert predicted(found, sensitivities) == pytest.approx(least, rel=1e-5)
 
 
+def test_many_codes_for_few_vectors_are_worth_more_than_theory_says():
+    few, many = (allocation._on_matrices([(64, side)], 4, 256) for side in (256, 65536))
+    assert few < 0.9 * many
+    assert many == pytest.approx(predicted_distortion(4, 256), rel=1e-2)
+
+
 @given(bits=st.floats(0.6, 9.0), seed=st.integers(0, 1000), by_kernel=st.booleans())
 @settings(max_examples=25, deadline=None)
 def test_the_budget_holds_and_even_spending_is_never_better(bits, seed, by_kernel):
@@ -64,7 +71,7 @@ def test_the_budget_holds_and_even_spending_is_never_better(bits, seed, by_kerne
     even = allocate(LARGE, bits)
     power = dict.fromkeys(LARGE, CompressionRule(g=even.g, num_codes=2 ** int(math.log2(even.num_codes))))
     if even.g in (1, 2, 3, 4, 6, 8) and even.num_codes >= 4:
-        assert predicted(found, sensitivities) <= predicted(power, sensitivities) * (1 + 1e-5)
+        assert predicted(found, sensitivities) <= predicted(power, sensitivities) * 1.01
 
 
 def test_what_counts_more_gets_more_bits_and_kernels_stay_together():

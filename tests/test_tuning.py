@@ -13,9 +13,10 @@ import pytest
 from cluscomp_jax import llama, trees
 from cluscomp_jax.cluster import cluster_matrix
 from cluscomp_jax.codebook import CodebookArray, decode
+from cluscomp_jax.losses import mean_squared_error, position_weights
 from cluscomp_jax.progress import SilentReporter
 from cluscomp_jax.settings import ClusterSettings, CompressionRule, TuningSettings
-from cluscomp_jax.statistics import channel_moments, site_moments
+from cluscomp_jax.statistics import Batch, channel_moments, site_moments
 from cluscomp_jax.tuning import ActivationStore, run_through, tune_block
 from cluscomp_jax.tuning.blockwise import (
     block_loss,
@@ -87,7 +88,7 @@ def seen_at_sites(block, x):
 def test_site_moments_are_the_mean_products_of_what_the_site_reads(dense, streams):
     inputs, _ = streams
     for site, (rows, _) in seen_at_sites(dense, inputs.read(slice(0, 6))).items():
-        moments = site_moments(MODEL, KIND, site, dense, (jnp.asarray(x) for _, x in inputs.batches(4)))
+        moments = site_moments(MODEL, KIND, site, dense, (Batch(jnp.asarray(x)) for _, x in inputs.batches(4)))
         np.testing.assert_allclose(moments.inputs, rows.T @ rows / 60, rtol=1e-4, atol=1e-6)
         assert moments.drift is None
         assert moments.errors is None
@@ -95,23 +96,29 @@ def test_site_moments_are_the_mean_products_of_what_the_site_reads(dense, stream
         site_moments(MODEL, KIND, "mlp/input", dense, [])
 
 
-def test_site_moments_of_two_streams_tell_what_the_outputs_lack(dense, streams):
+@pytest.mark.parametrize("weighted", [False, True])
+def test_site_moments_of_two_streams_tell_what_the_outputs_lack(dense, streams, weighted):
     inputs, _ = streams
     rng = np.random.default_rng(3)
     x0 = inputs.read(slice(0, 6))
     x = x0 + 0.3 * rng.standard_normal(x0.shape).astype(np.float32)
     block = jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32), dense)
     was, now = seen_at_sites(dense, x0), seen_at_sites(block, x)
-    pairs = [(jnp.asarray(x[where]), jnp.asarray(x0[where])) for where in (slice(0, 4), slice(4, 6))]
+    counts = rng.uniform(0, 1, x.shape[:2]).astype(np.float32) if weighted else np.ones(x.shape[:2], np.float32)
+    batches = [
+        Batch(*(jnp.asarray(a[where]) for a in (x, x0, counts))) if weighted else Batch(x[where], x0[where])
+        for where in (slice(0, 4), slice(4, 6))
+    ]
     for site, paths in MODEL.sites.items():
-        moments = site_moments(MODEL, KIND, site, block, pairs, original=dense)
+        moments = site_moments(MODEL, KIND, site, block, batches, original=dense)
         (rows, onto), (rows0, onto0) = now[site], was[site]
         kernel = np.asarray(trees.flatten(dense)[paths[0]], np.float64)
         lacking = rows0 @ kernel - rows @ kernel + (0 if onto is None else onto0 - onto)
-        np.testing.assert_allclose(moments.inputs, rows.T @ rows / 60, rtol=1e-4, atol=1e-5)
+        each = counts.reshape(-1, 1).astype(np.float64)
+        np.testing.assert_allclose(moments.inputs, (each * rows).T @ rows / 60, rtol=1e-4, atol=1e-5)
         assert (moments.errors is None) == (onto is None)
         given = moments.errors if moments.drift is None else np.asarray(moments.drift, np.float64) @ kernel
-        np.testing.assert_allclose(given, rows.T @ lacking / 60, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(given, (each * rows).T @ lacking / 60, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
@@ -315,3 +322,18 @@ def test_float16_gradients_do_not_vanish(compressed, streams):
 
 def _decoded(_, leaf):
     return decode(leaf) if isinstance(leaf, CodebookArray) else leaf
+
+
+def test_positions_of_huge_outputs_count_in_proportion_less():
+    outputs = np.random.default_rng(0).standard_normal((2, 9, 5)).astype(np.float32)
+    outputs[0, 0] *= 1000.0
+    squares = np.mean(outputs.astype(np.float64) ** 2, axis=-1)
+    expected = np.minimum(1.0, 2.0 * np.median(squares, axis=1, keepdims=True) / squares)
+    weights = position_weights(jnp.asarray(outputs), 2.0)
+    np.testing.assert_allclose(weights, expected, rtol=1e-4)
+    assert weights[0, 0] < 1e-4
+    np.testing.assert_array_equal(position_weights(jnp.asarray(outputs), 0.0), np.ones((2, 9)))
+    other = outputs + 1.0
+    loss = mean_squared_error(jnp.asarray(other), jnp.asarray(outputs), outlier_limit=2.0)
+    np.testing.assert_allclose(loss, expected.mean(), rtol=1e-4)
+    np.testing.assert_allclose(mean_squared_error(jnp.asarray(other), jnp.asarray(outputs)), 1.0, rtol=1e-4)

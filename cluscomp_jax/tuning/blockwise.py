@@ -155,9 +155,9 @@ def block_loss(
     kind: Hashable,
     settings: TuningSettings,
 ) -> jax.Array:
-    """Returns the sum over targets of mean((block(x) - target)^2), float32 scalar (paper eq. 4)."""
+    """Returns the sum over targets of the mean squared error of block(x), float32 scalar (paper eq. 4)."""
     y = model.block(join_trainable(trained, frozen), x.astype(settings.compute_dtype), kind=kind)
-    losses = [mean_squared_error(y, target) for target in targets]
+    losses = [mean_squared_error(y, target, outlier_limit=settings.outlier_limit) for target in targets]
     return jnp.sum(jnp.stack(losses))
 
 

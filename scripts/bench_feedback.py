@@ -1,0 +1,87 @@
+"""Times error feedback for one block of SmolLM2-135M beside the clustering of that block, warm, in one process.
+
+    pip install ".[demo]"
+    python scripts/bench_feedback.py --num-codes 1024 --repeats 5
+
+Clustering is `fit_codebook` of the seven matrices; feedback is the root of E[x x^T] of the four inputs and the choice
+of all codes. Each round times both, so that what else the machine does falls on both.
+"""
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import cluscomp_jax
+from cluscomp_jax import data, kmeans, trees
+from cluscomp_jax.cli.demo import find_model
+from cluscomp_jax.cluster import matrix_key, to_vectors
+from cluscomp_jax.feedback import Feedback, assign_with_feedback, factorise
+from cluscomp_jax.io.text import load_tokens
+from cluscomp_jax.model import run_block, run_embed
+from cluscomp_jax.statistics import Batch, site_moments
+
+
+def moments_of(opened: Any, block: int, samples: int) -> dict[str, jax.Array]:
+    """Returns {site: E[x x^T]} of a block's inputs on real text."""
+    model, source = opened.model, opened.source
+    tokens = load_tokens(data.path("wiki_train"), opened.load_tokenizer())[: samples * 512].reshape(samples, 512)
+    rest = jax.tree.map(jnp.asarray, source.load_rest())
+    stream = [run_embed(rest, row[None].astype(np.int32), model=model, dtype=jnp.dtype("float32")) for row in tokens]
+    for i in range(block):
+        before = jax.tree.map(jnp.asarray, source.load_block(i))
+        stream = [run_block(before, x, model=model, kind=model.block_kind(i)) for x in stream]
+    dense = jax.tree.map(jnp.asarray, source.load_block(block))
+    kind = model.block_kind(block)
+    return {site: site_moments(model, kind, site, dense, map(Batch, stream)).inputs for site in model.sites}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--g", type=int, default=4)
+    parser.add_argument("--num-codes", type=int, default=1024)
+    parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--block", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    opened = cluscomp_jax.open_model(find_model())
+    moments = moments_of(opened, options.block, samples=4)
+    flat = trees.flatten(jax.tree.map(jnp.asarray, opened.source.load_block(options.block)))
+    kernels = {path: flat[path] for paths in opened.model.sites.values() for path in paths}
+
+    def cluster() -> dict[str, jax.Array]:
+        codes = {}
+        for path, kernel in kernels.items():
+            vectors = to_vectors(kernel, g=options.g, axis="out")
+            key = matrix_key(0, path)
+            codes[path], _, _ = kmeans.fit_codebook(
+                vectors, num_codes=options.num_codes, key=key, iterations=options.iterations
+            )
+        return jax.block_until_ready(codes)
+
+    def feed_back(codes: dict[str, jax.Array]) -> None:
+        for site, paths in opened.model.sites.items():
+            known: Feedback = factorise(moments[site])
+            for path in paths:
+                jax.block_until_ready(assign_with_feedback(kernels[path], codes[path], known, g=options.g))
+
+    codes = cluster()
+    feed_back(codes)
+    times: list[tuple[float, float]] = []
+    for _ in range(options.repeats):
+        began = time.monotonic()
+        cluster()
+        between = time.monotonic()
+        feed_back(codes)
+        times.append((between - began, time.monotonic() - between))
+        print(f"clustering {times[-1][0]:.2f} s, feedback {times[-1][1]:.2f} s", flush=True)
+    ratio = statistics.median(feedback / clustering for clustering, feedback in times)
+    print(f"block {options.block}, g={options.g}, n={options.num_codes}: feedback takes {ratio:.2f} x clustering")
+
+
+if __name__ == "__main__":
+    main()

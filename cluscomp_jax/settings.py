@@ -55,7 +55,7 @@ class ClusterSettings:
         and (g, num_codes) are chosen to meet the budget. None: the rules stand as they are.
       mixed: how a budget is spent where calibration is given: "none": one (g, num_codes) for all; "kernel": one for
         q_proj in all blocks, one for k_proj and so on; "matrix": one for every matrix, which is compiled block by
-        block. The choice is by measured sensitivity of the model's loss.
+        block. The choice is by measured sensitivity of the model's loss; so far it is no better (docs/experiments.md).
       export: the form the result is meant for: "aqlm" restricts a budget, and refuses rules, to what an AQLM
         checkpoint can hold: one (g, num_codes) and axis for all matrices, g dividing every cut axis.
       iterations: Lloyd iterations, >= 0 (paper: 20).
@@ -78,7 +78,7 @@ class ClusterSettings:
 
     rules: tuple[CompressionRule, ...] = (CompressionRule(),)
     bits: float | None = None
-    mixed: Literal["none", "kernel", "matrix"] = "matrix"
+    mixed: Literal["none", "kernel", "matrix"] = "none"
     export: Literal["any", "aqlm"] = "any"
     iterations: int = 20
     weighted: bool = True

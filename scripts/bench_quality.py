@@ -31,7 +31,7 @@ Setting = tuple[str, int, int]
 """(TOML, samples, tokens per sample)."""
 
 
-def budget(bits: float, *, mixed: str = "matrix", tuned: bool = True) -> str:
+def budget(bits: float, *, mixed: str = "none", tuned: bool = True) -> str:
     return f'{"" if tuned else UNTUNED}\n[cluster]\nbits = {bits}\nmixed = "{mixed}"'
 
 
@@ -56,7 +56,7 @@ TABLES: dict[str, dict[str, Setting]] = {
         "sequential": (even("correction = false"), 16, 512),
         "correction": (even(), 16, 512),
         "mixed-kernel": (budget(2.63, mixed="kernel", tuned=False), 16, 512),
-        "mixed-matrix": (budget(2.63, tuned=False), 16, 512),
+        "mixed-matrix": (budget(2.63, mixed="matrix", tuned=False), 16, 512),
         "correction-64": (even(), 64, 512),
         "tuned-64": (even(top=""), 64, 512),
         "paper-tuned": (even("weighted = false\nfeedback = false", top='recipe = "paper"'), 16, 512),

@@ -49,7 +49,7 @@ def test_every_option_reaches_its_setting() -> None:
     assert (tuning_of(config).epochs, tuning_of(config).learning_rate, config.seed) == (1, 0.5, 11)
     (rule,) = config.cluster.rules
     assert (rule.g, rule.axis, config.cluster.calibrated) == (5, "in", False)
-    assert config_of(bits=2.0, calibration="t").cluster.mixed == "matrix"
+    assert config_of(bits=2.0, calibration="t").cluster.mixed == "none"
     assert config_of(bits=2.0, mixed="kernel", calibration="t").cluster.mixed == "kernel"
     assert config_of(bits=2.0, unweighted=True, calibration="t").cluster.mixed == "none"
 

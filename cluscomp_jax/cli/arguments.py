@@ -52,7 +52,7 @@ class CompressArguments(Common):
     bits: Annotated[float | None, arg(metavar="FLOAT")] = None
     """budget in stored bits per weight, codebooks included, instead of --g and --num-codes"""
     mixed: Literal["none", "kernel", "matrix"] | None = None
-    """with --bits: codebooks alike for all matrices, chosen kernel by kernel, or matrix by matrix (default)"""
+    """with --bits: one setting for all (default), or by sensitivity one by kernel or matrix; no better so far"""
     export: Annotated[Literal["any", "aqlm"] | None, arg(name="for")] = None
     """the form the result is meant for; aqlm: one setting for all matrices, which its checkpoints can hold"""
     g: Annotated[int | None, arg(metavar="INT")] = None

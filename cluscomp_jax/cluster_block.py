@@ -28,6 +28,7 @@ from cluscomp_jax.trees import Params
 from cluscomp_jax.tuning import ActivationStore
 
 _T = TypeVar("_T")
+_weigh = jax.jit(position_weights, static_argnames="limit")
 
 
 class Streams(NamedTuple):
@@ -61,9 +62,8 @@ class Streams(NamedTuple):
         if not limit:
             return None
         stream = self.compressed if self.original is None else self.original
-        weigh = jax.jit(partial(position_weights, limit=limit))
         return np.concatenate(
-            [np.asarray(weigh(block(self._on_device(x)))) for _, x in stream.batches(self.batch_size)]
+            [np.asarray(_weigh(block(self._on_device(x)), limit=limit)) for _, x in stream.batches(self.batch_size)]
         )
 
     def _on_device(self, x: np.ndarray) -> jax.Array:

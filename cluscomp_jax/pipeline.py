@@ -304,9 +304,12 @@ class _Run:
             return {"loss_after": _stream_distance(self.compressed, self.original, self.batch_size, limit)}
 
 
+_squared_error = jax.jit(mean_squared_error, static_argnames="outlier_limit")
+
+
 def _stream_distance(a: ActivationStore, b: ActivationStore, batch_size: int, outlier_limit: float) -> float:
     """Returns the mean squared error of stream a against stream b, as tuning counts it."""
-    error = jax.jit(partial(mean_squared_error, outlier_limit=outlier_limit))
+    error = partial(_squared_error, outlier_limit=outlier_limit)
     total = sum(len(x) * float(error(jnp.asarray(x), jnp.asarray(b.read(where)))) for where, x in a.batches(batch_size))
     return total / len(a)
 

@@ -66,14 +66,11 @@ def _within_budget(
     sensitivities: Mapping[str, float] | None,
 ) -> Rules:
     assert settings.bits is not None
-    if settings.export == "aqlm":
-        groups = rules_of.groups_for_aqlm(shapes, axis=rule.axis)
-        return dict.fromkeys(shapes, rules_of.allocate(shapes, settings.bits, like=rule, groups=groups))
-    even = rules_of.allocate(shapes, settings.bits, like=rule)
-    if sensitivities is None:
-        return dict.fromkeys(shapes, even)
-    by_kernel = settings.mixed == "kernel"
-    return allocate_unevenly(shapes, sensitivities, settings.bits, like=rule, by_kernel=by_kernel)
+    if sensitivities is not None:
+        by_kernel = settings.mixed == "kernel"
+        return allocate_unevenly(shapes, sensitivities, settings.bits, like=rule, by_kernel=by_kernel)
+    groups = rules_of.groups_for_aqlm(shapes, axis=rule.axis) if settings.export == "aqlm" else rules_of.ALL_GROUPS
+    return dict.fromkeys(shapes, rules_of.allocate(shapes, settings.bits, like=rule, groups=groups))
 
 
 def _check_aqlm(rules: Rules, shapes: Mapping[str, tuple[int, ...]]) -> None:

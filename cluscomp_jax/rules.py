@@ -46,10 +46,11 @@ def total_bits_per_weight(matrices: Shapes, *, g: int, num_codes: int, axis: Axi
 
 
 _ANY = CompressionRule()
+ALL_GROUPS = range(1, MAX_GROUP + 1)
 
 
 def allocate(
-    matrices: Shapes, bits: float, *, like: CompressionRule = _ANY, groups: Sequence[int] = range(1, MAX_GROUP + 1)
+    matrices: Shapes, bits: float, *, like: CompressionRule = _ANY, groups: Sequence[int] = ALL_GROUPS
 ) -> CompressionRule:
     """Returns the rule that spends at most `bits` stored bits per weight on `matrices` with one (g, num_codes) for all.
 
@@ -86,7 +87,7 @@ def allocate(
 def groups_for_aqlm(matrices: Shapes, *, axis: Axis) -> list[int]:
     """Returns the g that an AQLM checkpoint can hold for all of these matrices: those that divide every cut axis."""
     sides = {shape[1] if axis == "out" else shape[0] for shape in matrices.values()}
-    return [g for g in range(1, MAX_GROUP + 1) if all(side % g == 0 for side in sides)]
+    return [g for g in ALL_GROUPS if all(side % g == 0 for side in sides)]
 
 
 def _largest_num_codes(matrices: Shapes, bits: float, *, g: int, axis: Axis) -> int | None:

@@ -4,7 +4,7 @@ To second order a change D of a kernel raises the loss by half of sum_io F_io D_
 Fisher information: squared gradients of the loss of single samples (LeCun et al. 1989; Kim et al. 2024). Quantisation
 spreads its error over a kernel about evenly, so that one number is enough: sum(F) mean(W^2) / 2 is the loss per unit
 of relative squared error. Error feedback takes away the part of an output's error that other channels can make good;
-what stays of E[x^T x] is sum_i 1/U_ii^2 (`cluscomp_jax.feedback`).
+what stays of E[x^T x] is sum_i R_ii^2 (`cluscomp_jax.feedback`).
 """
 
 from collections.abc import Hashable
@@ -96,7 +96,7 @@ def _named(model: Model, i: int, values: dict[str, float]) -> dict[str, float]:
 def _kept_by_feedback(
     model: Model, kind: Hashable, block: Params, inputs: ActivationStore, damping: float
 ) -> dict[str, float]:
-    """Returns {block-relative path: sum_i 1/U_ii^2 / sum_i E[x_i^2]}, the share of an error that feedback leaves."""
+    """Returns {block-relative path: sum_i R_ii^2 / sum_i E[x_i^2]}, the share of an error that feedback leaves."""
     shares: dict[str, float] = {}
     for site, paths in model.sites.items():
         batches = (Batch(jnp.asarray(x)) for _, x in inputs.batches(1))

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from aot_kmeans import A6000, GIB, describe, total_bytes
 
-from cluscomp_jax import correction, feedback, statistics
+from cluscomp_jax import correction, feedback, statistics, trees
 from cluscomp_jax.llama import LlamaConfig
 from cluscomp_jax.model import build_model
 
@@ -34,13 +34,7 @@ def programs(config: LlamaConfig, tokens: int, g: int, n: int, on_card: Any) -> 
         return jax.ShapeDtypeStruct(shape, dtype, sharding=on_card)
 
     flat = {path: array(*shape, dtype=jnp.bfloat16) for path, shape in model.block_shapes(0).items()}
-    block: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        *folders, last = path.split("/")
-        node = block
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[last] = leaf
+    block = trees.unflatten(flat)
     d_in, d_out = model.block_shapes(0)[PATH]
     weights, kernel = total_bytes(block), array(d_in, d_out, dtype=jnp.bfloat16)
     inputs, errors, moved = array(d_in, d_in), array(d_in, d_out), array(d_in, d_out)

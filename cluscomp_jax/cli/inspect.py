@@ -21,6 +21,12 @@ def run(arguments: InspectArguments) -> Result:
     return Result("\n".join(lines), manifest)
 
 
+def _recorded(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the records of the matrices, or nothing where the run left none or an older kind."""
+    recorded: list[dict[str, Any]] = manifest["metrics"].get("matrices") or []
+    return recorded if all("index_entropy" in matrix for matrix in recorded) else []
+
+
 def _summary(manifest: dict[str, Any]) -> list[str]:
     totals, config = manifest["totals"], manifest["model_config"]
     bits = totals["bits_per_weight"]
@@ -31,8 +37,8 @@ def _summary(manifest: dict[str, Any]) -> list[str]:
         + (f" at {bits:.3f} bits per weight, codebooks included" if bits is not None else ""),
         f"other:      {totals['tensors']} tensors, {format_bytes(totals['tensor_bytes'])}",
     ]
-    recorded = manifest["metrics"].get("matrices")
-    if recorded and all("index_entropy" in matrix for matrix in recorded):
+    recorded = _recorded(manifest)
+    if recorded:
         lines.append(
             f"entropy:    coding the indices would save at most {entropy_saving(recorded):.1%} of the matrices"
         )
@@ -43,8 +49,8 @@ def _summary(manifest: dict[str, Any]) -> list[str]:
 
 def _matrices(manifest: dict[str, Any]) -> str:
     """Returns the table of all matrices; errors are known where the run recorded them."""
-    recorded = manifest["metrics"].get("matrices")
-    if recorded and all("index_entropy" in matrix for matrix in recorded):
+    recorded = _recorded(manifest)
+    if recorded:
         return format_table(MATRIX_HEADER, matrix_rows(recorded))
     rows = [
         (path, "x".join(map(str, m["shape"])), m["group_size"], m["num_codes"], m["axis"])

@@ -18,7 +18,8 @@ from cluscomp_jax import codebook as cb
 from cluscomp_jax import kmeans, trees
 from cluscomp_jax.codebook import Axis, CodebookArray
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.feedback import Feedback, assign_with_feedback, refit_codebook
+from cluscomp_jax.feedback import Feedback, assign_with_feedback
+from cluscomp_jax.refit import refit
 from cluscomp_jax.settings import ClusterSettings, CompressionRule
 from cluscomp_jax.trees import Params
 
@@ -96,7 +97,9 @@ def cluster_matrix(
     )
     rounded = cb.round_codebook(codes, settings.codebook_dtype)
     if feedback is not None:
-        rounded, index = _fed_back(jnp.asarray(weight), rounded, feedback, settings)
+        index, _ = assign_with_feedback(jnp.asarray(weight), rounded, feedback, g=rule.g)
+        codes, index = refit(jnp.asarray(weight), rounded, index, feedback, rounds=settings.refits)
+        rounded = cb.round_codebook(codes, settings.codebook_dtype)
     shape = (d_in, d_out)
     packed = index.reshape(cb.index_shape(shape, rule.g, rule.axis)).astype(cb.index_dtype(rule.num_codes))
     array = CodebookArray(codebook=rounded, index=packed, shape=shape, axis=rule.axis)
@@ -109,19 +112,6 @@ def index_entropy(index: np.ndarray, num_codes: int) -> float:
     counts = np.bincount(index.reshape(-1), minlength=num_codes)
     share = counts[counts > 0] / index.size
     return float(-np.sum(share * np.log2(share)))
-
-
-def _fed_back(
-    weight: jax.Array, codebook: jax.Array, feedback: Feedback, settings: ClusterSettings
-) -> tuple[jax.Array, jax.Array]:
-    """Returns (codebook [n, g], index [d_in, c]), the codes moved to their targets `settings.refits` times."""
-    g = codebook.shape[1]
-    index, targets = assign_with_feedback(weight, codebook, feedback, g=g)
-    for _ in range(settings.refits):
-        codes = refit_codebook(codebook, index, targets, feedback)
-        codebook = cb.round_codebook(codes, settings.codebook_dtype)
-        index, targets = assign_with_feedback(weight, codebook, feedback, g=g)
-    return codebook, index
 
 
 def _positive_mass(channel_weights: jax.Array) -> jax.Array:

@@ -56,7 +56,13 @@ class RunConfig:
 
 PAPER = RunConfig(
     cluster=ClusterSettings(
-        weighted=False, feedback=False, correction=False, sequential=False, mixed="none", outlier_limit=0.0
+        weighted=False,
+        feedback=False,
+        correction=False,
+        sequential=False,
+        refits=0,
+        mixed="none",
+        outlier_limit=0.0,
     ),
     tuning=TuningSettings(
         epochs=20, learning_rate=0.005, schedule="constant", weight_decay=0.1, norms=False, outlier_limit=0.0

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cluscomp_jax.kmeans import add_up, assign, mean_offset
+from cluscomp_jax.kmeans import assign
 
 _ROWS = 128
 """Channels whose errors reach the channels after them together: one product of matrices instead of many sums."""
@@ -115,16 +115,3 @@ def assign_with_feedback(
     _, (index, targets) = jax.lax.scan(code_rows, jnp.zeros_like(ordered), firsts, reverse=True)
     back = jnp.argsort(feedback.order) + spare
     return index.reshape(spare + channels, -1)[back], targets.reshape(spare + channels, -1)[back]
-
-
-@jax.jit
-def refit_codebook(codebook: jax.Array, index: jax.Array, targets: jax.Array, feedback: Feedback) -> jax.Array:
-    """Returns the codebook float32 [n, g] moved to the means of the targets it was chosen for, weighted by channel.
-
-    A code that was never chosen stays where it is. Arguments as `assign_with_feedback` takes and returns them.
-    """
-    n, g = codebook.shape
-    mass = jnp.repeat(feedback.channel_weights, index.shape[1])
-    offset = targets.reshape(-1, g) - codebook.astype(jnp.float32)[index.reshape(-1)]
-    sums, _ = add_up(jnp.zeros((n, g + 1)), offset, mass, index.reshape(-1))
-    return codebook.astype(jnp.float32) + mean_offset(sums)

@@ -71,7 +71,8 @@ class ClusterSettings:
         with feedback only.
       outlier_limit: positions whose output of the block has more than so many times the median mean square count in
         proportion less in second moments, >= 0; 0: all count alike; with feedback only.
-      refits: times the codes are moved to the means of what they stand for and chosen again, >= 0; with feedback only.
+      refits: rounds in which every channel chooses its codes anew, all other errors known, and the codebook is solved
+        for by least squares, >= 0; with feedback only.
       codebook_dtype: 16-bit type codebooks are stored and evaluated in; a matrix with codes beyond the range of
         float16 is kept in bfloat16.
     """
@@ -88,7 +89,7 @@ class ClusterSettings:
     ridge: float = 1.0
     sequential: bool = True
     outlier_limit: float = 4.0
-    refits: int = 0
+    refits: int = 3
     codebook_dtype: Literal["bfloat16", "float16"] = "float16"
 
     def __post_init__(self) -> None:

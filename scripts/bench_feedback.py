@@ -4,7 +4,7 @@
     python scripts/bench_feedback.py --num-codes 1024 --repeats 5
 
 Clustering is `fit_codebook` of the seven matrices; feedback is the root of E[x x^T] of the four inputs and the choice
-of all codes. Each round times both, so that what else the machine does falls on both.
+of all codes, refitted as often as by default. Each round times both, so that what else the machine does falls on both.
 """
 
 import argparse
@@ -23,6 +23,8 @@ from cluscomp_jax.cluster import matrix_key, to_vectors
 from cluscomp_jax.feedback import Feedback, assign_with_feedback, factorise
 from cluscomp_jax.io.text import load_tokens
 from cluscomp_jax.model import run_block, run_embed
+from cluscomp_jax.refit import refit
+from cluscomp_jax.settings import ClusterSettings
 from cluscomp_jax.statistics import Batch, site_moments
 
 
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("--g", type=int, default=4)
     parser.add_argument("--num-codes", type=int, default=1024)
     parser.add_argument("--iterations", type=int, default=20)
+    parser.add_argument("--refits", type=int, default=ClusterSettings().refits, help="rounds of refitting")
     parser.add_argument("--block", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
@@ -67,7 +70,9 @@ def main() -> None:
         for site, paths in opened.model.sites.items():
             known: Feedback = factorise(moments[site])
             for path in paths:
-                jax.block_until_ready(assign_with_feedback(kernels[path], codes[path], known, g=options.g))
+                index, _ = assign_with_feedback(kernels[path], codes[path], known, g=options.g)
+                refitted = refit(kernels[path], codes[path], index, known, rounds=options.refits)
+                jax.block_until_ready(refitted)
 
     codes = cluster()
     feed_back(codes)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cluscomp_jax.feedback import assign_with_feedback, factorise, refit_codebook
+from cluscomp_jax.feedback import assign_with_feedback, factorise
 from cluscomp_jax.kmeans import assign
 
 
@@ -99,16 +99,3 @@ def test_a_factorisation_that_fails_is_damped_more_and_one_that_cannot_says_so()
     assert np.isfinite(factorise(jnp.asarray(moments)).root).all()
     with pytest.raises(FloatingPointError, match="50 channels"):
         factorise(jnp.full((50, 50), jnp.nan))
-
-
-def test_refitting_lowers_the_error_of_the_targets() -> None:
-    weight, codes, moments = problem(80, 64, 4, 24)
-    feedback = factorise(jnp.asarray(moments))
-    index, targets = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=4)
-    moved = np.asarray(refit_codebook(jnp.asarray(codes), index, targets, feedback))
-    mass, vectors = np.repeat(feedback.channel_weights, 16), np.asarray(targets).reshape(-1, 4)
-    flat = np.asarray(index).reshape(-1)
-    for code in range(24):
-        members = flat == code
-        expected = np.average(vectors[members], axis=0, weights=mass[members]) if members.any() else codes[code]
-        np.testing.assert_allclose(moved[code], expected, rtol=1e-3, atol=1e-4)

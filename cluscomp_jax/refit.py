@@ -1,0 +1,135 @@
+"""Codes and codebook made better together, once every channel has codes: descent on the output error.
+
+Error feedback chooses a channel's codes knowing only the errors before it. Afterwards all are known, and the output
+error tr(E^T H E) of E = W - Q can be lowered by turns: over the codes of one channel, all others held (coordinate
+descent, as QuantEase has it for scalars: Behdin et al., 2023), and over the codebook, all codes held, which is a
+linear least-squares problem. Neither can raise the error but by rounding.
+
+H is the damped E[x x^T] = R R^T of `cluscomp_jax.feedback`, and only R is held. Letters as there.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from cluscomp_jax.feedback import Feedback
+from cluscomp_jax.kmeans import assign
+
+_ROWS = 128
+"""Channels whose changes reach the others together."""
+_STEPS = 3
+"""Of conjugate gradients: sixteen end within 0.1% of the error of three (docs/experiments.md)."""
+_HELD = 1e-3
+"""Share of its own weight by which a code is held where it is, so that codes hardly used cannot run away."""
+
+
+def refit(
+    weight: jax.Array, codebook: jax.Array, index: jax.Array, feedback: Feedback, *, rounds: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (codebook float32 [n, g], index int32 [i, c]) after so many rounds of new codes and a new codebook.
+
+    Args:
+      weight: [i, o].
+      codebook: [n, g].
+      index: [i, c], the codes so far.
+      feedback: order and root of the moments.
+      rounds: >= 0; the first lowers the output error most.
+    """
+    codebook = codebook.astype(jnp.float32)
+    for _ in range(rounds):
+        index = improved_index(weight, codebook, index, feedback, g=codebook.shape[1])
+        codebook = least_squares_codebook(weight, codebook, index, feedback)
+    return codebook, index
+
+
+@partial(jax.jit, static_argnames="g")
+def improved_index(
+    weight: jax.Array, codebook: jax.Array, index: jax.Array, feedback: Feedback, *, g: int
+) -> jax.Array:
+    """Returns the index int32 [i, c] after one round in which every channel chooses anew, those of large moment first.
+
+    A channel takes the codes nearest to Q_i + (H E)_i / H_ii, the least of the output error over its row alone.
+
+    Args:
+      weight: [i, o].
+      codebook: [n, g]; computed in float32.
+      index: [i, c], the codes so far.
+      feedback: order and root of the moments.
+    """
+    channels, outputs = weight.shape
+    rows = min(_ROWS, channels)
+    spare = -channels % rows
+    codebook = codebook.astype(jnp.float32)
+    real = (jnp.arange(-(-outputs // g) * g) < outputs) & (jnp.arange(channels + spare) < channels)[:, None]
+    ordered = jnp.pad(weight.astype(jnp.float32)[feedback.order], ((0, spare), (0, -outputs % g)))
+    index = jnp.pad(index[feedback.order].astype(jnp.int32), ((0, spare), (0, 0)))
+    root = jnp.pad(feedback.root, ((0, spare), (0, spare)))
+    errors = jnp.where(real, ordered - codebook[index].reshape(ordered.shape), 0.0)
+
+    def choose_rows(carry: tuple[jax.Array, jax.Array], first: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        errors, index = carry
+        moments = jnp.dot(jax.lax.dynamic_slice_in_dim(root, first, rows), root.T, precision="highest")
+        slopes = jnp.dot(moments, errors, precision="highest")
+        within = jax.lax.dynamic_slice_in_dim(moments, first, rows, axis=1)
+        curvature = jnp.where(jnp.diagonal(within) > 0, jnp.diagonal(within), 1.0)  # 0 where channels are spare
+        before = jax.lax.dynamic_slice_in_dim(errors, first, rows)
+        block, used = (jax.lax.dynamic_slice_in_dim(a, first, rows) for a in (ordered, real))
+
+        def choose_row(now: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+            slope = slopes[i] + jnp.dot(within[i], now - before, precision="highest")
+            target = jnp.where(used[i], block[i] - before[i] + slope / curvature[i], 0.0)
+            chosen, _ = assign(target.reshape(-1, g), codebook)
+            return now.at[i].set(jnp.where(used[i], block[i] - codebook[chosen].reshape(-1), 0.0)), chosen
+
+        now, chosen = jax.lax.scan(choose_row, before, jnp.arange(rows), reverse=True)
+        update = partial(jax.lax.dynamic_update_slice_in_dim, start_index=first, axis=0)
+        return (update(errors, now), update(index, chosen)), None
+
+    firsts = jnp.arange(0, channels + spare, rows)
+    (_, index), _ = jax.lax.scan(choose_rows, (errors, index), firsts, reverse=True)
+    return index[jnp.argsort(feedback.order)]
+
+
+@jax.jit
+def least_squares_codebook(weight: jax.Array, codebook: jax.Array, index: jax.Array, feedback: Feedback) -> jax.Array:
+    """Returns the codebook float32 [n, g] of nearly the least output error with these codes.
+
+    Conjugate gradients on the normal equations sum_i H (W - Q) = 0 over the places of each code, preconditioned by a
+    code's own weight. A code that stands nowhere stays where it is.
+
+    Args:
+      weight: [i, o].
+      codebook: [n, g], where to begin.
+      index: [i, c].
+      feedback: order and root of the moments.
+    """
+    n, g = codebook.shape
+    outputs = weight.shape[1]
+    codes = index[feedback.order].reshape(-1)
+    real = jnp.arange(index.shape[1] * g) < outputs
+
+    def spread(codebook: jax.Array) -> jax.Array:
+        return jnp.where(real, codebook[codes].reshape(len(feedback.order), -1), 0.0)
+
+    def gather(slopes: jax.Array) -> jax.Array:
+        return jnp.zeros((n, g)).at[codes].add(jnp.where(real, slopes, 0.0).reshape(-1, g))
+
+    def weighed(errors: jax.Array) -> jax.Array:
+        dot = partial(jnp.dot, precision="highest")
+        return dot(feedback.root, dot(feedback.root.T, errors))
+
+    squares = jnp.sum(jnp.square(feedback.root), axis=1)  # the diagonal of H
+    mass = gather(jnp.broadcast_to(squares[:, None], (len(squares), len(real))))
+    held = _HELD * mass
+    inverse = jnp.where(mass > 0, 1.0 / jnp.where(mass > 0, mass, 1.0), 0.0)
+    start = codebook.astype(jnp.float32)
+    ordered = jnp.pad(weight.astype(jnp.float32)[feedback.order], ((0, 0), (0, -outputs % g)))
+    solved: jax.Array = jax.scipy.sparse.linalg.cg(  # type: ignore[no-untyped-call]
+        lambda move: gather(weighed(spread(move))) + held * move,
+        gather(weighed(ordered - spread(start))),
+        M=lambda slope: inverse * slope,
+        tol=0.0,
+        maxiter=_STEPS,
+    )[0]
+    return start + solved

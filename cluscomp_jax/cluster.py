@@ -97,8 +97,9 @@ def cluster_matrix(
     )
     rounded = cb.round_codebook(codes, settings.codebook_dtype)
     if feedback is not None:
-        index, _ = assign_with_feedback(jnp.asarray(weight), rounded, feedback, g=rule.g)
-        codes, index = refit(jnp.asarray(weight), rounded, index, feedback, rounds=settings.refits)
+        weight, forest = jnp.asarray(weight), kmeans.plant_forest(rounded, key)
+        index, _ = assign_with_feedback(weight, rounded, feedback, g=rule.g, forest=forest)
+        codes, index = refit(weight, rounded, index, feedback, rounds=settings.refits, key=key)
         rounded = cb.round_codebook(codes, settings.codebook_dtype)
     shape = (d_in, d_out)
     packed = index.reshape(cb.index_shape(shape, rule.g, rule.axis)).astype(cb.index_dtype(rule.num_codes))

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cluscomp_jax.kmeans import assign
+from cluscomp_jax.kmeans import Forest, nearest_code
 
 _ROWS = 128
 """Channels whose errors reach the channels after them together: one product of matrices instead of many sums."""
@@ -77,13 +77,14 @@ def _factorise(moments: jax.Array, damping: jax.Array) -> Feedback:
 
 @partial(jax.jit, static_argnames="g")
 def assign_with_feedback(
-    weight: jax.Array, codebook: jax.Array, feedback: Feedback, *, g: int
+    weight: jax.Array, codebook: jax.Array, feedback: Feedback, *, g: int, forest: Forest | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (index int32 [i, c], targets float32 [i, c*g]): the codes, and what each channel should have been.
 
     Args:
       weight: [i, o].
       codebook: [n, g], as it will be stored; computed in float32.
+      forest: of the codes; None: every vector is compared with all of them.
     """
     channels, outputs = weight.shape
     codebook = codebook.astype(jnp.float32)
@@ -104,7 +105,7 @@ def assign_with_feedback(
 
         def code_row(own: jax.Array, i: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             target = block[i] + (before[i] + jnp.dot(within[:, i], own, precision="highest")) / scale[i]
-            index, _ = assign(target.reshape(-1, g), codebook)
+            index = nearest_code(target.reshape(-1, g), codebook, forest)
             error = jnp.where(real, block[i] - codebook[index].reshape(-1), 0.0)
             return own.at[i].set(error), (index, jnp.where(real, target, 0.0))
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from cluscomp_jax.feedback import Feedback
-from cluscomp_jax.kmeans import assign
+from cluscomp_jax.kmeans import Forest, nearest_code, plant_forest
 
 _ROWS = 128
 """Channels whose changes reach the others together."""
@@ -25,7 +25,13 @@ _HELD = 1e-3
 
 
 def refit(
-    weight: jax.Array, codebook: jax.Array, index: jax.Array, feedback: Feedback, *, rounds: int
+    weight: jax.Array,
+    codebook: jax.Array,
+    index: jax.Array,
+    feedback: Feedback,
+    *,
+    rounds: int,
+    key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (codebook float32 [n, g], index int32 [i, c]) after so many rounds of new codes and a new codebook.
 
@@ -35,17 +41,25 @@ def refit(
       index: [i, c], the codes so far.
       feedback: order and root of the moments.
       rounds: >= 0; the first lowers the output error most.
+      key: decides how many codes are searched (`plant_forest`).
     """
     codebook = codebook.astype(jnp.float32)
     for _ in range(rounds):
-        index = improved_index(weight, codebook, index, feedback, g=codebook.shape[1])
+        forest = plant_forest(codebook, key)
+        index = improved_index(weight, codebook, index, feedback, g=codebook.shape[1], forest=forest)
         codebook = least_squares_codebook(weight, codebook, index, feedback)
     return codebook, index
 
 
 @partial(jax.jit, static_argnames="g")
 def improved_index(
-    weight: jax.Array, codebook: jax.Array, index: jax.Array, feedback: Feedback, *, g: int
+    weight: jax.Array,
+    codebook: jax.Array,
+    index: jax.Array,
+    feedback: Feedback,
+    *,
+    g: int,
+    forest: Forest | None = None,
 ) -> jax.Array:
     """Returns the index int32 [i, c] after one round in which every channel chooses anew, those of large moment first.
 
@@ -56,6 +70,7 @@ def improved_index(
       codebook: [n, g]; computed in float32.
       index: [i, c], the codes so far.
       feedback: order and root of the moments.
+      forest: of the codes; None: every vector is compared with all of them.
     """
     channels, outputs = weight.shape
     rows = min(_ROWS, channels)
@@ -74,12 +89,12 @@ def improved_index(
         within = jax.lax.dynamic_slice_in_dim(moments, first, rows, axis=1)
         curvature = jnp.where(jnp.diagonal(within) > 0, jnp.diagonal(within), 1.0)  # 0 where channels are spare
         before = jax.lax.dynamic_slice_in_dim(errors, first, rows)
-        block, used = (jax.lax.dynamic_slice_in_dim(a, first, rows) for a in (ordered, real))
+        block, used, held = (jax.lax.dynamic_slice_in_dim(a, first, rows) for a in (ordered, real, index))
 
         def choose_row(now: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
             slope = slopes[i] + jnp.dot(within[i], now - before, precision="highest")
             target = jnp.where(used[i], block[i] - before[i] + slope / curvature[i], 0.0)
-            chosen, _ = assign(target.reshape(-1, g), codebook)
+            chosen = nearest_code(target.reshape(-1, g), codebook, forest, held[i])
             return now.at[i].set(jnp.where(used[i], block[i] - codebook[chosen].reshape(-1), 0.0)), chosen
 
         now, chosen = jax.lax.scan(choose_row, before, jnp.arange(rows), reverse=True)

@@ -9,6 +9,7 @@ device meanwhile: the block's weights and the moments or the factor of the site.
 
 import argparse
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 from aot_kmeans import A6000, GIB, describe, total_bytes
 
 from cluscomp_jax import correction, feedback, refit, statistics, trees
+from cluscomp_jax.kmeans import plant_forest
 from cluscomp_jax.llama import LlamaConfig
 from cluscomp_jax.model import build_model
 
@@ -42,6 +44,9 @@ def programs(config: LlamaConfig, tokens: int, g: int, n: int, on_card: Any) -> 
     batch = statistics.Batch(x, x, array(1, tokens))
     sums = {"inputs": inputs, "errors": errors}
     fed = feedback.Feedback(array(d_in, dtype=jnp.int32), array(d_in, d_in))
+    codes = array(n, g)
+    grown = jax.eval_shape(partial(plant_forest, key=jax.random.key(0)), codes)
+    search = {"g": g, "forest": jax.tree.map(lambda part: array(*part.shape, dtype=part.dtype), grown)}
     index = array(d_in, -(-d_out // g), dtype=jnp.int32)
     held = weights  # the decoded kernels of the block are given up behind the statistics of its last site
     seen = statistics._add_pair.trace(sums, batch, model=model, kind=kind, site=SITE, block=block, original=block)
@@ -53,9 +58,9 @@ def programs(config: LlamaConfig, tokens: int, g: int, n: int, on_card: Any) -> 
             held - total_bytes(kernel) + total_bytes(inputs),
         ),
         "root for feedback": (feedback._factorise.trace(inputs, 0.01), held + total_bytes(moved)),
-        "assignment": (feedback.assign_with_feedback.trace(moved, array(n, g), fed, g=g), held),
-        "new codes": (refit.improved_index.trace(moved, array(n, g), index, fed, g=g), held),
-        "new codebook": (refit.least_squares_codebook.trace(moved, array(n, g), index, fed), held),
+        "assignment": (feedback.assign_with_feedback.trace(moved, codes, fed, **search), held),
+        "new codes": (refit.improved_index.trace(moved, codes, index, fed, **search), held),
+        "new codebook": (refit.least_squares_codebook.trace(moved, codes, index, fed), held),
     }
 
 

@@ -70,8 +70,10 @@ def main() -> None:
         for site, paths in opened.model.sites.items():
             known: Feedback = factorise(moments[site])
             for path in paths:
-                index, _ = assign_with_feedback(kernels[path], codes[path], known, g=options.g)
-                refitted = refit(kernels[path], codes[path], index, known, rounds=options.refits)
+                weight, key = kernels[path], matrix_key(0, path)
+                forest = kmeans.plant_forest(codes[path], key)
+                index, _ = assign_with_feedback(weight, codes[path], known, g=options.g, forest=forest)
+                refitted = refit(weight, codes[path], index, known, rounds=options.refits, key=key)
                 jax.block_until_ready(refitted)
 
     codes = cluster()

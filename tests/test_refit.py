@@ -2,12 +2,15 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cluscomp_jax.feedback import assign_with_feedback, factorise
 from cluscomp_jax.refit import improved_index, least_squares_codebook, refit
+
+KEY = jax.random.key(0)
 
 
 def problem(i: int, o: int, g: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -66,11 +69,11 @@ def test_rounds_lower_the_output_error_until_nothing_moves() -> None:
     index, _ = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=4)
     codes, errors = jnp.asarray(codes), [output_error(weight, codes, index, moments)]
     for _ in range(4):
-        codes, index = refit(jnp.asarray(weight), codes, index, feedback, rounds=1)
+        codes, index = refit(jnp.asarray(weight), codes, index, feedback, rounds=1, key=KEY)
         errors.append(output_error(weight, np.asarray(codes), index, moments))
     assert errors[1] < 0.95 * errors[0]
     assert all(later < earlier for earlier, later in itertools.pairwise(errors))
-    same, kept = refit(jnp.asarray(weight), codes, index, feedback, rounds=0)
+    same, kept = refit(jnp.asarray(weight), codes, index, feedback, rounds=0, key=KEY)
     np.testing.assert_array_equal(same, codes)
     np.testing.assert_array_equal(kept, index)
 
@@ -102,5 +105,5 @@ def test_channels_that_are_never_active_do_no_harm() -> None:
     for given in (moments, np.zeros_like(moments)):
         feedback = factorise(jnp.asarray(given))
         index, _ = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=4)
-        solved, index = refit(jnp.asarray(weight), jnp.asarray(codes), index, feedback, rounds=2)
+        solved, index = refit(jnp.asarray(weight), jnp.asarray(codes), index, feedback, rounds=2, key=KEY)
         assert np.isfinite(solved).all()

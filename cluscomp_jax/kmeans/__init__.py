@@ -2,6 +2,6 @@
 
 from cluscomp_jax.kmeans.assign import assign
 from cluscomp_jax.kmeans.fit import KMeansStats, fit_codebook, fit_codebooks
-from cluscomp_jax.kmeans.found import add_up, mean_offset
+from cluscomp_jax.kmeans.forest import Forest, nearest_code, plant_forest
 
-__all__ = ["KMeansStats", "add_up", "assign", "fit_codebook", "fit_codebooks", "mean_offset"]
+__all__ = ["Forest", "KMeansStats", "assign", "fit_codebook", "fit_codebooks", "nearest_code", "plant_forest"]

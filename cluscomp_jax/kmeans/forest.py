@@ -62,7 +62,8 @@ def nearest_code(
       known: int32 [m], a code for each vector that is kept unless a nearer one is found.
     """
     if forest is None:
-        return assign(vectors, codebook)[0]
+        everywhere: jax.Array = assign(vectors, codebook)[0]
+        return everywhere
     vectors = vectors.astype(jnp.float32)
 
     def search(best: tuple[jax.Array, jax.Array], grown: Forest) -> tuple[tuple[jax.Array, jax.Array], None]:

@@ -14,6 +14,8 @@ _MODULES: dict[type[args.Common], str] = {
     args.EvaluateArguments: "evaluate",
     args.GenerateArguments: "generate",
     args.InspectArguments: "inspect",
+    args.ExportArguments: "export",
+    args.ImportArguments: "import_model",
     args.DemoArguments: "demo",
 }
 

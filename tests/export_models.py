@@ -1,4 +1,4 @@
-"""Small compressed Llamas for the tests of exports: random codes in the shapes of `cli_models`, saved as checkpoints."""
+"""Small compressed Llamas for the tests of exports: random codes in the shapes of `cli_models`, saved."""
 
 import dataclasses
 from pathlib import Path

@@ -1,6 +1,7 @@
 """`cluscomp compare`: several runs side by side, as a table and, if asked, as an HTML page."""
 
 from pathlib import Path
+from typing import Any
 
 from cluscomp_jax.cli.arguments import CompareArguments
 from cluscomp_jax.cli.outcome import Result
@@ -16,7 +17,7 @@ def run(arguments: CompareArguments) -> Result:
         raise InputError(f"compare takes two folders or more, not {len(arguments.models)}; `cluscomp report` shows one")
     runs = [read_records(folder) for folder in arguments.models]
     lines = [format_table(COMPARISON_HEADER, comparison_rows(runs)), *comparison_notices(runs)]
-    fields = {
+    fields: dict[str, Any] = {
         "runs": [
             {
                 "folder": folder,

@@ -113,7 +113,7 @@ def draw_comparison(runs: Sequence[RunRecords]) -> Iterator[Drawing]:
     points = []
     for run in runs:
         measured = (run.perplexity.get("compressed") or {}).get("perplexity")
-        if run.bits_per_weight is not None and _number(measured):
+        if run.bits_per_weight is not None and measured is not None:
             points.append((run.bits_per_weight, float(measured), run.name))
     if not points:
         return

@@ -79,7 +79,7 @@ def write_comparison(runs: Sequence[RunRecords], out: Path) -> Path:
 
 def comparison_rows(runs: Sequence[RunRecords]) -> list[tuple[str, ...]]:
     """Returns the rows under COMPARISON_HEADER; "-" where a run has no such record."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for run in runs:
         before, after = run.perplexity.get("original"), run.perplexity.get("compressed")
         size = None if run.totals is None else run.totals["matrix_bits"] / 8 + run.totals["tensor_bytes"]

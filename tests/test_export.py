@@ -15,7 +15,7 @@ from safetensors import safe_open
 from cluscomp_jax import trees
 from cluscomp_jax.codebook import CodebookArray
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.export import export_checkpoint
+from cluscomp_jax.export import export_checkpoint, flax_trees
 from cluscomp_jax.io.aqlm_source import AqlmSource
 from cluscomp_jax.io.checkpoint import CheckpointSource, open_checkpoint
 from cluscomp_jax.source import load_all
@@ -135,7 +135,11 @@ def test_the_decoder_on_the_card_of_codebooks_decodes(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.asarray(found), decoded(leaf))
 
 
-def test_flax_restores_the_msgpack_file(source: CheckpointSource, tmp_path: Path) -> None:
+@pytest.mark.parametrize("piece", [2**30, 1000])
+def test_flax_restores_the_msgpack_file(
+    source: CheckpointSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    monkeypatch.setattr(flax_trees, "MAX_PIECE_BYTES", piece)
     export_checkpoint(source, tmp_path / "out", "flax")
     found = trees.flatten(msgpack_restore((tmp_path / "out/flax_model.msgpack").read_bytes()))
     want = expected(source)

@@ -8,9 +8,10 @@ descriptions. Msgpack is a stream of map headers, keys and leaves.
 import json
 import math
 import shutil
+import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from cluscomp_jax.io.leaves import DTYPES, Entry, MatrixEntry
 
 PARAMS_NAME, MSGPACK_NAME, CODEBOOKS_NAME = "params", "flax_model.msgpack", "codebooks.json"
 """The orbax item; the msgpack file; the shapes and axes that plain codebooks and indices do not say."""
+
+MAX_PIECE_BYTES = 2**30
+"""Most bytes of one msgpack value, as in Flax."""
 
 _DESCRIPTION = "_METADATA"
 
@@ -78,7 +82,6 @@ def write_msgpack(source: CheckpointSource, folder: Path, *, dtype: str | None) 
       dtype: of all arrays; None: each in its own.
     """
     import msgpack
-    from flax.serialization import msgpack_serialize
 
     entries = ordered_entries(source)
     wanted = None if dtype is None else DTYPES[dtype]
@@ -97,8 +100,29 @@ def write_msgpack(source: CheckpointSource, folder: Path, *, dtype: str | None) 
                 file.write(packer.pack_map_header(len(children["/".join(folders[: depth + 1])])))
             parents = folders
             file.write(packer.pack(name))
-            file.write(msgpack_serialize(dense_array(path, leaf, wanted)))
+            _pack_array(file, packer, dense_array(path, leaf, wanted))
     _write_config(source, folder)
+
+
+def _pack_array(file: IO[bytes], packer: Any, array: np.ndarray) -> None:
+    """Writes an array as flax.serialization packs it, without its copies.
+
+    That is an ext value of type 1 around (shape, dtype's name, bytes); beyond a GiB, a map of flat pieces of it.
+    """
+    if array.nbytes > MAX_PIECE_BYTES:
+        flat, piece = array.reshape(-1), MAX_PIECE_BYTES // array.itemsize
+        file.write(packer.pack_map_header(3) + packer.pack("__msgpack_chunked_array__") + packer.pack(True))
+        file.write(packer.pack("shape") + packer.pack({str(i): side for i, side in enumerate(array.shape)}))
+        starts = range(0, flat.size, piece)
+        file.write(packer.pack("chunks") + packer.pack_map_header(len(starts)))
+        for i, start in enumerate(starts):
+            file.write(packer.pack(str(i)))
+            _pack_array(file, packer, flat[start : start + piece])
+        return
+    described = packer.pack_array_header(3) + packer.pack(array.shape) + packer.pack(array.dtype.name)
+    described += b"\xc6" + struct.pack(">I", array.nbytes)
+    file.write(b"\xc9" + struct.pack(">I", len(described) + array.nbytes) + b"\x01" + described)
+    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _depth_first(entries: Mapping[str, Entry]) -> dict[str, Entry]:

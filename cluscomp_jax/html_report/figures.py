@@ -67,8 +67,19 @@ class Drawing:
         return f'{opening} role="img" aria-label="{self.title}">{rest}'
 
 
-def draw_run(records: RunRecords, uses: Mapping[str, CodeUse]) -> Iterator[Drawing]:
-    """Yields the figures for which the run left records."""
+def draw_run(records: RunRecords, uses: Mapping[str, CodeUse]) -> list[Drawing]:
+    """Returns the figures for which the run left records; `uses` by full path of the matrix."""
+    with matplotlib.rc_context(_STYLE):
+        return list(_of_run(records, uses))
+
+
+def draw_comparison(runs: Sequence[RunRecords]) -> list[Drawing]:
+    """Returns the figure of bits against perplexity, or none where no run measured it."""
+    with matplotlib.rc_context(_STYLE):
+        return list(_of_runs(runs))
+
+
+def _of_run(records: RunRecords, uses: Mapping[str, CodeUse]) -> Iterator[Drawing]:
     if records.matrices:
         yield _sizes(records)
     if records.perplexity:
@@ -108,8 +119,7 @@ def draw_run(records: RunRecords, uses: Mapping[str, CodeUse]) -> Iterator[Drawi
         yield _stages(records.stages)
 
 
-def draw_comparison(runs: Sequence[RunRecords]) -> Iterator[Drawing]:
-    """Yields the figure of bits against perplexity, where at least one run measured it."""
+def _of_runs(runs: Sequence[RunRecords]) -> Iterator[Drawing]:
     points = []
     for run in runs:
         measured = (run.perplexity.get("compressed") or {}).get("perplexity")
@@ -134,10 +144,9 @@ def draw_comparison(runs: Sequence[RunRecords]) -> Iterator[Drawing]:
 
 
 def _new(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasAgg(figure)
-        return figure, figure.subplots(rows, columns)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns)
 
 
 def _number(value: Any) -> bool:

@@ -48,8 +48,10 @@ def write_report(folder: str | Path, out: Path | None = None) -> Path:
       InputError: no run is there, or `out` holds something else.
     """
     records = read_records(folder)
+    place = Path(folder) / "report" if out is None else out
+    _require_own(place)
     uses = code_uses(open_checkpoint(folder)) if records.finished else {}
-    drawings = list(draw_run(records, uses))
+    drawings = draw_run(records, uses)
     text = _render(
         title=f"{records.name}: {records.origin} compressed" if records.finished else f"{records.name}: unfinished run",
         subtitle=_subtitle(records),
@@ -59,12 +61,13 @@ def write_report(folder: str | Path, out: Path | None = None) -> Path:
         tables=[_matrices(records)] if records.matrices else [],
         blocks=_blocks(records),
     )
-    return _store(Path(folder) / "report" if out is None else out, text, drawings)
+    return _store(place, text, drawings)
 
 
 def write_comparison(runs: Sequence[RunRecords], out: Path) -> Path:
     """Writes a page that lays runs side by side and returns its path; `out` as for `write_report`."""
-    drawings = list(draw_comparison(runs))
+    _require_own(out)
+    drawings = draw_comparison(runs)
     text = _render(
         title=f"{len(runs)} runs side by side",
         subtitle=", ".join(sorted({run.origin for run in runs})),
@@ -125,19 +128,25 @@ def _render(**fields: object) -> str:
     return environment.from_string(template).render(**fields)
 
 
+def _require_own(out: Path) -> None:
+    """Raises InputError unless `out` is absent, empty, or holds an earlier report and nothing else."""
+    if not out.exists():
+        if not out.absolute().parent.is_dir():
+            raise InputError(f"{out}: the folder {out.absolute().parent} does not exist; make it first")
+    elif not out.is_dir():
+        raise InputError(f"{out}: is not a folder; choose another name")
+    elif strangers := sorted({entry.name for entry in out.iterdir()} - _OWN):
+        raise InputError(f"{out}: holds {strangers[0]}, which is no report's; choose another folder")
+
+
 def _store(out: Path, text: str, drawings: Sequence[Drawing]) -> Path:
-    if out.exists():
-        if not out.is_dir():
-            raise InputError(f"{out}: is not a folder; choose another name")
-        if strangers := sorted({entry.name for entry in out.iterdir()} - _OWN):
-            raise InputError(f"{out}: holds {strangers[0]}, which is no report's; choose another folder")
-    try:
-        out.mkdir(exist_ok=True)
-        for drawing in drawings:
-            (out / f"{drawing.name}.png").write_bytes(drawing.png())
-        atomic.write_text(out / PAGE_NAME, text, aside=out / "writing")
-    except FileNotFoundError:
-        raise InputError(f"{out}: the folder {out.absolute().parent} does not exist; make it first") from None
+    """Writes the page last, so that a folder with a page has the figures of that page."""
+    out.mkdir(exist_ok=True)
+    for name in _OWN:
+        (out / name).unlink(missing_ok=True)
+    for drawing in drawings:
+        (out / f"{drawing.name}.png").write_bytes(drawing.png())
+    atomic.write_text(out / PAGE_NAME, text, aside=out / "writing")
     return out / PAGE_NAME
 
 

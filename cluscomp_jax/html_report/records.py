@@ -89,7 +89,9 @@ def _finished(path: Path) -> RunRecords:
     manifest = describe(path)
     metrics = manifest["metrics"]
     recorded = {matrix["path"]: matrix for matrix in metrics.get("matrices") or []}
-    matrices = [{**_of_manifest(name, m), **recorded.get(name, {})} for name, m in manifest["matrices"].items()]
+    listed = manifest["matrices"]
+    order = [*recorded, *(name for name in listed if name not in recorded)]  # the manifest's own order means nothing
+    matrices = [{**_of_manifest(name, listed[name]), **recorded.get(name, {})} for name in order if name in listed]
     model = build_model(parse_model_config(manifest["model_config"]))
     return RunRecords(
         name=path.resolve().name,

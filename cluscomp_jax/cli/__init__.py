@@ -18,6 +18,8 @@ _MODULES: dict[type[args.Common], str] = {
     args.ImportArguments: "import_model",
     args.ReportArguments: "report",
     args.CompareArguments: "compare",
+    args.DoctorArguments: "doctor",
+    args.CompletionArguments: "completion",
     args.DemoArguments: "demo",
 }
 

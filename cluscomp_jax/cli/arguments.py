@@ -99,12 +99,12 @@ class EvaluateArguments(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateArguments(Common):
-    """Continue a prompt."""
+    """Continue one prompt or several, and say how fast."""
 
     model: Model
     """compressed folder, Hugging Face folder or hub id, or .gguf file"""
-    prompt: str
-    """text to continue"""
+    prompt: Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]")]
+    """texts to continue, together in one batch"""
     max_new_tokens: Annotated[int, arg(metavar="INT")] = 64
     """longest continuation"""
     temperature: Annotated[float, arg(metavar="FLOAT")] = 0.0
@@ -113,10 +113,22 @@ class GenerateArguments(Common):
     """draw from the k most likely tokens only"""
     top_p: Annotated[float | None, arg(metavar="FLOAT")] = None
     """draw from the fewest tokens of at least this probability mass only"""
+    min_p: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """draw only from tokens at least this share as likely as the likeliest"""
+    repetition_penalty: Annotated[float, arg(metavar="FLOAT")] = 1.0
+    """above 1 makes tokens less likely that were in the prompt or drawn before"""
+    stop: Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]")] = ()
+    """end a completion before any of these texts"""
     seed: Annotated[int, arg(metavar="INT")] = 0
     """seed of the draws"""
     chat: Flag = False
-    """hand the prompt over as a user's message in the model's chat template"""
+    """hand each prompt over as a user's message in the model's chat template"""
+    system: Annotated[str | None, arg(metavar="TEXT")] = None
+    """with --chat: a system message before it"""
+    stream: Flag = False
+    """print the completion of a single prompt as it comes"""
+    cache: Annotated[Literal["float32", "bfloat16", "float16", "int8"] | None, arg(metavar="DTYPE")] = None
+    """dtype of the key-value cache; int8 halves it beside bfloat16; default: that of --dtype"""
     materialize: Literal["once", "never"] = "once"
     """decode compressed matrices once when loading (fast, memory of the dense model) or at every step"""
     dtype: Dtype = "float32"

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from cluscomp_jax import trees
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.linear import linear
+from cluscomp_jax.llama import cache as kv_cache
 from cluscomp_jax.llama.attention import attention, causal_attention, causal_mask
 from cluscomp_jax.llama.config import LlamaConfig
 from cluscomp_jax.llama.rope import rotary_tables, rotate
@@ -145,9 +146,8 @@ class LlamaModel:
         return y if tap is None else (y, tapped)
 
     def init_cache(self, i: int, batch: int, length: int, dtype: Any) -> Cache:
-        """Returns the empty cache of block i: keys and values, each [batch, k, length, h] of `dtype`."""
-        shape = (batch, self.config.num_key_value_heads, length, self.config.head_dim)
-        return {"keys": jnp.zeros(shape, dtype), "values": jnp.zeros(shape, dtype)}
+        """Returns the empty cache of block i: keys and values [batch, k, length, h] of `dtype`, floating or int8."""
+        return kv_cache.empty((batch, self.config.num_key_value_heads, length, self.config.head_dim), dtype)
 
     def cached_block(
         self,
@@ -174,10 +174,8 @@ class LlamaModel:
         written: Cache = {}
 
         def attend(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
-            for name, new in (("keys", keys), ("values", values)):
-                new = new.astype(cache[name].dtype)
-                written[name] = jax.lax.dynamic_update_slice_in_dim(cache[name], new, position, axis=2)
-            return attention(queries, written["keys"].astype(x.dtype), written["values"].astype(x.dtype), mask)
+            written.update(kv_cache.write(cache, keys, values, position))
+            return attention(queries, *kv_cache.read(written, x.dtype), mask)
 
         y = self._residual_block(params, x, positions, length, attend, lambda *_: None)
         return y, written

@@ -192,7 +192,7 @@ class Decoder:
         last = jnp.zeros((len(prompts), 1, 1), self.dtype)
         for begin in range(0, t, width):
             where = (np.full_like(lengths, begin), lengths) if ragged else (begin, t)
-            x = self._through_blocks(jnp.asarray(padded[:, begin : begin + width]), caches, *where)
+            x = self.through_blocks(jnp.asarray(padded[:, begin : begin + width]), caches, *where)
             last = take_columns(jnp.broadcast_to(last, (*last.shape[:2], x.shape[-1])), x, lengths - 1 - begin)
         seen = None if sampling.repetition_penalty == 1 else seen_tokens(list(prompts), self.model.config.vocab_size)
         for step in range(t - 1, t - 1 + max_new_tokens):
@@ -205,13 +205,13 @@ class Decoder:
                 return
             done = step + 2 - t
             where = (lengths + done - 1, lengths + done) if ragged else (t + done - 1, t + done)
-            last = self._through_blocks(token[:, None], caches, *where)
+            last = self.through_blocks(token[:, None], caches, *where)
 
     def empty_caches(self, batch: int, length: int) -> list[Cache]:
         """Returns the empty cache of every block for `batch` rows of `length` positions."""
         return [self.model.init_cache(i, batch, length, self.cache_dtype) for i in range(self.model.num_blocks)]
 
-    def _through_blocks(self, tokens: jax.Array, caches: list[Cache], position: Any, length: Any) -> jax.Array:
+    def through_blocks(self, tokens: jax.Array, caches: list[Cache], position: Any, length: Any) -> jax.Array:
         """Returns the outputs [b, t, d] of tokens [b, t] that start at `position`; `caches` move on.
 
         The sequences have `length` positions in all; what lies behind them is padding. Both are numbers, or

@@ -1,4 +1,6 @@
-"""Log-likelihoods of continuations, batched by length. Sees a Decoder's parameters and its Model, no text.
+"""Log-likelihoods of continuations, batched by length. Sees a Decoder, no text.
+
+Continuations of one context, such as the choices of a question, share its passage through the model.
 
 Letters: b batch, t time, d model width, v vocabulary, c continuation.
 """
@@ -17,7 +19,7 @@ from cluscomp_jax.generation import Decoder
 from cluscomp_jax.model import Model, run_block, run_embed
 from cluscomp_jax.trees import Params
 
-_STEP = 32
+_STEP = 16
 """Lengths are padded to a multiple of it, so that few shapes are compiled."""
 
 
@@ -56,7 +58,7 @@ def score_continuations(
     Raises:
       InputError: an empty context or continuation, or a continuation longer than `max_length`.
     """
-    rows = []
+    rows: list[np.ndarray] = []
     for request in requests:
         if not len(request.context) or not 0 < len(request.tokens) <= max_length:
             raise InputError(
@@ -65,33 +67,83 @@ def score_continuations(
             )
         rows.append(np.asarray([*request.context, *request.tokens][-(max_length + 1) :], np.int32))
     counts = [len(request.tokens) for request in requests]
-    scores: list[Score | None] = [None] * len(rows)
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-    for begin in range(0, len(order), batch_size):
-        chosen = order[begin : begin + batch_size]
-        found = _score_batch(decoder, [rows[i] for i in chosen], [counts[i] for i in chosen], batch_size)
-        for i, score in zip(chosen, found, strict=True):
-            scores[i] = score
-        advance(len(chosen))
-    return [score for score in scores if score is not None]
-
-
-def _score_batch(decoder: Decoder, rows: list[np.ndarray], counts: list[int], batch_size: int) -> list[Score]:
-    """Returns the scores of rows of tokens, each by its last `count` ones."""
-    width, last = _padded(max(map(len, rows)) - 1), _padded(max(counts))
-    inputs = np.zeros((batch_size, width), np.int32)
-    at, targets = np.zeros((2, batch_size, last), np.int32)
+    sharing: dict[bytes, list[int]] = {}
     for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
-        inputs[i, : len(row) - 1] = row[:-1]
-        at[i, :count] = np.arange(len(row) - 1 - count, len(row) - 1)
-        targets[i, :count] = row[len(row) - count :]
+        sharing.setdefault(row[:-count].tobytes(), []).append(i)
+    groups = sorted(sharing.values(), key=lambda members: (-len(members), -len(rows[members[0]])))
+    scores: dict[int, Score] = {}
+    for begin in range(0, len(groups), batch_size):
+        chosen = groups[begin : begin + batch_size]
+        alone = all(len(members) == 1 for members in chosen)
+        x, ends = (
+            _whole(decoder, rows, chosen, batch_size) if alone else _shared(decoder, rows, counts, chosen, batch_size)
+        )
+        members = [i for group in chosen for i in group]
+        found = _scores(decoder, x, ends, [rows[i][-counts[i] :] for i in members])
+        scores |= dict(zip(members, found, strict=True))
+        advance(len(members))
+    return [scores[i] for i in range(len(rows))]
+
+
+def _whole(
+    decoder: Decoder, rows: Sequence[np.ndarray], groups: Sequence[Sequence[int]], batch_size: int
+) -> tuple[jax.Array, list[int]]:
+    """Returns (x [batch_size, t, d] behind each whole row but its last token, the column before each row's end)."""
+    chosen = [rows[i] for (i,) in groups]
+    inputs = _stacked([row[:-1] for row in chosen], batch_size)
     x = run_embed(decoder.rest, jnp.asarray(inputs), model=decoder.model, dtype=decoder.dtype)
     for i, block in enumerate(decoder.blocks):
         x = run_block(block, x, model=decoder.model, kind=decoder.model.block_kind(i))
+    return x, [len(row) - 1 for row in chosen]
+
+
+def _shared(
+    decoder: Decoder,
+    rows: Sequence[np.ndarray],
+    counts: Sequence[int],
+    groups: Sequence[Sequence[int]],
+    batch_size: int,
+) -> tuple[jax.Array, list[int]]:
+    """Returns what `_whole` does for all members of groups of one context each, which is computed once.
+
+    A member's columns begin with the last token of its context.
+    """
+    contexts = [rows[group[0]][: -counts[group[0]]] for group in groups]
+    tails = [rows[i][-counts[i] - 1 : -1] for group in groups for i in group]
+    owners = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    width = batch_size * max(len(group) for group in groups)
+    inputs, tokens = _stacked([context[:-1] for context in contexts], batch_size), _stacked(tails, width)
+    lengths = np.zeros(batch_size, np.int32)
+    lengths[: len(contexts)] = [len(context) - 1 for context in contexts]
+    caches = decoder.empty_caches(batch_size, inputs.shape[1] + tokens.shape[1])
+    decoder.through_blocks(jnp.asarray(inputs), caches, np.zeros_like(lengths), lengths)
+    owner = np.zeros(width, np.int32)
+    owner[: len(owners)] = owners
+    copies = [jax.tree.map(lambda leaf: leaf[owner], cache) for cache in caches]
+    ends = np.zeros(width, np.int32)
+    ends[: len(tails)] = [len(tail) for tail in tails]
+    x = decoder.through_blocks(jnp.asarray(tokens), copies, lengths[owner], lengths[owner] + ends)
+    return x, [len(tail) for tail in tails]
+
+
+def _stacked(rows: Sequence[np.ndarray], count: int) -> np.ndarray:
+    """Returns int32 [count, t] with the rows at its top left, t a multiple of `_STEP`."""
+    stacked = np.zeros((count, _padded(max(1, *(len(row) for row in rows)))), np.int32)
+    for place, row in zip(stacked, rows, strict=False):
+        place[: len(row)] = row
+    return stacked
+
+
+def _scores(decoder: Decoder, x: jax.Array, ends: Sequence[int], continuations: Sequence[np.ndarray]) -> list[Score]:
+    """Returns the scores of continuations whose tokens are predicted by the last columns of x before each end."""
+    targets = _stacked(continuations, len(x))
+    at = np.zeros_like(targets)
+    for place, end, tokens in zip(at, ends, continuations, strict=False):
+        place[: len(tokens)] = np.arange(end - len(tokens), end)
     log_likelihoods, greedy = map(np.asarray, _target_scores(decoder.rest, x, at, targets, model=decoder.model))
     return [
-        Score(float(log_likelihoods[i, :count].sum(dtype=np.float64)), bool(greedy[i, :count].all()))
-        for i, count in enumerate(counts)
+        Score(float(log_likelihoods[i, : len(tokens)].sum(dtype=np.float64)), bool(greedy[i, : len(tokens)].all()))
+        for i, tokens in enumerate(continuations)
     ]
 
 

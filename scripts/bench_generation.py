@@ -96,25 +96,31 @@ def cached_perplexity(decoder: Decoder, windows: np.ndarray) -> tuple[float, int
     for window in windows:
         caches = decoder.empty_caches(1, windows.shape[1])
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
-        x = decoder._through_blocks(jnp.asarray(window[None]), caches, 0, windows.shape[1])
+        x = decoder.through_blocks(jnp.asarray(window[None]), caches, 0, windows.shape[1])
         logits = jax.jit(decoder.model.head)(decoder.rest, x[:, :-1])
         total += float(jnp.sum(token_nll(logits, jnp.asarray(window[None, 1:]))))
     return float(np.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))), size
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="compressed folder")
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
-    opened = open_model(options.model)
-    tokens = load_tokens(data.path("wiki_test"), opened.load_tokenizer())[:TOKENS]
+def compare_caches(opened: OpenedModel, tokens: np.ndarray) -> None:
     rows = []
     for cache in ("float32", "bfloat16", "int8"):
         decoder = Decoder.load(opened.source, opened.model, dtype="float32", materialize="once", cache_dtype=cache)
         found, size = cached_perplexity(decoder, tokens.reshape(-1, CONTEXT))
         rows.append((cache, f"{found:.4f}", f"{size:,}"))
     print(format_table(("cache", f"perplexity, {TOKENS} tokens", f"bytes for {CONTEXT} positions"), rows), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="compressed folder")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--speed-only", action="store_true", help="leave out the perplexities of the caches")
+    options = parser.parse_args()
+    opened = open_model(options.model)
+    tokens = load_tokens(data.path("wiki_test"), opened.load_tokenizer())[:TOKENS]
+    if not options.speed_only:
+        compare_caches(opened, tokens)
     decoder = Decoder.load(opened.source, opened.model, dtype="float32", materialize="once")
     compare_speed(opened, decoder, tokens, options.rounds)
 

@@ -28,7 +28,7 @@ test-slow:  ## the tests that take minutes on a real model
 	.venv-slow/bin/pytest -m slow $(PYTEST_ARGS)
 
 parity:  ## the tests that compare live with PyTorch
-	$(PYTHON) scripts/make_venv.py .venv-parity --group test --extra parity --bare-extra demo
+	$(PYTHON) scripts/make_venv.py .venv-parity --group test --extra parity --extra lm-eval --bare-extra demo
 	.venv-parity/bin/pytest -m parity $(PYTEST_ARGS)
 
 lint: .venv-dev/ready  ## ruff, rules and format

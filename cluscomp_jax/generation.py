@@ -58,7 +58,11 @@ def generate(
       model_config: the family's config, or a Model.
       max_new_tokens: >= 1. The key-value cache holds bucket(bucket(t) + max_new_tokens) positions, where bucket
         rounds up to a power of two, at least 16; t is that of the longest prompt.
-      temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`.
+      temperature: see `Sampling`, as for the next four.
+      top_k: at least 1, or None.
+      top_p: above 0 and at most 1, or None.
+      min_p: 0 to 1, or None.
+      repetition_penalty: above 0.
       stop_tokens: tokens that end a row.
       key: JAX random key of the draws; None: jax.random.key(0). The same key gives the same tokens.
       dtype: compute dtype; changes the result within rounding.

@@ -83,7 +83,8 @@ def complete(
       tokenizer: of transformers.
       prompts: int [t] each, lengths may differ.
       max_new_tokens: >= 1, for each.
-      sampling, key: how tokens are drawn; the same key gives the same tokens.
+      sampling: how tokens are drawn.
+      key: of the draws; the same key gives the same tokens.
       stop_tokens: end a row and are not in its text.
       stop_strings: end a row before them.
       on_text: called with (row, text) whenever more text of a row is certain.

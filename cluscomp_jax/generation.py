@@ -195,8 +195,9 @@ class Decoder:
         width = prompt_width(t)
         last = jnp.zeros((len(prompts), 1, 1), self.dtype)
         for begin in range(0, t, width):
-            where = (np.full_like(lengths, begin), lengths) if ragged else (begin, t)
-            x = self.through_blocks(jnp.asarray(padded[:, begin : begin + width]), caches, *where)
+            where = np.full_like(lengths, begin) if ragged else begin
+            piece = jnp.asarray(padded[:, begin : begin + width])
+            x = self.through_blocks(piece, caches, where if begin else None, lengths if ragged else t)
             last = take_columns(jnp.broadcast_to(last, (*last.shape[:2], x.shape[-1])), x, lengths - 1 - begin)
         seen = None if sampling.repetition_penalty == 1 else seen_tokens(list(prompts), self.model.config.vocab_size)
         for step in range(t - 1, t - 1 + max_new_tokens):
@@ -208,8 +209,8 @@ class Decoder:
             if step == t - 2 + max_new_tokens:
                 return
             done = step + 2 - t
-            where = (lengths + done - 1, lengths + done) if ragged else (t + done - 1, t + done)
-            last = self.through_blocks(token[:, None], caches, *where)
+            length = lengths + done if ragged else t + done
+            last = self.through_blocks(token[:, None], caches, length - 1, length)
 
     def empty_caches(self, batch: int, length: int) -> list[Cache]:
         """Returns the empty cache of every block for `batch` rows of `length` positions."""
@@ -219,10 +220,10 @@ class Decoder:
         """Returns the outputs [b, t, d] of tokens [b, t] that start at `position`; `caches` move on.
 
         The sequences have `length` positions in all; what lies behind them is padding. Both are numbers, or
-        int [b] where the rows differ.
+        int [b] where the rows differ; `position` None is the beginning of all.
         """
         x: jax.Array = _embed(self.model, self.dtype, self.rest, tokens)
-        step = cached_rows if np.ndim(position) else _cached_block
+        step = cached_rows if np.ndim(length) else _cached_block
         for i, block in enumerate(self.blocks):
             x, caches[i] = step(self.model, self.model.block_kind(i), block, x, caches[i], position, length)
         return x
@@ -249,10 +250,12 @@ def _cached_block(
     params: Params,
     x: jax.Array,
     cache: Cache,
-    position: jax.Array,
+    position: jax.Array | None,
     length: jax.Array,
 ) -> tuple[jax.Array, Cache]:
-    return model.cached_block(params, x, cache, position, kind=kind, length=length)
+    """`position` None: the beginning, which a program of its own serves faster."""
+    begin = 0 if position is None else position
+    return model.cached_block(params, x, cache, begin, kind=kind, length=length)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

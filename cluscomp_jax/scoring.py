@@ -116,7 +116,7 @@ def _shared(
     lengths = np.zeros(batch_size, np.int32)
     lengths[: len(contexts)] = [len(context) - 1 for context in contexts]
     caches = decoder.empty_caches(batch_size, inputs.shape[1] + tokens.shape[1])
-    decoder.through_blocks(jnp.asarray(inputs), caches, np.zeros_like(lengths), lengths)
+    decoder.through_blocks(jnp.asarray(inputs), caches, None, lengths)
     owner = np.zeros(width, np.int32)
     owner[: len(owners)] = owners
     copies = [jax.tree.map(lambda leaf: leaf[owner], cache) for cache in caches]

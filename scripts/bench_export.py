@@ -88,11 +88,11 @@ def random_checkpoint(path: Path, blocks: int) -> None:
         writer.finish(provenance={}, metrics={})
 
 
-def measure_memory() -> None:
+def measure_memory(forms: list[str]) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         random_checkpoint(Path(scratch, "model"), 2)
-        for form in get_args(ExportFormat):
+        for form in forms:
             out = Path(scratch, "out", form)
             out.parent.mkdir(exist_ok=True)
             argv = ["export", str(Path(scratch, "model")), "--format", form, "--out", str(out), "--json"]
@@ -116,12 +116,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("perplexity").add_argument("model", help="compressed folder")
-    commands.add_parser("memory")
+    memory = commands.add_parser("memory")
+    memory.add_argument("--formats", nargs="+", default=get_args(ExportFormat), choices=get_args(ExportFormat))
     options = parser.parse_args()
     if options.command == "perplexity":
         compare_perplexity(options.model)
     else:
-        measure_memory()
+        measure_memory(list(options.formats))
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def cached_perplexity(decoder: Decoder, windows: np.ndarray) -> tuple[float, int
     for window in windows:
         caches = decoder.empty_caches(1, windows.shape[1])
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
-        x = decoder.through_blocks(jnp.asarray(window[None]), caches, 0, windows.shape[1])
+        x = decoder.through_blocks(jnp.asarray(window[None]), caches, None, windows.shape[1])
         logits = jax.jit(decoder.model.head)(decoder.rest, x[:, :-1])
         total += float(jnp.sum(token_nll(logits, jnp.asarray(window[None, 1:]))))
     return float(np.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))), size

@@ -126,12 +126,16 @@ def _pack_array(file: IO[bytes], packer: Any, array: np.ndarray) -> None:
 
 
 def _depth_first(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Returns the entries in an order in which all paths of a folder stand together, blocks still in their order."""
+    """Returns the entries in an order in which all paths of a folder stand together.
+
+    A folder stands where its last path did, so that what is outside the blocks still comes before all of them, and no
+    item is loaded twice.
+    """
     order: dict[str, int] = {}
-    for path in entries:
+    for number, path in enumerate(entries):
         parts = path.split("/")
         for depth in range(1, len(parts) + 1):
-            order.setdefault("/".join(parts[:depth]), len(order))
+            order["/".join(parts[:depth])] = number
 
     def place(path: str) -> tuple[int, ...]:
         parts = path.split("/")

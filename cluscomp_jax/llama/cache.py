@@ -24,7 +24,7 @@ def empty(shape: tuple[int, int, int, int], dtype: Any) -> Cache:
     return cache
 
 
-def write(cache: Cache, keys: jax.Array, values: jax.Array, position: jax.Array) -> Cache:
+def write(cache: Cache, keys: jax.Array, values: jax.Array, position: jax.Array | int) -> Cache:
     """Returns the cache with keys and values [b, k, t, h] at `position` and behind it."""
     written: Cache = {}
     for name, new in (("keys", keys), ("values", values)):

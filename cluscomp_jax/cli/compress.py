@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from cluscomp_jax.cli.arguments import DEFAULT_CONTEXT, CompressArguments
+from cluscomp_jax.cli.command_line import command_line
 from cluscomp_jax.cli.evaluate import describe
 from cluscomp_jax.cli.folder import Compressed, Measure, compress_to_folder
 from cluscomp_jax.cli.inputs import read_tokens, require_windows
@@ -28,7 +29,7 @@ def run(arguments: CompressArguments) -> Result:
     """Returns what the run did; with --evaluate also the perplexities before and after."""
     cfg, out = run_config(arguments), Path(arguments.out)
     opened = open_model(arguments.model)
-    if opened.kind == "compressed":
+    if opened.kind in ("compressed", "aqlm"):
         raise InputError(f"{arguments.model} is already compressed; give the original model")
     cfg = dataclasses.replace(cfg, model=opened.config)
     by_block = rules_by_block(opened.model, cfg)
@@ -39,7 +40,13 @@ def run(arguments: CompressArguments) -> Result:
     measure = None if arguments.evaluate is None else _measure(opened, arguments)
     note(f"{opened.name}: {_describe_rules(cfg, by_block, calibration)}; {_describe_stages(cfg, calibration)}")
     done = compress_to_folder(
-        opened, cfg, out, calibration=calibration, calibration_name=arguments.calibration, measure=measure
+        opened,
+        cfg,
+        out,
+        calibration=calibration,
+        calibration_name=arguments.calibration,
+        measure=measure,
+        command=command_line(arguments),
     )
     return Result(_text(done, out), _fields(done, out))
 

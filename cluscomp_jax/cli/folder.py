@@ -74,6 +74,7 @@ def compress_to_folder(
     calibration: np.ndarray | None,
     calibration_name: str | None = None,
     measure: Measure | None = None,
+    command: str | None = None,
 ) -> Compressed:
     """Compresses into the checkpoint folder `out` and returns what was done.
 
@@ -84,6 +85,7 @@ def compress_to_folder(
       calibration: int [samples, length] tokens, or None.
       calibration_name: recorded as their origin.
       measure: called on the original before the work and on the result as it will load, before the folder is finished.
+      command: recorded as the command line that asked for it.
 
     Raises:
       InputError: the folder is not free, or a weight is not finite; nothing is left behind.
@@ -93,7 +95,7 @@ def compress_to_folder(
     before, after = StageClock(), StageClock()
     with before("prepare"):
         digest = fingerprint(opened.source, cfg, calibration)
-        tokenizer = _tokenizer_files(opened)
+        tokenizer = tokenizer_files(opened)
         claim = CheckpointWriter(out, model_config=opened.model, run_config=cfg.to_dict(), fingerprint=digest)
     with claim as writer, console_reporter(out / METRICS_NAME) as reporter:
         if writer.finished_blocks:
@@ -124,19 +126,19 @@ def compress_to_folder(
         with after("finish"):
             if tokenizer is not None:
                 writer.store_tokenizer(tokenizer)
-            provenance = _provenance(opened, calibration, calibration_name)
+            provenance = {**_provenance(opened, calibration, calibration_name), "command": command}
             writer.finish(provenance=provenance, metrics=done().to_dict())
     return done()
 
 
-def _tokenizer_files(opened: OpenedModel) -> Path | Callable[[Path], Any] | None:
+def tokenizer_files(opened: OpenedModel) -> Path | Callable[[Path], Any] | None:
     """Returns where the tokenizer's files come from: the model's own folder, or the tokenizer itself."""
     try:
         tokenizer = opened.load_tokenizer()
     except InputError as error:
         note(f"{error}; the result will carry no tokenizer")
         return None
-    if opened.kind == "hf":
+    if opened.kind in ("hf", "aqlm"):
         return opened.files[0].parent
     save: Callable[[Path], Any] = tokenizer.save_pretrained
     return save

@@ -1,58 +1,129 @@
-"""`cluscomp generate`: continues a prompt with any model that can be opened."""
+"""`cluscomp generate`: continues prompts with any model that can be opened."""
 
-import time
+import dataclasses
+import sys
 from typing import Any
 
 import jax
 import numpy as np
 
 from cluscomp_jax.cli.arguments import GenerateArguments
-from cluscomp_jax.cli.outcome import Result
+from cluscomp_jax.cli.outcome import Result, note
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.generation import Sampling, generate
+from cluscomp_jax.generation import Decoder, checked_prompts
 from cluscomp_jax.io.open import OpenedModel, open_model
 from cluscomp_jax.io.tokenizer import encode_text
+from cluscomp_jax.sampling import Sampling
+from cluscomp_jax.text_generation import Completion, Rates, complete
 
 
 def run(arguments: GenerateArguments) -> Result:
-    """Returns the continuation of the prompt."""
-    Sampling(temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p)
+    """Returns the continuations of the prompts; with --stream they are printed as they come."""
+    sampling = Sampling(
+        temperature=arguments.temperature,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        repetition_penalty=arguments.repetition_penalty,
+    )
+    _refuse(arguments)
+    opened = open_model(arguments.model)
+    tokenizer = opened.load_tokenizer()
+    prompts = [
+        encode_prompt(tokenizer, text, chat=arguments.chat, system=arguments.system) for text in arguments.prompt
+    ]
+    checked_prompts(prompts, opened.model, arguments.max_new_tokens)
+    decoder = Decoder.load(
+        opened.source,
+        opened.model,
+        dtype=arguments.dtype,
+        materialize=arguments.materialize,
+        cache_dtype=arguments.cache,
+    )
+    if arguments.stream and not arguments.chat:
+        _show(0, arguments.prompt[0])
+    completions, rates = complete(
+        decoder,
+        tokenizer,
+        prompts,
+        max_new_tokens=arguments.max_new_tokens,
+        sampling=sampling,
+        key=jax.random.key(arguments.seed),
+        stop_tokens=stop_tokens(opened, tokenizer),
+        stop_strings=arguments.stop,
+        on_text=_show if arguments.stream else None,
+    )
+    if arguments.stream:
+        _show(0, "\n")
+    note(_describe(rates))
+    fields = _fields(arguments, prompts, completions, rates)
+    return Result("" if arguments.stream else _text(arguments, completions), {**fields, "model": opened.name})
+
+
+def _refuse(arguments: GenerateArguments) -> None:
     if arguments.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {arguments.max_new_tokens}: it must be 1 or more")
     if not 0 <= arguments.seed < 2**63:
         raise InputError(f"--seed {arguments.seed}: it must be from 0 to 2**63-1")
-    opened = open_model(arguments.model)
-    tokenizer = opened.load_tokenizer()
-    prompt = encode_prompt(tokenizer, arguments.prompt, chat=arguments.chat)
-    began = time.monotonic()
-    tokens = generate(
-        opened.source,
-        prompt,
-        opened.model,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_k=arguments.top_k,
-        top_p=arguments.top_p,
-        stop_tokens=stop_tokens(opened, tokenizer),
-        key=jax.random.key(arguments.seed),
-        dtype=arguments.dtype,
-        materialize=arguments.materialize,
+    if not arguments.prompt:
+        raise InputError("--prompt is empty; give at least one")
+    if arguments.stream and len(arguments.prompt) > 1:
+        raise InputError(f"--stream shows one completion as it comes, not {len(arguments.prompt)}; leave it out")
+    if arguments.system is not None and not arguments.chat:
+        raise InputError("--system has no effect without --chat; add that, or leave it out")
+
+
+def _show(_row: int, text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _describe(rates: Rates) -> str:
+    return (
+        f"prefill {rates.prefill_tokens} tokens, {rates.prefill_rate:,.1f} tokens/s; decode {rates.decode_tokens} "
+        f"tokens, {rates.decode_rate:,.1f} tokens/s; {rates.compile_seconds:.1f} s of compilation in neither"
     )
-    seconds = time.monotonic() - began
-    completion = tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
-    fields = {
-        "prompt": arguments.prompt,
-        "completion": completion,
-        "prompt_tokens": len(prompt),
-        "new_tokens": len(tokens),
-        "seconds": seconds,
-        "model": opened.name,
+
+
+def _text(arguments: GenerateArguments, completions: list[Completion]) -> str:
+    """Returns what a person reads: each prompt with its continuation, or the answers of a chat."""
+    shown = [
+        completion.text if arguments.chat else prompt + completion.text
+        for prompt, completion in zip(arguments.prompt, completions, strict=True)
+    ]
+    return "\n---\n".join(shown)
+
+
+def _fields(
+    arguments: GenerateArguments, prompts: list[np.ndarray], completions: list[Completion], rates: Rates
+) -> dict[str, Any]:
+    """Returns the JSON form; what a single prompt gave stands at the top as well."""
+    rows = [
+        {
+            "prompt": text,
+            "completion": completion.text,
+            "prompt_tokens": len(prompt),
+            "new_tokens": len(completion.tokens),
+            "stop": completion.stop,
+        }
+        for text, prompt, completion in zip(arguments.prompt, prompts, completions, strict=True)
+    ]
+    measured = {
+        **dataclasses.asdict(rates),
+        "prefill_tokens_per_second": rates.prefill_rate,
+        "decode_tokens_per_second": rates.decode_rate,
     }
-    return Result(completion if arguments.chat else arguments.prompt + completion, fields)
+    return {**(rows[0] if len(rows) == 1 else {}), "completions": rows, **measured}
 
 
-def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool) -> np.ndarray:
+def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool, system: str | None = None) -> np.ndarray:
     """Returns int32 [t] tokens of a prompt, as plain text or as a user's message in the chat template.
+
+    Args:
+      tokenizer: of transformers.
+      prompt: the text.
+      chat: whether it becomes a message.
+      system: a system message before it.
 
     Raises:
       InputError: an empty prompt, or no chat template.
@@ -62,8 +133,9 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool) -> np.ndarray:
     elif not getattr(tokenizer, "chat_template", None):
         raise InputError("--chat: the model's tokenizer has no chat template; leave --chat out")
     else:
-        message = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        messages = [{"role": "system", "content": system}] if system is not None else []
+        messages.append({"role": "user", "content": prompt})
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         tokens = np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
     if not len(tokens):
         raise InputError("--prompt is empty; give at least one word")

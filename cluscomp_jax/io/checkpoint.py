@@ -134,7 +134,8 @@ def save_checkpoint(
       path: absent, or an empty folder.
       params: the nested dict, dense or compressed, or a source of it.
       cfg: its `model` is the family's config, its `to_dict()` the settings that are recorded: a RunConfig.
-      provenance, metrics: any JSON to record.
+      provenance: any JSON to record of where it came from.
+      metrics: any JSON to record of what was measured.
       tokenizer: as for `CheckpointWriter.store_tokenizer`.
 
     Raises:

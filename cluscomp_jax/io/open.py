@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io import gguf_tokenizer, tokenizer
+from cluscomp_jax.io.aqlm_source import AqlmSource, is_aqlm
 from cluscomp_jax.io.checkpoint import open_checkpoint
 from cluscomp_jax.io.gguf_source import GgufSource
 from cluscomp_jax.io.manifest import MANIFEST_NAME
@@ -43,7 +44,7 @@ class OpenedModel:
     """A model ready to be read.
 
     Attributes:
-      kind: "hf" (safetensors), "gguf" or "compressed".
+      kind: "hf" (safetensors), "gguf", "compressed", or "aqlm" (safetensors with compressed matrices).
       config: the family's config.
       model: the Model of that config.
       source: hands out its parameters, block by block.
@@ -52,7 +53,7 @@ class OpenedModel:
       tokenizer_loader: what `load_tokenizer` calls.
     """
 
-    kind: Literal["hf", "gguf", "compressed"]
+    kind: Literal["hf", "gguf", "compressed", "aqlm"]
     config: Any
     model: Model
     source: ParamSource
@@ -109,6 +110,8 @@ def _open_gguf(path: Path) -> OpenedModel:
 def _open_folder(folder: Path, name: str) -> OpenedModel:
     if (folder / MANIFEST_NAME).is_file() or (folder / RUN_NAME).is_file():
         return _open_compressed(folder, name)
+    if is_aqlm(folder):
+        return open_aqlm(folder, name=name)
     if (folder / "config.json").is_file():
         return _open_hugging_face(folder, name)
     found = sorted(path.name for path in folder.glob("*.gguf"))
@@ -126,6 +129,18 @@ def _open_compressed(folder: Path, name: str) -> OpenedModel:
         return tokenizer.load_tokenizer(source.tokenizer_path)
 
     return OpenedModel("compressed", source.model_config, model, source, name, (folder / MANIFEST_NAME,), load)
+
+
+def open_aqlm(folder: Path, *, name: str, allow_dense: bool = True) -> OpenedModel:
+    """Returns the model of an AQLM folder; `allow_dense` as for AqlmSource.
+
+    Raises:
+      InputError: as AqlmSource.
+    """
+    source = AqlmSource(folder, allow_dense=allow_dense)
+    load = functools.partial(tokenizer.load_tokenizer, folder)
+    files = (folder / "config.json", *source.files)
+    return OpenedModel("aqlm", source.model_config, source.model, source, name, files, load)
 
 
 def _open_hugging_face(folder: Path, name: str) -> OpenedModel:

@@ -5,6 +5,7 @@ Pickled weights (pytorch_model.bin) are never opened.
 """
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,22 @@ def read_config(folder: str | Path) -> Any:
     folder = Path(folder)
     fields = read_object(folder / "config.json")
     if fields.get("quantization_config"):
-        method = dict(fields["quantization_config"]).get("quant_method")
-        raise InputError(f"{folder} holds weights quantised with {method!r}; give the original model")
+        raise InputError(f"{folder} holds weights quantised with {quant_method(fields)!r}; give the original model")
+    return parse_folder_config(folder, fields)
+
+
+def quant_method(fields: Mapping[str, Any]) -> str | None:
+    """Returns the quant_method of a config.json mapping, None where the weights are plain."""
+    quantisation = fields.get("quantization_config")
+    return str(quantisation.get("quant_method")) if isinstance(quantisation, Mapping) else None
+
+
+def parse_folder_config(folder: Path, fields: dict[str, Any]) -> Any:
+    """Returns the family's config of `fields`, with the stop tokens of the folder's generation_config.json.
+
+    Raises:
+      InputError: an unknown model_type, or a value the family cannot serve.
+    """
     if (folder / "generation_config.json").is_file():
         stops = read_object(folder / "generation_config.json").get("eos_token_id")
         fields |= {"eos_token_id": stops} if stops is not None else {}
@@ -63,7 +78,7 @@ class SafetensorsSource:
     def __init__(self, folder: str | Path, model: Model):
         self._folder = Path(folder)
         self._model = model
-        self.files, entries = _open_folder(self._folder)
+        self.files, entries = open_tensors(self._folder)
         shapes = {name: entry.shape for name, entry in entries.items()}
         names, tied_head = layout.match_tensors(shapes, model, layout.HUGGING_FACE, str(self._folder))
         self._entries = {path: entries[name] for path, name in names.items()}
@@ -124,8 +139,12 @@ def _read(entry: Entry) -> np.ndarray:
         return array.astype(np.float32)
 
 
-def _open_folder(folder: Path) -> tuple[tuple[Path, ...], dict[str, Entry]]:
-    """Returns the files of the folder and {tensor name: entry}."""
+def open_tensors(folder: Path) -> tuple[tuple[Path, ...], dict[str, Entry]]:
+    """Returns the safetensors files of a folder, with their index, and {tensor name: entry}.
+
+    Raises:
+      InputError: none is there, one is missing or damaged, or file and index disagree.
+    """
     if (folder / _SINGLE).is_file():
         return (folder / _SINGLE,), read_header(folder / _SINGLE)
     if (folder / _INDEX).is_file():

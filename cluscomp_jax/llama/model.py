@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from cluscomp_jax import trees
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.linear import linear
+from cluscomp_jax.llama import cache as kv_cache
 from cluscomp_jax.llama.attention import attention, causal_attention, causal_mask
 from cluscomp_jax.llama.config import LlamaConfig
 from cluscomp_jax.llama.rope import rotary_tables, rotate
@@ -145,22 +146,22 @@ class LlamaModel:
         return y if tap is None else (y, tapped)
 
     def init_cache(self, i: int, batch: int, length: int, dtype: Any) -> Cache:
-        """Returns the empty cache of block i: keys and values, each [batch, k, length, h] of `dtype`."""
-        shape = (batch, self.config.num_key_value_heads, length, self.config.head_dim)
-        return {"keys": jnp.zeros(shape, dtype), "values": jnp.zeros(shape, dtype)}
+        """Returns the empty cache of block i: keys and values [batch, k, length, h] of `dtype`, floating or int8."""
+        return kv_cache.empty((batch, self.config.num_key_value_heads, length, self.config.head_dim), dtype)
 
     def cached_block(
         self,
         params: Params,
         x: jax.Array,
         cache: Cache,
-        position: jax.Array,
+        position: jax.Array | int,
         *,
         kind: Hashable,
         length: jax.Array | int | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Returns (y [b, t, d], new cache) of x [b, t, d] at positions `position` … position+t-1.
 
+        A `position` that is the number 0, not traced, spares what only later positions need.
         Earlier positions are read from the cache; position + t must not exceed its size (not checked: traced).
         `length` is the number of positions of the sequence after this call, less than position + t where x is padded
         at its end; None: position + t. The dynamic rope reads it; columns of y at and past it mean nothing.
@@ -171,13 +172,15 @@ class LlamaModel:
         length = position + t if length is None else length
         positions = position + jnp.arange(t)
         mask = causal_mask(positions, jnp.arange(size), _window(kind))
+        begins = isinstance(position, int) and position == 0 and t > 1  # then nothing in the cache is older than x
         written: Cache = {}
 
         def attend(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
-            for name, new in (("keys", keys), ("values", values)):
-                new = new.astype(cache[name].dtype)
-                written[name] = jax.lax.dynamic_update_slice_in_dim(cache[name], new, position, axis=2)
-            return attention(queries, written["keys"].astype(x.dtype), written["values"].astype(x.dtype), mask)
+            written.update(kv_cache.write(cache, keys, values, position))
+            stored_keys, stored_values = kv_cache.read(written, x.dtype)
+            if begins:
+                return causal_attention(queries, stored_keys[:, :, :t], stored_values[:, :, :t], _window(kind))
+            return attention(queries, stored_keys, stored_values, mask)
 
         y = self._residual_block(params, x, positions, length, attend, lambda *_: None)
         return y, written

@@ -1,0 +1,16 @@
+"""`cluscomp report`: a run as one HTML page and the PNGs of its figures."""
+
+from pathlib import Path
+
+from cluscomp_jax.cli.arguments import ReportArguments
+from cluscomp_jax.cli.outcome import Result
+from cluscomp_jax.html_report.page import write_report
+
+
+def run(arguments: ReportArguments) -> Result:
+    """Returns where the report is."""
+    page = write_report(arguments.model, None if arguments.out is None else Path(arguments.out))
+    figures = sorted(str(path) for path in page.parent.glob("*.png"))
+    return Result(
+        f"{page}: one page, and {len(figures)} figures as PNG beside it", {"page": str(page), "figures": figures}
+    )

@@ -1,0 +1,105 @@
+"""Hugging Face folders of a compressed checkpoint: dense safetensors, or AQLM. Written tensor by tensor.
+
+Knows the folder's files and their order; the AQLM scheme is `aqlm`'s.
+"""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluscomp_jax.codebook import CodebookArray
+from cluscomp_jax.export import aqlm
+from cluscomp_jax.export.walk import dense_array, ordered_entries, walk
+from cluscomp_jax.io import atomic, json_files, layout
+from cluscomp_jax.io.checkpoint import CheckpointSource
+from cluscomp_jax.io.leaves import DTYPES, Entry, MatrixEntry, TensorEntry
+from cluscomp_jax.io.safetensors_writer import SafetensorsWriter, TensorSpec
+from cluscomp_jax.model import build_model
+
+_GENERATION_CONFIG = "generation_config.json"
+
+
+def write_dense(source: CheckpointSource, folder: Path, *, dtype: str | None, shard_bytes: int) -> None:
+    """Writes the decoded model as safetensors with its config and tokenizer.
+
+    Args:
+      source: the checkpoint.
+      folder: exists and is empty.
+      dtype: of all tensors; None: each in its own.
+      shard_bytes: see `SafetensorsWriter`.
+    """
+    wanted = None if dtype is None else DTYPES[dtype]
+    entries = ordered_entries(source)
+    specs = [_dense_spec(path, entry, wanted) for path, entry in entries.items()]
+    with _writer(folder, specs, shard_bytes) as writer:
+        for path, leaf in walk(source, entries):
+            writer.write(_stored_form(path, dense_array(path, leaf, wanted)))
+    _write_companions(source, folder, {"dtype": dtype or _common_dtype(entries)})
+
+
+def write_aqlm(source: CheckpointSource, folder: Path, *, bits: int | None, shard_bytes: int) -> None:
+    """Writes the model as an AQLM checkpoint that transformers loads.
+
+    Args:
+      source: the checkpoint.
+      folder: exists and is empty.
+      bits: see `aqlm.scheme_of`.
+      shard_bytes: see `SafetensorsWriter`.
+
+    Raises:
+      InputError: AQLM cannot hold it.
+    """
+    entries = ordered_entries(source)
+    scheme = aqlm.scheme_of(entries, build_model(source.model_config).blocks_path, bits=bits)
+    specs = []
+    for path, entry in entries.items():
+        specs += scheme.specs(path, entry) if isinstance(entry, MatrixEntry) else [_dense_spec(path, entry, None)]
+    with _writer(folder, specs, shard_bytes) as writer:
+        for path, leaf in walk(source, entries):
+            if isinstance(leaf, CodebookArray):
+                for array in scheme.tensors(leaf):
+                    writer.write(array)
+            else:
+                writer.write(_stored_form(path, np.asarray(leaf)))
+    fields = {"dtype": _common_dtype(entries), "quantization_config": scheme.quantization_config()}
+    _write_companions(source, folder, fields)
+
+
+def _writer(folder: Path, specs: list[TensorSpec], shard_bytes: int) -> SafetensorsWriter:
+    atomic.require_space(folder, sum(spec.num_bytes for spec in specs))
+    return SafetensorsWriter(folder, specs, shard_bytes=shard_bytes)
+
+
+def _dense_spec(path: str, entry: Entry, dtype: np.dtype[Any] | None) -> TensorSpec:
+    own = DTYPES[entry.codebook_dtype if isinstance(entry, MatrixEntry) else entry.dtype]
+    shape = entry.shape[::-1] if layout.is_transposed(path) else entry.shape
+    return TensorSpec(layout.HUGGING_FACE.name(path), dtype or own, shape)
+
+
+def _stored_form(path: str, array: np.ndarray) -> np.ndarray:
+    return array.T if layout.is_transposed(path) else array
+
+
+def _common_dtype(entries: dict[str, Entry]) -> str:
+    """Returns the dtype of most weights outside the compressed matrices, which is that of the original model."""
+    count: Counter[str] = Counter()
+    for entry in entries.values():
+        if isinstance(entry, TensorEntry):
+            count[entry.dtype] += int(np.prod(entry.shape))
+    return count.most_common(1)[0][0]
+
+
+def _write_companions(source: CheckpointSource, folder: Path, fields: dict[str, Any]) -> None:
+    """Writes config.json, the tokenizer's files and generation_config.json."""
+    config = {**source.manifest.model_config, **fields}
+    (folder / "config.json").write_text(json_files.dumps(config), encoding="utf-8")
+    if source.tokenizer_path is not None:
+        for file in source.tokenizer_path.iterdir():
+            shutil.copyfile(file, folder / file.name)
+    if not (folder / _GENERATION_CONFIG).exists():
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        stops = {name: config[name] for name in names if config.get(name) is not None}
+        (folder / _GENERATION_CONFIG).write_text(json_files.dumps(stops), encoding="utf-8")

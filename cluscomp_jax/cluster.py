@@ -84,15 +84,17 @@ def cluster_matrix(
       InputError: weights that are not finite, or channel weights or feedback for axis "in".
     """
     d_in, d_out = weight.shape
-    vectors = to_vectors(jnp.asarray(weight), g=rule.g, axis=rule.axis)
-    vector_weights = None
     if rule.axis != "out" and (feedback is not None or channel_weights is not None):
         raise InputError(NOT_IN)
-    if channel_weights is not None:
-        mass = _positive_mass(jnp.asarray(channel_weights))
-        vector_weights = jnp.repeat(mass, vectors.shape[0] // d_in, total_repeat_length=vectors.shape[0])
+    # No name here holds the vectors and their weights, so that k-means can let go of them.
     codes, index, stats = kmeans.fit_codebook(
-        vectors, num_codes=rule.num_codes, key=key, weights=vector_weights, iterations=settings.iterations
+        to_vectors(jnp.asarray(weight), g=rule.g, axis=rule.axis),
+        num_codes=rule.num_codes,
+        key=key,
+        weights=None
+        if channel_weights is None
+        else vector_weights(jnp.asarray(channel_weights), d_out=d_out, g=rule.g),
+        iterations=settings.iterations,
     )
     rounded = cb.round_codebook(codes, settings.codebook_dtype)
     if feedback is not None:
@@ -124,11 +126,16 @@ def _fed_back(
     return codebook, index
 
 
-def _positive_mass(channel_weights: jax.Array) -> jax.Array:
-    """Returns the weights scaled to mean 1, dead channels lifted to a millionth so that they keep their vectors."""
+@partial(jax.jit, static_argnames=("d_out", "g"))
+def vector_weights(channel_weights: jax.Array, *, d_out: int, g: int) -> jax.Array:
+    """Returns float32 [m], the weight of every vector of axis "out", of its channel's weight [d_in] >= 0.
+
+    Scaled to mean 1, dead channels lifted to a millionth so that they keep their vectors.
+    """
     weights = channel_weights.astype(jnp.float32)
     mean = jnp.mean(weights)
-    return jnp.where(mean > 0, jnp.maximum(weights / jnp.where(mean > 0, mean, 1.0), 1e-6), jnp.ones_like(weights))
+    mass = jnp.where(mean > 0, jnp.maximum(weights / jnp.where(mean > 0, mean, 1.0), 1e-6), jnp.ones_like(weights))
+    return jnp.repeat(mass, -(-d_out // g))
 
 
 def relative_errors(weight: jax.Array, array: CodebookArray, channel_weights: Any = None) -> tuple[float, float | None]:

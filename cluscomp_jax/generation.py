@@ -24,6 +24,8 @@ from cluscomp_jax.trees import Params
 
 Materialize = Literal["once", "never"]
 _SMALLEST_BUCKET = 16
+_PIECE = 512
+"""Positions of a prompt that pass through the model together: more would need scores of that many by the cache's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,6 +149,11 @@ def bucket(length: int) -> int:
     return max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
+def prompt_width(length: int) -> int:
+    """Returns how many positions of a prompt of `length` pass through the model together."""
+    return min(bucket(length), _PIECE)
+
+
 @dataclasses.dataclass(frozen=True)
 class Decoder:
     """A model's parameters on the device, ready to decode.
@@ -180,31 +187,31 @@ class Decoder:
         """Yields int32 [b] tokens, one step after the other; prompt is int32 [b, t].
 
         The prompt is padded at its end: no position reads a later one, every padded position of the cache is written
-        anew before it is read, and the blocks are told the length without padding.
+        anew before it is read, and the blocks are told the length without padding. A long one goes piece by piece.
         """
         b, t = prompt.shape
         padded = np.pad(prompt, ((0, 0), (0, bucket(t) - t)))
         length = bucket(bucket(t) + max_new_tokens)
         caches = [self.model.init_cache(i, b, length, self.dtype) for i in range(self.model.num_blocks)]
-        token = self._step(jnp.asarray(padded), caches, 0, t - 1, sampling, key)
+        width = prompt_width(t)
+        for begin in range(0, t, width):
+            x = self._through_blocks(jnp.asarray(padded[:, begin : begin + width]), caches, begin, t)
+        token = _next_token(self.model, sampling, self.rest, x, t - 1 - begin, begin, key)
         yield token
-        for done in range(1, max_new_tokens):
-            token = self._step(token[:, None], caches, t + done - 1, 0, sampling, key)
+        for position in range(t, t + max_new_tokens - 1):
+            x = self._through_blocks(token[:, None], caches, position, position + 1)
+            token = _next_token(self.model, sampling, self.rest, x, 0, position, key)
             yield token
 
-    def _step(
-        self, tokens: jax.Array, caches: list[Cache], position: int, at: int, sampling: Sampling, key: jax.Array
-    ) -> jax.Array:
-        """Returns the tokens [b] after column `at` of tokens [b, t] that start at `position`; `caches` move on.
+    def _through_blocks(self, tokens: jax.Array, caches: list[Cache], position: int, length: int) -> jax.Array:
+        """Returns the outputs [b, t, d] of tokens [b, t] that start at `position`; `caches` move on.
 
-        Columns past `at` are padding.
+        The sequence has `length` positions in all; what lies behind them is padding.
         """
-        length = position + at + 1
-        x = _embed(self.model, self.dtype, self.rest, tokens)
+        x: jax.Array = _embed(self.model, self.dtype, self.rest, tokens)
         for i, block in enumerate(self.blocks):
             x, caches[i] = _cached_block(self.model, self.model.block_kind(i), block, x, caches[i], position, length)
-        token: jax.Array = _next_token(self.model, sampling, self.rest, x, at, position, key)
-        return token
+        return x
 
 
 def _place(_path: str, leaf: Any, *, dtype: Any, decode: bool) -> Any:

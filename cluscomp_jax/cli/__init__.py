@@ -14,6 +14,7 @@ _MODULES: dict[type[args.Common], str] = {
     args.EvaluateArguments: "evaluate",
     args.GenerateArguments: "generate",
     args.InspectArguments: "inspect",
+    args.PlanArguments: "plan",
     args.DemoArguments: "demo",
 }
 

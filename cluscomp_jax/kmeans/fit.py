@@ -79,6 +79,7 @@ def fit_codebook(
     _check(vectors, num_codes, weights, iterations)
     m = vectors.shape[0]
     blocks = _blocks(vectors, weights)
+    del vectors, weights  # where the caller keeps none either, their memory is free from here on
     _check_finite(blocks)
     sample, mass = draw_sample(blocks, key, num_codes=num_codes, count=m)
     exact = _exact_codebook(blocks, m, num_codes, sample)

@@ -11,7 +11,7 @@ from cluscomp_jax.codebook import CodebookArray
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.model import Model
 from cluscomp_jax.plan.shapes import Place
-from cluscomp_jax.preflight import Rules
+from cluscomp_jax.preflight import Rules, rules_by_block
 from cluscomp_jax.settings import TuningSettings
 from cluscomp_jax.trees import Params
 
@@ -86,3 +86,25 @@ class Setting:
             if isinstance(leaf, CodebookArray):
                 flat[path] = self.place.array(*leaf.shape, dtype=leaf.dtype)
         return trees.unflatten(flat)
+
+
+def kinds_of_blocks(model: Model, cfg: RunConfig, place: Place, batch: int) -> list[Setting]:
+    """Returns a Setting for each kind of block, by what distinguishes their programs; a budget is spent evenly.
+
+    Args:
+      batch: samples of a forward pass.
+
+    Raises:
+      InputError: a rule matches nothing, or a budget cannot be met.
+    """
+    kinds: dict[Any, Setting] = {}
+    for i, rules in enumerate(rules_by_block(model, cfg)):
+        shapes = model.block_shapes(i)
+        key = (model.block_kind(i), tuple(shapes.items()), tuple(rules.items()))
+        known = kinds.get(key)
+        kinds[key] = (
+            Setting(model, cfg, place, model.block_kind(i), shapes, rules, 1, batch)
+            if known is None
+            else dataclasses.replace(known, blocks=known.blocks + 1)
+        )
+    return list(kinds.values())

@@ -1,31 +1,23 @@
 """The plan of a whole run: every stage's programs compiled for one device, and the verdict on its memory."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.model import Model, build_model
-from cluscomp_jax.plan import block_programs, cluster_programs, model_programs
+from cluscomp_jax.model import build_model
+from cluscomp_jax.plan.budget import forward_batch
 from cluscomp_jax.plan.host import Needs, host_needs
 from cluscomp_jax.plan.program import Memory, Program, compile_program
-from cluscomp_jax.plan.setting import Setting
-from cluscomp_jax.plan.shapes import Place, nbytes
+from cluscomp_jax.plan.setting import kinds_of_blocks
+from cluscomp_jax.plan.shapes import Place
+from cluscomp_jax.plan.stages import largest_alike, whole_run
 from cluscomp_jax.plan.target import Target
 from cluscomp_jax.plan.work import Work
-from cluscomp_jax.preflight import rules_by_block
 from cluscomp_jax.progress import Reporter
 
 GIB = 2**30
-Stage = Callable[[Setting], Iterator[Program]]
-PER_BLOCK: tuple[Stage, ...] = (
-    cluster_programs.clustering,
-    block_programs.targets,
-    block_programs.tuning,
-    block_programs.propagation,
-)
-"""What compression does with every block, in order."""
 ADVICE = {
     "cluster": "choose fewer codes (num_codes)",
     "statistics": "set feedback = false, or device_memory_gib for smaller batches",
@@ -136,7 +128,8 @@ def plan(cfg: RunConfig, target: Target, place: Place, *, context: int, reserve:
     if context < 32 or context & (context - 1):
         raise InputError(f"context is {context}; it must be a power of two, 32 or more, as generation pads it to one")
     model = build_model(cfg.model)
-    settings = kinds_of_blocks(model, cfg, place)
+    shape = (cfg.calibration.samples, cfg.calibration.length)
+    settings = kinds_of_blocks(model, cfg, place, forward_batch(model, cfg, shape, place))
     found = list(whole_run(settings, context=context))
     chosen = largest_alike(found)
     reporter.start(f"compile for {target.name}", len(chosen), "programs")
@@ -157,57 +150,6 @@ def plan(cfg: RunConfig, target: Target, place: Place, *, context: int, reserve:
         hours=_hours(found, target),
         needs=host_needs(model, cfg, settings),
     )
-
-
-def kinds_of_blocks(model: Model, cfg: RunConfig, place: Place, batch: int | None = None) -> list[Setting]:
-    """Returns a Setting for each kind of block, by what distinguishes their programs.
-
-    Args:
-      batch: samples of a forward pass; None: as the run chooses.
-    """
-    from cluscomp_jax.plan.budget import forward_batch
-
-    kinds: dict[Any, Setting] = {}
-    for i, rules in enumerate(rules_by_block(model, cfg)):
-        shapes = model.block_shapes(i)
-        key = (model.block_kind(i), tuple(shapes.items()), tuple(rules.items()))
-        if key in kinds:
-            kinds[key] = dataclasses.replace(kinds[key], blocks=kinds[key].blocks + 1)
-            continue
-        size = forward_batch(cfg) if batch is None else batch
-        kinds[key] = Setting(model, cfg, place, model.block_kind(i), shapes, rules, 1, size)
-    return list(kinds.values())
-
-
-def whole_run(settings: list[Setting], *, context: int) -> Iterator[Program]:
-    """Yields every program of compression, evaluation and generation."""
-    yield from model_programs.embedding(settings[0])
-    for setting in settings:
-        for stage in PER_BLOCK:
-            yield from stage(setting)
-    yield from model_programs.evaluation(settings[0])
-    yield from model_programs.generating(settings, context=context)
-
-
-def largest_alike(programs: Iterable[Program]) -> list[Program]:
-    """Returns, of all programs of one stage and name, that of the largest arguments and that beside which most is held.
-
-    Temporaries grow with the sizes of arguments, so no other one needs more than these two together.
-    """
-    groups: dict[tuple[str, str], list[Program]] = {}
-    for program in programs:
-        groups.setdefault((program.stage, program.name), []).append(program)
-    chosen: list[Program] = []
-    for group in groups.values():
-        sizes = {id(program): _own_bytes(program) for program in group}
-        most = max(group, key=lambda program: (sizes[id(program)], program.live_bytes))
-        fullest = max(group, key=lambda program: (program.live_bytes, sizes[id(program)]))
-        chosen += [most] if most is fullest else [most, fullest]
-    return chosen
-
-
-def _own_bytes(program: Program) -> int:
-    return nbytes((program.traced.in_avals, program.traced.out_info))
 
 
 def _hours(programs: Iterable[Program], target: Target) -> dict[str, float]:

@@ -88,7 +88,7 @@ def _operations(eqn: Any) -> float:
     if name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
         summed = math.prod(int(eqn.invars[0].aval.shape[axis]) for axis in contracted)
-        return 2.0 * math.prod(out.shape) * summed
+        return float(2 * math.prod(out.shape) * summed)
     if name == "cholesky":
         return float(math.prod(out.shape) * out.shape[-1] / 3)
     if name == "triangular_solve":

@@ -136,7 +136,7 @@ class BlockClustering:
                     flat[path], stats = self._cluster(full, kernels.pop(path), rules[path], weights.get(path), feedback)
                 records.append(_record(full, flat[path], stats))
                 self.reporter.advance(note=path)
-                if self.settings.sequential and now:
+                if self.settings.sequential and feedback is not None and now:
                     # Dense again, so that one program serves all blocks, however finely each is cut.
                     now[path] = decode(flat[path])
         return trees.unflatten(flat), records

@@ -1,18 +1,20 @@
 """The plan's list of programs, held against what a run really compiles and what it then holds."""
 
+import dataclasses
 import logging
 import math
 import re
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cluscomp_jax import llama
+from cluscomp_jax import llama, pipeline
+from cluscomp_jax.config import PAPER as RECIPE
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.model import build_model
-from cluscomp_jax.pipeline import compress
 from cluscomp_jax.plan.program import Program
 from cluscomp_jax.plan.setting import kinds_of_blocks
 from cluscomp_jax.plan.shapes import Place
@@ -35,13 +37,13 @@ DEFAULT = RunConfig(
 )
 PAPER = RunConfig(
     model=CONFIG,
-    cluster=ClusterSettings(rules=RULES, iterations=2, weighted=False, feedback=False, outlier_limit=0.0),
+    cluster=dataclasses.replace(RECIPE.cluster, rules=RULES, iterations=2),
     calibration=CALIBRATION,
     tuning=TUNING,
 )
 TOKENS = np.random.default_rng(0).integers(0, 67, (2, 24))
-SLACK = 20_000
-"""Bytes of keys, scalars, statistics and the like: of these small programs, too."""
+SLACK = 10_000
+"""Bytes of keys, scalars and the like, and of results that are about to be let go of."""
 
 
 class Compilations(logging.Handler):
@@ -60,7 +62,7 @@ class Compilations(logging.Handler):
 
 @pytest.fixture
 def compilations() -> Iterator[Compilations]:
-    logger, handler = logging.getLogger("jax"), Compilations()
+    logger, handler = logging.getLogger("jax._src.interpreters.pxla"), Compilations()
     logger.addHandler(handler)
     propagate, logger.propagate = logger.propagate, False
     jax.clear_caches()
@@ -71,7 +73,7 @@ def compilations() -> Iterator[Compilations]:
 
 
 def planned(cfg: RunConfig) -> list[Program]:
-    settings = kinds_of_blocks(build_model(CONFIG), cfg, Place(), batch=2)
+    settings = kinds_of_blocks(build_model(CONFIG), cfg, Place(), batch=1)
     return [program for program in whole_run(settings, context=32) if program.stage not in ("evaluate", "generate")]
 
 
@@ -96,29 +98,29 @@ def contains(whole: list[str], part: list[str]) -> bool:
 
 
 @pytest.mark.parametrize("cfg", [DEFAULT, PAPER], ids=["default", "paper"])
-def test_a_run_compiles_what_the_plan_lists_and_holds_what_it_says(cfg: RunConfig, compilations: Compilations) -> None:
-    params = jax.tree.map(
-        lambda leaf: np.asarray(leaf, jax.numpy.bfloat16), llama.init_params(CONFIG, jax.random.key(0))
-    )
+def test_a_run_compiles_what_the_plan_lists_and_holds_what_it_says(cfg, compilations, monkeypatch) -> None:
+    monkeypatch.setattr(pipeline, "forward_batch", lambda *_: 1)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), llama.init_params(CONFIG, jax.random.key(0)))
     before = sum(array.nbytes for array in jax.live_arrays())
     compilations.seen.clear()
-    compress(params, cfg, calibration=TOKENS)
+    pipeline.compress(params, cfg, calibration=TOKENS)
     programs = planned(cfg)
     largest = max(program.live_bytes for program in programs)
     names = {program.traced.fun_name for program in programs}
-    met = set()
+    excess: dict[str, float] = {}
+    met: set[tuple[str, str]] = set()
     for name, shapes, alive in compilations.seen:
-        held = alive - before
-        if name not in names:  # a small operation between the programs: it needs its operands twice at most
-            assert held + sum(map(size_of, shapes)) <= largest + SLACK, (name, shapes)
-            continue
         alike = [p for p in programs if p.traced.fun_name == name and contains(shapes_of(p), shapes)]
-        assert alike, f"the plan has no {name} of {shapes}"
-        met |= {id(program) for program in alike}
-        assert held <= max(program.live_bytes for program in alike) + SLACK, name
-        assert held >= min(program.live_bytes for program in alike) - SLACK, name
-    missed = {(p.stage, p.name) for p in programs} - {(p.stage, p.name) for p in programs if id(p) in met}
-    assert not missed, "planned, but the run compiles none of it"
+        met |= {(program.stage, program.name) for program in alike}
+        if alike:
+            spare = min(program.live_bytes for program in alike) - 1.15 * (alive - before)
+            excess[name] = min(excess.get(name, spare), spare)
+            assert alive - before <= max(program.live_bytes for program in alike) + SLACK, (name, shapes)
+        else:  # a small operation between the programs: with its result it needs less than the largest of them
+            assert name not in names, f"the plan has no {name} of {shapes}"
+            assert alive - before + sum(map(size_of, shapes)) <= largest + SLACK, (name, shapes)
+    assert met == {(program.stage, program.name) for program in programs}
+    assert max(excess.values()) <= SLACK, f"the plan holds more than the run does: {excess}"
 
 
 def test_of_programs_alike_the_largest_and_the_fullest_are_kept() -> None:

@@ -102,7 +102,7 @@ def fit_codebook(
     stats = KMeansStats(
         tuple(float(value) for value in values[0]), float(values[1]), int(sum(values[2])), time.monotonic() - began
     )
-    return codebook, found.nearest.reshape(-1)[:m], stats
+    return codebook, _in_order(found.nearest, m), stats
 
 
 def fit_codebooks(
@@ -161,6 +161,12 @@ def _search(
 @partial(jax.jit, static_argnames="m")
 def _share(certain: jax.Array, m: int) -> jax.Array:
     return jnp.mean(certain.reshape(-1)[:m])
+
+
+@partial(jax.jit, static_argnames="m")
+def _in_order(nearest: jax.Array, m: int) -> jax.Array:
+    """Returns the codes int32 [m] of vectors that lie in blocks."""
+    return nearest.reshape(-1)[:m]
 
 
 def _codes_searched(g: int) -> int:

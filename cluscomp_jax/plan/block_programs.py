@@ -30,7 +30,7 @@ def propagation(setting: Setting) -> Iterator[Program]:
 
 def decoding(setting: Setting, stage: str, live: int) -> Iterator[Program]:
     """Yields the decoding of a block's kernels one by one, beside `live` bytes."""
-    for leaf in trees.flatten(setting.compressed()).values():
+    for _, leaf in sorted(trees.flatten(setting.compressed()).items()):
         if isinstance(leaf, CodebookArray):
             traced = decode_arrays.trace(leaf.codebook, leaf.index, shape=leaf.shape, axis=leaf.axis)
             yield Program(stage, "decode", traced, live + nbytes(leaf), setting.blocks)
@@ -42,7 +42,7 @@ def tuning(setting: Setting) -> Iterator[Program]:
     settings = setting.cfg.tuning
     if settings is None:
         return
-    block = setting.compressed()
+    block = setting.compressed(tuned=False)
     trained, frozen = blockwise.split_trainable(block, norms=settings.norms)
     samples = setting.cfg.calibration.samples - settings.held_out
     steps = settings.epochs * (samples // settings.batch_size)

@@ -46,8 +46,9 @@ def clustering(setting: Setting) -> Iterator[Program]:
         fed = yield from _solved(setting, matched, sums, held + copies + done)
         waiting = {path: setting.place.array(*setting.shapes[path]) for path in matched}
         for path in matched:
+            weight = waiting.pop(path)
             live = held + copies + done + nbytes((fed, waiting))
-            array = yield from _matrix(setting, path, waiting.pop(path), live, fed)
+            array = yield from _matrix(setting, path, weight, live, fed)
             done += nbytes(array)
             if settings.sequential and now:
                 traced = decode_arrays.trace(array.codebook, array.index, shape=array.shape, axis=array.axis)

@@ -62,6 +62,7 @@ def fit_programs(
         found = _found(place, blocks, known, codebook, rotation)
     traced = next_codebook.trace(blocks, codebook, codebook, found, scalar, scalar)
     yield program("update", traced, held + nbytes(found), iterations)
+    yield program("index", fit._in_order.trace(found.nearest, m), held + nbytes(found))
 
 
 def _searches(

@@ -67,15 +67,15 @@ class Setting:
         """Returns the original parameters of a block."""
         return self.place.tree(self.shapes, STORED)
 
-    def compressed(self) -> Params:
-        """Returns the block as it is stored."""
+    def compressed(self, *, tuned: bool = True) -> Params:
+        """Returns the block as it is stored, or as it comes to be tuned."""
         codebook_dtype = self.cfg.cluster.codebook_dtype
         flat: dict[str, Any] = {}
         for path, shape in self.shapes.items():
             if path in self.rules:
                 flat[path] = self.place.compressed((shape[0], shape[1]), self.rules[path], codebook_dtype)
             else:
-                trained = len(shape) == 1 and self.cfg.tuning is not None and self.cfg.tuning.norms
+                trained = tuned and len(shape) == 1 and self.cfg.tuning is not None and self.cfg.tuning.norms
                 flat[path] = self.place.array(*shape, dtype=codebook_dtype if trained else STORED)
         return trees.unflatten(flat)
 

@@ -4,12 +4,14 @@ import dataclasses
 import math
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.model import Model
-from cluscomp_jax.plan.setting import STORED, Setting
+from cluscomp_jax.plan.setting import STORED, Setting, width
 from cluscomp_jax.plan.shapes import Place, nbytes
+from cluscomp_jax.settings import TuningSettings
 
 _PROCESS_BYTES = 1_500_000_000
 """Python, JAX, XLA's programs: a round number above what runs of small models take."""
@@ -41,16 +43,20 @@ def host_needs(model: Model, cfg: RunConfig, settings: list[Setting]) -> Needs:
     """Returns what a run of `cfg` on a GPU needs of its host."""
     rest = nbytes(Place().tree(model.rest_shapes(), STORED))
     block = max(nbytes(setting.dense()) for setting in settings)
+    compressed = sum(setting.blocks * nbytes(setting.compressed()) for setting in settings)
+    return Needs(
+        host_bytes=_PROCESS_BYTES + max(_BLOCKS_AT_ONCE * block, 2 * rest),
+        scratch_bytes=scratch_bytes(model, cfg, (cfg.calibration.samples, cfg.calibration.length)),
+        checkpoint_bytes=compressed + rest,
+    )
+
+
+def scratch_bytes(model: Model, cfg: RunConfig, shape: tuple[int, ...]) -> int:
+    """Returns the bytes of the activation streams of a run on calibration tokens [samples, length]."""
     streams = 1 if cfg.cluster.calibrated or cfg.tuning else 0
     if cfg.tuning or cfg.cluster.corrects:
         streams += 1
     if cfg.tuning and cfg.tuning.aug_loss:
         streams += 1
-    numbers = settings[0].numbers
-    samples = cfg.calibration.samples * cfg.calibration.length * model.config.hidden_size
-    compressed = sum(setting.blocks * nbytes(setting.compressed()) for setting in settings)
-    return Needs(
-        host_bytes=_PROCESS_BYTES + max(_BLOCKS_AT_ONCE * block, 2 * rest),
-        scratch_bytes=streams * samples * np.dtype(numbers.activation_dtype).itemsize,
-        checkpoint_bytes=math.ceil(compressed) + rest,
-    )
+    dtype = np.dtype(jnp.dtype((cfg.tuning or TuningSettings()).activation_dtype))
+    return streams * math.prod(shape) * width(model) * dtype.itemsize

@@ -1,9 +1,11 @@
 """One run as its programs see it: a kind of block, the sizes of batches, and where arrays lie."""
 
 import dataclasses
+import functools
 from collections.abc import Hashable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from cluscomp_jax import trees
@@ -60,8 +62,7 @@ class Setting:
 
     def activations(self, samples: int, dtype: Any = None) -> Any:
         """Returns activations [samples, length, d]."""
-        width = self.model.config.hidden_size
-        return self.place.array(samples, self.cfg.calibration.length, width, dtype=dtype or self.compute)
+        return self.place.array(samples, self.cfg.calibration.length, width(self.model), dtype=dtype or self.compute)
 
     def dense(self) -> Params:
         """Returns the original parameters of a block."""
@@ -86,6 +87,13 @@ class Setting:
             if isinstance(leaf, CodebookArray):
                 flat[path] = self.place.array(*leaf.shape, dtype=leaf.dtype)
         return trees.unflatten(flat)
+
+
+@functools.cache
+def width(model: Model) -> int:
+    """Returns d, the channels of the activations between blocks."""
+    rest, tokens = Place().tree(model.rest_shapes(), STORED), Place().array(1, 2, dtype="int32")
+    return int(jax.eval_shape(functools.partial(model.embed, dtype=STORED), rest, tokens).shape[-1])
 
 
 def kinds_of_blocks(model: Model, cfg: RunConfig, place: Place, batch: int) -> list[Setting]:

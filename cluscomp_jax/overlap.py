@@ -16,15 +16,17 @@ AHEAD, BEHIND = "load ahead", "store behind"
 
 
 class BlockReader:
-    """Hands out the blocks of a source from first to last, the next one being read meanwhile.
+    """Hands out the blocks of a source from first to last, and reads the next one when it is told to.
 
-    Holds at most one block that has not been asked for. Use as a context manager.
+    Holds at most one block that has not been asked for, and none before `read_next`: where memory is short, the work
+    first lets go of the block it has. Use as a context manager.
     """
 
     def __init__(self, source: ParamSource, num_blocks: int, clock: StageClock):
         self._source, self._num_blocks, self._clock = source, num_blocks, clock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read")
-        self._next: Future[Params] | None = self._thread.submit(self._read, 0)
+        self._taken = 0
+        self._next: Future[Params] | None = None
 
     def __enter__(self) -> "BlockReader":
         return self
@@ -35,13 +37,22 @@ class BlockReader:
     def take(self, i: int) -> Params:
         """Returns block i, host arrays by block-relative paths, and forgets it; i counts up from 0, one by one.
 
+        Waits for it, and reads it first if `read_next` was not called.
+
         Raises:
           Exception: whatever reading the block raised.
         """
+        self.read_next()
         assert self._next is not None
+        assert i == self._taken
         block = self._next.result()
-        self._next = self._thread.submit(self._read, i + 1) if i + 1 < self._num_blocks else None
+        self._next, self._taken = None, i + 1
         return block
+
+    def read_next(self) -> None:
+        """Begins to read the block after those taken, if there is one and it is not being read."""
+        if self._next is None and self._taken < self._num_blocks:
+            self._next = self._thread.submit(self._read, self._taken)
 
     def _read(self, i: int) -> Params:
         with self._clock.beside(AHEAD):

@@ -240,9 +240,11 @@ class _Run:
         """Moves the streams behind a block that an earlier process finished."""
         kind = self.model.block_kind(i)
         with self.clock("load"):
-            dense = reader.take(i)
+            dense = _on_device(reader.take(i))
         with self.clock("resume"):
-            self._propagate_original(_on_device(dense), kind)
+            self._propagate_original(dense, kind)
+            del dense
+            reader.read_next()
             self._propagate_compressed(self.sink.load_block(i), kind)
 
     def _store(self, i: int, block: Params, record: dict[str, Any]) -> None:
@@ -257,6 +259,8 @@ class _Run:
         """
         with self.clock("load"):
             dense = reader.take(i)
+        if self.tuning is None:
+            reader.read_next()  # nothing longer than clustering follows that reading could run beside
         began, kind = time.monotonic(), self.model.block_kind(i)
         streams = self._streams()
         if streams is not None and self.cfg.cluster.calibrated:
@@ -264,8 +268,10 @@ class _Run:
         block, matrices = self.cluster(i, dense, self.rules[i], streams)
         block = jax.device_get(block)
         if self.original is not None or self.augmented is not None:
-            self._propagate_original(_on_device(dense), kind)
+            dense = _on_device(dense)
+            self._propagate_original(dense, kind)
         del dense
+        reader.read_next()
         record: dict[str, Any] = {"index": i}
         trained: Collection[str] = ()
         if self.tuning is not None and matrices:

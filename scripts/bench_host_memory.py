@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -97,6 +98,10 @@ def compress(options: argparse.Namespace, model: Path, out: Path) -> dict[str, o
     return fields
 
 
+def in_words(stages: Any) -> str:
+    return ", ".join(f"{name} {s['seconds']:.0f} {s['peak_rss_bytes'] / GIB:.2f}" for name, s in stages.items())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for models and results")
@@ -113,7 +118,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     options = parser.parse_args()
     print(f"{versions()}, {jax.devices()[0].device_kind}; {options}")
-    print("| layers | peak RSS GiB | seconds | seconds of its stages |\n|---|---|---|---|", flush=True)
+    print("| layers | peak RSS GiB | seconds | of its stages: seconds, peak GiB |\n|---|---|---|---|", flush=True)
     peaks = []
     for layers in options.layers:
         model, out = options.work / f"model-{layers}", options.work / f"out-{options.recipe}-{layers}"
@@ -122,8 +127,10 @@ def main() -> None:
         began = time.monotonic()
         fields = compress(options, model, out)
         peaks.append(float(str(fields["peak_rss_bytes"])) / GIB)
-        stages = {name: round(stage["seconds"], 1) for name, stage in dict(fields["stages"]).items()}  # type: ignore[call-overload]
-        print(f"| {layers} | {peaks[-1]:.2f} | {time.monotonic() - began:.0f} | {stages} |", flush=True)
+        print(
+            f"| {layers} | {peaks[-1]:.2f} | {time.monotonic() - began:.0f} | {in_words(fields['stages'])} |",
+            flush=True,
+        )
         shutil.rmtree(out)
     print(f"largest over smallest peak: {max(peaks) / min(peaks):.3f}")
 

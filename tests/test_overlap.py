@@ -47,10 +47,14 @@ def test_every_block_is_read_once_and_in_order(count: int) -> None:
     assert source.asked == list(range(count))
 
 
-def test_the_next_block_is_read_while_one_is_at_work_and_no_further() -> None:
+def test_the_next_block_is_read_while_one_is_at_work_once_told_and_no_further() -> None:
     source = Blocks()
     with BlockReader(source, 5, StageClock()) as reader:
         reader.take(0)
+        time.sleep(0.05)
+        assert source.asked == [0]
+        reader.read_next()
+        reader.read_next()
         until = time.monotonic() + 10
         while source.asked != [0, 1] and time.monotonic() < until:
             time.sleep(0.001)
@@ -121,6 +125,9 @@ class InTurn:
 
     def take(self, i):
         return self.source.load_block(i)
+
+    def read_next(self):
+        pass
 
     def put(self, write):
         write()

@@ -89,7 +89,6 @@ class Setting:
         return trees.unflatten(flat)
 
 
-@functools.cache
 def width(model: Model) -> int:
     """Returns d, the channels of the activations between blocks."""
     rest, tokens = Place().tree(model.rest_shapes(), STORED), Place().array(1, 2, dtype="int32")

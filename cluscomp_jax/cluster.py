@@ -85,20 +85,22 @@ def cluster_matrix(
       InputError: weights that are not finite, or channel weights or feedback for axis "in".
     """
     d_in, d_out = weight.shape
-    vectors = to_vectors(jnp.asarray(weight), g=rule.g, axis=rule.axis)
-    vector_weights = None
     if rule.axis != "out" and (feedback is not None or channel_weights is not None):
         raise InputError(NOT_IN)
-    if channel_weights is not None:
-        mass = _positive_mass(jnp.asarray(channel_weights))
-        vector_weights = jnp.repeat(mass, vectors.shape[0] // d_in, total_repeat_length=vectors.shape[0])
+    # No name here holds the vectors and their weights, so that k-means can let go of them.
     codes, index, stats = kmeans.fit_codebook(
-        vectors, num_codes=rule.num_codes, key=key, weights=vector_weights, iterations=settings.iterations
+        to_vectors(jnp.asarray(weight), g=rule.g, axis=rule.axis),
+        num_codes=rule.num_codes,
+        key=key,
+        weights=None
+        if channel_weights is None
+        else vector_weights(jnp.asarray(channel_weights), d_out=d_out, g=rule.g),
+        iterations=settings.iterations,
     )
     rounded = cb.round_codebook(codes, settings.codebook_dtype)
     if feedback is not None:
         weight, forest = jnp.asarray(weight), kmeans.plant_forest(rounded, key)
-        index, _ = assign_with_feedback(weight, rounded, feedback, g=rule.g, forest=forest)
+        index = assign_with_feedback(weight, rounded, feedback, g=rule.g, forest=forest)
         codes, index = refit(weight, rounded, index, feedback, rounds=settings.refits, key=key)
         rounded = cb.round_codebook(codes, settings.codebook_dtype)
     shape = (d_in, d_out)
@@ -115,11 +117,16 @@ def index_entropy(index: np.ndarray, num_codes: int) -> float:
     return float(-np.sum(share * np.log2(share)))
 
 
-def _positive_mass(channel_weights: jax.Array) -> jax.Array:
-    """Returns the weights scaled to mean 1, dead channels lifted to a millionth so that they keep their vectors."""
+@partial(jax.jit, static_argnames=("d_out", "g"))
+def vector_weights(channel_weights: jax.Array, *, d_out: int, g: int) -> jax.Array:
+    """Returns float32 [m], the weight of every vector of axis "out", of its channel's weight [d_in] >= 0.
+
+    Scaled to mean 1, dead channels lifted to a millionth so that they keep their vectors.
+    """
     weights = channel_weights.astype(jnp.float32)
     mean = jnp.mean(weights)
-    return jnp.where(mean > 0, jnp.maximum(weights / jnp.where(mean > 0, mean, 1.0), 1e-6), jnp.ones_like(weights))
+    mass = jnp.where(mean > 0, jnp.maximum(weights / jnp.where(mean > 0, mean, 1.0), 1e-6), jnp.ones_like(weights))
+    return jnp.repeat(mass, -(-d_out // g))
 
 
 def relative_errors(weight: jax.Array, array: CodebookArray, channel_weights: Any = None) -> tuple[float, float | None]:

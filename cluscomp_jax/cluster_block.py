@@ -125,16 +125,18 @@ class BlockClustering:
                     )
                 if site == last:
                     now.clear()  # nothing reads it any more, and the roots of the moments are large
-                kernels, diagonal, feedback = self._prepare(kernels, moments)
-                weights |= dict.fromkeys(kernels, diagonal) if self.settings.weighted else {}
-                del moments
+                kernels, inputs = self._corrected(kernels, moments), moments.inputs
+                del moments  # the rest of them would lie beside the root, and both are large
+                feedback = self._factorised(inputs)
+                weights |= dict.fromkeys(kernels, jnp.diagonal(inputs)) if self.settings.weighted else {}
+                del inputs
             for path in list(kernels):
                 full = f"{self.model.blocks_path}/{i}/{path}"
                 with self.clock("cluster"):
                     flat[path], stats = self._cluster(full, kernels.pop(path), rules[path], weights.get(path), feedback)
                 records.append(_record(full, flat[path], stats))
                 self.reporter.advance(note=path)
-                if self.settings.sequential and now:
+                if self.settings.sequential and feedback is not None and now:
                     # Dense again, so that one program serves all blocks, however finely each is cut.
                     now[path] = decode(flat[path])
         return trees.unflatten(flat), records
@@ -146,15 +148,18 @@ class BlockClustering:
         with self.clock("statistics"):
             return _computed(channel_moments(self.model, kind, dense, streams.inputs()))
 
-    def _prepare(
-        self, kernels: dict[str, jax.Array], moments: SiteMoments
-    ) -> tuple[dict[str, jax.Array], jax.Array, Feedback]:
-        """Returns (the kernels as they should be clustered, E[x_i^2] of their input, what feedback needs)."""
+    def _corrected(self, kernels: dict[str, jax.Array], moments: SiteMoments) -> dict[str, jax.Array]:
+        """Returns the kernels as they should be clustered."""
+        if not self.settings.corrects:
+            return kernels
         with self.clock("statistics"):
-            if self.settings.corrects:
-                kernels = {path: corrected(w, moments, ridge=self.settings.ridge) for path, w in kernels.items()}
-            feedback = factorise(moments.inputs, damping=self.settings.damping)
-            return _computed((kernels, jnp.diagonal(moments.inputs), feedback))
+            ridge = self.settings.ridge
+            return _computed({path: corrected(w, moments, ridge=ridge) for path, w in kernels.items()})
+
+    def _factorised(self, inputs: jax.Array) -> Feedback:
+        """Returns what feedback needs of the second moments of a site's input."""
+        with self.clock("statistics"):
+            return _computed(factorise(inputs, damping=self.settings.damping))
 
     def _cluster(
         self,

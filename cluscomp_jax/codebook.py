@@ -82,7 +82,12 @@ def round_codebook(codebook: jax.Array, dtype: Any) -> jax.Array:
 
 def decode(w: CodebookArray) -> jax.Array:
     """Returns the matrix [d_in, d_out] in the codebook's dtype."""
-    return _decode(jnp.asarray(w.codebook), jnp.asarray(w.index), shape=w.shape, axis=w.axis)
+    matrix: jax.Array = decode_arrays(jnp.asarray(w.codebook), jnp.asarray(w.index), shape=w.shape, axis=w.axis)
+    return matrix
+
+
+decode_arrays = partial(jax.jit, static_argnames=("shape", "axis"), inline=True)(_decode)
+"""`decode` of a codebook and an index, as one program."""
 
 
 def validate(w: CodebookArray, where: str = "CodebookArray") -> CodebookArray:

@@ -1,6 +1,7 @@
 """RunConfig: everything a compression run depends on, and its strict TOML form."""
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -23,6 +24,9 @@ class RunConfig:
       cluster, calibration: settings of those stages.
       tuning: None leaves the clustered codebooks as they are (the paper's ClusComp-minus).
       seed: non-negative; with the same inputs it fixes every bit of the result.
+      device_memory_gib: largest device memory of compression, > 0: forward passes take as many samples together as it
+        allows, and a stage that needs more is refused before any work. Bits of the result can change with the number
+        of samples. None: 2,048 tokens together, and no check.
     """
 
     model: Any = None
@@ -30,8 +34,12 @@ class RunConfig:
     calibration: CalibrationSettings = CalibrationSettings()
     tuning: TuningSettings | None = TuningSettings()
     seed: int = 42
+    device_memory_gib: float | None = None
 
     def __post_init__(self) -> None:
+        budget = self.device_memory_gib
+        if budget is not None and not 0 < budget < math.inf:
+            raise InputError(f"device_memory_gib is {budget}; it must be a number above 0")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed is {self.seed}; it must be from 0 to 2**63-1")
         if self.tuning is not None:

@@ -78,8 +78,8 @@ def _factorise(moments: jax.Array, damping: jax.Array) -> Feedback:
 @partial(jax.jit, static_argnames="g")
 def assign_with_feedback(
     weight: jax.Array, codebook: jax.Array, feedback: Feedback, *, g: int, forest: Forest | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Returns (index int32 [i, c], targets float32 [i, c*g]): the codes, and what each channel should have been.
+) -> jax.Array:
+    """Returns the index int32 [i, c] of the codes.
 
     Args:
       weight: [i, o].
@@ -96,23 +96,22 @@ def assign_with_feedback(
     diagonal = jnp.where(jnp.arange(spare + channels) < spare, 1.0, jnp.diagonal(root))
     real = jnp.arange(ordered.shape[1]) < outputs  # what pads the last vector stays zero
 
-    def code_rows(errors: jax.Array, first: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def code_rows(errors: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
         columns = jax.lax.dynamic_slice_in_dim(root, first, rows, axis=1)
         before = jnp.dot(columns.T, errors, precision="highest")  # of channels not coded yet there are no errors
         block = jax.lax.dynamic_slice_in_dim(ordered, first, rows)
         within = jax.lax.dynamic_slice_in_dim(columns, first, rows)
         scale = jax.lax.dynamic_slice_in_dim(diagonal, first, rows)
 
-        def code_row(own: jax.Array, i: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        def code_row(own: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
             target = block[i] + (before[i] + jnp.dot(within[:, i], own, precision="highest")) / scale[i]
             index = nearest_code(target.reshape(-1, g), codebook, forest)
             error = jnp.where(real, block[i] - codebook[index].reshape(-1), 0.0)
-            return own.at[i].set(error), (index, jnp.where(real, target, 0.0))
+            return own.at[i].set(error), index
 
         own, coded = jax.lax.scan(code_row, jnp.zeros_like(block), jnp.arange(rows), reverse=True)
         return jax.lax.dynamic_update_slice_in_dim(errors, own, first, axis=0), coded
 
     firsts = jnp.arange(0, spare + channels, rows)
-    _, (index, targets) = jax.lax.scan(code_rows, jnp.zeros_like(ordered), firsts, reverse=True)
-    back = jnp.argsort(feedback.order) + spare
-    return index.reshape(spare + channels, -1)[back], targets.reshape(spare + channels, -1)[back]
+    _, index = jax.lax.scan(code_rows, jnp.zeros_like(ordered), firsts, reverse=True)
+    return index.reshape(spare + channels, -1)[jnp.argsort(feedback.order) + spare]

@@ -9,7 +9,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from cluscomp_jax.errors import InputError
 from cluscomp_jax.io import atomic
 from cluscomp_jax.losses import mean_squared_error
 from cluscomp_jax.model import build_model, run_block, run_embed
+from cluscomp_jax.overlap import BlockReader, BlockWriter
+from cluscomp_jax.plan.budget import forward_batch
 from cluscomp_jax.preflight import check_calibration, mixes, rules_by_block
 from cluscomp_jax.progress import Reporter, SilentReporter
 from cluscomp_jax.sensitivity import sensitivities
@@ -35,10 +37,7 @@ from cluscomp_jax.settings import TuningSettings
 from cluscomp_jax.source import BlockSink, DictSink, ParamSource, as_source
 from cluscomp_jax.stages import StageClock
 from cluscomp_jax.trees import Params
-from cluscomp_jax.tuning import ActivationStore, BlockTuning, run_through, tune_block
-
-_FORWARD_TOKENS = 2048
-"""Tokens per batch where nothing is differentiated."""
+from cluscomp_jax.tuning import ActivationStore, BlockTuning, run_through, split_trainable, tune_block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,9 +115,7 @@ def compress_stream(
       InputError: whatever does not fit, before any long work.
     """
     run = _Run(source, sink, cfg, calibration, work_dir, reporter or SilentReporter())
-    for i in range(finished_blocks):
-        run.report(i)
-    records = [run.block(i, finished=i < finished_blocks) for i in range(run.model.num_blocks)]
+    records = run.blocks(finished_blocks)
     run.close()
     with run.clock("load"):
         rest = source.load_rest()
@@ -175,7 +172,7 @@ class _Run:
             self.rules = rules_by_block(self.model, cfg, self._sensitivities(calibration, work_dir))
         numbers = cfg.tuning or TuningSettings()
         self.dtype = jnp.dtype(numbers.compute_dtype)
-        self.batch_size = max(1, _FORWARD_TOKENS // calibration.shape[1])
+        self.batch_size = forward_batch(self.model, cfg, calibration.shape)
         if cfg.cluster.calibrated or self.tuning:
             with self.clock("embed"):
                 self._embed(calibration, work_dir, jnp.dtype(numbers.activation_dtype))
@@ -216,21 +213,69 @@ class _Run:
             if store is not None:
                 store.delete()
 
-    def block(self, i: int, *, finished: bool) -> dict[str, Any]:
-        """Compresses block i (or takes it from the sink), moves the streams behind it, returns its record."""
+    def blocks(self, finished: int) -> list[dict[str, Any]]:
+        """Compresses all blocks but the first `finished`, which the sink has, and returns the record of each."""
+        for i in range(finished):
+            self.report(i)
+        count = self.model.num_blocks
+        with BlockReader(self.source, count, self.clock) as reader, BlockWriter(self.clock) as writer:
+            for i in range(count):
+                if i < finished:
+                    self._resume(i, reader)
+                    continue
+                block, record = self._compress(i, reader)
+                with self.clock("store"):
+                    writer.wait()
+                if i > finished:
+                    self.report(i - 1)
+                writer.put(partial(self._store, i, block, record))
+                del block
+            with self.clock("store"):
+                writer.wait()
+        if finished < count:
+            self.report(count - 1)
+        return [self._record(i) for i in range(count)]
+
+    def _resume(self, i: int, reader: BlockReader) -> None:
+        """Moves the streams behind a block that an earlier process finished."""
         kind = self.model.block_kind(i)
         with self.clock("load"):
-            dense = jax.tree.map(jnp.asarray, self.source.load_block(i))
-        if finished:
-            with self.clock("resume"):
-                self._propagate_original(dense, kind)
-                self._propagate_compressed(self.sink.load_block(i), kind)
-            return self._record(i)
-        began = time.monotonic()
-        block, matrices = self.cluster(i, dense, self.rules[i], self._streams())
-        self._propagate_original(dense, kind)
+            dense = _on_device(reader.take(i))
+        with self.clock("resume"):
+            self._propagate_original(dense, kind)
+            del dense
+            reader.read_next()
+            self._propagate_compressed(self.sink.load_block(i), kind)
+
+    def _store(self, i: int, block: Params, record: dict[str, Any]) -> None:
+        path = self._record_path(i)
+        atomic.write_text(path, json.dumps(record), aside=path.with_suffix(".tmp"))
+        self.sink.store_block(i, block)
+
+    def _compress(self, i: int, reader: BlockReader) -> tuple[Params, dict[str, Any]]:
+        """Returns (block i compressed, on the host; its record), the streams moved behind it.
+
+        What is not needed on the device any more is let go of before the next stage, whose peak it would add to.
+        """
+        with self.clock("load"):
+            dense = reader.take(i)
+        if self.tuning is None:
+            reader.read_next()  # nothing longer than clustering follows that reading could run beside
+        began, kind = time.monotonic(), self.model.block_kind(i)
+        streams = self._streams()
+        if streams is not None and self.cfg.cluster.calibrated:
+            dense = _on_device(dense)
+        block, matrices = self.cluster(i, dense, self.rules[i], streams)
+        block = jax.device_get(block)
+        if self.original is not None or self.augmented is not None:
+            dense = _on_device(dense)
+            self._propagate_original(dense, kind)
+        del dense
+        reader.read_next()
         record: dict[str, Any] = {"index": i}
+        trained: Collection[str] = ()
         if self.tuning is not None and matrices:
+            trained = set(split_trainable(block, norms=self.tuning.norms)[0])
             block, tuned = self._tune(i, block, kind)
             record |= dataclasses.asdict(tuned)
             if tuned.diverged:
@@ -238,17 +283,12 @@ class _Run:
                     f"block {i}: loss or gradient was not finite at epoch {len(tuned.epoch_losses)}; "
                     "the last good codebooks are kept"
                 )
-        block = jax.device_get(_rounded(block, dense, self.cfg.cluster.codebook_dtype))
+        block = jax.device_get(_rounded(block, trained, self.cfg.cluster.codebook_dtype))
         if i + 1 < self.model.num_blocks or self.tuning is not None:
             record |= self._propagate_compressed(block, kind)
         size = size_report(block)
         record |= {"seconds": time.monotonic() - began, "total_bytes": size.total_bytes, "matrices": matrices}
-        with self.clock("store"):
-            path = self._record_path(i)
-            atomic.write_text(path, json.dumps(record), aside=path.with_suffix(".tmp"))
-            self.sink.store_block(i, block)
-        self.report(i)
-        return self._record(i)
+        return block, record
 
     def report(self, i: int) -> None:
         """Tells the reporter of finished block i, in the same words whenever it is called."""
@@ -314,14 +354,18 @@ def _stream_distance(a: ActivationStore, b: ActivationStore, batch_size: int, ou
     return total / len(a)
 
 
-def _rounded(block: Params, dense: Params, dtype: str) -> Params:
-    """Returns the block with what was trained in 16 bit: codebooks, and vectors that are no longer the dense ones."""
-    before = trees.flatten(dense)
+def _on_device(tree: Params) -> Params:
+    there: Params = jax.tree.map(jnp.asarray, tree)
+    return there
+
+
+def _rounded(block: Params, trained: Collection[str], dtype: str) -> Params:
+    """Returns the block with codebooks, and whatever else was trained, in 16 bit."""
 
     def rounded(path: str, leaf: Any) -> Any:
         if isinstance(leaf, CodebookArray):
             return dataclasses.replace(leaf, codebook=round_codebook(leaf.codebook, dtype))
-        return leaf if leaf is before[path] else round_codebook(leaf, dtype)
+        return round_codebook(leaf, dtype) if path in trained else leaf
 
     return trees.map_by_path(rounded, block)
 

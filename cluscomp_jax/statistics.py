@@ -76,7 +76,14 @@ def _means(batches: Iterable[Any], add: Callable[[Any, Any], dict[str, jax.Array
         positions += x.shape[0] * x.shape[1]
     if sums is None:
         raise ValueError("no batches to take the moments of")
-    return {name: total / positions for name, total in sums.items()}
+    means: dict[str, jax.Array] = divide(sums, positions)
+    return means
+
+
+@partial(jax.jit, donate_argnums=0)
+def divide(sums: dict[str, jax.Array], count: jax.Array) -> dict[str, jax.Array]:
+    """Returns the sums divided by `count`, in their own memory: of the largest site they are gigabytes."""
+    return {name: total / count for name, total in sums.items()}
 
 
 @partial(jax.jit, static_argnames=("model", "kind"), donate_argnames="sums")

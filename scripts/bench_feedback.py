@@ -72,7 +72,7 @@ def main() -> None:
             for path in paths:
                 weight, key = kernels[path], matrix_key(0, path)
                 forest = kmeans.plant_forest(codes[path], key)
-                index, _ = assign_with_feedback(weight, codes[path], known, g=options.g, forest=forest)
+                index = assign_with_feedback(weight, codes[path], known, g=options.g, forest=forest)
                 refitted = refit(weight, codes[path], index, known, rounds=options.refits, key=key)
                 jax.block_until_ready(refitted)
 

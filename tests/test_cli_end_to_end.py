@@ -17,6 +17,7 @@ from cluscomp_jax.cli import main
 from cluscomp_jax.io import items
 from cluscomp_jax.io.checkpoint import open_checkpoint
 from cluscomp_jax.io.checkpoint_writer import CheckpointWriter
+from cluscomp_jax.overlap import AHEAD, BEHIND
 
 OPTIONS = ["--samples", "4", "--length", "16", "--epochs", "1", "--g", "4", "--num-codes", "8", "--seed", "3"]
 
@@ -140,7 +141,7 @@ def test_the_stages_add_up_to_the_run(capsys: pytest.CaptureFixture[str], folder
     assert names[:3] == ["prepare", "check weights", "evaluate original"]
     assert names[-3:] == ["evaluate compressed", "finish", "whole run"]
     assert set(names[:-1]) == fields["stages"].keys()
-    total = sum(stage["seconds"] for stage in fields["stages"].values())
+    total = sum(stage["seconds"] for name, stage in fields["stages"].items() if name not in (AHEAD, BEHIND))
     assert 0.8 * fields["seconds"] < total <= fields["seconds"]
 
 

@@ -1,7 +1,9 @@
 """A run that is killed outright, with no chance to clean up, and given again."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import chex
+import numpy as np
+import pytest
 from cli_models import tensors, write_text, write_tokenizer
 from io_models import config_fields, write_hf
 
+from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.checkpoint import load_checkpoint, open_checkpoint
 
 BLOCKS = 4
@@ -97,6 +102,42 @@ def test_a_killed_run_given_again_ends_in_the_bytes_of_one_that_was_not(tmp_path
     assert untimed(out / "metrics.jsonl") == untimed(whole / "metrics.jsonl")
     assert [record["index"] for record in untimed(out / "metrics.jsonl")] == list(range(BLOCKS))
     for folder in (out, whole):
-        listed = json.loads((folder / "manifest.json").read_text())["files"].keys()
-        there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-        assert there - listed == {"manifest.json", "metrics.jsonl"}
+        assert stray_files(folder) == set()
+
+
+def stray_files(folder: Path) -> set[str]:
+    listed = json.loads((folder / "manifest.json").read_text())["files"].keys()
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return there - listed - {"manifest.json", "metrics.jsonl"}
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_of_twenty_moments_ends_in_the_same_bytes(tmp_path: Path) -> None:
+    write_deep_model(tmp_path / "model")
+    write_text(tmp_path / "text.txt", 400)
+    (tmp_path / "run.toml").write_text(CONFIG)
+    finish(start(tmp_path, tmp_path / "warm"))  # fills the cache of compiled programs
+    began = time.monotonic()
+    whole = tmp_path / "whole"
+    finish(start(tmp_path, whole))
+    expected, seconds = load_checkpoint(whole).params, time.monotonic() - began
+    moments = np.random.default_rng(0).uniform(0, seconds, 20)
+    killed = 0
+    for i, moment in enumerate(moments):
+        out = tmp_path / f"out-{i}"
+        with start(tmp_path, out) as victim:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                victim.wait(moment)
+            victim.kill()
+            killed += victim.wait() == -signal.SIGKILL
+        if not (out / "manifest.json").exists():
+            with pytest.raises(InputError):
+                load_checkpoint(out)
+            finish(start(tmp_path, out))
+        elif (out / "work").exists():  # killed between the manifest and the removal of work/
+            assert start(tmp_path, out).wait() == 2
+        chex.assert_trees_all_equal(load_checkpoint(out).params, expected)
+        assert open_checkpoint(out, verify=True).fingerprint() == open_checkpoint(whole).fingerprint()
+        assert stray_files(out) == set()
+        shutil.rmtree(out)
+    assert killed >= 15  # the others had ended first

@@ -48,34 +48,28 @@ def brain_quantise(weight: np.ndarray, codes: np.ndarray, moments: np.ndarray, o
 def test_codes_are_those_of_optimal_brain_quantisation(i: int, o: int, g: int) -> None:
     weight, codes, moments = problem(i, o, g, 32)
     feedback = factorise(jnp.asarray(moments))
-    index, targets = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=g)
+    index = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=g)
     order = np.asarray(feedback.order)
     assert np.all(np.diff(np.diag(moments)[order]) >= 0)
     expected = brain_quantise(weight, codes, moments, order[::-1], g)
     assert index.shape == (i, -(-o // g))
-    assert targets.shape == (i, index.shape[1] * g)
     # A vector between two codes may round to either, and what comes after it then differs.
     assert np.mean(np.asarray(index) == expected) > 0.98
 
 
-def test_the_output_error_falls_and_is_what_the_factor_says() -> None:
+def test_the_output_error_falls() -> None:
     weight, codes, moments = problem(100, 64, 4, 64)
     feedback = factorise(jnp.asarray(moments))
-    index, targets = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=4)
+    index = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=4)
     nearest, _ = assign(jnp.asarray(weight.reshape(-1, 4)), jnp.asarray(codes))
     fed, blind = (output_error(weight, decode(codes, ix, 64), moments) for ix in (index, nearest.reshape(100, -1)))
     assert fed < 0.6 * blind
-    damped = moments + 0.01 * np.mean(np.diag(moments)) * np.eye(100)
-    own = (
-        np.square(np.asarray(targets, np.float64) - decode(codes, index, 64)).sum(1) * feedback.channel_weights
-    ).sum()
-    np.testing.assert_allclose(own, output_error(weight, decode(codes, index, 64), damped), rtol=1e-3)
 
 
 def test_moments_without_correlation_give_the_nearest_codes() -> None:
     weight, codes, _ = problem(30, 16, 4, 20)
     feedback = factorise(jnp.diag(jnp.arange(1.0, 31.0)))
-    index, _ = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=4)
+    index = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=4)
     nearest, _ = assign(jnp.asarray(weight.reshape(-1, 4)), jnp.asarray(codes))
     np.testing.assert_array_equal(index, nearest.reshape(30, -1))
 
@@ -83,11 +77,11 @@ def test_moments_without_correlation_give_the_nearest_codes() -> None:
 def test_channels_that_are_never_active_change_nothing() -> None:
     weight, codes, moments = problem(30, 16, 4, 20)
     moments[5] = moments[:, 5] = 0
-    index, _ = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), factorise(jnp.asarray(moments)), g=4)
+    index = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), factorise(jnp.asarray(moments)), g=4)
     nearest, _ = assign(jnp.asarray(weight[5].reshape(-1, 4)), jnp.asarray(codes))
     np.testing.assert_array_equal(index[5], nearest)
     all_dead = factorise(jnp.zeros((30, 30)))
-    index, _ = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), all_dead, g=4)
+    index = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), all_dead, g=4)
     nearest, _ = assign(jnp.asarray(weight.reshape(-1, 4)), jnp.asarray(codes))
     np.testing.assert_array_equal(index, nearest.reshape(30, -1))
 

@@ -75,6 +75,18 @@ def test_greedy_tokens_are_those_of_whole_forward_passes(params: Params, length:
     assert tokens.tolist() == greedy_without_cache(params, prompt, CONFIG, 6)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("length", [16, 17, 33, 48])
+def test_a_long_prompt_in_pieces_gives_the_tokens_of_a_whole_one(
+    monkeypatch: pytest.MonkeyPatch, params: Params, length: int, window: int | None
+) -> None:
+    config = CONFIG if window is None else make_config(model_type="mistral", sliding_window=window)
+    prompt = np.random.default_rng(length).integers(VOCABULARY, size=(2, length))
+    whole = generate(params, prompt, config, max_new_tokens=4)
+    monkeypatch.setattr(generation, "_PIECE", 16)
+    np.testing.assert_array_equal(generate(params, prompt, config, max_new_tokens=4), whole)
+
+
 def test_a_sliding_window_sees_no_padding() -> None:
     config = make_config(model_type="mistral", sliding_window=4)
     params = llama.init_params(config, jax.random.key(2))

@@ -61,7 +61,7 @@ def test_error_feedback_among_many_codes_loses_next_to_nothing() -> None:
     feedback = factorise(jnp.asarray(moments))
 
     def output_error(forest: object) -> float:
-        index, _ = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=4, forest=forest)
+        index = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=4, forest=forest)
         error = weight.astype(np.float64) - codes[np.asarray(index)].reshape(48, 64)
         return float(np.einsum("io,ij,jo->", error, moments, error))
 

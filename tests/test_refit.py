@@ -55,7 +55,7 @@ def descend(weight: np.ndarray, codes: np.ndarray, index: np.ndarray, moments: n
 def test_a_round_is_coordinate_descent(i: int, o: int, g: int) -> None:
     weight, codes, moments = problem(i, o, g, 16)
     feedback = factorise(jnp.asarray(moments))
-    index, _ = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=g)
+    index = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=g)
     index = np.asarray(index)
     better = improved_index(jnp.asarray(weight), jnp.asarray(codes), jnp.asarray(index), feedback, g=g)
     expected = descend(weight, codes, index, moments)
@@ -66,7 +66,7 @@ def test_a_round_is_coordinate_descent(i: int, o: int, g: int) -> None:
 def test_rounds_lower_the_output_error_until_nothing_moves() -> None:
     weight, codes, moments = problem(150, 64, 4, 64)
     feedback = factorise(jnp.asarray(moments))
-    index, _ = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=4)
+    index = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=4)
     codes, errors = jnp.asarray(codes), [output_error(weight, codes, index, moments)]
     for _ in range(4):
         codes, index = refit(jnp.asarray(weight), codes, index, feedback, rounds=1, key=KEY)
@@ -104,6 +104,6 @@ def test_channels_that_are_never_active_do_no_harm() -> None:
     moments[5] = moments[:, 5] = 0
     for given in (moments, np.zeros_like(moments)):
         feedback = factorise(jnp.asarray(given))
-        index, _ = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=4)
+        index = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=4)
         solved, index = refit(jnp.asarray(weight), jnp.asarray(codes), index, feedback, rounds=2, key=KEY)
         assert np.isfinite(solved).all()

@@ -20,6 +20,7 @@ _MODULES: dict[type[args.Common], str] = {
     args.CompareArguments: "compare",
     args.DoctorArguments: "doctor",
     args.CompletionArguments: "completion",
+    args.PlanArguments: "plan",
     args.DemoArguments: "demo",
 }
 

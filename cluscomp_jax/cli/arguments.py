@@ -217,6 +217,30 @@ class DemoArguments(Common):
     """folder of the results, empty, absent or of the same unfinished demo; default: the first free cluscomp-demo-N"""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanArguments(Common):
+    """Tell whether a run fits a card that need not be here: every program compiled for it ahead of time.
+
+    Needs the extra "aot" (JAX's CUDA compiler), no GPU and no weights. Exit code 1: it does not fit.
+    """
+
+    model: Model
+    """Hugging Face folder, config.json, or preset: llama-2-7b/13b/70b, llama-3-8b/70b, llama-3.1-405b, mistral-7b,
+    qwen2.5-72b"""
+    target: str
+    """card: a6000, a100_80, h100, l40s, rtx4090, or a .txtpb file that describes another"""
+    config: Annotated[str | None, arg(metavar="FILE")] = None
+    """TOML file of settings, see configs/"""
+    recipe: Literal["default", "paper"] | None = None
+    """settings to start from; a config file that names another one is refused"""
+    context: Annotated[int, arg(metavar="INT")] = 8192
+    """positions of the key-value cache in generation, a power of two"""
+    memory_fraction: Annotated[float, arg(metavar="FLOAT")] = 0.92
+    """share of the card that JAX may take, XLA_PYTHON_CLIENT_MEM_FRACTION"""
+    reserve_gib: Annotated[float, arg(metavar="FLOAT")] = 1.0
+    """of that share, GiB left for fragments and scratch memory of libraries"""
+
+
 Command = (
     CompressArguments
     | EvaluateArguments
@@ -228,6 +252,7 @@ Command = (
     | CompareArguments
     | DoctorArguments
     | CompletionArguments
+    | PlanArguments
     | DemoArguments
 )
 AnyCommand = (
@@ -241,5 +266,6 @@ AnyCommand = (
     | Annotated[CompareArguments, subcommand("compare")]
     | Annotated[DoctorArguments, subcommand("doctor")]
     | Annotated[CompletionArguments, subcommand("completion")]
+    | Annotated[PlanArguments, subcommand("plan")]
     | Annotated[DemoArguments, subcommand("demo")]
 )

@@ -21,7 +21,9 @@ from cluscomp_jax.evaluate import Perplexity
 from cluscomp_jax.io.checkpoint_writer import CheckpointWriter
 from cluscomp_jax.io.open import OpenedModel
 from cluscomp_jax.pipeline import CompressionSummary, compress_stream, fingerprint
+from cluscomp_jax.plan.host import scratch_bytes
 from cluscomp_jax.progress import Reporter, console_reporter
+from cluscomp_jax.report import format_bytes
 from cluscomp_jax.source import ParamSource
 from cluscomp_jax.stages import StageClock, process_peak_rss_bytes
 from cluscomp_jax.trees import Params
@@ -100,6 +102,7 @@ def compress_to_folder(
     with claim as writer, console_reporter(out / METRICS_NAME) as reporter:
         if writer.finished_blocks:
             note(f"{out}: resuming behind {writer.finished_blocks} of {opened.model.num_blocks} finished blocks")
+        _note_scratch(opened, cfg, calibration, writer.work_path)
         measured = {}
         with before("check weights"):
             _check_weights(opened, reporter)
@@ -129,6 +132,16 @@ def compress_to_folder(
             provenance = {**_provenance(opened, calibration, calibration_name), "command": command}
             writer.finish(provenance=provenance, metrics=done().to_dict())
     return done()
+
+
+def _note_scratch(opened: OpenedModel, cfg: RunConfig, calibration: np.ndarray | None, work_path: Path) -> None:
+    """Says what will lie on the disk meanwhile; a person who finds it after a crash should know what it is."""
+    size = 0 if calibration is None else scratch_bytes(opened.model, cfg, calibration.shape)
+    if size:
+        note(
+            f"{work_path}: {format_bytes(size)} of activations until the run ends; after a crash the same command "
+            "makes them anew, and removing the output folder removes them"
+        )
 
 
 def tokenizer_files(opened: OpenedModel) -> Path | Callable[[Path], Any] | None:

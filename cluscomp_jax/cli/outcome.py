@@ -27,10 +27,12 @@ class Result:
     Attributes:
       text: for a person.
       fields: for a program, plain JSON values.
+      code: exit code; FAILED where the command was done and the answer is no.
     """
 
     text: str
     fields: Mapping[str, Any]
+    code: int = DONE
 
 
 def run(command: Callable[[], Result], *, json: bool, debug: bool, resumable: bool) -> int:
@@ -46,7 +48,7 @@ def run(command: Callable[[], Result], *, json: bool, debug: bool, resumable: bo
         with _terminable():
             result = command()
         _print_result(result, json=json)
-        return DONE
+        return result.code
     except KeyboardInterrupt as error:
         return _failed(error, f"stopped by {str(error) or 'the keyboard'}{hint}", FAILED, debug)
     except InputError as error:

@@ -79,6 +79,7 @@ class SafetensorsSource:
         self._folder = Path(folder)
         self._model = model
         self.files, entries = open_tensors(self._folder)
+        self._stamps = {path: _stamp(path) for path in self.files}
         shapes = {name: entry.shape for name, entry in entries.items()}
         names, tied_head = layout.match_tensors(shapes, model, layout.HUGGING_FACE, str(self._folder))
         self._entries = {path: entries[name] for path, name in names.items()}
@@ -94,8 +95,9 @@ class SafetensorsSource:
         """Returns block i's tree in its stored dtypes, float64 as float32; kernels [d_in, d_out].
 
         Raises:
-          InputError: NaN or infinity, or a float64 beyond float32.
+          InputError: NaN or infinity, or a float64 beyond float32; or a file was changed since it was opened.
         """
+        self._require_unchanged()
         prefix = f"{self._model.blocks_path}/{i}/"
         return trees.unflatten({path: self._load(prefix + path) for path in self._model.block_shapes(i)})
 
@@ -105,6 +107,7 @@ class SafetensorsSource:
         Raises:
           InputError: as `load_block`; or the config ties the output head, but the file has another one.
         """
+        self._require_unchanged()
         rest = {path: self._load(path) for path in self._model.rest_shapes()}
         if self._tied_head and not np.array_equal(_read(self._tied_head), rest[layout.EMBEDDING]):
             raise InputError(
@@ -123,11 +126,26 @@ class SafetensorsSource:
             digest.update(f"{path_name} {entry.dtype} {entry.shape} {entry.path.name} {entry.offset}\n".encode())
         return digest.hexdigest()
 
+    def _require_unchanged(self) -> None:
+        """Half of one model and half of another would load, and be wrong."""
+        for path, stamp in self._stamps.items():
+            if not path.is_file():
+                raise InputError(f"{path} has gone since it was opened; put it back and give the same command again")
+            if _stamp(path) != stamp:
+                raise InputError(
+                    f"{path} was changed since it was opened; fetch it again, or begin anew with what it is"
+                )
+
     def _load(self, path: str) -> np.ndarray:
         entry = self._entries[path]
         array = _read(entry)
         layout.require_finite(array, entry.name, str(entry.path))
         return layout.to_flax(path, array)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _read(entry: Entry) -> np.ndarray:

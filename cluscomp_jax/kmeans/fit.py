@@ -79,6 +79,7 @@ def fit_codebook(
     _check(vectors, num_codes, weights, iterations)
     m = vectors.shape[0]
     blocks = _blocks(vectors, weights)
+    del vectors, weights  # where the caller keeps none either, their memory is free from here on
     _check_finite(blocks)
     sample, mass = draw_sample(blocks, key, num_codes=num_codes, count=m)
     exact = _exact_codebook(blocks, m, num_codes, sample)
@@ -101,7 +102,7 @@ def fit_codebook(
     stats = KMeansStats(
         tuple(float(value) for value in values[0]), float(values[1]), int(sum(values[2])), time.monotonic() - began
     )
-    return codebook, found.nearest.reshape(-1)[:m], stats
+    return codebook, _in_order(found.nearest, m), stats
 
 
 def fit_codebooks(
@@ -160,6 +161,12 @@ def _search(
 @partial(jax.jit, static_argnames="m")
 def _share(certain: jax.Array, m: int) -> jax.Array:
     return jnp.mean(certain.reshape(-1)[:m])
+
+
+@partial(jax.jit, static_argnames="m")
+def _in_order(nearest: jax.Array, m: int) -> jax.Array:
+    """Returns the codes int32 [m] of vectors that lie in blocks."""
+    return nearest.reshape(-1)[:m]
 
 
 def _codes_searched(g: int) -> int:

@@ -40,14 +40,24 @@ def plant_forest(codebook: jax.Array, key: jax.Array) -> Forest | None:
     n, g = codebook.shape
     if n <= _COMPARE_ALL * g:
         return None
+    forest: Forest = grow_forest(codebook, key)
+    return forest
+
+
+@jax.jit
+def grow_forest(codebook: jax.Array, key: jax.Array) -> Forest:
+    """Returns the trees of the codes [n, g], one program for all."""
     codebook = codebook.astype(jnp.float32)
+    n, g = codebook.shape
     _, leaf = leaves_of(n)
-    grown = []
-    for turn in range(_TREES):
+
+    def grow(turn: jax.Array) -> Forest:
         tree = grow_tree(codebook, random_rotation(key, turn, g=g))
         lists = make_lists(tree, codebook, length=-(-_COMPARED * g // leaf))
-        grown.append((tree, jnp.where((tree.order == EMPTY)[..., None], jnp.inf, codebook[tree.order]), lists.searched))
-    return Forest(*jax.tree.map(lambda *parts: jnp.stack(parts), *grown))
+        return Forest(tree, jnp.where((tree.order == EMPTY)[..., None], jnp.inf, codebook[tree.order]), lists.searched)
+
+    forest: Forest = jax.lax.map(grow, jnp.arange(_TREES))
+    return forest
 
 
 def nearest_code(

@@ -1,0 +1,86 @@
+"""`cluscomp plan`: what a run would need of a card that is not here, and whether it has it."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the compiler would tell of the missing card on every call
+
+import jax
+
+from cluscomp_jax.cli.arguments import PlanArguments
+from cluscomp_jax.cli.outcome import DONE, FAILED, Result
+from cluscomp_jax.config import RECIPES, RunConfig, load_config
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.io.json_files import read_object
+from cluscomp_jax.io.safetensors_source import read_config
+from cluscomp_jax.model import parse_model_config
+from cluscomp_jax.plan import PRESETS, Plan, Reserve, find_target, placement, plan, preset_config
+from cluscomp_jax.plan.shapes import Place
+from cluscomp_jax.plan.whole import GIB
+from cluscomp_jax.progress import console_reporter
+from cluscomp_jax.report import format_bytes, format_table
+
+
+def run(arguments: PlanArguments) -> Result:
+    """Returns the plan; its exit code is 1 where the run does not fit."""
+    cfg = dataclasses.replace(_settings(arguments), model=_model_config(arguments.model))
+    target = find_target(arguments.target)
+    reserve = Reserve(arguments.memory_fraction, round(arguments.reserve_gib * GIB))
+    settings: Any = jax.config
+    settings.update("jax_platforms", "cpu")  # the compiler for CUDA is there all the same, and nothing runs
+    place = Place(placement(target))
+    with console_reporter() as reporter:
+        made = plan(cfg, target, place, context=arguments.context, reserve=reserve, reporter=reporter)
+    text = _text(made, arguments.model, reserve)
+    return Result(text, {"model": arguments.model, **made.to_dict()}, DONE if made.fits else FAILED)
+
+
+def _settings(arguments: PlanArguments) -> RunConfig:
+    if arguments.config is not None:
+        return load_config(arguments.config, recipe=arguments.recipe)
+    return RECIPES[arguments.recipe or "default"]
+
+
+def _model_config(spec: str) -> Any:
+    """Returns the family's config that `spec` names: a preset, a config.json, or a folder with one."""
+    path = Path(spec)
+    if path.is_dir():
+        return read_config(path)
+    if path.suffix == ".json":
+        try:
+            return parse_model_config(read_object(path))
+        except InputError as error:
+            message = str(error) if str(path) in str(error) else f"{path}: {error}"
+            raise InputError(message) from None
+    if spec in PRESETS:
+        return preset_config(spec)
+    raise InputError(f"model {spec!r} is neither a folder, a config.json nor a preset; presets: {', '.join(PRESETS)}")
+
+
+def _text(made: Plan, model: str, reserve: Reserve) -> str:
+    header = ("stage", "peak", "arguments", "temporaries", "also held", "largest program", "estimated hours")
+    rows = []
+    for stage, memory in made.stages.items():
+        sizes = (memory.peak_bytes, memory.argument_bytes + memory.output_bytes, memory.temp_bytes, memory.held_bytes)
+        hours = f"{made.hours[stage]:.2f}" if stage in made.hours else "-"
+        rows.append((stage, *map(_gib, sizes), memory.name, hours))
+    verdict = "fits" if made.fits else "does NOT fit"
+    needs = made.needs
+    lines = [
+        format_table(header, rows),
+        "",
+        "arguments include results; GiB on the card, from XLA's buffer assignment ahead of time. Hours are an",
+        "estimate from counted operations and bytes at published rates, the least it can take; nothing was run.",
+        f"host memory about {format_bytes(needs.host_bytes)}; disk {format_bytes(needs.scratch_bytes)} for activations "
+        f"meanwhile and {format_bytes(needs.checkpoint_bytes)} for the result",
+        f"{model} {verdict} {made.target}: at most {_gib(made.peak.peak_bytes)} GiB ({made.peak.stage}) of "
+        f"{_gib(made.usable_bytes)}, which is {reserve.fraction:g} of {_gib(made.memory_bytes)} "
+        f"(XLA_PYTHON_CLIENT_MEM_FRACTION) less a reserve of {_gib(reserve.bytes)}",
+    ]
+    return "\n".join([*lines, *made.advice()])
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:.2f}"

@@ -1,0 +1,63 @@
+"""The programs that need more of a model than a block: embedding, evaluation, generation."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import jax
+
+from cluscomp_jax import evaluate, generation
+from cluscomp_jax.model import run_block, run_embed
+from cluscomp_jax.plan.block_programs import decoding
+from cluscomp_jax.plan.program import Program
+from cluscomp_jax.plan.setting import STORED, Setting
+from cluscomp_jax.plan.shapes import nbytes
+from cluscomp_jax.sampling import Sampling
+
+
+def embedding(setting: Setting) -> Iterator[Program]:
+    """Yields the embedding of calibration tokens."""
+    rest = setting.place.tree(setting.model.rest_shapes(), STORED)
+    tokens = setting.place.array(1, setting.cfg.calibration.length, dtype="int32")
+    traced = run_embed.trace(rest, tokens, model=setting.model, dtype=setting.compute)
+    yield Program("embed", "embed", traced, nbytes((rest, tokens)), setting.cfg.calibration.samples)
+
+
+def evaluation(setting: Setting) -> Iterator[Program]:
+    """Yields the perplexity of one window of `calibration.length`, in the dtype of tuning, of compressed blocks."""
+    rest = setting.place.tree(setting.model.rest_shapes(), STORED)
+    block, x = setting.decoded(), setting.activations(1)
+    yield from decoding(setting, "evaluate", nbytes(rest))
+    traced = run_block.trace(block, x, model=setting.model, kind=setting.kind)
+    yield Program("evaluate", "block", traced, nbytes((rest, block, x, x, x)), setting.blocks)
+    length = min(evaluate._HEAD_TOKENS, setting.cfg.calibration.length - 1)
+    part = setting.place.array(1, length, x.shape[-1], dtype=x.dtype)
+    wanted = setting.place.array(1, length, dtype="int32")
+    traced = evaluate._losses.trace(rest, part, wanted, model=setting.model)
+    # The last block is still referred to while its outputs are scored.
+    yield Program("evaluate", "head", traced, nbytes((rest, block, part, wanted)), x.shape[1] / length)
+
+
+def generating(settings: Sequence[Setting], *, context: int) -> Iterator[Program]:
+    """Yields the prefill and the steps of one sequence that fills `context`, matrices decoded at every step.
+
+    Args:
+      settings: the kinds of blocks, together all of the model.
+      context: positions of the cache, a power of two; the prompt is half of them.
+    """
+    setting = settings[0]
+    model, place = setting.model, setting.place
+    rest = place.tree(model.rest_shapes(), setting.compute)
+    init = partial(model.init_cache, 0, 1, context, setting.compute)
+    cache = place.like(jax.eval_shape(init))
+    whole = nbytes(rest) + sum(each.blocks * nbytes((each.compressed(), cache)) for each in settings)
+    prompt = generation.prompt_width(context // 2)
+    for name, width, begin, calls in (("prompt", prompt, None, 1.0), ("token", 1, 0, context / 2)):
+        tokens = place.array(1, width, dtype="int32")
+        traced = generation._embed.trace(model, setting.compute, rest, tokens)
+        x = place.like(traced.out_info)
+        for each in settings:
+            block = each.compressed()
+            traced = generation._cached_block.trace(model, each.kind, block, x, cache, begin, context)
+            yield Program("generate", f"{name}: block", traced, whole + nbytes((tokens, x)), calls * each.blocks)
+        traced = generation._next_token.trace(model, Sampling(), rest, x, 0, 0, place.key())
+        yield Program("generate", f"{name}: head", traced, whole + nbytes((tokens, x)), calls)

@@ -1,0 +1,117 @@
+"""One run as its programs see it: a kind of block, the sizes of batches, and where arrays lie."""
+
+import dataclasses
+import functools
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cluscomp_jax import trees
+from cluscomp_jax.codebook import CodebookArray
+from cluscomp_jax.config import RunConfig
+from cluscomp_jax.model import Model
+from cluscomp_jax.plan.shapes import Place
+from cluscomp_jax.preflight import Rules, rules_by_block
+from cluscomp_jax.settings import TuningSettings
+from cluscomp_jax.trees import Params
+
+STORED = jnp.dtype("bfloat16")
+"""The dtype that original parameters are taken to have; float16 takes as much."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """The blocks of one kind in one run.
+
+    Attributes:
+      model: the decoder.
+      cfg: the run, calibration given.
+      place: the device.
+      kind: of the block.
+      shapes: {block-relative path: shape} of its parameters.
+      rules: {block-relative path: rule} of its kernels.
+      blocks: how many blocks of the model are alike.
+      batch: samples of a forward pass.
+    """
+
+    model: Model
+    cfg: RunConfig
+    place: Place
+    kind: Hashable
+    shapes: Mapping[str, tuple[int, ...]]
+    rules: Rules
+    blocks: int
+    batch: int
+
+    @property
+    def numbers(self) -> TuningSettings:
+        """The settings that decide dtypes, where nothing is tuned too."""
+        return self.cfg.tuning or TuningSettings()
+
+    @property
+    def compute(self) -> Any:
+        """The dtype of activations on the device."""
+        return jnp.dtype(self.numbers.compute_dtype)
+
+    @property
+    def passes(self) -> float:
+        """Forward passes of one stream through all these blocks."""
+        return self.blocks * -(-self.cfg.calibration.samples // self.batch)
+
+    def activations(self, samples: int, dtype: Any = None) -> Any:
+        """Returns activations [samples, length, d]."""
+        return self.place.array(samples, self.cfg.calibration.length, width(self.model), dtype=dtype or self.compute)
+
+    def dense(self) -> Params:
+        """Returns the original parameters of a block."""
+        return self.place.tree(self.shapes, STORED)
+
+    def compressed(self, *, tuned: bool = True) -> Params:
+        """Returns the block as it is stored, or as it comes to be tuned."""
+        codebook_dtype = self.cfg.cluster.codebook_dtype
+        flat: dict[str, Any] = {}
+        for path, shape in self.shapes.items():
+            if path in self.rules:
+                flat[path] = self.place.compressed((shape[0], shape[1]), self.rules[path], codebook_dtype)
+            else:
+                trained = tuned and len(shape) == 1 and self.cfg.tuning is not None and self.cfg.tuning.norms
+                flat[path] = self.place.array(*shape, dtype=codebook_dtype if trained else STORED)
+        return trees.unflatten(flat)
+
+    def decoded(self) -> Params:
+        """Returns the stored block with every kernel decoded."""
+        flat = trees.flatten(self.compressed())
+        for path, leaf in flat.items():
+            if isinstance(leaf, CodebookArray):
+                flat[path] = self.place.array(*leaf.shape, dtype=leaf.dtype)
+        return trees.unflatten(flat)
+
+
+def width(model: Model) -> int:
+    """Returns d, the channels of the activations between blocks."""
+    rest, tokens = Place().tree(model.rest_shapes(), STORED), Place().array(1, 2, dtype="int32")
+    return int(jax.eval_shape(functools.partial(model.embed, dtype=STORED), rest, tokens).shape[-1])
+
+
+def kinds_of_blocks(model: Model, cfg: RunConfig, place: Place, batch: int) -> list[Setting]:
+    """Returns a Setting for each kind of block, by what distinguishes their programs; a budget is spent evenly.
+
+    Args:
+      batch: samples of a forward pass.
+
+    Raises:
+      InputError: a rule matches nothing, or a budget cannot be met.
+    """
+    kinds: dict[Any, Setting] = {}
+    for i, rules in enumerate(rules_by_block(model, cfg)):
+        shapes = model.block_shapes(i)
+        key = (model.block_kind(i), tuple(shapes.items()), tuple(rules.items()))
+        known = kinds.get(key)
+        kinds[key] = (
+            Setting(model, cfg, place, model.block_kind(i), shapes, rules, 1, batch)
+            if known is None
+            else dataclasses.replace(known, blocks=known.blocks + 1)
+        )
+    return list(kinds.values())

@@ -1,0 +1,56 @@
+"""Arrays that are shapes only, placed on a device, and the bytes they would take there."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cluscomp_jax import trees
+from cluscomp_jax.codebook import CodebookArray, index_dtype, index_shape
+from cluscomp_jax.settings import CompressionRule
+from cluscomp_jax.trees import Params
+
+_shape_only: Any = jax.ShapeDtypeStruct
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A device on which arrays are imagined.
+
+    Attributes:
+      sharding: of all arrays; None leaves it to JAX.
+    """
+
+    sharding: Any = None
+
+    def array(self, *shape: int, dtype: Any = "float32") -> Any:
+        """Returns an array [shape] that is not there."""
+        return _shape_only(shape, dtype, sharding=self.sharding)
+
+    def like(self, tree: Any) -> Any:
+        """Returns the tree, its leaves (anything with shape and dtype) placed here."""
+        return jax.tree.map(lambda leaf: _shape_only(leaf.shape, leaf.dtype, sharding=self.sharding), tree)
+
+    def key(self) -> Any:
+        """Returns a random key."""
+        return self.like(jax.eval_shape(jax.random.key, 0))
+
+    def tree(self, shapes: Mapping[str, tuple[int, ...]], dtype: Any) -> Params:
+        """Returns the nested tree of {path: shape}."""
+        return trees.unflatten({path: self.array(*shape, dtype=dtype) for path, shape in shapes.items()})
+
+    def compressed(self, shape: tuple[int, int], rule: CompressionRule, dtype: Any) -> CodebookArray:
+        """Returns what a kernel [d_in, d_out] becomes under a rule, codebook in `dtype`."""
+        index = self.array(*index_shape(shape, rule.g, rule.axis), dtype=index_dtype(rule.num_codes))
+        codebook = self.array(rule.num_codes, rule.g, dtype=dtype)
+        return CodebookArray(codebook=codebook, index=index, shape=shape, axis=rule.axis)
+
+
+def nbytes(tree: Any) -> int:
+    """Returns the bytes of all leaves but random keys, which are a few."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)]
+    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves)

@@ -1,0 +1,51 @@
+"""The stages of a run and the programs of each: the one list that plans and budgets go through.
+
+A stage is a function of a Setting that yields its programs; what compression does with a block stands in PER_BLOCK.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+
+from cluscomp_jax.plan import block_programs, cluster_programs, model_programs
+from cluscomp_jax.plan.program import Program
+from cluscomp_jax.plan.setting import Setting
+from cluscomp_jax.plan.shapes import nbytes
+
+Stage = Callable[[Setting], Iterator[Program]]
+PER_BLOCK: tuple[Stage, ...] = (
+    cluster_programs.clustering,
+    block_programs.targets,
+    block_programs.tuning,
+    block_programs.propagation,
+)
+"""What compression does with every block, in order."""
+
+
+def whole_run(settings: list[Setting], *, context: int) -> Iterator[Program]:
+    """Yields every program of compression, evaluation and generation."""
+    yield from model_programs.embedding(settings[0])
+    for setting in settings:
+        for stage in PER_BLOCK:
+            yield from stage(setting)
+    yield from model_programs.evaluation(settings[0])
+    yield from model_programs.generating(settings, context=context)
+
+
+def largest_alike(programs: Iterable[Program]) -> list[Program]:
+    """Returns, of all programs of one stage and name, that of the largest arguments and that beside which most is held.
+
+    Temporaries grow with the sizes of arguments, so no other one needs more than these two together.
+    """
+    groups: dict[tuple[str, str], list[Program]] = {}
+    for program in programs:
+        groups.setdefault((program.stage, program.name), []).append(program)
+    chosen: list[Program] = []
+    for group in groups.values():
+        sizes = {id(program): _own_bytes(program) for program in group}
+        most = max(group, key=lambda program: (sizes[id(program)], program.live_bytes))
+        fullest = max(group, key=lambda program: (program.live_bytes, sizes[id(program)]))
+        chosen += [most] if most is fullest else [most, fullest]
+    return chosen
+
+
+def _own_bytes(program: Program) -> int:
+    return nbytes((program.traced.in_avals, program.traced.out_info))

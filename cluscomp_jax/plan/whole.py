@@ -1,0 +1,161 @@
+"""The plan of a whole run: every stage's programs compiled for one device, and the verdict on its memory."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from cluscomp_jax.config import RunConfig
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.model import build_model
+from cluscomp_jax.plan.budget import forward_batch
+from cluscomp_jax.plan.host import Needs, host_needs
+from cluscomp_jax.plan.program import Memory, Program, compile_program
+from cluscomp_jax.plan.setting import kinds_of_blocks
+from cluscomp_jax.plan.shapes import Place
+from cluscomp_jax.plan.stages import largest_alike, whole_run
+from cluscomp_jax.plan.target import Target
+from cluscomp_jax.plan.work import Work
+from cluscomp_jax.progress import Reporter
+
+GIB = 2**30
+ADVICE = {
+    "cluster": "choose fewer codes (num_codes)",
+    "statistics": "set feedback = false, or device_memory_gib for smaller batches",
+    "correct": "set correction = false",
+    "assign": "set feedback = false",
+    "tune": 'choose a smaller batch_size or length, or compute_dtype = "bfloat16"',
+    "targets": 'choose a smaller length, or compute_dtype = "bfloat16"',
+    "generate": "choose a shorter --context or fewer bits",
+}
+"""{stage: what takes less memory there}; elsewhere only a card with more does."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reserve:
+    """What a plan leaves free.
+
+    Attributes:
+      fraction: share of the card's memory that JAX may take (XLA_PYTHON_CLIENT_MEM_FRACTION, which the scripts set);
+        outside it lie the CUDA context and what else uses the card.
+      bytes: of that share kept free for what XLA's account leaves out: fragments between buffers, scratch memory of
+        libraries.
+    """
+
+    fraction: float = 0.92
+    bytes: int = GIB
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise InputError(f"memory fraction is {self.fraction}; it must be above 0 and at most 1")
+        if self.bytes < 0:
+            raise InputError(f"reserve is {self.bytes} bytes; it must be 0 or more")
+
+    def usable(self, memory_bytes: int) -> int:
+        """Returns the bytes that programs and their arguments may take of a card."""
+        return int(memory_bytes * self.fraction) - self.bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run needs.
+
+    Attributes:
+      target: name of the card.
+      memory_bytes, usable_bytes: of the card; less what the reserve leaves free.
+      stages: {stage: memory of its largest program}.
+      programs: memory of every program that was compiled: of those alike but for sizes, the largest.
+      hours: {stage: least hours at the card's published rates}, an estimate; of the stages of compression.
+      needs: host memory and disk.
+    """
+
+    target: str
+    memory_bytes: int
+    usable_bytes: int
+    stages: Mapping[str, Memory]
+    programs: tuple[Memory, ...]
+    hours: Mapping[str, float]
+    needs: Needs
+
+    @property
+    def peak(self) -> Memory:
+        """The largest program of all."""
+        return max(self.stages.values(), key=lambda memory: memory.peak_bytes)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every stage stays within what is usable."""
+        return self.peak.peak_bytes <= self.usable_bytes
+
+    def advice(self) -> list[str]:
+        """Returns one line for each stage that does not fit."""
+        lines = []
+        for stage, memory in self.stages.items():
+            over = memory.peak_bytes - self.usable_bytes
+            if over > 0:
+                change = ADVICE.get(stage, "nothing in the config changes it")
+                lines.append(f"{stage} is {over / GIB:.2f} GiB too large: {change}, or take a card with more memory")
+        return lines
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the plan as plain JSON values."""
+        return {
+            "target": self.target,
+            "memory_bytes": self.memory_bytes,
+            "usable_bytes": self.usable_bytes,
+            "stages": {stage: memory.to_dict() for stage, memory in self.stages.items()},
+            "peak_bytes": self.peak.peak_bytes,
+            "estimated_hours": dict(self.hours),
+            **self.needs.to_dict(),
+            "fits": self.fits,
+            "advice": self.advice(),
+        }
+
+
+def plan(cfg: RunConfig, target: Target, place: Place, *, context: int, reserve: Reserve, reporter: Reporter) -> Plan:
+    """Returns the plan of compressing cfg.model, calibration given, and of evaluating and running the result.
+
+    Args:
+      cfg: the run; a budget of bits is planned as if it were spent evenly.
+      target: the card.
+      place: arrays on that card (`placement`).
+      context: positions in generation, a power of two from 32.
+      reserve: what must stay free.
+      reporter: is told of progress.
+
+    Raises:
+      InputError: rules that match nothing, or a context out of range.
+    """
+    if context < 32 or context & (context - 1):
+        raise InputError(f"context is {context}; it must be a power of two, 32 or more, as generation pads it to one")
+    model = build_model(cfg.model)
+    shape = (cfg.calibration.samples, cfg.calibration.length)
+    settings = kinds_of_blocks(model, cfg, place, forward_batch(model, cfg, shape, place))
+    found = list(whole_run(settings, context=context))
+    chosen = largest_alike(found)
+    reporter.start(f"compile for {target.name}", len(chosen), "programs")
+    programs = []
+    for program in chosen:
+        programs.append(compile_program(program))
+        reporter.advance(note=f"{program.stage}: {program.name}")
+    stages: dict[str, Memory] = {}
+    for memory in programs:
+        if memory.stage not in stages or memory.peak_bytes > stages[memory.stage].peak_bytes:
+            stages[memory.stage] = memory
+    return Plan(
+        target=target.name,
+        memory_bytes=target.memory_bytes,
+        usable_bytes=reserve.usable(target.memory_bytes),
+        stages=stages,
+        programs=tuple(programs),
+        hours=_hours(found, target),
+        needs=host_needs(model, cfg, settings),
+    )
+
+
+def _hours(programs: Iterable[Program], target: Target) -> dict[str, float]:
+    work: dict[str, Work] = {}
+    for program in programs:
+        if program.stage != "generate":
+            work[program.stage] = work.get(program.stage, Work()) + program.work().times(program.calls)
+    rates = {"matrix_rate": target.matrix_rate, "vector_rate": target.vector_rate, "bandwidth": target.bandwidth}
+    return {stage: done.least_seconds(**rates) / 3600 for stage, done in work.items()}

@@ -1,0 +1,106 @@
+"""The arithmetic and memory traffic of a traced program, counted; and the least time they take at given rates.
+
+Counted from the jaxpr, before XLA: products of matrices, gathers, scatters and sorts read and write their operands,
+everything else is taken to be fused into what surrounds it. A loop whose length is not known counts once.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from jax.extend import core
+
+_LAUNCH_S = 5e-6
+"""Seconds from one kernel to the next, as usually published: what a loop of short steps is made of."""
+_MOVING = {"gather", "sort", "cholesky", "triangular_solve", "dot_general", "top_k"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a program does.
+
+    Attributes:
+      matrix: operations of matrix products with 16-bit operands.
+      vector: all other operations, float32.
+      moved: bytes read and written.
+      steps: kernels that must follow one another, at the least.
+    """
+
+    matrix: float = 0.0
+    vector: float = 0.0
+    moved: float = 0.0
+    steps: float = 0.0
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+    def times(self, count: float) -> "Work":
+        """Returns the work of so many calls."""
+        return Work(*(count * value for value in dataclasses.astuple(self)))
+
+    def least_seconds(self, *, matrix_rate: float, vector_rate: float, bandwidth: float) -> float:
+        """Returns the time at published rates, arithmetic and traffic overlapping, kernels following one another."""
+        busy = max(self.matrix / matrix_rate + self.vector / vector_rate, self.moved / bandwidth)
+        return busy + self.steps * _LAUNCH_S
+
+
+def count_work(closed: core.ClosedJaxpr) -> Work:
+    """Returns the work of one call of a traced program."""
+    inside = _count(closed.jaxpr)
+    outside = sum(_bytes(var) for var in (*closed.jaxpr.invars, *closed.jaxpr.outvars))
+    return inside + Work(moved=outside, steps=1.0)
+
+
+def _count(jaxpr: core.Jaxpr) -> Work:
+    total = Work()
+    for eqn in jaxpr.eqns:
+        total += _count_equation(eqn)
+    return total
+
+
+def _count_equation(eqn: Any) -> Work:
+    name = eqn.primitive.name
+    if name == "cond":
+        branches = [_count(branch.jaxpr) for branch in eqn.params["branches"]]
+        return max(branches, key=lambda work: work.matrix + work.vector)
+    inner = [_open(value) for value in eqn.params.values() if isinstance(value, core.Jaxpr | core.ClosedJaxpr)]
+    if inner:
+        work = sum((_count(jaxpr) for jaxpr in inner), Work())
+        # A step of a loop is a kernel at least, even where everything in it is fused.
+        return (work + Work(steps=1.0)).times(eqn.params["length"]) if name == "scan" else work
+    operations = _operations(eqn)
+    matrix = name == "dot_general" and all(var.aval.dtype.itemsize <= 2 for var in eqn.invars)
+    moves = name in _MOVING or name.startswith("scatter")
+    return Work(
+        matrix=operations if matrix else 0.0,
+        vector=0.0 if matrix else operations,
+        moved=float(sum(_bytes(var) for var in (*eqn.invars, *eqn.outvars))) if moves else 0.0,
+        steps=1.0 if moves else 0.0,
+    )
+
+
+def _open(value: core.Jaxpr | core.ClosedJaxpr) -> core.Jaxpr:
+    return value.jaxpr if isinstance(value, core.ClosedJaxpr) else value
+
+
+def _operations(eqn: Any) -> float:
+    name, out = eqn.primitive.name, eqn.outvars[0].aval
+    if name == "dot_general":
+        (contracted, _), _ = eqn.params["dimension_numbers"]
+        summed = math.prod(int(eqn.invars[0].aval.shape[axis]) for axis in contracted)
+        return float(2 * math.prod(out.shape) * summed)
+    if name == "cholesky":
+        return float(math.prod(out.shape) * out.shape[-1] / 3)
+    if name == "triangular_solve":
+        return float(math.prod(out.shape) * eqn.invars[0].aval.shape[-1])
+    if name == "sort":
+        return float(math.prod(out.shape)) * max(math.log2(max(out.shape[-1], 1)), 1.0)
+    if name.startswith("reduce") or name.startswith("arg"):
+        return float(math.prod(eqn.invars[0].aval.shape))
+    return float(math.prod(getattr(out, "shape", ())))
+
+
+def _bytes(var: Any) -> int:
+    aval = var.aval
+    itemsize = getattr(getattr(aval, "dtype", None), "itemsize", 0)
+    return math.prod(getattr(aval, "shape", ())) * itemsize

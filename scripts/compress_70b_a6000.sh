@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Llama-2-70B (or -3) on one RTX A6000 of 48 GB: plan, compress, evaluate. Stopped at any moment, the same command resumes.
+#
+#   scripts/compress_70b_a6000.sh MODEL OUT [BITS]
+#
+# MODEL  folder or hub id of the original, 16-bit safetensors
+# OUT    folder of the result; needs room for it and, meanwhile, for the activations (the plan says how much)
+# BITS   4, 3, 2 or 1 (default 2)
+#
+# Needs pip install "cluscomp-jax[cuda12,hf]", and "[aot]" for the plan, which takes minutes and no GPU.
+# FAMILY=llama3 for Llama-3; RECIPE=paper for the official recipe, which needs less memory.
+set -euo pipefail
+
+model=${1:?which model?} out=${2:?into which folder?} bits=${3:-2}
+family=${FAMILY:-llama2} recipe=${RECIPE:-default}
+here=$(cd "$(dirname "$0")/.." && pwd)
+config=$here/configs/${family}_70b_${bits}bit.toml
+preset=$([ "$family" = llama3 ] && echo llama-3-70b || echo llama-2-70b)
+
+# What `plan` counts with: JAX may take 92% of the card, the rest is the CUDA context's.
+export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
+# Without this every stage of a resumed run compiles anew.
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/cluscomp-jax}
+
+JAX_PLATFORMS=cpu cluscomp plan "$preset" --target a6000 --config "$config" --recipe "$recipe" \
+  --memory-fraction "$XLA_PYTHON_CLIENT_MEM_FRACTION"
+cluscomp compress "$model" --out "$out" --config "$config" --recipe "$recipe" --calibration wikitext2
+cluscomp evaluate "$out" --text wikitext2 --context 2048 --dtype bfloat16

@@ -1,0 +1,39 @@
+"""The configs that ship load, and cost the bits that their first line says."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from cluscomp_jax.config import load_config
+from cluscomp_jax.model import build_model
+from cluscomp_jax.plan import preset_config
+from cluscomp_jax.rules import total_bits_per_weight
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+PRESETS = {
+    "llama2_7b": "llama-2-7b",
+    "llama2_13b": "llama-2-13b",
+    "llama2_70b": "llama-2-70b",
+    "llama3_8b": "llama-3-8b",
+    "llama3_70b": "llama-3-70b",
+}
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_config_loads(path: Path) -> None:
+    cfg = load_config(path)
+    assert f"configs/{path.name}" in path.read_text().split("\n\n")[0]
+    assert cfg.calibration.samples >= 1
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2, 1])
+@pytest.mark.parametrize(("name", "preset"), PRESETS.items())
+def test_a_config_costs_the_bits_it_says(name: str, preset: str, bits: int) -> None:
+    path = CONFIGS / f"{name}_{bits}bit.toml"
+    (rule,) = load_config(path).cluster.rules
+    shapes = build_model(preset_config(preset)).block_shapes(0)
+    kernels = {kernel: shape for kernel, shape in shapes.items() if kernel.endswith("/kernel")}
+    cost = total_bits_per_weight(kernels, g=rule.g, num_codes=rule.num_codes)
+    assert float(re.search(r": ([\d.]+) bits per weight", path.read_text())[1]) == pytest.approx(cost, abs=0.006)
+    assert bits - 0.3 < cost < bits + 0.2

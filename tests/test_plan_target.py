@@ -1,0 +1,96 @@
+"""Descriptions of cards: what ships, what a user gives, and what is said where the compiler is missing."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import pytest
+from jax.experimental import topologies
+
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.plan.program import Program, compile_program
+from cluscomp_jax.plan.shapes import Place
+from cluscomp_jax.plan.target import find_target, placement, shipped_targets
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="JAX's CUDA compiler is not installed (extra aot)"
+)
+
+
+def test_every_shipped_card_has_its_published_figures() -> None:
+    published = {
+        "a6000": (48, 768),
+        "a100_80": (80, 2039),
+        "h100": (80, 3352),
+        "l40s": (48, 864),
+        "rtx4090": (24, 1008),
+    }
+    assert shipped_targets() == sorted(published)
+    for name, (gigabytes, bandwidth) in published.items():
+        card = find_target(name)
+        assert 0.9 * gigabytes < card.memory_bytes / 2**30 <= gigabytes
+        assert card.bandwidth / 1e9 == pytest.approx(bandwidth, rel=0.01)
+        assert card.matrix_rate > 2 * card.vector_rate > 1e13
+    assert find_target("a6000").vector_rate == pytest.approx(38.7e12, rel=0.01)
+    assert find_target("rtx4090").vector_rate == pytest.approx(82.6e12, rel=0.01)
+
+
+def test_a_card_of_the_users_is_read(tmp_path) -> None:
+    text = find_target("a6000").text.replace("core_count: 84", "core_count: 42")
+    (tmp_path / "half.txtpb").write_text("\n".join(line for line in text.splitlines() if "matrix_rate" not in line))
+    half = find_target(tmp_path / "half.txtpb")
+    assert half.name == "half"
+    assert half.vector_rate == find_target("a6000").vector_rate / 2
+    assert half.matrix_rate == half.vector_rate
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no positive core_count"),
+        ("core_count: 4 fpus_per_core: 4 clock_rate_ghz: e memory_bandwidth: 1", "has no positive clock_rate_ghz"),
+        (
+            "core_count: 4 fpus_per_core: 4 clock_rate_ghz: 1 device_memory_size: 0",
+            "has no positive device_memory_size",
+        ),
+    ],
+)
+def test_a_description_without_its_figures_is_refused(tmp_path, text: str, message: str) -> None:
+    (tmp_path / "card.txtpb").write_text(text)
+    with pytest.raises(InputError, match=message):
+        find_target(tmp_path / "card.txtpb")
+
+
+def test_what_is_no_description_is_refused(tmp_path) -> None:
+    with pytest.raises(InputError, match="neither one of a100_80, a6000, h100, l40s, rtx4090 nor a"):
+        find_target("a5000")
+    (tmp_path / "card.txtpb").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="not UTF-8"):
+        find_target(tmp_path / "card.txtpb")
+
+
+def test_a_missing_compiler_is_one_line_that_names_the_extra(monkeypatch) -> None:
+    def missing(**_):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    with pytest.raises(InputError, match=r'pip install "cluscomp-jax\[aot\]"'):
+        placement(find_target("a6000"))
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", shipped_targets())
+def test_programs_compile_for_every_shipped_card(name: str) -> None:
+    place = Place(placement(find_target(name)))
+    x = place.array(256, 512)
+    traced = jax.jit(lambda a, b: (a @ b) @ b).trace(x, place.array(512, 512))
+    memory = compile_program(Program("s", "n", traced, live_bytes=256 * 512 * 4 + 512 * 512 * 4 + 100))
+    assert (memory.argument_bytes, memory.output_bytes) == ((256 + 512) * 512 * 4, 256 * 512 * 4)
+    assert memory.held_bytes == 100
+    assert memory.peak_bytes >= memory.argument_bytes + memory.output_bytes + 100
+
+
+@needs_compiler
+def test_a_description_that_xla_cannot_read_is_refused() -> None:
+    with pytest.raises(InputError, match="XLA cannot read the description"):
+        placement(dataclasses.replace(find_target("a6000"), text="nonsense {"))

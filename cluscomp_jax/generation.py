@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from cluscomp_jax.model import Cache, Model, build_model, check_tokens
 from cluscomp_jax.source import ParamSource, as_source
 from cluscomp_jax.trees import Params
 
-Materialize = Literal["once", "never"]
+Materialize = Literal["once", "call"]
 _SMALLEST_BUCKET = 16
 
 
@@ -97,8 +97,8 @@ def generate(
       key: JAX random key of the draws; None: jax.random.key(0). The same key gives the same tokens.
       dtype: compute dtype; changes the result within rounding.
       materialize: "once" decodes compressed kernels when loading: fast steps, memory of the dense model in `dtype`.
-        "never" decodes at every step: slower, memory of the compressed model. The tokens are the same up to
-        rounding.
+        "call" keeps the memory of the compressed model: on a CUDA device kernels multiply by codebook and index
+        directly, elsewhere every step decodes anew, which is slower. The tokens are the same up to rounding.
 
     Raises:
       InputError: an argument out of its range, or parameters that do not fit the config.
@@ -108,8 +108,8 @@ def generate(
     prompt = _checked_prompt(prompt_tokens, model)
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
-    if materialize not in ("once", "never"):
-        raise InputError(f"materialize is {materialize!r}; it must be 'once' or 'never'")
+    if materialize not in get_args(Materialize):
+        raise InputError(f"materialize is {materialize!r}; it must be 'once' or 'call'")
     decoder = Decoder.load(as_source(params, model), model, dtype=dtype, materialize=materialize)
     key = jax.random.key(0) if key is None else key
     batch = np.atleast_2d(prompt)
@@ -211,7 +211,9 @@ def _place(_path: str, leaf: Any, *, dtype: Any, decode: bool) -> Any:
     """Returns the leaf on the device, matrices already in `dtype` as every step would cast them, vectors at least."""
     if isinstance(leaf, CodebookArray):
         moved = jax.tree.map(jnp.asarray, leaf)
-        return codebook.decode(moved).astype(dtype) if decode else moved
+        # A step would round codes to the compute dtype before it decodes them; rounding once gives the same.
+        rounded = dataclasses.replace(moved, codebook=moved.codebook.astype(dtype))
+        return codebook.decode(rounded) if decode else rounded
     array = jnp.asarray(leaf)
     return array.astype(dtype if array.ndim > 1 else jnp.promote_types(array.dtype, dtype))
 

@@ -215,7 +215,7 @@ def test_a_wrong_argument_is_named_with_both_values(changed, text):
 @pytest.mark.parametrize("m", [1, 16, 64, 2048])
 @pytest.mark.parametrize("g", [1, 6, 32])
 def test_tiles_fit_any_group_and_cover_the_depth(m, g):
-    tile = config.gemm_config(m, 8192, 1024, g=g, itemsize=2)
+    tile = config.gemm_config(m, 8192, 1024, g=g, n=65536, itemsize=2)
     lanes = config.padded_group(g)
     assert tile.block_n % lanes == tile.block_k % lanes == 0
     assert 8192 // (tile.splits * tile.block_k) >= 4

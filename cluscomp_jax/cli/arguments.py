@@ -117,7 +117,7 @@ class GenerateArguments(Common):
     """seed of the draws"""
     chat: Flag = False
     """hand the prompt over as a user's message in the model's chat template"""
-    materialize: Literal["once", "never"] = "once"
+    materialize: Literal["once", "call"] = "once"
     """decode compressed matrices once when loading (fast, memory of the dense model) or at every step"""
     dtype: Dtype = "float32"
     """compute dtype"""

@@ -19,6 +19,8 @@ from pallas_kernels.codebook_matmul.strips import ordered_gradient
 Implementation = Literal["definition", "triton", "interpret"]
 MAX_CODES = 65536
 MAX_GROUP = 32
+FAST_GRADIENTS: Any = jax.make_user_context(False)  # type: ignore[no-untyped-call]
+"""What `fast_gradients=None` means; `with FAST_GRADIENTS(True):` changes it for the programs traced inside."""
 _KERNEL_DTYPES = ("float32", "bfloat16", "float16")
 _LOG = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ def codebook_matmul(
     shape: tuple[int, int],
     axis: Axis,
     implementation: Implementation | None = None,
-    fast_gradients: bool = False,
+    fast_gradients: bool | None = None,
 ) -> jax.Array:
     """Returns x @ W, shape [..., d_out], in the dtype of x, W decoded from codebook and index.
 
@@ -57,7 +59,7 @@ def codebook_matmul(
         is compiled for a CUDA device and they can serve it, else the definition. The results of all agree within the
         rounding of the dtype of x.
       fast_gradients: the kernels add up the codebook's gradient by atomic additions. That saves sorting and memory;
-        but two runs differ in the last bits. Without it every result is reproducible.
+        but two runs differ in the last bits. False: every result is reproducible. None: as `FAST_GRADIENTS` says.
 
     Differentiable in x and codebook; the index has no gradient.
 
@@ -68,7 +70,8 @@ def codebook_matmul(
     _check(x, codebook, index, shape, axis, implementation)
     if implementation == "triton" and (reason := _hindrance(x)):
         raise NotImplementedError(f"codebook_matmul: no kernel: {reason}")
-    return _matmul(_Op(shape, axis, implementation, fast_gradients), x, codebook, index)
+    fast = FAST_GRADIENTS.value if fast_gradients is None else fast_gradients
+    return _matmul(_Op(shape, axis, implementation, fast), x, codebook, index)
 
 
 def _check(x: Any, codebook: Any, index: Any, shape: tuple[int, int], axis: str, implementation: str | None) -> None:
@@ -125,11 +128,16 @@ def _log_once(reason: str) -> None:
     _LOG.warning("codebook_matmul: W is decoded instead of using the GPU kernels: %s", reason)
 
 
+def _decodes(op: _Op) -> bool:
+    """Returns whether the definition is all that there is to choose from."""
+    return op.implementation == "definition" or (op.implementation is None and not _cuda_can_be_compiled())
+
+
 def _choose(
     op: _Op, x: jax.Array, plain: Callable[..., jax.Array], kernels: Callable[..., jax.Array], *args: jax.Array
 ) -> jax.Array:
     """Returns plain(*args) or kernels(*args), whichever `op.implementation` means."""
-    if op.implementation == "definition" or (op.implementation is None and not _cuda_can_be_compiled()):
+    if _decodes(op):
         return plain(*args)
     if op.implementation is not None:
         return kernels(*args)
@@ -144,14 +152,14 @@ def _choose(
 def _product(op: _Op, a: jax.Array, codebook: jax.Array, index: jax.Array, *, transposed: bool) -> jax.Array:
     """Returns a @ W, or a @ W.T if `transposed`."""
     depth, width = op.shape[::-1] if transposed else op.shape
-    g, m = codebook.shape[1], math.prod(a.shape[:-1])
+    (n, g), m = codebook.shape, math.prod(a.shape[:-1])
 
     def plain(a: jax.Array, codebook: jax.Array, index: jax.Array) -> jax.Array:
         weight = definition.decode(codebook.astype(a.dtype), index, shape=op.shape, axis=op.axis)
         return a @ (weight.T if transposed else weight)
 
     def kernels(a: jax.Array, codebook: jax.Array, index: jax.Array) -> jax.Array:
-        tile = config.gemm_config(m, depth, width, g=g, itemsize=a.dtype.itemsize)
+        tile = config.gemm_config(m, depth, width, g=g, n=n, itemsize=a.dtype.itemsize)
         fixed = {"shape": op.shape, "axis": op.axis, "transposed": transposed, "tile": tile}
         interpret = op.implementation == "interpret"
         y: jax.Array = _kernels().gemm(a.reshape(m, depth), codebook, index, **fixed, interpret=interpret)
@@ -197,6 +205,9 @@ def _backward(op: _Op, saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax
     x, codebook, index = saved
     dx = _product(op, dy, codebook, index, transposed=True).astype(x.dtype)
     d_codebook = _codebook_gradient(op, x, dy, codebook, index).astype(codebook.dtype)
+    if not _decodes(op):
+        # XLA may put the codebooks' gradients off to the end, which keeps the inputs of all matrices alive.
+        dx, d_codebook = jax.lax.optimization_barrier((dx, d_codebook))  # type: ignore[no-untyped-call]
     return dx, d_codebook, np.zeros(index.shape, jax.dtypes.float0)
 
 

@@ -17,6 +17,7 @@ class GemmConfig:
       block_m, block_n, block_k: rows, columns and depth of a tile; powers of two, the side that the codes run along
         a multiple of the padded group.
       splits: programs that share the depth of one tile; above 1 their float32 parts are summed afterwards.
+      pad_codebook: rows of the codebook are padded to a power of two beforehand, so that one is one wide load.
       num_warps, num_stages: of 32 threads each; tiles in flight.
     """
 
@@ -24,6 +25,7 @@ class GemmConfig:
     block_n: int
     block_k: int
     splits: int = 1
+    pad_codebook: bool = True
     num_warps: int = 8
     num_stages: int = 3
 
@@ -66,18 +68,32 @@ def padded_group(g: int) -> int:
     return 1 << (g - 1).bit_length()
 
 
-def gemm_config(m: int, depth: int, width: int, *, g: int, itemsize: int) -> GemmConfig:
-    """Returns the tiles of a [m, depth] @ W [depth, width], codes of g weights, activations of `itemsize` bytes."""
+def gemm_config(m: int, depth: int, width: int, *, g: int, n: int, itemsize: int) -> GemmConfig:
+    """Returns the tiles of a [m, depth] @ W [depth, width], n codes of g weights, activations of `itemsize` bytes."""
     if m <= DECODE_ROWS:
-        tile = GemmConfig(block_m=16, block_n=128, block_k=64 if itemsize == 2 else 32, num_warps=4)
-        splits = _splits(-(-width // tile.block_n), -(-depth // tile.block_k))
-        return dataclasses.replace(tile, splits=splits)
+        return _decode_config(depth, width, g=g, n=n, itemsize=itemsize)
     if itemsize > 2:
         return GemmConfig(block_m=64, block_n=64, block_k=32, num_stages=2)
     if m <= 64:
         return GemmConfig(block_m=64, block_n=128, block_k=64, num_warps=4)
     # The masked stores of narrower groups need registers of their own.
     return GemmConfig(block_m=128, block_n=256 if g == padded_group(g) else 128, block_k=32)
+
+
+def _decode_config(depth: int, width: int, *, g: int, n: int, itemsize: int) -> GemmConfig:
+    """Returns the tiles for a few rows: 16 neighbouring codes, one sector of the index, at least."""
+    block_n = max(128, 16 * padded_group(g))
+    block_k = max(16384 // (itemsize * block_n), padded_group(g), 16)
+    splits = _splits(-(-width // block_n), -(-depth // block_k))
+    padding, index = 2 * n * padded_group(g) * itemsize, 2 * depth * width // g
+    return GemmConfig(
+        block_m=16,
+        block_n=block_n,
+        block_k=block_k,
+        splits=splits,
+        pad_codebook=padding < 0.1 * index,
+        num_warps=4,
+    )
 
 
 def scatter_config(itemsize: int) -> ScatterConfig:

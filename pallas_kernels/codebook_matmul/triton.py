@@ -95,7 +95,8 @@ def _limit(size: int, covered: int) -> int | None:
 
 
 def _span(start: Any, size: int) -> jax.Array:
-    return jax.lax.broadcasted_iota(jnp.int32, (size,), 0) + start
+    places: jax.Array = start + jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
+    return places
 
 
 def _inside(starts: Pair, shape: tuple[int, int], limits: Pair) -> jax.Array | None:
@@ -140,6 +141,17 @@ def _load_codes(ref: Ref, starts: Pair, shape: tuple[int, int], limits: Pair, cu
     return _load(ref, starts, shape, limits).astype(jnp.int32)
 
 
+def _gather(ref: Ref, codes: jax.Array, cut: _Cut) -> jax.Array:
+    """Returns the codebook's vectors [*codes.shape, lanes], 0 in lanes past g."""
+    if ref.shape[1] == cut.lanes:
+        vectors: jax.Array = ref[codes, :]
+        return vectors
+    shape = (*codes.shape, cut.lanes)
+    lane = jax.lax.broadcasted_iota(jnp.int32, shape, 2)
+    vectors = plgpu.load(ref.at[jax.lax.broadcast_in_dim(codes, shape, (0, 1)), lane], mask=lane < cut.g, other=0)
+    return vectors
+
+
 def _gemm_kernel(
     a_ref: Ref, index_ref: Ref, codebook_ref: Ref, out_ref: Ref, *, cut: _Cut, wide: bool, tile: GemmConfig
 ) -> None:
@@ -167,7 +179,7 @@ def _gemm_kernel(
         a = jnp.broadcast_to(a, (bm, bk))
         starts = (k0, n0) if wide else (n0, k0)
         codes = _load_codes(index_ref, starts, (rows, groups), (row_end, group_end), cut)
-        b = codebook_ref[codes, :].reshape(rows, groups * lanes)
+        b = _gather(codebook_ref, codes, cut).reshape(rows, groups * lanes)
         return total + jnp.dot(a, b if wide else b.T, preferred_element_type=jnp.float32, precision=precision)
 
     total = jax.lax.fori_loop(0, steps, add_step, jnp.zeros((bm, bn), jnp.float32)).astype(out_ref.dtype)
@@ -195,7 +207,9 @@ def gemm(
     cut, m = _cut(shape, codebook.shape[1], axis), a.shape[0]
     wide = (axis == "out") != transposed
     width = shape[0] if transposed else shape[1]
-    padded = jnp.pad(codebook.astype(a.dtype), ((0, 0), (0, cut.lanes - cut.g)))
+    codebook = codebook.astype(a.dtype)
+    if tile.pad_codebook:
+        codebook = jnp.pad(codebook, ((0, 0), (0, cut.lanes - cut.g)))
     tiles_n = pl.cdiv(cut.groups, tile.block_n // cut.lanes) if wide else pl.cdiv(width, tile.block_n)
     launch = _launcher(
         partial(_gemm_kernel, cut=cut, wide=wide, tile=tile),
@@ -206,8 +220,7 @@ def gemm(
         num_stages=tile.num_stages,
         interpret=interpret,
     )
-    parts = launch(a, index, padded)
-    return _sum_parts(parts).astype(a.dtype)
+    return _sum_parts(launch(a, index, codebook)).astype(a.dtype)
 
 
 def _scatter_kernel(

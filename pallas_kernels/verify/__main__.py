@@ -14,7 +14,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,27 @@ from pallas_kernels.verify import judge
 from pallas_kernels.verify.cases import Case, shipped
 
 
-def compile_apart(case: Case, archs: Sequence[str]) -> dict[str, Any]:
-    """Returns the report of a case, compiled in a process of its own; a process that dies fails every card."""
-    command = [sys.executable, "-m", "pallas_kernels.verify.compile", json.dumps(dataclasses.asdict(case)), *archs]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode:
-        last = (done.stderr.strip() or f"ended with {done.returncode}").splitlines()[-1]
-        return {"accesses": [], "archs": {arch: {"error": last} for arch in archs}}
-    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return report
+def compile_apart(cases: Sequence[Case], archs: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yields the report of each case, compiled in another process; one that kills it fails, the next get a new one."""
+    waiting = list(cases)
+    while waiting:
+        wanted = "\n".join(json.dumps(dataclasses.asdict(case)) for case in waiting)
+        with tempfile.TemporaryFile("w+") as asked, tempfile.TemporaryFile("w+") as said:
+            asked.write(wanted)
+            asked.seek(0)
+            command = [sys.executable, "-m", "pallas_kernels.verify.compile", *archs]
+            environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+            with subprocess.Popen(
+                command, stdin=asked, stdout=subprocess.PIPE, stderr=said, text=True, env=environment
+            ) as process:
+                for line in process.stdout or ():
+                    waiting.pop(0)
+                    yield json.loads(line)
+            if waiting:
+                said.seek(0)
+                last = (said.read().strip() or f"the compiler ended with {process.returncode}").splitlines()[-1]
+                waiting.pop(0)
+                yield {"accesses": [], "archs": {arch: {"error": last} for arch in archs}}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"--only {options.only!r}: no case has that in its name")
     print(f"{len(cases)} cases compiled for {' '.join(archs)}, not run\n{judge.HEADER}", flush=True)
     failed = 0
-    for case in cases:
-        report = compile_apart(case, archs)
+    for case, report in zip(cases, compile_apart(cases, archs), strict=True):
         wrong = judge.failures(case, report)
         failed += bool(wrong)
         print(judge.row(case, report, wrong), flush=True)

@@ -1,6 +1,7 @@
-"""Compiles one case for the given cards, here and without a card, and prints what came out as one line of JSON.
+"""Compiles cases for the given cards, here and without a card; prints what came out, a line of JSON for each.
 
-    python -m pallas_kernels.verify.compile '{"kernel": "forward", "m": 1, ...}' sm_80 sm_86
+    echo '{"kernel": "forward", "m": 1, "shape": [8192, 8192], "g": 4}' |
+      python -m pallas_kernels.verify.compile sm_80 sm_86
 
 A process of its own, because an operation that the compiler cannot take may end the process. Needs the `aot` extra.
 """
@@ -124,5 +125,6 @@ def report(case: Case, archs: list[str]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")  # type: ignore[no-untyped-call] # still registers the CUDA compiler, and looks for no card
-    fields = json.loads(sys.argv[1])
-    print(json.dumps(report(Case(**fields | {"shape": tuple(fields["shape"])}), sys.argv[2:])))
+    for line in sys.stdin:
+        fields = json.loads(line)
+        print(json.dumps(report(Case(**fields | {"shape": tuple(fields["shape"])}), sys.argv[1:])), flush=True)

@@ -41,7 +41,8 @@ def _machine_failures(case: Case, arch: str, machine: dict[str, Any]) -> list[st
         found.append(
             f"{per_32_mma(machine):.0f} instructions per 32 tensor-core ones, at most {PER_32_MMA} are allowed"
         )
-    reductions, others = opcodes.get("RED", 0), opcodes.get("ATOM", 0) + opcodes.get("ATOMG", 0)
+    reductions = opcodes.get("RED", 0) + opcodes.get("REDG", 0)
+    others = opcodes.get("ATOM", 0) + opcodes.get("ATOMG", 0)
     if case.kernel == "scatter":
         # One fence of a whole launch, as sm_90's matrix instructions need, is not one for every addition.
         if not reductions or others or opcodes.get("MEMBAR", 0) > 1:

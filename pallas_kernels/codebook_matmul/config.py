@@ -76,7 +76,7 @@ def gemm_config(m: int, depth: int, width: int, *, g: int, n: int, itemsize: int
         return GemmConfig(block_m=64, block_n=64, block_k=32, num_stages=2)
     if m <= 64:
         return GemmConfig(block_m=64, block_n=128, block_k=64, num_warps=4)
-    # Every tile down the rows of a gathers its codes anew, so a tall one waits less for L2; but the masks of groups that
+    # Every tile down the rows of a gathers its codes anew, so tall ones wait less for L2; but the masks of groups that
     # are no power of two need registers too.
     return GemmConfig(block_m=256 if g == padded_group(g) and m > 128 else 128, block_n=128, block_k=32)
 

@@ -203,11 +203,12 @@ def _forward(op: _Op, x: jax.Array, codebook: jax.Array, index: jax.Array) -> tu
 
 def _backward(op: _Op, saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array, np.ndarray]:
     x, codebook, index = saved
-    dx = _product(op, dy, codebook, index, transposed=True).astype(x.dtype)
     d_codebook = _codebook_gradient(op, x, dy, codebook, index).astype(codebook.dtype)
     if not _decodes(op):
-        # XLA may put the codebooks' gradients off to the end, which keeps the inputs of all matrices alive.
-        dx, d_codebook = jax.lax.optimization_barrier((dx, d_codebook))  # type: ignore[no-untyped-call]
+        # Left to itself XLA may put the codebooks' gradients off to the end, which keeps the inputs of all matrices
+        # alive; done first, x is free before dx takes its place.
+        dy, d_codebook = jax.lax.optimization_barrier((dy, d_codebook))  # type: ignore[no-untyped-call]
+    dx = _product(op, dy, codebook, index, transposed=True).astype(x.dtype)
     return dx, d_codebook, np.zeros(index.shape, jax.dtypes.float0)
 
 

@@ -28,7 +28,9 @@ SASS = """
         /*0060*/              @P1  BRA `(.L_x_2) ;
 .L_x_2:
         /*0070*/                   RED.E.ADD.F32.FTZ.RN.STRONG.GPU [R2], R8 ;
-        /*0080*/                   EXIT ;
+        /*0080*/                   MEMBAR.SC.GPU ;
+        /*0090*/                   MEMBAR.ALL.CTA ;
+        /*00a0*/                   EXIT ;
 """
 DECODE = Case(kernel="forward", m=1, shape=(8192, 1024), g=4)
 
@@ -37,7 +39,7 @@ def test_the_texts_of_the_cuda_programs_are_read():
     machine = read_machine(PTXAS, SASS)
     assert (machine.registers, machine.spill_bytes, machine.local_instructions) == (121, 36, 1)
     assert (machine.mma, machine.loop_instructions, machine.per_32_mma) == (2, 4, 64)
-    assert machine.opcodes["RED"] == 1
+    assert machine.opcodes["RED"] == machine.fences == 1
 
 
 @pytest.mark.parametrize(("ptxas", "sass"), [("", SASS), (PTXAS, "")])
@@ -47,7 +49,14 @@ def test_texts_that_say_nothing_are_refused(ptxas, sass):
 
 
 def machine(**changed):
-    fields = {"registers": 100, "spill_bytes": 0, "local_instructions": 0, "mma": 32, "loop_instructions": 120}
+    fields = {
+        "registers": 100,
+        "spill_bytes": 0,
+        "local_instructions": 0,
+        "mma": 32,
+        "loop_instructions": 120,
+        "fences": 0,
+    }
     return fields | {"opcodes": {"HMMA": 32}, "shared_bytes": 99 * 1024} | changed
 
 
@@ -63,7 +72,7 @@ OFFENCES = {
     "slow loop": (GEMM, {"loop_instructions": 131}, "131 instructions per 32"),
     "no tensor cores": (GEMM, {"opcodes": {}}, "no tensor cores"),
     "hidden atomic": (GEMM, {"opcodes": RED}, "64 atomics where the order must be fixed"),
-    "fences": (SCATTER, {"opcodes": RED | {"MEMBAR": 64}}, "64 plain reductions, 0 other atomics, 64 fences"),
+    "fences": (SCATTER, {"opcodes": RED, "fences": 64}, "64 plain reductions, 0 other atomics, 64 fences"),
     "atomics with a result": (SCATTER, {"opcodes": {"HMMA": 32, "ATOMG": 64}}, "64 other atomics"),
 }
 

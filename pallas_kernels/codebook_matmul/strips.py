@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.codebook_matmul.definition import Axis
 
-STRIP_BYTES = 2**25
+STRIP_BYTES = 2**26
 """The largest strip of a dense float32 gradient; changes speed and memory, and the order of additions."""
 
 SegmentSum = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]

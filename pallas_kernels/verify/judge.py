@@ -44,9 +44,8 @@ def _machine_failures(case: Case, arch: str, machine: dict[str, Any]) -> list[st
     reductions = opcodes.get("RED", 0) + opcodes.get("REDG", 0)
     others = opcodes.get("ATOM", 0) + opcodes.get("ATOMG", 0)
     if case.kernel == "scatter":
-        # One fence of a whole launch, as sm_90's matrix instructions need, is not one for every addition.
-        if not reductions or others or opcodes.get("MEMBAR", 0) > 1:
-            found.append(f"{reductions} plain reductions, {others} other atomics, {opcodes.get('MEMBAR', 0)} fences")
+        if not reductions or others or machine["fences"]:
+            found.append(f"{reductions} plain reductions, {others} other atomics, {machine['fences']} fences")
     elif reductions or others:
         found.append(f"{reductions + others} atomics where the order must be fixed")
     return found

@@ -19,6 +19,7 @@ class Machine:
       local_instructions: loads and stores of local memory.
       mma: tensor-core instructions in the loop that has most of them; 0 without such a loop.
       loop_instructions: static instructions of that loop.
+      fences: barriers of memory traffic beyond the program's own block, as an ordered atomic has them.
       opcodes: {first part of the opcode: static count} of the whole kernel.
     """
 
@@ -27,6 +28,7 @@ class Machine:
     local_instructions: int
     mma: int
     loop_instructions: int
+    fences: int
     opcodes: dict[str, int]
 
     @property
@@ -60,7 +62,8 @@ def read_machine(ptxas: str, sass: str) -> Machine:
             mma, size = found, at + 1 - begin
     counts = collections.Counter(opcode.split(".")[0] for opcode in opcodes)
     local = counts["LDL"] + counts["STL"]
-    return Machine(int(registers[1]), int(spills[1]) + int(spills[2]), local, mma, size, dict(counts))
+    fences = sum(opcode.startswith("MEMBAR") and opcode.endswith((".GPU", ".SYS")) for opcode in opcodes)
+    return Machine(int(registers[1]), int(spills[1]) + int(spills[2]), local, mma, size, fences, dict(counts))
 
 
 def _is_mma(opcode: str) -> bool:

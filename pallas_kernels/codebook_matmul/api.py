@@ -15,6 +15,7 @@ import numpy as np
 from pallas_kernels.codebook_matmul import config, definition
 from pallas_kernels.codebook_matmul.definition import Axis
 from pallas_kernels.codebook_matmul.strips import ordered_gradient
+from pallas_kernels.codebook_matmul.table import tile_of
 
 Implementation = Literal["definition", "triton", "interpret"]
 MAX_CODES = 65536
@@ -159,7 +160,7 @@ def _product(op: _Op, a: jax.Array, codebook: jax.Array, index: jax.Array, *, tr
         return a @ (weight.T if transposed else weight)
 
     def kernels(a: jax.Array, codebook: jax.Array, index: jax.Array) -> jax.Array:
-        tile = config.gemm_config(m, depth, width, g=g, n=n, itemsize=a.dtype.itemsize)
+        tile = tile_of((m, depth, width, g, n, a.dtype.itemsize))
         fixed = {"shape": op.shape, "axis": op.axis, "transposed": transposed, "tile": tile}
         interpret = op.implementation == "interpret"
         y: jax.Array = _kernels().gemm(a.reshape(m, depth), codebook, index, **fixed, interpret=interpret)

@@ -3,6 +3,7 @@
     pip install "cluscomp-jax[aot]"
     python -m pallas_kernels.verify                                   # sm_80, sm_86, sm_89 and sm_90
     python -m pallas_kernels.verify --arch sm_86 --only forward-out   # cases whose name contains that
+    python -m pallas_kernels.verify --tune a6000.json                 # see pallas_kernels.codebook_matmul.table
 
 Registers, spills, shared memory and instructions stand one after the other for the cards asked for. Exit code 0: all
 pass; 1: a case fails; 2: wrong arguments.
@@ -19,8 +20,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels.codebook_matmul.table import write_table
 from pallas_kernels.verify import judge
 from pallas_kernels.verify.cases import Case, shipped
+from pallas_kernels.verify.tune import tune
 
 
 def compile_apart(cases: Sequence[Case], archs: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -53,7 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--arch", action="append", choices=judge.SHARED_KIB, help="a card; may be repeated; all")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--tune", type=Path, help="with a GPU: try tiles, and write the fastest to this new file")
     options = parser.parse_args(argv)
+    if options.tune and (options.tune.exists() or not Path("/dev/nvidiactl").exists()):
+        parser.error(
+            f"--tune {options.tune}: " + ("it exists" if options.tune.exists() else "there is no GPU to try on")
+        )
     archs = options.arch or list(judge.SHARED_KIB)
     cases = [case for case in shipped() if options.only in case.name]
     if not cases:
@@ -68,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if Path("/dev/nvidiactl").exists():
         from pallas_kernels.verify import measure
 
+        if options.tune:
+            write_table(options.tune, tune(cases, measure.time_tile))
         for text, right in measure.table(cases):
             failed += not right
             print(text, flush=True)

@@ -1,6 +1,9 @@
 """Values and times of the kernels on the GPU that is here, beside XLA's decode-and-multiply and a 16-bit product."""
 
 import dataclasses
+import functools
+import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -9,10 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.codebook_matmul import codebook_matmul, decode
+from pallas_kernels.codebook_matmul import codebook_matmul, decode, triton
+from pallas_kernels.codebook_matmul.config import GemmConfig
 from pallas_kernels.verify.cases import Case
 
 LIMITS = {"float32": 2e-6, "bfloat16": 6e-3, "float16": 1e-3}
+_LOG = logging.getLogger(__name__)
 _CALLS = 10
 _REPEATS = 10
 
@@ -85,6 +90,19 @@ def _microseconds(call: Callable[[], jax.Array], calls: int) -> float:
         last.block_until_ready()
         times.append((time.perf_counter() - began) / calls)
     return 1e6 * statistics.median(times)
+
+
+def time_tile(case: Case, tile: GemmConfig) -> float:
+    """Returns the seconds of a product with given tiles, infinity where the compiler refuses them."""
+    x, codebook, index, dy = _arrays(case)
+    fixed: dict[str, Any] = {"shape": case.shape, "axis": case.axis, "transposed": case.kernel == "dx", "tile": tile}
+    product = jax.jit(functools.partial(triton.gemm, **fixed))
+    a = dy if case.kernel == "dx" else x
+    try:
+        return _microseconds(lambda: product(a, codebook, index), _CALLS) / 1e6
+    except jax.errors.JaxRuntimeError as error:
+        _LOG.info("%s with %s: %s", case.name, tile, error)
+        return math.inf
 
 
 def table(cases: list[Case]) -> Iterator[tuple[str, bool]]:

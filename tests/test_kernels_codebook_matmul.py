@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from kernel_problems import Problem, check, random_problem, run
 
-from pallas_kernels.codebook_matmul import FAST_GRADIENTS, api, codebook_matmul, config, strips
+from pallas_kernels.codebook_matmul import FAST_GRADIENTS, IMPLEMENTATION, api, codebook_matmul, config, strips
 
 
 @pytest.mark.parametrize("fast_gradients", [False, True], ids=["ordered", "atomic"])
@@ -122,17 +122,19 @@ def test_tiles_fit_any_group_and_cover_the_depth(m, g):
     assert config.segment_config(300, g).block_codes >= 1
 
 
-def test_fast_gradients_can_be_had_for_everything_traced_inside():
+def test_options_can_be_had_for_everything_traced_inside():
     problem = Problem(m=8, d_in=16, d_out=16, n=7, g=4, axis="out", dtype="bfloat16")
     x, codebook, index, dy = problem.arrays()
 
     def gradient(codebook):
-        options = {**problem.static, "implementation": "triton"}
-        return jax.vjp(lambda c: codebook_matmul(x, c, index, **options), codebook)[1](dy)[0]
+        return jax.vjp(lambda c: codebook_matmul(x, c, index, **problem.static), codebook)[1](dy)[0]
 
     def lowered():
         return jax.jit(gradient).trace(codebook).lower(lowering_platforms=("cuda",)).as_text()
 
-    with FAST_GRADIENTS(True):
+    with IMPLEMENTATION("triton"), FAST_GRADIENTS(True):
         assert "codebook_scatter" in lowered()
-    assert "codebook_segment_sum" in lowered()
+    with IMPLEMENTATION("triton"):
+        assert "codebook_segment_sum" in lowered()
+    with IMPLEMENTATION("definition"):
+        assert "codebook" not in lowered().replace("codebook_matmul", "")

@@ -20,8 +20,10 @@ from pallas_kernels.codebook_matmul.table import tile_of
 Implementation = Literal["definition", "triton", "interpret"]
 MAX_CODES = 65536
 MAX_GROUP = 32
+IMPLEMENTATION: Any = jax.make_user_context(None)  # type: ignore[no-untyped-call]
+"""What `implementation=None` means; `with IMPLEMENTATION("definition"):` changes it for the programs traced inside."""
 FAST_GRADIENTS: Any = jax.make_user_context(False)  # type: ignore[no-untyped-call]
-"""What `fast_gradients=None` means; `with FAST_GRADIENTS(True):` changes it for the programs traced inside."""
+"""What `fast_gradients=None` means, likewise."""
 _KERNEL_DTYPES = ("float32", "bfloat16", "float16")
 _LOG = logging.getLogger(__name__)
 
@@ -56,9 +58,9 @@ def codebook_matmul(
       shape: (d_in, d_out).
       axis: the axis of W that the codes run along.
       implementation: "definition" decodes W, then multiplies. "triton" are the GPU kernels, which never hold W;
-        "interpret" runs the same kernels step by step on any device, for tests. None: the kernels where the program
-        is compiled for a CUDA device and they can serve it, else the definition. The results of all agree within the
-        rounding of the dtype of x.
+        "interpret" runs the same kernels step by step on any device, for tests. None: as `IMPLEMENTATION` says; if
+        that says None, the kernels where the program is compiled for a CUDA device and they can serve it, else the
+        definition. The results of all agree within the rounding of the dtype of x.
       fast_gradients: the kernels add up the codebook's gradient by atomic additions. That saves sorting and memory;
         but two runs differ in the last bits. False: every result is reproducible. None: as `FAST_GRADIENTS` says.
 
@@ -68,6 +70,7 @@ def codebook_matmul(
       ValueError: a shape, dtype or option that does not fit the others.
       NotImplementedError: the kernels were asked for by name and cannot serve this; the text says why.
     """
+    implementation = IMPLEMENTATION.value if implementation is None else implementation
     _check(x, codebook, index, shape, axis, implementation)
     if implementation == "triton" and (reason := _hindrance(x)):
         raise NotImplementedError(f"codebook_matmul: no kernel: {reason}")

@@ -23,7 +23,7 @@ from cluscomp_jax.sampling import Sampling, sample
 from cluscomp_jax.source import ParamSource, as_source
 from cluscomp_jax.trees import Params
 
-Materialize = Literal["once", "never"]
+Materialize = Literal["once", "call"]
 CacheDtype = Literal["float32", "bfloat16", "float16", "int8"]
 _SMALLEST_BUCKET = 16
 _PIECE = 512
@@ -68,8 +68,8 @@ def generate(
       dtype: compute dtype; changes the result within rounding.
       cache_dtype: of the key-value cache; None: `dtype`. "int8" keeps one bfloat16 scale per position and head.
       materialize: "once" decodes compressed kernels when loading: fast steps, memory of the dense model in `dtype`.
-        "never" decodes at every step: slower, memory of the compressed model. The tokens are the same up to
-        rounding.
+        "call" keeps the memory of the compressed model: on a CUDA device kernels multiply by codebook and index
+        directly, elsewhere every step decodes anew, which is slower. The tokens are the same up to rounding.
 
     Raises:
       InputError: an argument out of its range, or parameters that do not fit the config.
@@ -79,8 +79,8 @@ def generate(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
     prompts = checked_prompts(prompt_tokens, model, max_new_tokens)
-    if materialize not in ("once", "never"):
-        raise InputError(f"materialize is {materialize!r}; it must be 'once' or 'never'")
+    if materialize not in get_args(Materialize):
+        raise InputError(f"materialize is {materialize!r}; it must be 'once' or 'call'")
     decoder = Decoder.load(
         as_source(params, model), model, dtype=dtype, materialize=materialize, cache_dtype=cache_dtype
     )

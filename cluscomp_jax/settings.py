@@ -164,6 +164,8 @@ class TuningSettings:
       activation_dtype: dtype of the stored activation streams.
       held_out: samples kept out of tuning and scored after each epoch, >= 0; the epoch with the lowest held-out
         loss is kept. 0: the last epoch is kept.
+      fast_gradients: a GPU adds up the codebooks' gradients by atomic additions: faster, but two runs differ in their
+        last bits. A CPU pays no attention.
     """
 
     epochs: int = 2
@@ -179,6 +181,7 @@ class TuningSettings:
     compute_dtype: Dtype = "float32"
     activation_dtype: Dtype = "float32"
     held_out: int = 0
+    fast_gradients: bool = False
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 0, "epochs", self.epochs, "0 or more")

@@ -26,6 +26,7 @@ from cluscomp_jax.tuning.blockwise import (
     split_trainable,
     tuning_step,
 )
+from pallas_kernels.codebook_matmul import api
 
 CONFIG = llama.LlamaConfig(
     vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
@@ -337,3 +338,16 @@ def test_positions_of_huge_outputs_count_in_proportion_less():
     loss = mean_squared_error(jnp.asarray(other), jnp.asarray(outputs), outlier_limit=2.0)
     np.testing.assert_allclose(loss, expected.mean(), rtol=1e-4)
     np.testing.assert_allclose(mean_squared_error(jnp.asarray(other), jnp.asarray(outputs)), 1.0, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("fast", "kernel"), [(True, "codebook_scatter"), (False, "codebook_segment_sum")])
+def test_the_settings_choose_the_order_of_gradients_on_a_gpu(compressed, fast, kernel, monkeypatch):
+    monkeypatch.setattr(api, "_cuda_can_be_compiled", lambda: True)
+    settings = dataclasses.replace(FAST, fast_gradients=fast, compute_dtype="bfloat16")
+    trained, frozen = split_trainable(compressed, norms=False)
+    x = jnp.zeros((1, 10, 16), jnp.bfloat16)
+    options = {"model": MODEL, "kind": KIND, "settings": settings}
+    gradient = jax.jit(jax.grad(lambda trained: block_loss(trained, frozen, x, (x,), **options)))
+    lowered = gradient.trace(trained).lower(lowering_platforms=("cuda",)).as_text()
+    assert kernel in lowered
+    assert lowered.count("codebook_scatter") == 0 or fast

@@ -129,7 +129,7 @@ class GenerateArguments(Common):
     """print the completion of a single prompt as it comes"""
     cache: Annotated[Literal["float32", "bfloat16", "float16", "int8"] | None, arg(metavar="DTYPE")] = None
     """dtype of the key-value cache; int8 halves it beside bfloat16; default: that of --dtype"""
-    materialize: Literal["once", "never"] = "once"
+    materialize: Literal["once", "call"] = "once"
     """decode compressed matrices once when loading (fast, memory of the dense model) or at every step"""
     dtype: Dtype = "float32"
     """compute dtype"""

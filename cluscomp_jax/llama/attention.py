@@ -13,6 +13,8 @@ _SEGMENT = 64
 """Fewest queries that are worth a segment of their own. Changes the speed only."""
 _MAX_SEGMENTS = 8
 """Most segments of one sequence: each is compiled for itself. Changes the speed only."""
+_KEPT_WEIGHTS = 2**27
+"""Most softmax weights of a sequence that a gradient keeps; of more, each segment computes its own anew."""
 
 
 def causal_mask(query_positions: jax.Array, key_positions: jax.Array, window: int | None) -> jax.Array:
@@ -40,14 +42,15 @@ def causal_attention(queries: jax.Array, keys: jax.Array, values: jax.Array, win
       values: [b, k, t, h].
       window: see `causal_mask`.
     """
-    t = queries.shape[1]
+    b, t, q, _ = queries.shape
+    attend = attention if b * q * t * t <= _KEPT_WEIGHTS else jax.checkpoint(attention)
     size = max(_SEGMENT, -(-t // _MAX_SEGMENTS))
     segments = []
     for begin in range(0, t, size):
         end = min(begin + size, t)
         first = 0 if window is None else max(0, begin - window + 1)
         mask = causal_mask(jnp.arange(begin, end), jnp.arange(first, end), window)
-        segments.append(attention(queries[:, begin:end], keys[:, :, first:end], values[:, :, first:end], mask))
+        segments.append(attend(queries[:, begin:end], keys[:, :, first:end], values[:, :, first:end], mask))
     return jnp.concatenate(segments, axis=1)
 
 

@@ -22,6 +22,7 @@ from cluscomp_jax.progress import Reporter
 from cluscomp_jax.settings import TuningSettings
 from cluscomp_jax.trees import Params
 from cluscomp_jax.tuning.store import ActivationStore
+from pallas_kernels.codebook_matmul import FAST_GRADIENTS
 
 Trainable = dict[str, jax.Array]
 """Float32 masters by block-relative path: codebooks [n, g], and with `TuningSettings.norms` vectors [d]."""
@@ -156,7 +157,8 @@ def block_loss(
     settings: TuningSettings,
 ) -> jax.Array:
     """Returns the sum over targets of the mean squared error of block(x), float32 scalar (paper eq. 4)."""
-    y = model.block(join_trainable(trained, frozen), x.astype(settings.compute_dtype), kind=kind)
+    with FAST_GRADIENTS(settings.fast_gradients):
+        y = model.block(join_trainable(trained, frozen), x.astype(settings.compute_dtype), kind=kind)
     losses = [mean_squared_error(y, target, outlier_limit=settings.outlier_limit) for target in targets]
     return jnp.sum(jnp.stack(losses))
 

@@ -1,60 +1,219 @@
-"""The public op: y = x @ decode(codebook, index), with gradients for x and the codebook."""
+"""The public op: y = x @ W with W stored as codebook and index, its gradients, and the choice of implementation."""
 
-from functools import partial
+import dataclasses
+import functools
+import importlib.util
+import logging
+import math
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.codebook_matmul.definition import Axis, codebook_gradient, decode
+from pallas_kernels.codebook_matmul import config, definition
+from pallas_kernels.codebook_matmul.definition import Axis
+from pallas_kernels.codebook_matmul.strips import ordered_gradient
+from pallas_kernels.codebook_matmul.table import tile_of
+
+Implementation = Literal["definition", "triton", "interpret"]
+MAX_CODES = 65536
+MAX_GROUP = 32
+IMPLEMENTATION: Any = jax.make_user_context(None)  # type: ignore[no-untyped-call]
+"""What `implementation=None` means; `with IMPLEMENTATION("definition"):` changes it for the programs traced inside."""
+FAST_GRADIENTS: Any = jax.make_user_context(False)  # type: ignore[no-untyped-call]
+"""What `fast_gradients=None` means, likewise."""
+_KERNEL_DTYPES = ("float32", "bfloat16", "float16")
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Op:
+    """What is static in a call; see `codebook_matmul`."""
+
+    shape: tuple[int, int]
+    axis: Axis
+    implementation: Implementation | None
+    fast_gradients: bool
 
 
 def codebook_matmul(
-    x: jax.Array, codebook: jax.Array, index: jax.Array, *, shape: tuple[int, int], axis: Axis
+    x: jax.Array,
+    codebook: jax.Array,
+    index: jax.Array,
+    *,
+    shape: tuple[int, int],
+    axis: Axis,
+    implementation: Implementation | None = None,
+    fast_gradients: bool | None = None,
 ) -> jax.Array:
     """Returns x @ W, shape [..., d_out], in the dtype of x, W decoded from codebook and index.
 
     Args:
       x: [..., d_in], floating.
-      codebook: [n, g], floating; cast to the dtype of x before the product, as a dense kernel is.
-      index: integer, [d_in, ceil(d_out/g)] for axis "out", [ceil(d_in/g), d_out] for axis "in".
+      codebook: [n, g], floating, n <= 65536, g <= 32; cast to the dtype of x before the product, as a dense kernel is.
+      index: uint8 or uint16, [d_in, ceil(d_out/g)] for axis "out", [ceil(d_in/g), d_out] for "in"; entries < n,
+        which is not checked.
       shape: (d_in, d_out).
       axis: the axis of W that the codes run along.
+      implementation: "definition" decodes W, then multiplies. "triton" are the GPU kernels, which never hold W;
+        "interpret" runs the same kernels step by step on any device, for tests. None: as `IMPLEMENTATION` says; if
+        that says None, the kernels where the program is compiled for a CUDA device and they can serve it, else the
+        definition. The results of all agree within the rounding of the dtype of x.
+      fast_gradients: the kernels add up the codebook's gradient by atomic additions. That saves sorting and memory;
+        but two runs differ in the last bits. False: every result is reproducible. None: as `FAST_GRADIENTS` says.
 
     Differentiable in x and codebook; the index has no gradient.
 
     Raises:
-      ValueError: a shape that does not fit the others.
+      ValueError: a shape, dtype or option that does not fit the others.
+      NotImplementedError: the kernels were asked for by name and cannot serve this; the text says why.
     """
-    if x.shape[-1] != shape[0]:
-        raise ValueError(f"codebook_matmul: x has {x.shape[-1]} channels, the matrix takes {shape[0]}")
-    g = codebook.shape[1]
+    implementation = IMPLEMENTATION.value if implementation is None else implementation
+    _check(x, codebook, index, shape, axis, implementation)
+    if implementation == "triton" and (reason := _hindrance(x)):
+        raise NotImplementedError(f"codebook_matmul: no kernel: {reason}")
+    fast = FAST_GRADIENTS.value if fast_gradients is None else fast_gradients
+    return _matmul(_Op(shape, axis, implementation, fast), x, codebook, index)
+
+
+def _check(x: Any, codebook: Any, index: Any, shape: tuple[int, int], axis: str, implementation: str | None) -> None:
+    """Raises ValueError unless the arguments fit each other."""
+
+    def require(holds: bool, text: str) -> None:
+        if not holds:
+            raise ValueError(f"codebook_matmul: {text}")
+
+    require(axis in get_args(Axis), f"axis is {axis!r}; it must be 'out' or 'in'")
+    known = (None, *get_args(Implementation))
+    require(implementation in known, f"implementation is {implementation!r}; it must be one of {known}")
+    for name, array in (("x", x), ("codebook", codebook)):
+        require(jnp.issubdtype(array.dtype, jnp.floating), f"{name} is {array.dtype}; it must be floating")
+    require(index.dtype in (jnp.uint8, jnp.uint16), f"the index is {index.dtype}; it must be uint8 or uint16")
+    require(codebook.ndim == 2, f"the codebook has shape {codebook.shape}; it must be [codes, group]")
+    n, g = codebook.shape
+    legal = 1 <= n <= MAX_CODES and 1 <= g <= MAX_GROUP
+    require(legal, f"the codebook is [{n}, {g}]; codes must be 1 to {MAX_CODES}, group 1 to {MAX_GROUP}")
+    require(x.ndim >= 1 and x.shape[-1] == shape[0], f"x has shape {x.shape}, the matrix takes {shape[0]} channels")
     pieces = (shape[0], -(-shape[1] // g)) if axis == "out" else (-(-shape[0] // g), shape[1])
-    if index.shape != pieces:
-        raise ValueError(
-            f"codebook_matmul: index has shape {index.shape}, {shape} cut by {g} along {axis!r} needs {pieces}"
-        )
-    return _matmul(shape, axis, x, codebook, index)
+    fits = tuple(index.shape) == pieces
+    require(fits, f"the index has shape {tuple(index.shape)}, {shape} cut by {g} along {axis!r} needs {pieces}")
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _matmul(shape: tuple[int, int], axis: Axis, x: jax.Array, codebook: jax.Array, index: jax.Array) -> jax.Array:
-    weight = decode(codebook.astype(x.dtype), index, shape=shape, axis=axis)
-    return x @ weight
+@functools.cache
+def _cuda_can_be_compiled() -> bool:
+    """Returns whether a CUDA backend of JAX is installed; without one no program can be compiled for it."""
+    return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
 
 
-def _forward(shape, axis, x, codebook, index):  # type: ignore[no-untyped-def]
-    weight = decode(codebook.astype(x.dtype), index, shape=shape, axis=axis)
-    return x @ weight, (x, codebook, index)
+def _kernels() -> Any:
+    """Returns the kernels' module; importing it takes a moment, which a CPU program need not wait."""
+    from pallas_kernels.codebook_matmul import triton
+
+    return triton
 
 
-def _backward(shape, axis, saved, dy):  # type: ignore[no-untyped-def]
+def _hindrance(x: jax.Array) -> str | None:
+    """Returns why the kernels cannot serve x, or None."""
+    if x.dtype.name not in _KERNEL_DTYPES:
+        return f"x is {x.dtype}, the kernels take {', '.join(_KERNEL_DTYPES)}"
+    if 0 in x.shape:
+        return f"x has shape {x.shape}, there is nothing to multiply"
+    try:
+        _kernels()
+    except ImportError as error:
+        return f"jax {jax.__version__} has no Pallas backend for Triton ({error})"
+    return None
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    _LOG.warning("codebook_matmul: W is decoded instead of using the GPU kernels: %s", reason)
+
+
+def _decodes(op: _Op) -> bool:
+    """Returns whether the definition is all that there is to choose from."""
+    return op.implementation == "definition" or (op.implementation is None and not _cuda_can_be_compiled())
+
+
+def _choose(
+    op: _Op, x: jax.Array, plain: Callable[..., jax.Array], kernels: Callable[..., jax.Array], *args: jax.Array
+) -> jax.Array:
+    """Returns plain(*args) or kernels(*args), whichever `op.implementation` means."""
+    if _decodes(op):
+        return plain(*args)
+    if op.implementation is not None:
+        return kernels(*args)
+    reason = _hindrance(x)
+    if reason:
+        _log_once(reason)
+        return plain(*args)
+    chosen: jax.Array = jax.lax.platform_dependent(*args, cuda=kernels, default=plain)
+    return chosen
+
+
+def _product(op: _Op, a: jax.Array, codebook: jax.Array, index: jax.Array, *, transposed: bool) -> jax.Array:
+    """Returns a @ W, or a @ W.T if `transposed`."""
+    depth, width = op.shape[::-1] if transposed else op.shape
+    (n, g), m = codebook.shape, math.prod(a.shape[:-1])
+
+    def plain(a: jax.Array, codebook: jax.Array, index: jax.Array) -> jax.Array:
+        weight = definition.decode(codebook.astype(a.dtype), index, shape=op.shape, axis=op.axis)
+        return a @ (weight.T if transposed else weight)
+
+    def kernels(a: jax.Array, codebook: jax.Array, index: jax.Array) -> jax.Array:
+        tile = tile_of((m, depth, width, g, n, a.dtype.itemsize))
+        fixed = {"shape": op.shape, "axis": op.axis, "transposed": transposed, "tile": tile}
+        interpret = op.implementation == "interpret"
+        y: jax.Array = _kernels().gemm(a.reshape(m, depth), codebook, index, **fixed, interpret=interpret)
+        return y.reshape(*a.shape[:-1], width)
+
+    return _choose(op, a, plain, kernels, a, codebook, index)
+
+
+def _codebook_gradient(op: _Op, x: jax.Array, dy: jax.Array, codebook: jax.Array, index: jax.Array) -> jax.Array:
+    """Returns the gradient [n, g], float32, of the codebook."""
+    n, g = codebook.shape
+
+    def plain(x: jax.Array, dy: jax.Array, index: jax.Array) -> jax.Array:
+        d_weight = jnp.matmul(x.T, dy, preferred_element_type=jnp.float32)
+        return definition.codebook_gradient(d_weight, index, num_codes=n, g=g, axis=op.axis)
+
+    def kernels(x: jax.Array, dy: jax.Array, index: jax.Array) -> jax.Array:
+        module, interpret = _kernels(), op.implementation == "interpret"
+        total: jax.Array
+        if op.fast_gradients:
+            tile = config.scatter_config(x.dtype.itemsize)
+            total = module.scatter_gradient(
+                x, dy, index, num_codes=n, g=g, axis=op.axis, tile=tile, interpret=interpret
+            )
+            return total
+        segment_sum = functools.partial(module.segment_sum, tile=config.segment_config(n, g), interpret=interpret)
+        return ordered_gradient(x, dy, index, segment_sum, num_codes=n, g=g, axis=op.axis)
+
+    x, dy = x.reshape(-1, op.shape[0]), dy.reshape(-1, op.shape[1])
+    return _choose(op, x, plain, kernels, x, dy, index)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matmul(op: _Op, x: jax.Array, codebook: jax.Array, index: jax.Array) -> jax.Array:
+    return _product(op, x, codebook, index, transposed=False)
+
+
+def _forward(op: _Op, x: jax.Array, codebook: jax.Array, index: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _product(op, x, codebook, index, transposed=False), (x, codebook, index)
+
+
+def _backward(op: _Op, saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array, np.ndarray]:
     x, codebook, index = saved
-    weight = decode(codebook.astype(x.dtype), index, shape=shape, axis=axis)
-    dx = (dy @ weight.T).astype(x.dtype)
-    d_weight = jnp.matmul(x.reshape(-1, shape[0]).T, dy.reshape(-1, shape[1]), preferred_element_type=jnp.float32)
-    d_codebook = codebook_gradient(d_weight, index, num_codes=codebook.shape[0], g=codebook.shape[1], axis=axis)
-    return dx, d_codebook.astype(codebook.dtype), np.zeros(index.shape, jax.dtypes.float0)
+    d_codebook = _codebook_gradient(op, x, dy, codebook, index).astype(codebook.dtype)
+    if not _decodes(op):
+        # Left to itself XLA may put the codebooks' gradients off to the end, which keeps the inputs of all matrices
+        # alive; done first, x is free before dx takes its place.
+        dy, d_codebook = jax.lax.optimization_barrier((dy, d_codebook))  # type: ignore[no-untyped-call]
+    dx = _product(op, dy, codebook, index, transposed=True).astype(x.dtype)
+    return dx, d_codebook, np.zeros(index.shape, jax.dtypes.float0)
 
 
 _matmul.defvjp(_forward, _backward)

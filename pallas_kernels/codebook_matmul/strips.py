@@ -1,0 +1,56 @@
+"""The gradient of a codebook on a GPU in a fixed order of additions, strip by strip of the matrix.
+
+A strip of the dense gradient is one matrix product. Its vectors are sorted by code, which is a stable radix sort of 8
+or 16-bit keys, and summed by code in that order. The dense gradient of the whole matrix never exists, and nothing is
+kept between calls: sorted positions of all matrices would take twice the memory of the indices themselves.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.codebook_matmul.definition import Axis
+
+STRIP_BYTES = 2**26
+"""The largest strip of a dense float32 gradient; changes speed and memory, and the order of additions."""
+
+SegmentSum = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def ordered_gradient(
+    x: jax.Array, dy: jax.Array, index: jax.Array, segment_sum: SegmentSum, *, num_codes: int, g: int, axis: Axis
+) -> jax.Array:
+    """Returns the gradient [n, g], float32, of the codebook of W in y = x @ W.
+
+    Args:
+      x: [m, d_in].
+      dy: [m, d_out], of the dtype of x.
+      index: as in `decode`.
+      segment_sum: (vectors float32 [p, g], order int32 [p], starts int32 [n+1]) -> sums [n, g] of each code's vectors
+        in that order.
+    """
+    rows_of, weights_of = (x, dy) if axis == "out" else (dy, x)
+    index = index if axis == "out" else index.T
+    rows, groups = index.shape
+    weights_of = jnp.pad(weights_of, ((0, 0), (0, groups * g - weights_of.shape[1])))
+    strip = max(1, min(rows, STRIP_BYTES // (4 * groups * g)))
+
+    def strip_gradient(start: jax.Array | int, size: int) -> jax.Array:
+        codes = jax.lax.dynamic_slice_in_dim(index, start, size).reshape(-1)
+        part = jax.lax.dynamic_slice_in_dim(rows_of, start, size, axis=1)
+        precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+        dense = jnp.matmul(part.T, weights_of, preferred_element_type=jnp.float32, precision=precision)
+        codes, order = jax.lax.sort((codes, jnp.arange(codes.size, dtype=jnp.int32)), num_keys=1, is_stable=True)
+        starts = jnp.searchsorted(codes, jnp.arange(num_codes + 1)).astype(jnp.int32)
+        return segment_sum(dense.reshape(-1, g), order, starts)
+
+    whole = rows // strip
+    total: jax.Array = jax.lax.fori_loop(
+        0,
+        whole,
+        lambda i, total: total + strip_gradient(i * strip, strip),
+        jnp.zeros((num_codes, g), jnp.float32),
+    )
+    rest = rows - whole * strip
+    return total + strip_gradient(whole * strip, rest) if rest else total

@@ -1,0 +1,124 @@
+"""The calls that `verify` compiles: every kernel in every configuration that ships. Shapes only; compiles nothing."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.codebook_matmul import config, strips
+from pallas_kernels.codebook_matmul.definition import Axis
+
+Kernel = Literal["forward", "dx", "scatter", "segment"]
+GROUPS = (1, 2, 4, 5, 6, 8, 9, 16, 18, 32)
+_MAIN_GROUPS = (4, 8, 16)
+LLAMA_2_70B = ((8192, 8192), (8192, 1024), (8192, 28672), (28672, 8192))
+_MATRIX_KERNELS: tuple[Kernel, ...] = ("forward", "dx", "scatter")
+_ODD = (576, 1000)
+"""Sides that no tile divides."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One call of one kernel.
+
+    Attributes:
+      kernel: "forward" x @ W, "dx" dy @ W.T, "scatter" the atomic gradient of the codebook, "segment" the ordered sum
+        of one strip of it.
+      m: rows of x and dy.
+      shape: (d_in, d_out).
+      g, n: weights per code, codes.
+      axis: the axis of W that the codes run along.
+      dtype: of x and the codebook.
+    """
+
+    kernel: Kernel
+    m: int
+    shape: tuple[int, int]
+    g: int
+    n: int = 65536
+    axis: Axis = "out"
+    dtype: str = "bfloat16"
+
+    @property
+    def name(self) -> str:
+        """One word that tells the case from all others."""
+        d_in, d_out = self.shape
+        return f"{self.kernel}-{self.axis}-{self.m}x{d_in}x{d_out}-g{self.g}-n{self.n}-{self.dtype}"
+
+    @property
+    def index_entries(self) -> int:
+        """Codes in the index."""
+        d_in, d_out = self.shape
+        return d_in * -(-d_out // self.g) if self.axis == "out" else -(-d_in // self.g) * d_out
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of x."""
+        return 4 if self.dtype == "float32" else 2
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(depth, width) of the matrix that a product multiplies by: W or its transpose."""
+        return (self.shape[1], self.shape[0]) if self.kernel == "dx" else self.shape
+
+    @property
+    def tile(self) -> config.GemmConfig:
+        """The tiles of a product."""
+        return config.gemm_config(self.m, *self.sides, g=self.g, n=self.n, itemsize=self.itemsize)
+
+    def call(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Returns the kernel's function and the shapes of its arguments."""
+        from pallas_kernels.codebook_matmul import triton
+
+        def array(shape: tuple[int, ...], dtype: Any) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
+
+        d_in, d_out = self.shape
+        x, dy = array((self.m, d_in), self.dtype), array((self.m, d_out), self.dtype)
+        pieces = (d_in, -(-d_out // self.g)) if self.axis == "out" else (-(-d_in // self.g), d_out)
+        index = array(pieces, jnp.uint8 if self.n <= 256 else jnp.uint16)
+        codebook = array((self.n, self.g), self.dtype)
+        if self.kernel == "segment":
+            p = min(self.index_entries, strips.STRIP_BYTES // (4 * self.g))
+            tile: Any = config.segment_config(self.n, self.g)
+            vectors = array((p, self.g), jnp.float32)
+            arguments = (vectors, array((p,), jnp.int32), array((self.n + 1,), jnp.int32))
+            return functools.partial(triton.segment_sum, tile=tile), arguments
+        if self.kernel == "scatter":
+            tile = config.scatter_config(self.itemsize)
+            fixed = {"num_codes": self.n, "g": self.g, "axis": self.axis, "tile": tile}
+            return functools.partial(triton.scatter_gradient, **fixed), (x, dy, index)
+        transposed = self.kernel == "dx"
+        fixed = {"shape": self.shape, "axis": self.axis, "transposed": transposed, "tile": self.tile}
+        product = functools.partial(triton.gemm, **fixed)
+        return product, (dy if transposed else x, codebook, index)
+
+
+def shipped() -> Iterator[Case]:
+    """Yields the cases of the table."""
+    axes: tuple[Axis, ...] = ("out", "in")
+    for axis in axes:
+        for g in GROUPS:
+            for kernel in _MATRIX_KERNELS:
+                yield Case(kernel=kernel, m=2048, shape=(8192, 8192), g=g, axis=axis)
+            yield Case(kernel="forward", m=1, shape=(8192, 28672), g=g, axis=axis)
+        for g in _MAIN_GROUPS:
+            for shape in LLAMA_2_70B:
+                if shape != (8192, 28672):
+                    yield Case(kernel="forward", m=1, shape=shape, g=g, axis=axis)
+        for g in (4, 6):
+            yield Case(kernel="forward", m=1, shape=_ODD, g=g, n=256, axis=axis)
+            for kernel in _MATRIX_KERNELS:
+                yield Case(kernel=kernel, m=100, shape=_ODD, g=g, n=256, axis=axis)
+        for m in (16, 64):
+            yield Case(kernel="forward", m=m, shape=(8192, 8192), g=4, axis=axis)
+        for kernel in _MATRIX_KERNELS:
+            for dtype in ("float16", "float32"):
+                yield Case(kernel=kernel, m=2048, shape=(8192, 8192), g=4, axis=axis, dtype=dtype)
+        yield Case(kernel="forward", m=1, shape=(8192, 8192), g=4, axis=axis, dtype="float32")
+    for g in (1, 4, 6, 16, 32):
+        for n in (16, 256, 65536):
+            yield Case(kernel="segment", m=2048, shape=(8192, 8192), g=g, n=n)

@@ -11,6 +11,7 @@ from typing import Any
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+_PEAK_LOCK = threading.Lock()
 _peak_of_past_stages = 0
 
 
@@ -50,7 +51,7 @@ class StageClock:
         with self._lock:
             stage = self._stages.setdefault(name, {"seconds": 0.0, "peak_rss_bytes": 0})
             stage["seconds"] += seconds
-            stage["peak_rss_bytes"] = max(stage["peak_rss_bytes"], peak_rss_bytes())
+            stage["peak_rss_bytes"] = max(stage["peak_rss_bytes"], _noted_peak())
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Returns {stage: {"seconds": float, "peak_rss_bytes": int}} in order of first use."""
@@ -60,13 +61,21 @@ class StageClock:
 
 def _reset_peak() -> None:
     """Starts the kernel's high-water mark anew (Linux only; a kernel that refuses leaves the peak so far)."""
-    global _peak_of_past_stages  # the mark belongs to the process, not to any one clock
-    _peak_of_past_stages = process_peak_rss_bytes()
+    _noted_peak()
     if _CLEAR_REFS.exists():
         try:
             _CLEAR_REFS.write_text("5")
         except OSError:
             return
+
+
+def _noted_peak() -> int:
+    """Returns `peak_rss_bytes()`, which no later reset can take out of the process's own peak."""
+    global _peak_of_past_stages  # the mark belongs to the process, not to any one clock
+    peak = peak_rss_bytes()
+    with _PEAK_LOCK:
+        _peak_of_past_stages = max(_peak_of_past_stages, peak)
+    return peak
 
 
 def process_peak_rss_bytes() -> int:

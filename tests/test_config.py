@@ -98,41 +98,6 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         load_config(tmp_path / "latin.toml")
 
 
-def decoder_matrices(d: int, inner: int, pairs: int) -> dict[str, tuple[int, int]]:
-    """Shapes of the seven projections of one block with `pairs` key and value channels."""
-    sides = {"q": (d, d), "k": (d, pairs), "v": (d, pairs), "o": (d, d)}
-    return {**sides, "gate": (d, inner), "up": (d, inner), "down": (inner, d)}
-
-
-LLAMA2_7B = decoder_matrices(4096, 11008, 4096)
-LLAMA2_70B = decoder_matrices(8192, 28672, 1024)
-LLAMA3_8B = decoder_matrices(4096, 14336, 1024)
-SMOLLM2 = decoder_matrices(576, 1536, 192)
-SHIPPED: dict[str, tuple[dict[str, tuple[int, int]], float]] = {
-    "llama2_7b_4bit": (LLAMA2_7B, 4.14),
-    "llama2_7b_3bit": (LLAMA2_7B, 2.89),
-    "llama2_7b_2bit": (LLAMA2_7B, 2.02),
-    "llama2_70b_2bit": (LLAMA2_70B, 1.91),
-    "llama3_8b_2bit": (LLAMA3_8B, 2.01),
-    "smollm2_135m_3bit": (SMOLLM2, 3.05),
-    "paper": (LLAMA2_7B, 4.14),
-}
-
-
-def test_every_shipped_config_is_listed_here() -> None:
-    assert {path.stem for path in CONFIGS.glob("*.toml")} == set(SHIPPED)
-
-
-@pytest.mark.parametrize("name", SHIPPED)
-def test_a_shipped_config_reaches_the_bits_it_promises(name: str) -> None:
-    matrices, bits = SHIPPED[name]
-    path = CONFIGS / f"{name}.toml"
-    (rule,) = load_config(path).cluster.rules
-    reached = rules.total_bits_per_weight(matrices, g=rule.g, num_codes=rule.num_codes, axis=rule.axis)
-    assert round(reached, 2) == bits
-    assert name == "paper" or f"{bits} bits per weight" in path.read_text()
-
-
 def test_the_paper_config_is_the_paper_recipe() -> None:
     assert load_config(CONFIGS / "paper.toml") == PAPER
     assert PAPER.tuning == TuningSettings(

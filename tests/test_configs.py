@@ -18,6 +18,20 @@ PRESETS = {
     "llama3_8b": "llama-3-8b",
     "llama3_70b": "llama-3-70b",
 }
+SMOLLM2 = {"q": (576, 576), "k": (576, 192), "v": (576, 192), "o": (576, 576),
+           "gate": (576, 1536), "up": (576, 1536), "down": (1536, 576)}  # fmt: skip
+
+
+def test_every_shipped_config_is_tested_here() -> None:
+    llamas = {f"{name}_{bits}bit" for name in PRESETS for bits in (4, 3, 2, 1)}
+    assert {path.stem for path in CONFIGS.glob("*.toml")} == {*llamas, "paper", "smollm2_135m_3bit"}
+
+
+def test_the_demos_config_costs_the_bits_it_says() -> None:
+    path = CONFIGS / "smollm2_135m_3bit.toml"
+    (rule,) = load_config(path).cluster.rules
+    assert round(total_bits_per_weight(SMOLLM2, g=rule.g, num_codes=rule.num_codes), 2) == 3.05
+    assert "3.05 bits per weight" in path.read_text()
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from cluscomp_jax import rules
 from cluscomp_jax.cli.demo import SETTINGS
 from cluscomp_jax.config import PAPER, RECIPES, RunConfig, from_dict, load_config
 from cluscomp_jax.errors import InputError

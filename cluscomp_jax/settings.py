@@ -223,6 +223,27 @@ class TuningSettings:
         _require(self.held_out >= 0, "held_out", self.held_out, "0 or more")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """How texts become rows of tokens to train on.
+
+    Attributes:
+      length: tokens per row, >= 2. Running text is cut into rows, a shorter last one is dropped; a conversation has a
+        row of its own, padded behind its end.
+      responses_only: score only what the assistant says; conversations only.
+      too_long: what becomes of a conversation of more tokens: "refuse" stops before any work and names its line, "cut"
+        drops the tokens behind the length, "skip" leaves it out.
+    """
+
+    length: int = 512
+    responses_only: bool = False
+    too_long: Literal["refuse", "cut", "skip"] = "refuse"
+
+    def __post_init__(self) -> None:
+        _require(self.length >= 2, "length", self.length, "2 or more")
+        _require(self.too_long in ("refuse", "cut", "skip"), "too_long", self.too_long, "'refuse', 'cut' or 'skip'")
+
+
 EVERY_CODEBOOK = ".*/codebook"
 """All codebooks, as `TrainingSettings.trainable` names them."""
 

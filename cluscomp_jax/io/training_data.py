@@ -202,6 +202,8 @@ def _render_messages(where: str, fields: Mapping[str, Any], tokenizer: Any, *, w
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
+        if i == 0:
+            raise InputError(f"{where}: begins with the assistant, who answers nothing; put a user's message before it")
         before = _apply(where, tokenizer, messages[:i], prompt=True)
         after = _apply(where, tokenizer, messages[: i + 1], prompt=False)
         if not after.startswith(before) or not text.startswith(after):

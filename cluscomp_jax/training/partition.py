@@ -134,9 +134,13 @@ def _signature(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> Hashabl
     return structure, tuple((tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in leaves)
 
 
-def _stack(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    stacked: dict[str, Any] = jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *parts)
-    return stacked
+def _stack(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns {name: leaves stacked, on the device} and empties the parts, so that nothing is held twice for long."""
+
+    def stacked(*leaves: Any) -> jax.Array:
+        return jnp.asarray(np.stack([np.asarray(leaf) for leaf in leaves]))
+
+    return {name: jax.tree.map(stacked, *(part.pop(name) for part in parts)) for name in list(parts[0])}
 
 
 def join_group(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> Params:

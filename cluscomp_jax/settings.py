@@ -274,7 +274,7 @@ class TrainingSettings:
     trainable: tuple[str, ...] = (EVERY_CODEBOOK,)
     batch_size: int = 1
     accumulation: int = 1
-    learning_rate: float = 0.0001
+    learning_rate: float = 0.001
     vector_rate: float = 0.1
     schedule: Schedule = "cosine"
     warmup_fraction: float = 0.05

@@ -1,5 +1,6 @@
 """`cluscomp finetune` on a tiny model: through the command line, killed outright, and given wrong input."""
 
+import contextlib
 import json
 import os
 import signal
@@ -105,6 +106,12 @@ def start(folder: Path, out: Path, steps: int) -> "subprocess.Popen[str]":
     )
 
 
+def finish(process: "subprocess.Popen[str]") -> None:
+    """Waits for a run that must succeed."""
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+
+
 def untimed(path: Path) -> list[dict[str, Any]]:
     records = [json.loads(line) for line in path.read_text().splitlines()]
     return [{key: value for key, value in r.items() if key not in ("time", "seconds")} for r in records]
@@ -120,15 +127,38 @@ def test_a_killed_run_given_again_ends_in_the_bits_of_one_that_was_not(folder: P
         assert victim.wait() == -signal.SIGKILL
     assert not (tmp_path / "out" / "manifest.json").exists()
     for out in ("out", "again"):
-        with start(folder, tmp_path / out, steps) as process:
-            _, err = process.communicate()
-            assert process.returncode == 0, err
+        finish(start(folder, tmp_path / out, steps))
     resumed, again = (open_checkpoint(tmp_path / out, verify=True) for out in ("out", "again"))
     assert resumed.fingerprint() == again.fingerprint()
     assert untimed(tmp_path / "out" / "metrics.jsonl") == untimed(tmp_path / "again" / "metrics.jsonl")
     summaries = [source.manifest.metrics["finetune"] for source in (resumed, again)]
     assert summaries[0]["first_step"] > 0 == summaries[1]["first_step"]
     assert summaries[0]["losses"] == summaries[1]["losses"]
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_of_ten_moments_ends_in_the_same_bits(folder: Path, tmp_path: Path) -> None:
+    steps = 60
+    finish(start(folder, tmp_path / "warm", steps))  # fills the cache of compiled programs
+    began = time.monotonic()
+    finish(start(folder, tmp_path / "whole", steps))
+    seconds, expected = time.monotonic() - began, open_checkpoint(tmp_path / "whole").fingerprint()
+    killed = 0
+    for i, moment in enumerate(np.random.default_rng(0).uniform(0, seconds, 10)):
+        out = tmp_path / f"out-{i}"
+        with start(folder, out, steps) as victim:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                victim.wait(moment)
+            victim.kill()
+            killed += victim.wait() == -signal.SIGKILL
+        if not (out / "manifest.json").exists():
+            finish(start(folder, out, steps))
+        elif (out / "work").exists():  # killed between the manifest and the removal of work/
+            assert start(folder, out, steps).wait() == 2
+        assert open_checkpoint(out, verify=True).fingerprint() == expected
+        assert untimed(out / "metrics.jsonl") == untimed(tmp_path / "whole" / "metrics.jsonl")
+        assert not (out / "work").exists()
+    assert killed >= 8  # the others had ended first
 
 
 def test_the_same_command_again_says_that_it_is_finished(

@@ -1,8 +1,5 @@
 """States of a training run on disk, through orbax: the newest few, each whole or not there. Knows no training."""
 
-import contextlib
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +9,7 @@ import orbax.checkpoint as ocp
 
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io import atomic
-
-
-def _drop(record: logging.LogRecord) -> bool:
-    return False
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """orbax logs every save, and errors that it also raises."""
-    logger = logging.getLogger("absl")
-    logger.addFilter(_drop)
-    try:
-        yield
-    finally:
-        logger.removeFilter(_drop)
+from cluscomp_jax.io.items import quiet
 
 
 class TrainStates:
@@ -45,14 +28,14 @@ class TrainStates:
         """
         self._folder, self._fingerprint = folder.absolute(), fingerprint
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
-        with _quiet(), atomic.writing(folder):
+        with quiet(), atomic.writing(folder):
             self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self) -> "TrainStates":
         return self
 
     def __exit__(self, *_: object) -> None:
-        with _quiet(), atomic.writing(self._folder):
+        with quiet(), atomic.writing(self._folder):
             self._manager.close()
 
     def save(self, step: int, state: Any, records: list[dict[str, Any]]) -> None:
@@ -66,7 +49,7 @@ class TrainStates:
         parts = ocp.args.Composite(
             state=ocp.args.StandardSave(jax.tree.map(jnp.copy, state)), notes=ocp.args.JsonSave(notes)
         )
-        with _quiet(), atomic.writing(self._folder):
+        with quiet(), atomic.writing(self._folder):
             self._manager.save(step, args=parts)
 
     def newest(self, like: Any) -> tuple[Any, list[dict[str, Any]]] | None:
@@ -83,7 +66,7 @@ class TrainStates:
             return None
         where = f"{self._folder / str(step)}"
         try:
-            with _quiet():
+            with quiet():
                 notes = self._manager.restore(step, args=ocp.args.Composite(notes=ocp.args.JsonRestore()))["notes"]
                 if notes["fingerprint"] != self._fingerprint:
                     raise InputError(f"{where}: is the state of another run; choose another folder")

@@ -13,27 +13,43 @@ if TYPE_CHECKING:
     from cluscomp_jax.config import RunConfig, load_config
     from cluscomp_jax.errors import InputError
     from cluscomp_jax.evaluate import Perplexity, perplexity
+    from cluscomp_jax.examples import Examples
+    from cluscomp_jax.finetune_config import FinetuneConfig, load_finetune_config
+    from cluscomp_jax.finetuning import finetune
     from cluscomp_jax.generation import generate
     from cluscomp_jax.io.checkpoint import load_checkpoint, save_checkpoint
     from cluscomp_jax.io.open import open_model
     from cluscomp_jax.pipeline import compress
-    from cluscomp_jax.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
+    from cluscomp_jax.settings import (
+        CalibrationSettings,
+        ClusterSettings,
+        CompressionRule,
+        DataSettings,
+        TrainingSettings,
+        TuningSettings,
+    )
 
 _HOMES = {
     "CalibrationSettings": "settings",
     "ClusterSettings": "settings",
     "CodebookArray": "codebook",
     "CompressionRule": "settings",
+    "DataSettings": "settings",
+    "Examples": "examples",
+    "FinetuneConfig": "finetune_config",
     "InputError": "errors",
     "Perplexity": "evaluate",
     "RunConfig": "config",
     "SizeReport": "cluster",
+    "TrainingSettings": "settings",
     "TuningSettings": "settings",
     "compress": "pipeline",
     "decompress": "cluster",
+    "finetune": "finetuning",
     "generate": "generation",
     "load_checkpoint": "io.checkpoint",
     "load_config": "config",
+    "load_finetune_config": "finetune_config",
     "open_model": "io.open",
     "perplexity": "evaluate",
     "save_checkpoint": "io.checkpoint",
@@ -45,17 +61,23 @@ __all__ = [
     "ClusterSettings",
     "CodebookArray",
     "CompressionRule",
+    "DataSettings",
+    "Examples",
+    "FinetuneConfig",
     "InputError",
     "Perplexity",
     "RunConfig",
     "SizeReport",
+    "TrainingSettings",
     "TuningSettings",
     "compress",
     "decompress",
+    "finetune",
     "generate",
     "llama",
     "load_checkpoint",
     "load_config",
+    "load_finetune_config",
     "open_model",
     "perplexity",
     "save_checkpoint",

@@ -2,15 +2,13 @@
 
 import dataclasses
 import math
-import tomllib
-import types
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.settings import CalibrationSettings, ClusterSettings, TuningSettings
+from cluscomp_jax.settings_file import overlay, read_toml
 
 Recipe = Literal["default", "paper"]
 
@@ -97,14 +95,8 @@ def load_config(path: str | Path, *, recipe: Recipe | None = None) -> RunConfig:
       InputError: no such file, not TOML, a key nobody reads, a value of the wrong type or range, or a recipe in the
         file that is not the one asked for, or a bit budget beside the g or num_codes that it would replace.
     """
+    fields = read_toml(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"config {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"config {path}: not UTF-8 text") from error
-    try:
-        fields = tomllib.loads(text)
         if recipe is not None and fields.setdefault("recipe", recipe) != recipe:
             raise InputError(
                 f"recipe is {fields['recipe']!r} there, but {recipe!r} was asked for; leave one of them out"
@@ -112,8 +104,6 @@ def load_config(path: str | Path, *, recipe: Recipe | None = None) -> RunConfig:
         config = from_dict(fields)
         _refuse_codes_beside_budget(fields.get("cluster", {}))
         return config
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"config {path}: not valid TOML: {error}") from error
     except InputError as error:
         raise InputError(f"config {path}: {error}") from error
 
@@ -141,46 +131,6 @@ def from_dict(fields: Mapping[str, Any]) -> RunConfig:
         raise InputError(f"recipe is {recipe!r}; it must be one of {', '.join(sorted(RECIPES))}")
     if fields.get("tuning", ...) is False:
         fields["tuning"] = None
-    config = _overlay(RECIPES[recipe], fields, where="")
+    config = overlay(RECIPES[recipe], fields)
     assert isinstance(config, RunConfig)
     return config
-
-
-def _overlay(base: Any, fields: Mapping[str, Any], where: str) -> Any:
-    """Returns the dataclass `base` with `fields` in place of its values, checked by its annotations."""
-    hints = typing.get_type_hints(type(base))
-    known = [field.name for field in dataclasses.fields(base) if field.name != "model"]
-    changes = {}
-    for key, value in fields.items():
-        name = f"{where}{key}"
-        if key not in known:
-            raise InputError(f"key {name!r} is not known; known here: {', '.join(known)}")
-        changes[key] = _coerce(hints[key], value, getattr(base, key), name)
-    return dataclasses.replace(base, **changes)
-
-
-def _coerce(hint: Any, value: Any, current: Any, name: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        hint = next(argument for argument in arguments if argument is not type(None))
-        origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise InputError(f"{name!r} is {value!r}; it must be a table")
-        return _overlay(current if current is not None else hint(), value, f"{name}.")
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise InputError(f"{name!r} is {value!r}; it must be a list")
-        element = arguments[0]
-        return tuple(_coerce(element, item, None, f"{name}[{i}]") for i, item in enumerate(value))
-    if origin is Literal:
-        if value not in arguments:
-            raise InputError(f"{name!r} is {value!r}; it must be one of {', '.join(map(repr, arguments))}")
-        return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise InputError(f"{name!r} is {value!r}; it must be {hint.__name__}")
-    return value

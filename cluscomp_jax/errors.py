@@ -13,3 +13,7 @@ class RunError(RuntimeError):
 
     The command line prints the line and exits with code 1.
     """
+
+
+class DivergedError(RunError):
+    """A loss or gradient that is not finite: the same run again would end at the same place."""

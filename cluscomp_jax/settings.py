@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from typing import Literal
+import re
+from typing import Literal, get_args
 
 from cluscomp_jax.codebook import MAX_CODES, MAX_GROUP, Axis
 from cluscomp_jax.errors import InputError
@@ -21,6 +22,13 @@ def _require(holds: bool, name: str, value: object, legal: str) -> None:
 
 def _require_finite(name: str, value: float, *, low: float, high: float = math.inf) -> None:
     _require(math.isfinite(value) and low <= value <= high, name, value, f"a number from {low} to {high}")
+
+
+def _require_pattern(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"{name} holds {pattern!r}, which is no regular expression: {error}") from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,3 +221,82 @@ class TuningSettings:
             )
         _require_finite("outlier_limit", self.outlier_limit, low=0.0)
         _require(self.held_out >= 0, "held_out", self.held_out, "0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """How texts become rows of tokens to train on.
+
+    Attributes:
+      length: tokens per row, >= 2. Running text is cut into rows, a shorter last one is dropped; a conversation has a
+        row of its own, padded behind its end.
+      responses_only: score only what the assistant says; conversations only.
+      too_long: what becomes of a conversation of more tokens: "refuse" stops before any work and names its line, "cut"
+        drops the tokens behind the length, "skip" leaves it out.
+    """
+
+    length: int = 512
+    responses_only: bool = False
+    too_long: Literal["refuse", "cut", "skip"] = "refuse"
+
+    def __post_init__(self) -> None:
+        _require(self.length >= 2, "length", self.length, "2 or more")
+        _require(self.too_long in ("refuse", "cut", "skip"), "too_long", self.too_long, "'refuse', 'cut' or 'skip'")
+
+
+EVERY_CODEBOOK = ".*/codebook"
+"""All codebooks, as `TrainingSettings.trainable` names them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How a whole model is trained on next tokens, indices frozen.
+
+    Attributes:
+      steps: optimiser steps, >= 1.
+      trainable: regular expressions, each matched against the whole name of every array; what one of them matches
+        trains. The codebook of a compressed kernel has the kernel's path with "/codebook" behind it
+        ("model/layers/0/mlp/up_proj/kernel/codebook"), any other array its path ("model/norm/weight").
+      batch_size: sequences that pass through the model together, >= 1.
+      accumulation: such batches per step, >= 1. The loss of a step is the mean over all its scored tokens, however
+        they are divided into batches; gradients agree within rounding.
+      learning_rate: peak learning rate of AdamW, > 0.
+      vector_rate: the rate of one-dimensional arrays (norm weights, biases) as a share of it, > 0.
+      schedule: course of the rate after warm-up; "cosine" and "linear" fall to zero.
+      warmup_fraction: share of all steps over which the rate rises linearly to its peak, 0 to 1.
+      weight_decay: decoupled weight decay, >= 0.
+      clip_norm: largest global gradient norm, > 0; None: no clipping.
+      compute_dtype: dtype of activations and decoded weights in the step; masters and moments stay float32.
+      fast_gradients: as in `TuningSettings`.
+    """
+
+    steps: int = 1000
+    trainable: tuple[str, ...] = (EVERY_CODEBOOK,)
+    batch_size: int = 1
+    accumulation: int = 1
+    learning_rate: float = 0.001
+    vector_rate: float = 0.1
+    schedule: Schedule = "cosine"
+    warmup_fraction: float = 0.05
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    compute_dtype: Dtype = "float32"
+    fast_gradients: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        _require(len(self.trainable) > 0, "trainable", self.trainable, "at least one regular expression")
+        for pattern in self.trainable:
+            _require_pattern("trainable", pattern)
+        for name in ("learning_rate", "vector_rate"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value > 0, name, value, "above 0")
+        schedules, dtypes = get_args(Schedule), get_args(Dtype)
+        _require(self.schedule in schedules, "schedule", self.schedule, f"one of {', '.join(schedules)}")
+        _require(self.compute_dtype in dtypes, "compute_dtype", self.compute_dtype, f"one of {', '.join(dtypes)}")
+        _require_finite("warmup_fraction", self.warmup_fraction, low=0.0, high=1.0)
+        _require_finite("weight_decay", self.weight_decay, low=0.0)
+        if self.clip_norm is not None:
+            legal = math.isfinite(self.clip_norm) and self.clip_norm > 0
+            _require(legal, "clip_norm", self.clip_norm, "above 0, or left out")

@@ -129,7 +129,7 @@ def test_kernels_know_nothing_of_the_package() -> None:
     assert not [target for target in targets if target.split(".")[0] == "cluscomp_jax"]
 
 
-@pytest.mark.parametrize("name", ["statistics", "tuning", "evaluate", "generation"])
+@pytest.mark.parametrize("name", ["statistics", "tuning", "training", "evaluate", "generation"])
 def test_what_sees_a_model_knows_no_family(name: str) -> None:
     modules = find_modules(ROOT)
     rooms = {module: file for module, file in modules.items() if f"{module}.".startswith(f"cluscomp_jax.{name}.")}

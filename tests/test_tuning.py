@@ -14,6 +14,7 @@ from cluscomp_jax import llama, trees
 from cluscomp_jax.cluster import cluster_matrix
 from cluscomp_jax.codebook import CodebookArray, decode
 from cluscomp_jax.losses import mean_squared_error, position_weights
+from cluscomp_jax.optimizer import make_optimizer
 from cluscomp_jax.progress import SilentReporter
 from cluscomp_jax.settings import ClusterSettings, CompressionRule, TuningSettings
 from cluscomp_jax.statistics import Batch, channel_moments, site_moments
@@ -22,7 +23,6 @@ from cluscomp_jax.tuning.blockwise import (
     block_loss,
     init_state,
     join_trainable,
-    make_optimizer,
     split_trainable,
     tuning_step,
 )

@@ -11,6 +11,7 @@ from cluscomp_jax.host_memory import keep_freed_memory
 
 _MODULES: dict[type[args.Common], str] = {
     args.CompressArguments: "compress",
+    args.FinetuneArguments: "finetune",
     args.EvaluateArguments: "evaluate",
     args.GenerateArguments: "generate",
     args.InspectArguments: "inspect",
@@ -47,5 +48,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         result: Result = module.run(parsed)
         return result
 
-    resumable = isinstance(parsed, args.CompressArguments | args.DemoArguments)
+    resumable = isinstance(parsed, args.CompressArguments | args.FinetuneArguments | args.DemoArguments)
     return run(command, json=parsed.json, debug=parsed.debug, resumable=resumable)

@@ -80,6 +80,51 @@ class CompressArguments(Common):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneArguments(Common):
+    """Train a compressed model's codebooks on next tokens, into a new folder; its indices stay as they are.
+
+    Settings come from the config file, then the options here; the later one wins. An interrupted run resumes when the
+    same command is given again.
+    """
+
+    model: Model
+    """compressed folder"""
+    data: Annotated[str, arg(metavar="FILE")]
+    """JSON lines of {"text"}, {"instruction", "input", "output"} or {"messages"} (.jsonl, .jsonl.gz), text file (.txt,
+    .gz), token array (.npy) or dataset name (wikitext2, c4, ptb)"""
+    out: Annotated[str, arg(metavar="NEW")]
+    """folder of the result; must be empty, absent, or this very run's unfinished output"""
+    config: Annotated[str | None, arg(metavar="FILE")] = None
+    """TOML file of settings, tables [data] and [training]"""
+    steps: Annotated[int | None, arg(metavar="INT")] = None
+    """optimiser steps"""
+    length: Annotated[int | None, arg(metavar="INT")] = None
+    """tokens per row; conversations are padded to it"""
+    batch_size: Annotated[int | None, arg(metavar="INT")] = None
+    """rows that pass through the model together"""
+    accumulation: Annotated[int | None, arg(metavar="INT")] = None
+    """such batches per step"""
+    learning_rate: Annotated[float | None, arg(metavar="FLOAT")] = None
+    """peak learning rate"""
+    trainable: Annotated[tuple[str, ...] | None, arg(metavar="REGEX [REGEX ...]")] = None
+    """what trains, by its whole path; default: every codebook, '.*/codebook'; also '.*norm/weight', 'lm_head/kernel'"""
+    responses_only: Flag = False
+    """score only what the assistant says"""
+    too_long: Literal["refuse", "cut", "skip"] | None = None
+    """what becomes of conversations of more than --length tokens; default: refuse"""
+    dtype: Dtype | None = None
+    """compute dtype; masters and moments are float32 in any case"""
+    seed: Annotated[int | None, arg(metavar="INT")] = None
+    """seed of the order of rows"""
+    evaluation: Annotated[str | None, arg(metavar="FILE")] = None
+    """also measure the loss on this, of the same forms as --data, before, meanwhile and after"""
+    evaluate_every: Annotated[int | None, arg(metavar="INT")] = None
+    """with --evaluation: steps between two measurements"""
+    save_every: Annotated[int | None, arg(metavar="INT")] = None
+    """steps between two saved states"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateArguments(Common):
     """Measure the perplexity of a text under a model."""
 
@@ -243,6 +288,7 @@ class PlanArguments(Common):
 
 Command = (
     CompressArguments
+    | FinetuneArguments
     | EvaluateArguments
     | GenerateArguments
     | InspectArguments
@@ -257,6 +303,7 @@ Command = (
 )
 AnyCommand = (
     Annotated[CompressArguments, subcommand("compress")]
+    | Annotated[FinetuneArguments, subcommand("finetune")]
     | Annotated[EvaluateArguments, subcommand("evaluate")]
     | Annotated[GenerateArguments, subcommand("generate")]
     | Annotated[InspectArguments, subcommand("inspect")]

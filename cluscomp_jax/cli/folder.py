@@ -18,6 +18,7 @@ from cluscomp_jax.cli.outcome import note
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.evaluate import Perplexity
+from cluscomp_jax.io.checkpoint import CheckpointSource
 from cluscomp_jax.io.checkpoint_writer import CheckpointWriter
 from cluscomp_jax.io.open import OpenedModel
 from cluscomp_jax.pipeline import CompressionSummary, compress_stream, fingerprint
@@ -153,6 +154,8 @@ def tokenizer_files(opened: OpenedModel) -> Path | Callable[[Path], Any] | None:
         return None
     if opened.kind in ("hf", "aqlm"):
         return opened.files[0].parent
+    if isinstance(opened.source, CheckpointSource):
+        return opened.source.tokenizer_path
     save: Callable[[Path], Any] = tokenizer.save_pretrained
     return save
 

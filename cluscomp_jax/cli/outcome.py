@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from cluscomp_jax.errors import InputError, RunError
+from cluscomp_jax.errors import DivergedError, InputError, RunError
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 _WRONG_PATH = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
@@ -53,6 +53,8 @@ def run(command: Callable[[], Result], *, json: bool, debug: bool, resumable: bo
         return _failed(error, f"stopped by {str(error) or 'the keyboard'}{hint}", FAILED, debug)
     except InputError as error:
         return _failed(error, str(error), WRONG_INPUT, debug)
+    except DivergedError as error:
+        return _failed(error, str(error), FAILED, debug)
     except RunError as error:
         return _failed(error, f"{error}{hint}", FAILED, debug)
     except BrokenPipeError:  # the reader of standard output has gone; the interpreter must not try to flush it again

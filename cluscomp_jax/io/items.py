@@ -28,18 +28,24 @@ def _drop(record: logging.LogRecord) -> bool:
 
 
 @contextlib.contextmanager
-def _checkpointer() -> Iterator[ocp.PyTreeCheckpointer]:
-    """Yields a checkpointer that logs nothing.
+def quiet() -> Iterator[None]:
+    """Has orbax log nothing inside.
 
-    orbax warns at every save in zarr form that OCDBT files are absent, and logs errors that it also raises.
+    It warns at every save in zarr form that OCDBT files are absent, and logs errors that it also raises.
     """
     logger = logging.getLogger("absl")
     logger.addFilter(_drop)
     try:
-        with ocp.PyTreeCheckpointer(use_ocdbt=False, use_zarr3=False, use_compression=False) as checkpointer:
-            yield checkpointer
+        yield
     finally:
         logger.removeFilter(_drop)
+
+
+@contextlib.contextmanager
+def _checkpointer() -> Iterator[ocp.PyTreeCheckpointer]:
+    """Yields a checkpointer that logs nothing."""
+    with quiet(), ocp.PyTreeCheckpointer(use_ocdbt=False, use_zarr3=False, use_compression=False) as checkpointer:
+        yield checkpointer
 
 
 def disk_bytes(arrays: Mapping[str, np.ndarray[Any, Any]]) -> int:

@@ -18,6 +18,7 @@ from cluscomp_jax import trees
 from cluscomp_jax.codebook import CodebookArray
 from cluscomp_jax.losses import mean_squared_error
 from cluscomp_jax.model import Model
+from cluscomp_jax.optimizer import make_optimizer
 from cluscomp_jax.progress import Reporter
 from cluscomp_jax.settings import TuningSettings
 from cluscomp_jax.trees import Params
@@ -81,23 +82,6 @@ def join_trainable(trained: Trainable, rest: dict[str, Any]) -> Params:
         whole = rest[path]
         joined[path] = dataclasses.replace(whole, codebook=value) if isinstance(whole, CodebookArray) else value
     return trees.unflatten(joined)
-
-
-def make_optimizer(settings: TuningSettings, total_steps: int) -> optax.GradientTransformation:
-    """Returns AdamW under the settings' schedule, warm-up and clipping."""
-    warmup = round(settings.warmup_fraction * total_steps)
-    after = max(total_steps - warmup, 1)
-    courses = {
-        "constant": optax.constant_schedule(settings.learning_rate),
-        "cosine": optax.cosine_decay_schedule(settings.learning_rate, after),
-        "linear": optax.linear_schedule(settings.learning_rate, 0.0, after),
-    }
-    schedule = courses[settings.schedule]
-    if warmup:
-        rise = optax.linear_schedule(settings.learning_rate / warmup, settings.learning_rate, max(warmup - 1, 1))
-        schedule = optax.join_schedules([rise, schedule], [warmup])
-    adamw = optax.adamw(schedule, weight_decay=settings.weight_decay)
-    return adamw if settings.clip_norm is None else optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw)
 
 
 @partial(jax.jit, static_argnames=("settings", "total_steps"))

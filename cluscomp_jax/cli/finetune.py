@@ -1,0 +1,128 @@
+"""`cluscomp finetune`: everything is checked, then one compressed model is trained into a new folder."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from cluscomp_jax import _version as version
+from cluscomp_jax.cli.arguments import FinetuneArguments
+from cluscomp_jax.cli.command_line import command_line
+from cluscomp_jax.cli.folder import METRICS_NAME, tokenizer_files
+from cluscomp_jax.cli.outcome import Result, note
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.examples import Examples
+from cluscomp_jax.finetune_config import FinetuneConfig, load_finetune_config
+from cluscomp_jax.finetuning import FinetuneSummary, as_batches, finetune_stream, fingerprint
+from cluscomp_jax.io.checkpoint_writer import CheckpointWriter
+from cluscomp_jax.io.open import OpenedModel, open_model
+from cluscomp_jax.io.training_data import read_examples
+from cluscomp_jax.progress import console_reporter
+
+_STATES = "states"
+
+
+def run(arguments: FinetuneArguments) -> Result:
+    """Returns what the run did."""
+    cfg, out = finetune_config(arguments), Path(arguments.out)
+    opened = open_model(arguments.model)
+    cfg = dataclasses.replace(cfg, model=opened.config)
+    _check_length(cfg)
+    rows = _read(opened, cfg, arguments.data)
+    evaluation = None if arguments.evaluation is None else _read(opened, cfg, arguments.evaluation)
+    batches = as_batches(rows, cfg, opened.model)
+    identity = fingerprint(opened.source, cfg, batches, evaluation)
+    tokenizer = tokenizer_files(opened)
+    claim = CheckpointWriter(out, model_config=opened.model, run_config=cfg.to_dict(), fingerprint=identity)
+    with claim as writer, console_reporter(out / METRICS_NAME) as reporter:
+        tokens = cfg.training.steps * cfg.training.batch_size * cfg.training.accumulation * cfg.data.length
+        note(f"{opened.name}: {cfg.training.steps} steps, {tokens:,} tokens of {len(rows)} rows of {cfg.data.length}")
+        summary = finetune_stream(
+            opened.source,
+            writer,
+            batches,
+            cfg,
+            evaluation=evaluation,
+            state_dir=writer.work_path / _STATES,
+            reporter=reporter,
+            finished_blocks=writer.finished_blocks,
+        )
+        if tokenizer is not None:
+            writer.store_tokenizer(tokenizer)
+        provenance = {**_provenance(opened, arguments, rows, evaluation), "command": command_line(arguments)}
+        writer.finish(provenance=provenance, metrics={"finetune": summary.to_dict()})
+    return Result(_text(summary, out), {"out": str(out), **summary.to_dict()})
+
+
+def finetune_config(arguments: FinetuneArguments) -> FinetuneConfig:
+    """Returns the settings of a run, without its model: those of the config file, under the options that were given.
+
+    Raises:
+      InputError: an option without effect, or a value out of its range.
+    """
+    if arguments.evaluate_every is not None and arguments.evaluation is None:
+        raise InputError(
+            f"--evaluate-every {arguments.evaluate_every} has no effect without --evaluation FILE; add that, or leave "
+            "it out"
+        )
+    config = FinetuneConfig() if arguments.config is None else load_finetune_config(arguments.config)
+    data = _given(arguments, "length", "too_long") | ({"responses_only": True} if arguments.responses_only else {})
+    training = _given(arguments, "steps", "batch_size", "accumulation", "learning_rate", "trainable")
+    if arguments.dtype is not None:
+        training["compute_dtype"] = arguments.dtype
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, **data),
+        training=dataclasses.replace(config.training, **training),
+        **_given(arguments, "seed", "evaluate_every", "save_every"),
+    )
+
+
+def _given(arguments: FinetuneArguments, *names: str) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+
+
+def _check_length(cfg: FinetuneConfig) -> None:
+    context = getattr(cfg.model, "max_position_embeddings", None)
+    if context is not None and cfg.data.length > context:
+        raise InputError(f"rows of {cfg.data.length} tokens exceed the model's context of {context}; lower --length")
+
+
+def _read(opened: OpenedModel, cfg: FinetuneConfig, spec: str) -> Examples:
+    tokenizer: Any = None if Path(spec).suffix == ".npy" else opened.load_tokenizer()
+    return read_examples(spec, tokenizer, cfg.data, vocab_size=opened.config.vocab_size)
+
+
+def _provenance(
+    opened: OpenedModel, arguments: FinetuneArguments, rows: Examples, evaluation: Examples | None
+) -> dict[str, Any]:
+    def of(name: str | None, examples: Examples | None) -> dict[str, Any] | None:
+        if examples is None:
+            return None
+        return {"name": name, "shape": list(examples.tokens.shape), "sha256": examples.fingerprint}
+
+    return {
+        "model": opened.origin,
+        "training": of(arguments.data, rows),
+        "evaluation": of(arguments.evaluation, evaluation),
+        "versions": version.versions(),
+        "device": jax.devices()[0].device_kind,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _text(summary: FinetuneSummary, out: Path) -> str:
+    first, last = summary.losses
+    lines = [
+        f"{out}: {summary.steps} steps, {summary.trained_parameters:,} numbers trained, {summary.seconds:.1f} s",
+        f"training loss {first:.4f} in the first tenth of the steps, {last:.4f} in the last",
+    ]
+    if summary.evaluations:
+        before, after = summary.evaluations[0], summary.evaluations[-1]
+        lines.append(
+            f"evaluation: perplexity {before['perplexity']:.4f} before, {after['perplexity']:.4f} after "
+            f"({after['tokens']:,} tokens)"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,62 @@
+"""FinetuneConfig: everything a finetuning run depends on, and its strict TOML form."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.settings import DataSettings, TrainingSettings
+from cluscomp_jax.settings_file import overlay, read_toml
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """What `finetune` does.
+
+    Attributes:
+      model: the family's config (LlamaConfig); None only until a model has been opened.
+      data: how texts become rows; of no effect where rows are handed in.
+      training: what trains, and how.
+      evaluate_every: steps between two evaluations, >= 1; there is one before the first step and one behind the last
+        in any case. None: only those.
+      save_every: steps between two saved states, >= 1; a resumed run repeats at most so many.
+      keep: saved states that are kept, >= 1.
+      seed: non-negative; orders the rows.
+    """
+
+    model: Any = None
+    data: DataSettings = DataSettings()
+    training: TrainingSettings = TrainingSettings()
+    evaluate_every: int | None = None
+    save_every: int = 100
+    keep: int = 2
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for name in ("evaluate_every", "save_every", "keep"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}; it must be 1 or more")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed is {self.seed}; it must be from 0 to 2**63-1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the settings as plain JSON values, less the model."""
+        fields = dataclasses.asdict(dataclasses.replace(self, model=None))
+        del fields["model"]
+        return {"finetune": fields}
+
+
+def load_finetune_config(path: str | Path) -> FinetuneConfig:
+    """Returns the FinetuneConfig of a TOML file: tables [data] and [training], the other keys at the top.
+
+    Raises:
+      InputError: no such file, not TOML, a key nobody reads, or a value of the wrong type or range.
+    """
+    fields = read_toml(path)
+    try:
+        config = overlay(FinetuneConfig(), fields)
+    except InputError as error:
+        raise InputError(f"config {path}: {error}") from error
+    assert isinstance(config, FinetuneConfig)
+    return config

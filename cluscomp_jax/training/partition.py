@@ -1,0 +1,197 @@
+"""What of a model trains and what stands still, its blocks stacked so that one scan runs through them.
+
+Two trees come out of one: the differentiated tree holds floating arrays only; an index is never in it. Knows no loss
+and no optimiser.
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cluscomp_jax import trees
+from cluscomp_jax.codebook import CodebookArray, round_codebook
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.model import Model
+from cluscomp_jax.source import ParamSource
+from cluscomp_jax.trees import Params
+
+REST = "rest"
+"""The group of what stands outside the blocks."""
+
+_CODEBOOK = "/codebook"
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Consecutive blocks that differ in numbers alone: `first` to `first + count - 1`, of one `kind`."""
+
+    first: int
+    count: int
+    kind: Hashable
+
+    @property
+    def name(self) -> str:
+        """The group of these blocks' arrays, each of which has a leading axis of `count`."""
+        return f"{self.first}-{self.first + self.count - 1}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How `split_params` laid a model out; hashable, a static argument of the step.
+
+    Attributes:
+      model: the decoder.
+      spans: all its blocks, in order.
+      dtypes: (name, dtype it is stored in) of every trained array, by its name in the trained tree.
+    """
+
+    model: Model
+    spans: tuple[Span, ...]
+    dtypes: tuple[tuple[str, str], ...]
+
+
+def split_params(source: ParamSource, model: Model, trainable: Sequence[str]) -> tuple[Params, Params, Layout]:
+    """Returns (trained, frozen, layout), on the device.
+
+    Both trees have the groups "rest" and one per span ("0-29"), below them the paths; what is of a span is stacked
+    along a new first axis. `trained` holds masters, float32: codebooks at "<kernel>/codebook" and dense arrays.
+    `frozen` holds all other arrays, and every CodebookArray whose codebook trains with None in its place.
+
+    Args:
+      source: the whole model; read once, block by block.
+      model: the decoder.
+      trainable: regular expressions, as in `TrainingSettings`.
+
+    Raises:
+      InputError: an expression that matches no array, or one that is not floating.
+    """
+    chosen = _Choice(trainable)
+    parts = [chosen.part(f"{model.blocks_path}/{i}/", source.load_block(i)) for i in range(model.num_blocks)]
+    rest = chosen.part("", source.load_rest())
+    chosen.refuse_unused()
+    groups: list[tuple[str, dict[str, Any], dict[str, Any]]] = [(REST, *rest)]
+    spans = []
+    signatures = [(model.block_kind(i), _signature(*part)) for i, part in enumerate(parts)]
+    for (kind, _), numbers in itertools.groupby(range(len(parts)), key=signatures.__getitem__):
+        members = list(numbers)
+        spans.append(Span(members[0], len(members), kind))
+        groups.append((spans[-1].name, _stack([parts[i][0] for i in members]), _stack([parts[i][1] for i in members])))
+    trained = {f"{group}/{name}": leaf for group, leaves, _ in groups for name, leaf in leaves.items()}
+    frozen = {f"{group}/{name}": leaf for group, _, leaves in groups for name, leaf in leaves.items()}
+    dtypes = tuple((name, np.dtype(leaf.dtype).name) for name, leaf in trained.items())
+    masters = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in trained.items()}
+    on_device = jax.tree.map(jnp.asarray, frozen)
+    return trees.unflatten(masters), trees.unflatten(on_device), Layout(model, tuple(spans), dtypes)
+
+
+class _Choice:
+    """Which arrays the expressions match, and which expressions have matched none yet."""
+
+    def __init__(self, trainable: Sequence[str]):
+        self._patterns = [re.compile(pattern) for pattern in trainable]
+        self._unused = set(trainable)
+
+    def part(self, prefix: str, tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns ({name: what trains}, {path: what is frozen}) of one block, or of what is outside the blocks."""
+        trained, frozen = {}, {}
+        for path, leaf in trees.iterate(tree):
+            coded = isinstance(leaf, CodebookArray)
+            name = path + _CODEBOOK if coded else path
+            if not self._matches(prefix + name):
+                frozen[path] = leaf
+                continue
+            values = leaf.codebook if coded else leaf
+            if not jnp.issubdtype(values.dtype, jnp.floating):
+                raise InputError(f"{prefix + name!r} is {values.dtype}; only floating arrays can train")
+            trained[name] = values
+            if coded:
+                frozen[path] = dataclasses.replace(leaf, codebook=None)
+        return trained, frozen
+
+    def _matches(self, name: str) -> bool:
+        matching = {pattern.pattern for pattern in self._patterns if pattern.fullmatch(name)}
+        self._unused -= matching
+        return bool(matching)
+
+    def refuse_unused(self) -> None:
+        for pattern in sorted(self._unused):
+            raise InputError(
+                f"trainable {pattern!r} matches no array of the model; names are paths such as 'model/norm/weight', "
+                "and a kernel's path with '/codebook' behind it where the kernel is compressed"
+            )
+
+
+def _signature(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> Hashable:
+    """Returns what must be equal in two blocks for one program to serve both."""
+    leaves, structure = jax.tree.flatten((dict(trained), dict(frozen)))
+    return structure, tuple((tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in leaves)
+
+
+def _stack(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Returns {name: leaves stacked, on the device} and empties the parts, so that nothing is held twice for long."""
+
+    def stacked(*leaves: Any) -> jax.Array:
+        return jnp.asarray(np.stack([np.asarray(leaf) for leaf in leaves]))
+
+    return {name: jax.tree.map(stacked, *(part.pop(name) for part in parts)) for name in list(parts[0])}
+
+
+def join_group(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> Params:
+    """Returns the parameters of one group, or of one block of a stacked group, as a Model takes them."""
+    joined = dict(trees.flatten(frozen))
+    for name, value in trees.iterate(trained):
+        kernel = name.removesuffix(_CODEBOOK)
+        if isinstance(whole := joined.get(kernel), CodebookArray):
+            joined[kernel] = dataclasses.replace(whole, codebook=value)
+        else:
+            joined[name] = value
+    return trees.unflatten(joined)
+
+
+@partial(jax.jit, static_argnames="layout")
+def round_masters(trained: Params, *, layout: Layout) -> Params:
+    """Returns the masters moved, still float32, to the numbers that will be stored for them."""
+    dtypes = dict(layout.dtypes)
+
+    def rounded(name: str, value: jax.Array) -> jax.Array:
+        near = value.astype(dtypes[name]).astype(jnp.float32)
+        # As `round_codebook`: what leaves the range of float16 is stored in bfloat16, matrix by matrix.
+        axes = tuple(range(0 if name.startswith(f"{REST}/") else 1, value.ndim))
+        fits = jnp.isfinite(near).all(axis=axes, keepdims=True)
+        return jnp.where(fits, near, value.astype(jnp.bfloat16).astype(jnp.float32))
+
+    return trees.map_by_path(rounded, trained)
+
+
+def merge_params(trained: Params, frozen: Params, layout: Layout) -> Iterator[tuple[int | None, Params]]:
+    """Yields (block, its tree) in order and then (None, what is outside the blocks), on the host; undoes the split.
+
+    Trained arrays are rounded to the dtype they came in; to bfloat16 where they leave the range of float16.
+    """
+    dtypes = dict(layout.dtypes)
+    for span in layout.spans:
+        group = _fetch(trained, frozen, span.name)
+        for place in range(span.count):
+            block = jax.tree.map(lambda leaf, place=place: leaf[place], group)
+            yield span.first + place, _rounded(block, span.name, dtypes)
+    yield None, _rounded(_fetch(trained, frozen, REST), REST, dtypes)
+
+
+def _fetch(trained: Params, frozen: Params, group: str) -> tuple[Params, Params]:
+    fetched: tuple[Params, Params] = jax.device_get((trained.get(group, {}), frozen.get(group, {})))
+    return fetched
+
+
+def _rounded(parts: tuple[Params, Params], group: str, dtypes: Mapping[str, str]) -> Params:
+    trained, frozen = parts
+    stored = trees.map_by_path(
+        lambda name, value: np.asarray(round_codebook(jnp.asarray(value), dtypes[f"{group}/{name}"])), trained
+    )
+    return join_group(stored, frozen)

@@ -1,0 +1,160 @@
+"""One optimiser step of next-token loss through a whole model, as a pure function of (state, batch).
+
+Float32 masters and moments; activations and decoded weights in the compute dtype. A block keeps its input alone for
+the backward pass and computes the rest anew; logits exist for a few positions at a time. Knows no files and no loop.
+
+For many devices, `train_step` is where `trained`, `frozen` and the rows of a batch get their shardings.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from cluscomp_jax import trees
+from cluscomp_jax.losses import token_nll
+from cluscomp_jax.model import Model
+from cluscomp_jax.optimizer import make_optimizer
+from cluscomp_jax.settings import TrainingSettings
+from cluscomp_jax.training.partition import REST, Layout, join_group
+from cluscomp_jax.trees import Params
+from pallas_kernels.codebook_matmul import FAST_GRADIENTS
+
+HEAD_POSITIONS = 128
+"""Positions whose logits exist at one time."""
+
+
+class TrainState(NamedTuple):
+    """What a step carries on: the masters, the optimiser's state, and how many steps were done."""
+
+    trained: Params
+    optimizer: Any
+    step: jax.Array
+
+
+class StepMetrics(NamedTuple):
+    """What a step measured before it moved anything.
+
+    Attributes:
+      loss: mean -log p of the scored tokens, nats.
+      gradient_norm: global norm of its gradient, before clipping.
+      scored: how many tokens were scored.
+      finite: whether loss and gradient are; if not, the step changed nothing.
+    """
+
+    loss: jax.Array
+    gradient_norm: jax.Array
+    scored: jax.Array
+    finite: jax.Array
+
+
+@partial(jax.jit, static_argnames="settings")
+def init_state(trained: Params, *, settings: TrainingSettings) -> TrainState:
+    """Returns the state before the first step of these float32 masters."""
+    return TrainState(trained, make_optimizer(settings, settings.steps).init(trained), jnp.array(0, jnp.int32))
+
+
+def summed_loss(
+    trained: Params, frozen: Params, tokens: jax.Array, scored: jax.Array, *, layout: Layout, settings: TrainingSettings
+) -> jax.Array:
+    """Returns the sum of -log p(token | tokens before it) over the scored tokens, nats, float32.
+
+    Args:
+      trained, frozen: of `split_params`.
+      tokens: int32 [b, t], t >= 2.
+      scored: bool [b, t]; the first position of a row is never scored, whatever it says.
+      layout: of `split_params`.
+      settings: their compute dtype and gradient mode count here.
+    """
+    model = layout.model
+    rest = join_group(trained.get(REST, {}), frozen.get(REST, {}))
+    x = model.embed(rest, tokens, dtype=jnp.dtype(settings.compute_dtype))
+    with FAST_GRADIENTS(settings.fast_gradients):
+        for span in layout.spans:
+
+            def block(x: jax.Array, parts: tuple[Params, Params], kind: Any = span.kind) -> tuple[jax.Array, None]:
+                return model.block(join_group(*parts), x, kind=kind), None
+
+            stacked = (trained.get(span.name, {}), frozen.get(span.name, {}))
+            # Inside a scan XLA cannot merge the second forward pass with the first, so no barrier is needed.
+            x, _ = jax.lax.scan(jax.checkpoint(block, prevent_cse=False), x, stacked)
+        return _head_loss(model, rest, x[:, :-1], tokens[:, 1:], scored[:, 1:])
+
+
+def _head_loss(model: Model, rest: Params, x: jax.Array, targets: jax.Array, scored: jax.Array) -> jax.Array:
+    """Returns the summed loss of x [b, t, d] by its targets [b, t], HEAD_POSITIONS positions at a time."""
+    size = min(HEAD_POSITIONS, targets.size)
+    padding = -targets.size % size
+
+    def chunks(array: jax.Array) -> jax.Array:
+        flat = array.reshape(targets.size, *array.shape[2:])
+        return jnp.pad(flat, ((0, padding), *((0, 0) for _ in flat.shape[1:]))).reshape(-1, size, *flat.shape[1:])
+
+    def add(total: jax.Array, chunk: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        x, targets, scored = chunk
+        losses = token_nll(model.head(rest, x[None])[0], targets)
+        return total + jnp.sum(jnp.where(scored, losses, 0.0)), None
+
+    parts = (chunks(x), chunks(targets), chunks(scored))
+    total: jax.Array = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), jnp.float32(0), parts)[0]
+    return total
+
+
+@partial(jax.jit, static_argnames=("layout", "settings"), donate_argnames="state")
+def train_step(
+    state: TrainState,
+    frozen: Params,
+    tokens: jax.Array,
+    scored: jax.Array,
+    *,
+    layout: Layout,
+    settings: TrainingSettings,
+) -> tuple[TrainState, StepMetrics]:
+    """Returns (next state, what was measured before it). A step that is not finite leaves the state as it was.
+
+    Args:
+      state: is donated.
+      frozen, layout: of `split_params`.
+      tokens: int32 [a, b, t]: a batches, passed through one after another.
+      scored: bool [a, b, t], as in `summed_loss`; at least one true behind the first position of a row.
+      settings: of the run.
+    """
+    loss_of = partial(summed_loss, layout=layout, settings=settings)
+
+    def add(totals: tuple[jax.Array, Params], batch: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, totals, jax.value_and_grad(loss_of)(state.trained, frozen, *batch)), None
+
+    nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trained))
+    (total, gradients), _ = jax.lax.scan(add, nothing, (tokens, scored))
+    # Of the sum the derivatives stay in float16's range; of the mean over many tokens they would not.
+    count = jnp.maximum(jnp.sum(scored[..., 1:]), 1)
+    gradients = jax.tree.map(lambda gradient: gradient / count, gradients)
+    loss, norm = total / count, optax.tree.norm(gradients)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    updates, optimizer = make_optimizer(settings, settings.steps).update(gradients, state.optimizer, state.trained)
+    stepped = TrainState(
+        optax.apply_updates(state.trained, _scaled(updates, settings.vector_rate)), optimizer, state.step + 1
+    )
+    kept = jax.tree.map(partial(jnp.where, finite), stepped, state)
+    return kept, StepMetrics(loss, norm, count, finite)
+
+
+def _scaled(updates: Params, vector_rate: float) -> Params:
+    """A vector is shared by all outputs, so it moves less than a codebook; scaling updates scales AdamW's rate."""
+
+    def scaled(name: str, update: jax.Array) -> jax.Array:
+        own = update.ndim - (0 if name.startswith(f"{REST}/") else 1)
+        return update if own > 1 else vector_rate * update
+
+    return trees.map_by_path(scaled, updates)
+
+
+@partial(jax.jit, static_argnames=("layout", "settings"))
+def evaluate_step(
+    trained: Params, frozen: Params, tokens: jax.Array, scored: jax.Array, *, layout: Layout, settings: TrainingSettings
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (summed loss, scored tokens) of one batch int32 [b, t]."""
+    total = summed_loss(trained, frozen, tokens, scored, layout=layout, settings=settings)
+    return total, jnp.sum(scored[:, 1:])

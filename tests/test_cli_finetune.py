@@ -1,0 +1,227 @@
+"""`cluscomp finetune` on a tiny model: through the command line, killed outright, and given wrong input."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli_models import write_model, write_text
+
+from cluscomp_jax import trees
+from cluscomp_jax.cli import main
+from cluscomp_jax.codebook import CodebookArray
+from cluscomp_jax.io.checkpoint import load_checkpoint, open_checkpoint
+
+CONFIG = """
+save_every = 2
+evaluate_every = 4
+[data]
+length = 16
+[training]
+batch_size = 2
+learning_rate = 0.01
+trainable = [".*/codebook", "model/norm/weight"]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finetune")
+    write_model(folder / "model")
+    write_text(folder / "held_out.txt", 100, seed=1)
+    (folder / "text.txt").write_text("the cat sat on the mat. " * 30)
+    (folder / "run.toml").write_text(CONFIG)
+    argv = ["compress", str(folder / "model"), "--out", str(folder / "small"), "--g", "4", "--num-codes", "8"]
+    assert main(argv) == 0
+    return folder
+
+
+def argv(folder: Path, out: Path, *more: str, steps: int = 6) -> list[str]:
+    return [
+        "finetune", str(folder / "small"), "--data", str(folder / "text.txt"), "--out", str(out),
+        "--evaluation", str(folder / "held_out.txt"), "--config", str(folder / "run.toml"),
+        "--steps", str(steps), *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    """The folder of an uninterrupted run."""
+    assert main(argv(folder, folder / "whole")) == 0
+    return folder / "whole"
+
+
+def test_the_result_is_a_checkpoint_whose_codebooks_have_moved(folder: Path, whole: Path) -> None:
+    before, after = (trees.flatten(load_checkpoint(path).params) for path in (folder / "small", whole))
+    assert before.keys() == after.keys()
+    for path, leaf in before.items():
+        if isinstance(leaf, CodebookArray):
+            np.testing.assert_array_equal(after[path].index, leaf.index)
+            assert after[path].codebook.dtype == leaf.codebook.dtype == np.float16
+            assert not np.array_equal(after[path].codebook, leaf.codebook)
+        elif path != "model/norm/weight":
+            np.testing.assert_array_equal(after[path], leaf)
+    assert not (whole / "work").exists()
+    assert open_checkpoint(whole, verify=True).tokenizer_path is not None
+
+
+def test_losses_are_recorded_and_the_last_evaluation_is_that_of_the_checkpoint(
+    capsys: pytest.CaptureFixture[str], folder: Path, whole: Path
+) -> None:
+    records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if record["event"] == "step"]
+    evaluations = [record for record in records if record["event"] == "evaluation"]
+    assert [record["step"] for record in steps] == list(range(1, 7))
+    assert [record["step"] for record in evaluations] == [0, 4, 6]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    text = str(folder / "held_out.txt")
+    assert main(["evaluate", str(whole), "--text", text, "--context", "16", "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert evaluations[-1]["perplexity"] == pytest.approx(measured["perplexity"], rel=1e-5)
+
+
+def test_inspect_shows_where_the_result_comes_from(capsys: pytest.CaptureFixture[str], whole: Path) -> None:
+    assert main(["inspect", str(whole), "--json"]) == 0
+    fields = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert fields["run_config"]["finetune"]["training"]["steps"] == 6
+    assert fields["run_config"]["finetune"]["data"]["length"] == 16
+    assert fields["provenance"]["model"]["name"] == "small"
+    assert fields["provenance"]["training"]["shape"] == [45, 16]
+    assert fields["provenance"]["command"].startswith("cluscomp finetune ")
+    assert fields["metrics"]["finetune"]["steps"] == 6
+
+
+def start(folder: Path, out: Path, steps: int) -> "subprocess.Popen[str]":
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [sys.executable, "-m", "cluscomp_jax", *argv(folder, out, steps=steps)]
+    return subprocess.Popen(
+        command, env={**os.environ, **cache}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process: "subprocess.Popen[str]") -> None:
+    """Waits for a run that must succeed."""
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+
+
+def untimed(path: Path) -> list[dict[str, Any]]:
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in r.items() if key not in ("time", "seconds")} for r in records]
+
+
+def test_a_killed_run_given_again_ends_in_the_bits_of_one_that_was_not(folder: Path, tmp_path: Path) -> None:
+    steps = 40
+    with start(folder, tmp_path / "out", steps) as victim:
+        while not list(tmp_path.glob("out/work/run/states/[0-9]*[0-9]")):
+            assert victim.poll() is None, victim.communicate()
+            time.sleep(0.01)
+        victim.kill()
+        assert victim.wait() == -signal.SIGKILL
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    for out in ("out", "again"):
+        finish(start(folder, tmp_path / out, steps))
+    resumed, again = (open_checkpoint(tmp_path / out, verify=True) for out in ("out", "again"))
+    assert resumed.fingerprint() == again.fingerprint()
+    assert untimed(tmp_path / "out" / "metrics.jsonl") == untimed(tmp_path / "again" / "metrics.jsonl")
+    summaries = [source.manifest.metrics["finetune"] for source in (resumed, again)]
+    assert summaries[0]["first_step"] > 0 == summaries[1]["first_step"]
+    assert summaries[0]["losses"] == summaries[1]["losses"]
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_of_ten_moments_ends_in_the_same_bits(folder: Path, tmp_path: Path) -> None:
+    steps = 60
+    finish(start(folder, tmp_path / "warm", steps))  # fills the cache of compiled programs
+    began = time.monotonic()
+    finish(start(folder, tmp_path / "whole", steps))
+    seconds, expected = time.monotonic() - began, open_checkpoint(tmp_path / "whole").fingerprint()
+    killed = 0
+    for i, moment in enumerate(np.random.default_rng(0).uniform(0, seconds, 10)):
+        out = tmp_path / f"out-{i}"
+        with start(folder, out, steps) as victim:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                victim.wait(moment)
+            victim.kill()
+            killed += victim.wait() == -signal.SIGKILL
+        if not (out / "manifest.json").exists():
+            finish(start(folder, out, steps))
+        elif (out / "work").exists():  # killed between the manifest and the removal of work/
+            assert start(folder, out, steps).wait() == 2
+        assert open_checkpoint(out, verify=True).fingerprint() == expected
+        assert untimed(out / "metrics.jsonl") == untimed(tmp_path / "whole" / "metrics.jsonl")
+        assert not (out / "work").exists()
+    assert killed >= 8  # the others had ended first
+
+
+def test_the_same_command_again_says_that_it_is_finished(
+    capsys: pytest.CaptureFixture[str], folder: Path, whole: Path
+) -> None:
+    assert main(argv(folder, whole)) == 2
+    assert "already finished" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_does_not_say_that_repeating_helps(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    assert main(argv(folder, tmp_path / "o", "--learning-rate", "1e30")) == 1
+    err = capsys.readouterr().err
+    assert "step 2: the loss is nan" in err
+    assert "resume" not in err.splitlines()[-1]
+
+
+def broken_lines(folder: Path) -> list[str]:
+    (folder / "broken.jsonl").write_text('{"text": "abc"}\n{"text": }\n')
+    return ["--data", str(folder / "broken.jsonl")]
+
+
+def conversations(folder: Path) -> list[str]:
+    (folder / "chat.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
+    return ["--data", str(folder / "chat.jsonl")]
+
+
+def foreign_tokens(folder: Path) -> list[str]:
+    np.save(folder / "tokens.npy", np.full(64, 40))
+    return ["--data", str(folder / "tokens.npy")]
+
+
+def unknown_key(folder: Path) -> list[str]:
+    (folder / "bad.toml").write_text("[training]\nepochs = 3\n")
+    return ["--config", str(folder / "bad.toml")]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (broken_lines, "broken.jsonl line 2: is not JSON"),
+        (conversations, "the model's tokenizer has no chat template"),
+        (foreign_tokens, "token id 40, the vocabulary has 40"),
+        (unknown_key, "key 'training.epochs' is not known"),
+        (lambda folder: ["--data", str(folder / "none.txt")], "is neither a file nor"),
+        (lambda folder: ["--length", "129"], "rows of 129 tokens exceed the model's context of 128"),
+        (lambda folder: ["--steps", "0"], "steps is 0"),
+        (lambda folder: ["--trainable", "lm_heads"], "trainable 'lm_heads' matches no array"),
+        (lambda folder: ["--responses-only"], "is running text, which has no responses"),
+    ],
+)
+def test_wrong_input_is_refused_and_leaves_nothing(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path, change: Any, text: str
+) -> None:
+    assert main(argv(folder, tmp_path / "o", *change(folder))) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("cluscomp: error: ")]
+    assert len(lines) == 1
+    assert text in lines[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_option_without_effect_is_refused(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+    command = ["finetune", str(folder / "small"), "--data", str(folder / "text.txt"), "--out", str(tmp_path / "o")]
+    assert main([*command, "--evaluate-every", "3"]) == 2
+    assert "--evaluate-every 3 has no effect without --evaluation" in capsys.readouterr().err

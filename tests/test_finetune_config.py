@@ -1,0 +1,55 @@
+"""FinetuneConfig and its TOML form."""
+
+import dataclasses
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.finetune_config import FinetuneConfig, load_finetune_config
+from cluscomp_jax.settings import DataSettings, TrainingSettings
+from cluscomp_jax.settings_file import overlay
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "finetuning.md"
+
+
+def test_the_defaults_in_the_documentation_are_the_defaults() -> None:
+    fields = tomllib.loads(re.search(r"```toml\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)[1])
+    assert overlay(FinetuneConfig(), fields) == FinetuneConfig()
+    for name, kind in (("data", DataSettings), ("training", TrainingSettings)):
+        assert fields[name].keys() == {field.name for field in dataclasses.fields(kind)}
+
+
+def test_what_a_file_says_is_read_and_the_rest_stays(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("seed = 3\n[training]\nlearning_rate = 1\ntrainable = ['a', 'b']\n[data]\ntoo_long = 'cut'\n")
+    config = load_finetune_config(path)
+    assert config.seed == 3
+    assert config.training == TrainingSettings(learning_rate=1.0, trainable=("a", "b"))
+    assert config.data == DataSettings(too_long="cut")
+    assert overlay(FinetuneConfig(), config.to_dict()["finetune"]) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[trainings]", "key 'trainings' is not known; known here: data, training"),
+        ("[training]\nlr = 1", "key 'training.lr' is not known"),
+        ("[training]\nsteps = 1.5", "'training.steps' is 1.5; it must be int"),
+        ("[training]\ntrainable = 'a'", "'training.trainable' is 'a'; it must be a list"),
+        ("[data]\nlength = 1", "length is 1; it must be 2 or more"),
+        ("[data]\ntoo_long = 'split'", "'data.too_long' is 'split'; it must be one of"),
+        ("save_every = 0", "save_every is 0; it must be 1 or more"),
+        ("seed = -1", "seed is -1"),
+        ("model = 'llama'", "key 'model' is not known"),
+        ("[data", "not valid TOML"),
+    ],
+)
+def test_what_a_file_must_not_say_is_refused(tmp_path: Path, text: str, reason: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=re.escape(reason)) as raised:
+        load_finetune_config(path)
+    assert str(raised.value).startswith(f"config {path}: ")

@@ -1,0 +1,192 @@
+"""finetune: the loop, its records, and what becomes of it when it is interrupted or diverges."""
+
+import dataclasses
+
+import chex
+import numpy as np
+import pytest
+from training_models import CONFIG, compressed_params
+
+from cluscomp_jax import finetuning, trees
+from cluscomp_jax.codebook import CodebookArray
+from cluscomp_jax.errors import DivergedError, InputError
+from cluscomp_jax.evaluate import perplexity
+from cluscomp_jax.examples import Examples, ShuffledBatches, pack
+from cluscomp_jax.finetune_config import FinetuneConfig
+from cluscomp_jax.finetuning import finetune
+from cluscomp_jax.progress import SilentReporter
+from cluscomp_jax.settings import TrainingSettings
+
+STEPS, LENGTH = 8, 10
+CFG = FinetuneConfig(
+    model=CONFIG,
+    training=TrainingSettings(
+        steps=STEPS, batch_size=2, learning_rate=0.02, trainable=(".*/codebook", ".*norm/weight")
+    ),
+    evaluate_every=3,
+    save_every=2,
+)  # fmt: skip
+
+
+def text(seed=0, tokens=130):
+    """A stream in which every token is followed by one of two others, so that there is something to learn."""
+    rng = np.random.default_rng(seed)
+    stream = [0]
+    while len(stream) < tokens:
+        stream.append((3 * stream[-1] + int(rng.integers(1, 3))) % CONFIG.vocab_size)
+    return np.array(stream, np.int32)
+
+
+ROWS, HELD_OUT = pack(text(), LENGTH), pack(text(1, 50), LENGTH)
+
+
+class Recorder(SilentReporter):
+    """Keeps the records; raises behind the one of step `stop`."""
+
+    def __init__(self, stop=None):
+        self.records, self.stop = [], stop
+
+    def record(self, event, **fields):
+        fields = {key: value for key, value in fields.items() if key not in ("time", "seconds")}
+        self.records.append({"event": event, **fields})
+        if event == "step" and fields["step"] == self.stop:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def params():
+    return compressed_params()
+
+
+@pytest.fixture(scope="module")
+def whole(params):
+    """(result, records) of an uninterrupted run without saved states."""
+    recorder = Recorder()
+    return finetune(params, ROWS, CFG, evaluation=HELD_OUT, reporter=recorder), recorder.records
+
+
+def test_the_loss_falls_and_only_what_was_asked_for_changes(params, whole):
+    before, after = trees.flatten(params), trees.flatten(whole[0])
+    assert before.keys() == after.keys()
+    for path, leaf in before.items():
+        if isinstance(leaf, CodebookArray):
+            np.testing.assert_array_equal(after[path].index, leaf.index)
+            assert after[path].codebook.dtype == leaf.codebook.dtype
+            assert not np.array_equal(after[path].codebook, leaf.codebook)
+        elif path.endswith("norm/weight"):
+            assert not np.array_equal(after[path], leaf)
+        else:
+            np.testing.assert_array_equal(after[path], leaf)
+    losses = [record["loss"] for record in whole[1] if record["event"] == "step"]
+    assert len(losses) == STEPS
+    assert np.mean(losses[-2:]) < losses[0] - 0.1
+
+
+def test_evaluations_are_the_perplexity_of_what_is_stored(params, whole):
+    result, records = whole
+    evaluations = [record for record in records if record["event"] == "evaluation"]
+    assert [record["step"] for record in evaluations] == [0, 3, 6, STEPS]
+    for tree, record in ((params, evaluations[0]), (result, evaluations[-1])):
+        measured = perplexity(tree, HELD_OUT.tokens.reshape(-1), CONFIG, context=LENGTH)
+        assert record["tokens"] == measured.tokens
+        assert record["nll"] == pytest.approx(measured.nll, rel=1e-5)
+        assert record["perplexity"] == pytest.approx(measured.perplexity, rel=1e-5)
+
+
+@pytest.mark.parametrize("stop", [1, 5, STEPS])
+def test_a_resumed_run_ends_in_the_bits_and_records_of_an_uninterrupted_one(params, whole, tmp_path, stop):
+    with pytest.raises(KeyboardInterrupt):
+        finetune(params, ROWS, CFG, evaluation=HELD_OUT, state_dir=tmp_path / "s", reporter=Recorder(stop))
+    recorder = Recorder()
+    resumed = finetune(params, ROWS, CFG, evaluation=HELD_OUT, state_dir=tmp_path / "s", reporter=recorder)
+    chex.assert_trees_all_equal(trees.flatten(resumed), trees.flatten(whole[0]))
+    assert recorder.records == whole[1]
+    kept = {path.name for path in (tmp_path / "s").iterdir()}
+    assert kept == {str(STEPS - 2), str(STEPS)}
+
+
+def test_states_of_another_run_are_refused(params, tmp_path):
+    finetune(params, ROWS, CFG, state_dir=tmp_path / "s")
+    with pytest.raises(InputError, match="state of another run"):
+        finetune(params, ROWS, dataclasses.replace(CFG, seed=7), state_dir=tmp_path / "s")
+
+
+def test_a_run_that_diverges_says_where_and_keeps_the_state_before(params, tmp_path):
+    rows = ShuffledBatches(ROWS, 2, CFG.seed)
+    wild = dataclasses.replace(CFG, training=dataclasses.replace(CFG.training, learning_rate=1e30, warmup_fraction=0.0))
+    with pytest.raises(DivergedError) as raised:
+        finetune(params, ROWS, wild, state_dir=tmp_path / "s")
+    assert "step 2: the loss is nan" in str(raised.value)
+    assert rows.describe(1) in str(raised.value)
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["1"]
+
+
+def test_the_caller_may_hand_out_the_batches(params, whole):
+    class Own:
+        fingerprint = "own"
+
+        def batch(self, step):
+            return ShuffledBatches(ROWS, 2, CFG.seed).batch(step)
+
+        def describe(self, step):
+            return f"step {step}"
+
+    found = finetune(params, Own(), dataclasses.replace(CFG, evaluate_every=None))
+    chex.assert_trees_all_equal(trees.flatten(found), trees.flatten(whole[0]))
+
+
+def too_few_rows():
+    class Short(ShuffledBatches):
+        def batch(self, step):
+            return ROWS.take(np.array([0]))
+
+    return Short(ROWS, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("batches", "text"),
+    [
+        (np.zeros((0, 8), np.int32), "give 1 row or more"),
+        (np.zeros(8, np.int32), "integers \\[rows, length\\]"),
+        (np.zeros((2, 8)), "integers \\[rows, length\\]"),
+        (np.full((2, 8), 23), "token 23 is outside the vocabulary, 0 to 22"),
+        (too_few_rows(), "has 1 rows; batch_size 2 x accumulation 1 needs 2"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused_before_any_work(params, batches, text):
+    recorder = Recorder()
+    with pytest.raises(InputError, match=text):
+        finetune(params, batches, CFG, reporter=recorder)
+    assert recorder.records == []
+
+
+def test_a_model_without_codebooks_is_refused_by_the_default(params):
+    from cluscomp_jax.cluster import decompress
+
+    cfg = FinetuneConfig(model=CONFIG)
+    with pytest.raises(InputError, match="matches no array"):
+        finetune(decompress(params), ROWS, cfg)
+
+
+def test_the_fingerprint_knows_everything_the_result_depends_on(params):
+    from training_models import MODEL
+
+    from cluscomp_jax.source import DictSource
+
+    source = DictSource(params, MODEL)
+
+    def digest(cfg=CFG, examples=ROWS, evaluation=None):
+        batches = finetuning.as_batches(examples, cfg, MODEL)
+        return finetuning.fingerprint(source, cfg, batches, evaluation)
+
+    flipped = ROWS.scored.copy()
+    flipped[0, 3] = False
+    others = [
+        digest(dataclasses.replace(CFG, seed=1)),
+        digest(dataclasses.replace(CFG, training=dataclasses.replace(CFG.training, steps=9))),
+        digest(examples=Examples(ROWS.tokens, flipped)),
+        digest(examples=ROWS.take(np.array([1, 0]))),
+        digest(evaluation=HELD_OUT),
+    ]
+    assert len({digest(), *others}) == 6
+    assert digest() == digest()

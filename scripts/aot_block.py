@@ -12,33 +12,21 @@ import argparse
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # still registers the CUDA compiler, and looks for no card
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 
 from cluscomp_jax import trees
 from cluscomp_jax.codebook import CodebookArray, index_dtype, index_shape
-from cluscomp_jax.llama.config import LlamaConfig
 from cluscomp_jax.llama.model import LlamaModel
+from cluscomp_jax.plan import find_target, placement, preset_config
 from cluscomp_jax.tuning.blockwise import join_trainable, split_trainable
 from pallas_kernels.codebook_matmul import FAST_GRADIENTS, IMPLEMENTATION
 
-A6000 = Path(__file__).parent.parent / "cluscomp_jax" / "data" / "targets" / "rtx_a6000.txtpb"
 GIB = 2**30
-LLAMA_2_70B = LlamaConfig(
-    vocab_size=32000,
-    hidden_size=8192,
-    intermediate_size=28672,
-    num_hidden_layers=80,
-    num_attention_heads=64,
-    num_key_value_heads=8,
-    head_dim=128,
-)
 VARIANTS = {"decoded": "every kernel decoded by XLA", "ordered": "kernels, fixed order", "atomic": "kernels, atomics"}
 
 
@@ -76,20 +64,19 @@ def main() -> None:
     parser.add_argument("--g", type=int, default=4, help="weights per code")
     parser.add_argument("--codes", type=int, default=65500, help="codes per matrix")
     parser.add_argument("--axis", choices=("out", "in"), default="out")
-    parser.add_argument("--target", type=Path, default=A6000, help="description of the card")
+    parser.add_argument("--target", default="a6000", help="card, or a .txtpb file that describes one")
     options = parser.parse_args()
-    topology = topologies.get_topology_desc(platform="cuda", target_config=options.target.read_text(), topology="1x1x1")
-    mesh = topologies.make_mesh(topology, (1,), ("card",))
-    on_card = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    model = LlamaModel(LLAMA_2_70B)
+    target = find_target(options.target)
+    on_card, config = placement(target), preset_config("llama-2-70b")
+    model = LlamaModel(config)
     block = compressed_block(model, options.g, options.codes, options.axis, jnp.bfloat16)
     trained, rest = split_trainable(block, norms=False)
-    x = jax.ShapeDtypeStruct((1, options.length, LLAMA_2_70B.hidden_size), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((1, options.length, config.hidden_size), jnp.bfloat16)
     arguments = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_card),
         (trained, jax.tree.leaves(rest), x, x),
     )
-    print(f"jax {jax.__version__}, {options.target.stem}, ahead of time: one block of Llama-2-70B, {vars(options)}")
+    print(f"jax {jax.__version__}, {target.name}, ahead of time: one block of Llama-2-70B, {vars(options)}")
     print("| variant | arguments GiB | outputs GiB | temporaries GiB | peak GiB | seconds |\n" + "|---" * 6 + "|")
     for variant in [options.variant] if options.variant else VARIANTS:
         began = time.monotonic()

@@ -19,7 +19,10 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Any, stop_strings: Sequence[str] = ()):
-        """Begins an empty text; it ends before the first of `stop_strings`, none of which may be empty."""
+        """Begins an empty text; it ends before the one of `stop_strings` complete first, the longest of several.
+
+        So the end does not depend on how tokens cut the text. None of the strings may be empty.
+        """
         self._tokenizer, self._stops = tokenizer, tuple(stop_strings)
         self._tokens: list[int] = []
         self._context = self._shown = 0  # what lies between them is decoded again, because spacing depends on it
@@ -54,10 +57,11 @@ class TextStream:
 
     def _certain(self) -> int:
         """Returns how much of the held text can be given out; notes where a stop string ends it."""
-        found = [place for place in (self._held.find(stop) for stop in self._stops) if place >= 0]
+        places = [(self._held.find(stop), len(stop)) for stop in self._stops]
+        found = [(place + length, place) for place, length in places if place >= 0]
         if found:
             self.stopped = True
-            return min(found)
+            return min(found)[1]
         for start in range(len(self._held)):
             if any(stop.startswith(self._held[start:]) for stop in self._stops):
                 return start

@@ -41,10 +41,13 @@ def test_the_newest_states_stay_with_their_records(tmp_path):
 def test_a_state_that_changes_behind_the_save_is_not_what_is_saved(tmp_path):
     donated = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0, tree), donate_argnums=0)
     with TrainStates(tmp_path / "s", keep=1, fingerprint="a") as states:
-        current = state(5)
-        states.save(5, current, [])
+        current, records = state(5), [{"event": "step", "step": 5}]
+        states.save(5, current, records)
+        records += [{"event": "step", "step": 6}] * 10_000
         donated(current)
-    chex.assert_trees_all_equal(newest(tmp_path / "s")[0], state(5))
+    found, recorded = newest(tmp_path / "s")
+    chex.assert_trees_all_equal(found, state(5))
+    assert recorded == [{"event": "step", "step": 5}]
 
 
 def test_the_state_of_another_run_is_refused(tmp_path):

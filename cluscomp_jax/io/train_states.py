@@ -44,8 +44,8 @@ class TrainStates:
         Raises:
           RunError: the disk is full or fails, now or in the save before.
         """
-        notes = {"fingerprint": self._fingerprint, "records": records}
-        # A copy of its own: the next step is given the buffers of the state, and orbax may still be reading them.
+        # Copies: while orbax still reads, the next step is given the buffers of the state and adds to the records.
+        notes = {"fingerprint": self._fingerprint, "records": list(records)}
         parts = ocp.args.Composite(
             state=ocp.args.StandardSave(jax.tree.map(jnp.copy, state)), notes=ocp.args.JsonSave(notes)
         )

@@ -101,7 +101,7 @@ def cluster_matrix(
     if feedback is not None:
         weight, forest = jnp.asarray(weight), kmeans.plant_forest(rounded, key)
         index = assign_with_feedback(weight, rounded, feedback, g=rule.g, forest=forest)
-        codes, index = refit(weight, rounded, index, feedback, rounds=settings.refits, key=key)
+        codes, index = refit(weight, rounded, index, feedback, rounds=settings.refits, forest=forest, key=key)
         rounded = cb.round_codebook(codes, settings.codebook_dtype)
     shape = (d_in, d_out)
     packed = index.reshape(cb.index_shape(shape, rule.g, rule.axis)).astype(cb.index_dtype(rule.num_codes))

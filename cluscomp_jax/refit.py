@@ -31,6 +31,7 @@ def refit(
     feedback: Feedback,
     *,
     rounds: int,
+    forest: Forest | None,
     key: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (codebook float32 [n, g], index int32 [i, c]) after so many rounds of new codes and a new codebook.
@@ -41,11 +42,13 @@ def refit(
       index: [i, c], the codes so far.
       feedback: order and root of the moments.
       rounds: >= 0; the first lowers the output error most.
-      key: decides how many codes are searched (`plant_forest`).
+      forest: of the codes as they are given.
+      key: decides the trees of the codes that follow (`plant_forest`).
     """
     codebook = codebook.astype(jnp.float32)
-    for _ in range(rounds):
-        forest = plant_forest(codebook, key)
+    for turn in range(rounds):
+        if turn:
+            forest = plant_forest(codebook, key)
         index = improved_index(weight, codebook, index, feedback, g=codebook.shape[1], forest=forest)
         codebook = least_squares_codebook(weight, codebook, index, feedback)
     return codebook, index

@@ -73,7 +73,7 @@ def main() -> None:
                 weight, key = kernels[path], matrix_key(0, path)
                 forest = kmeans.plant_forest(codes[path], key)
                 index = assign_with_feedback(weight, codes[path], known, g=options.g, forest=forest)
-                refitted = refit(weight, codes[path], index, known, rounds=options.refits, key=key)
+                refitted = refit(weight, codes[path], index, known, rounds=options.refits, forest=forest, key=key)
                 jax.block_until_ready(refitted)
 
     codes = cluster()

@@ -69,11 +69,11 @@ def test_rounds_lower_the_output_error_until_nothing_moves() -> None:
     index = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=4)
     codes, errors = jnp.asarray(codes), [output_error(weight, codes, index, moments)]
     for _ in range(4):
-        codes, index = refit(jnp.asarray(weight), codes, index, feedback, rounds=1, key=KEY)
+        codes, index = refit(jnp.asarray(weight), codes, index, feedback, rounds=1, forest=None, key=KEY)
         errors.append(output_error(weight, np.asarray(codes), index, moments))
     assert errors[1] < 0.95 * errors[0]
     assert all(later < earlier for earlier, later in itertools.pairwise(errors))
-    same, kept = refit(jnp.asarray(weight), codes, index, feedback, rounds=0, key=KEY)
+    same, kept = refit(jnp.asarray(weight), codes, index, feedback, rounds=0, forest=None, key=KEY)
     np.testing.assert_array_equal(same, codes)
     np.testing.assert_array_equal(kept, index)
 
@@ -105,5 +105,5 @@ def test_channels_that_are_never_active_do_no_harm() -> None:
     for given in (moments, np.zeros_like(moments)):
         feedback = factorise(jnp.asarray(given))
         index = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=4)
-        solved, index = refit(jnp.asarray(weight), jnp.asarray(codes), index, feedback, rounds=2, key=KEY)
+        solved, index = refit(jnp.asarray(weight), jnp.asarray(codes), index, feedback, rounds=2, forest=None, key=KEY)
         assert np.isfinite(solved).all()

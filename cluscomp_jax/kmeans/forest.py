@@ -40,14 +40,13 @@ def plant_forest(codebook: jax.Array, key: jax.Array) -> Forest | None:
     n, g = codebook.shape
     if n <= _COMPARE_ALL * g:
         return None
-    forest: Forest = grow_forest(codebook, key)
+    forest: Forest = grow_forest(codebook.astype(jnp.float32), key)
     return forest
 
 
 @jax.jit
 def grow_forest(codebook: jax.Array, key: jax.Array) -> Forest:
-    """Returns the trees of the codes [n, g], one program for all."""
-    codebook = codebook.astype(jnp.float32)
+    """Returns the trees of the codes float32 [n, g], one program for all."""
     n, g = codebook.shape
     _, leaf = leaves_of(n)
 

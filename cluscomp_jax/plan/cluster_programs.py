@@ -156,9 +156,8 @@ def _assigned(
     stored, codes = array.codebook, place.array(*array.codebook.shape)
     search: dict[str, Any] = {"g": g, "forest": place.like(jax.eval_shape(plant_forest, stored, place.key()))}
     if search["forest"] is not None:
-        yield Program("assign", "forest", grow_forest.trace(stored, place.key()), live, setting.blocks)
-        if refits:
-            yield Program("assign", "forest", grow_forest.trace(codes, place.key()), live, setting.blocks * refits)
+        traced = grow_forest.trace(codes, place.key())
+        yield Program("assign", "forest", traced, live + nbytes(codes), setting.blocks * max(1, refits))
     live += nbytes(search["forest"])
     traced = feedback.assign_with_feedback.trace(weight, stored, fed, **search)
     yield Program("assign", "codes", traced, live, setting.blocks)

@@ -5,8 +5,6 @@ Sees a Model, a ParamSource and a sink; knows no file format but that states lie
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -16,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 
-import cluscomp_jax._version as version
 from cluscomp_jax.errors import DivergedError, InputError
 from cluscomp_jax.examples import Batches, Examples, ShuffledBatches
 from cluscomp_jax.finetune_config import FinetuneConfig
@@ -24,7 +21,7 @@ from cluscomp_jax.io.train_states import TrainStates
 from cluscomp_jax.model import Model, build_model, check_tokens
 from cluscomp_jax.optimizer import make_schedule
 from cluscomp_jax.progress import Reporter, SilentReporter
-from cluscomp_jax.source import BlockSink, DictSink, ParamSource, as_source
+from cluscomp_jax.source import BlockSink, DictSink, ParamSource, as_source, run_fingerprint
 from cluscomp_jax.training import (
     Layout,
     TrainState,
@@ -177,16 +174,8 @@ def _checked(batches: Batches, step: int, cfg: FinetuneConfig, model: Model) -> 
 
 def fingerprint(source: ParamSource, cfg: FinetuneConfig, batches: Batches, evaluation: Examples | None) -> str:
     """Returns the hex digest of everything the result's bytes depend on."""
-    parts = {
-        "config": cfg.to_dict(),
-        "model": repr(cfg.model),
-        "source": source.fingerprint(),
-        "batches": batches.fingerprint,
-        "evaluation": None if evaluation is None else evaluation.fingerprint,
-        "versions": version.versions(),
-        "device": jax.devices()[0].device_kind,
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    evaluated = None if evaluation is None else evaluation.fingerprint
+    return run_fingerprint(source, cfg.to_dict(), cfg.model, batches=batches.fingerprint, evaluation=evaluated)
 
 
 class _Run:

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import cluscomp_jax._version as version
 from cluscomp_jax import trees
 from cluscomp_jax.cluster import decompress, size_report
 from cluscomp_jax.cluster_block import BlockClustering, Streams
@@ -34,7 +33,7 @@ from cluscomp_jax.preflight import check_calibration, mixes, rules_by_block
 from cluscomp_jax.progress import Reporter, SilentReporter
 from cluscomp_jax.sensitivity import sensitivities
 from cluscomp_jax.settings import TuningSettings
-from cluscomp_jax.source import BlockSink, DictSink, ParamSource, as_source
+from cluscomp_jax.source import BlockSink, DictSink, ParamSource, as_source, run_fingerprint
 from cluscomp_jax.stages import StageClock
 from cluscomp_jax.trees import Params
 from cluscomp_jax.tuning import ActivationStore, BlockTuning, run_through, split_trainable, tune_block
@@ -130,15 +129,8 @@ def compress_stream(
 
 def fingerprint(source: ParamSource, cfg: RunConfig, calibration: np.ndarray | None) -> str:
     """Returns the hex digest of everything the result's bytes depend on."""
-    parts = {
-        "config": cfg.to_dict(),
-        "model": repr(cfg.model),
-        "source": source.fingerprint(),
-        "calibration": None if calibration is None else hashlib.sha256(calibration.astype("<i4").tobytes()).hexdigest(),
-        "versions": version.versions(),
-        "device": jax.devices()[0].device_kind,
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    digest = None if calibration is None else hashlib.sha256(calibration.astype("<i4").tobytes()).hexdigest()
+    return run_fingerprint(source, cfg.to_dict(), cfg.model, calibration=digest)
 
 
 class _Run:

@@ -1,12 +1,14 @@
 """Where parameters come from and go to, one block at a time: two small protocols and their in-memory forms."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
+import cluscomp_jax._version as version
 from cluscomp_jax import trees
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.model import Model, parameter_shapes
@@ -28,6 +30,26 @@ class ParamSource(Protocol):
     def fingerprint(self) -> str:
         """Returns a hex digest that changes when the parameters do."""
         ...
+
+
+def run_fingerprint(source: ParamSource, config: Mapping[str, Any], model_config: Any, **inputs: str | None) -> str:
+    """Returns the hex digest of everything that the bytes of a run's result depend on.
+
+    Args:
+      source: of the parameters.
+      config: the run's settings as JSON values.
+      model_config: the model's config.
+      **inputs: digests of what else is read, by name.
+    """
+    parts = {
+        "config": config,
+        "model": repr(model_config),
+        "source": source.fingerprint(),
+        "versions": version.versions(),
+        "device": jax.devices()[0].device_kind,
+        **inputs,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 class BlockSink(Protocol):

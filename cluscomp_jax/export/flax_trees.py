@@ -39,9 +39,7 @@ def write_orbax(source: CheckpointSource, folder: Path, *, dtype: str | None) ->
       folder: exists and is empty.
       dtype: of all arrays; None: each in its own.
     """
-    entries = ordered_entries(source)
-    wanted = None if dtype is None else DTYPES[dtype]
-    atomic.require_space(folder, sum(_dense_bytes(entry, wanted) for entry in entries.values()))
+    entries, wanted = _decoded_entries(source, folder, dtype)
     arrays = ((path, dense_array(path, leaf, wanted)) for path, leaf in walk(source, entries))
     _write_item(folder, arrays)
     _write_config(source, folder)
@@ -83,9 +81,7 @@ def write_msgpack(source: CheckpointSource, folder: Path, *, dtype: str | None) 
     """
     import msgpack
 
-    entries = ordered_entries(source)
-    wanted = None if dtype is None else DTYPES[dtype]
-    atomic.require_space(folder, sum(_dense_bytes(entry, wanted) for entry in entries.values()))
+    entries, wanted = _decoded_entries(source, folder, dtype)
     children = _children(entries)
     packer = msgpack.Packer()
     parents: list[str] = []
@@ -171,6 +167,16 @@ def _write_item(folder: Path, arrays: Iterator[tuple[str, np.ndarray]]) -> None:
                 entry.rename(whole / entry.name)
         shutil.rmtree(part)
     (whole / _DESCRIPTION).write_text(json.dumps(described), encoding="utf-8")
+
+
+def _decoded_entries(
+    source: CheckpointSource, folder: Path, dtype: str | None
+) -> tuple[dict[str, Entry], np.dtype[Any] | None]:
+    """Returns (the entries in order, the dtype asked for), the disk having room for all of them decoded."""
+    entries = ordered_entries(source)
+    wanted = None if dtype is None else DTYPES[dtype]
+    atomic.require_space(folder, sum(_dense_bytes(entry, wanted) for entry in entries.values()))
+    return entries, wanted
 
 
 def _write_config(source: CheckpointSource, folder: Path) -> None:

@@ -1,20 +1,13 @@
 """The GPTQ of scripts/bench_quality_baselines.py against OBQ written out channel by channel in float64 NumPy."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
+from script_modules import load_script
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
 
-_SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_quality_baselines.py"
-_SPEC = importlib.util.spec_from_file_location("bench_quality_baselines", _SCRIPT)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-baselines = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(baselines)
+baselines = load_script("bench_quality_baselines")
 
 CHANNELS, OUTPUTS, BITS = 150, 6, 3
 

@@ -2,14 +2,13 @@
 
 import copy
 import dataclasses
-import importlib.util
 import itertools
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from script_modules import load_script
 
 from cluscomp_jax import trees
 from cluscomp_jax.llama import build, forward, parse_config, to_hf_dict
@@ -18,12 +17,7 @@ pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-_SCRIPT = Path(__file__).parents[2] / "scripts" / "make_torch_fixtures.py"
-_SPEC = importlib.util.spec_from_file_location("make_torch_fixtures", _SCRIPT)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-fixtures = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(fixtures)
+fixtures = load_script("make_torch_fixtures")
 
 MIDDLE = {
     "vocab_size": 320,

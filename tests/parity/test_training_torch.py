@@ -1,11 +1,9 @@
 """Gradients of codebooks through a whole model, live against PyTorch's autograd on the same weights, float32."""
 
-import importlib.util
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
+from script_modules import load_script
 
 from cluscomp_jax import trees
 from cluscomp_jax.codebook import CodebookArray
@@ -18,12 +16,7 @@ pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-_SCRIPT = Path(__file__).parents[2] / "scripts" / "make_torch_fixtures.py"
-_SPEC = importlib.util.spec_from_file_location("make_torch_fixtures", _SCRIPT)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-fixtures = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(fixtures)
+fixtures = load_script("make_torch_fixtures")
 
 FIELDS = {
     "vocab_size": 320,

@@ -5,10 +5,12 @@ error tr(E^T H E) of E = W - Q can be lowered by turns: over the codes of one ch
 descent, as QuantEase has it for scalars: Behdin et al., 2023), and over the codebook, all codes held, which is a
 linear least-squares problem. Neither can raise the error but by rounding.
 
-H is the damped E[x x^T] = R R^T of `cluscomp_jax.feedback`, and only R is held. Letters as there.
+H is the damped E[x x^T] of `cluscomp_jax.feedback`, made again from its root for each matrix: the rounds multiply by
+it five times each. Letters as there.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,19 @@ _STEPS = 3
 """Of conjugate gradients: sixteen end within 0.1% of the error of three (docs/experiments.md)."""
 _HELD = 1e-3
 """Share of its own weight by which a code is held where it is, so that codes hardly used cannot run away."""
+
+
+class Curvature(NamedTuple):
+    """H float32 [i, i], its channels in the order int32 [i] of a `Feedback`."""
+
+    order: jax.Array
+    moments: jax.Array
+
+
+@jax.jit
+def curvature_of(feedback: Feedback) -> Curvature:
+    """Returns the damped second moments of which the feedback has the root."""
+    return Curvature(feedback.order, jnp.dot(feedback.root, feedback.root.T, precision="highest"))
 
 
 def refit(
@@ -46,11 +61,14 @@ def refit(
       key: decides the trees of the codes that follow (`plant_forest`).
     """
     codebook = codebook.astype(jnp.float32)
+    if rounds == 0:
+        return codebook, index
+    curvature = curvature_of(feedback)
     for turn in range(rounds):
         if turn:
             forest = plant_forest(codebook, key)
-        index = improved_index(weight, codebook, index, feedback, g=codebook.shape[1], forest=forest)
-        codebook = least_squares_codebook(weight, codebook, index, feedback)
+        index = improved_index(weight, codebook, index, curvature, g=codebook.shape[1], forest=forest)
+        codebook = least_squares_codebook(weight, codebook, index, curvature)
     return codebook, index
 
 
@@ -59,7 +77,7 @@ def improved_index(
     weight: jax.Array,
     codebook: jax.Array,
     index: jax.Array,
-    feedback: Feedback,
+    curvature: Curvature,
     *,
     g: int,
     forest: Forest | None = None,
@@ -72,7 +90,7 @@ def improved_index(
       weight: [i, o].
       codebook: [n, g]; computed in float32.
       index: [i, c], the codes so far.
-      feedback: order and root of the moments.
+      curvature: order and moments.
       forest: of the codes; None: every vector is compared with all of them.
     """
     channels, outputs = weight.shape
@@ -80,14 +98,14 @@ def improved_index(
     spare = -channels % rows
     codebook = codebook.astype(jnp.float32)
     real = (jnp.arange(-(-outputs // g) * g) < outputs) & (jnp.arange(channels + spare) < channels)[:, None]
-    ordered = jnp.pad(weight.astype(jnp.float32)[feedback.order], ((0, spare), (0, -outputs % g)))
-    index = jnp.pad(index[feedback.order].astype(jnp.int32), ((0, spare), (0, 0)))
-    root = jnp.pad(feedback.root, ((0, spare), (0, spare)))
+    ordered = jnp.pad(weight.astype(jnp.float32)[curvature.order], ((0, spare), (0, -outputs % g)))
+    index = jnp.pad(index[curvature.order].astype(jnp.int32), ((0, spare), (0, 0)))
+    padded = jnp.pad(curvature.moments, ((0, spare), (0, spare)))
     errors = jnp.where(real, ordered - codebook[index].reshape(ordered.shape), 0.0)
 
     def choose_rows(carry: tuple[jax.Array, jax.Array], first: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         errors, index = carry
-        moments = jnp.dot(jax.lax.dynamic_slice_in_dim(root, first, rows), root.T, precision="highest")
+        moments = jax.lax.dynamic_slice_in_dim(padded, first, rows)
         slopes = jnp.dot(moments, errors, precision="highest")
         within = jax.lax.dynamic_slice_in_dim(moments, first, rows, axis=1)
         curvature = jnp.where(jnp.diagonal(within) > 0, jnp.diagonal(within), 1.0)  # 0 where channels are spare
@@ -106,11 +124,11 @@ def improved_index(
 
     firsts = jnp.arange(0, channels + spare, rows)
     (_, index), _ = jax.lax.scan(choose_rows, (errors, index), firsts, reverse=True)
-    return index[jnp.argsort(feedback.order)]
+    return index[jnp.argsort(curvature.order)]
 
 
 @jax.jit
-def least_squares_codebook(weight: jax.Array, codebook: jax.Array, index: jax.Array, feedback: Feedback) -> jax.Array:
+def least_squares_codebook(weight: jax.Array, codebook: jax.Array, index: jax.Array, curvature: Curvature) -> jax.Array:
     """Returns the codebook float32 [n, g] of nearly the least output error with these codes.
 
     Conjugate gradients on the normal equations sum_i H (W - Q) = 0 over the places of each code, preconditioned by a
@@ -120,29 +138,28 @@ def least_squares_codebook(weight: jax.Array, codebook: jax.Array, index: jax.Ar
       weight: [i, o].
       codebook: [n, g], where to begin.
       index: [i, c].
-      feedback: order and root of the moments.
+      curvature: order and moments.
     """
     n, g = codebook.shape
     outputs = weight.shape[1]
-    codes = index[feedback.order].reshape(-1)
+    codes = index[curvature.order].reshape(-1)
     real = jnp.arange(index.shape[1] * g) < outputs
 
     def spread(codebook: jax.Array) -> jax.Array:
-        return jnp.where(real, codebook[codes].reshape(len(feedback.order), -1), 0.0)
+        return jnp.where(real, codebook[codes].reshape(len(curvature.order), -1), 0.0)
 
     def gather(slopes: jax.Array) -> jax.Array:
         return jnp.zeros((n, g)).at[codes].add(jnp.where(real, slopes, 0.0).reshape(-1, g))
 
     def weighed(errors: jax.Array) -> jax.Array:
-        dot = partial(jnp.dot, precision="highest")
-        return dot(feedback.root, dot(feedback.root.T, errors))
+        return jnp.dot(curvature.moments, errors, precision="highest")
 
-    squares = jnp.sum(jnp.square(feedback.root), axis=1)  # the diagonal of H
+    squares = jnp.diagonal(curvature.moments)
     mass = gather(jnp.broadcast_to(squares[:, None], (len(squares), len(real))))
     held = _HELD * mass
     inverse = jnp.where(mass > 0, 1.0 / jnp.where(mass > 0, mass, 1.0), 0.0)
     start = codebook.astype(jnp.float32)
-    ordered = jnp.pad(weight.astype(jnp.float32)[feedback.order], ((0, 0), (0, -outputs % g)))
+    ordered = jnp.pad(weight.astype(jnp.float32)[curvature.order], ((0, 0), (0, -outputs % g)))
     solved: jax.Array = jax.scipy.sparse.linalg.cg(  # type: ignore[no-untyped-call]
         lambda move: gather(weighed(spread(move))) + held * move,
         gather(weighed(ordered - spread(start))),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cluscomp_jax.feedback import assign_with_feedback, factorise
-from cluscomp_jax.refit import improved_index, least_squares_codebook, refit
+from cluscomp_jax.refit import curvature_of, improved_index, least_squares_codebook, refit
 
 KEY = jax.random.key(0)
 
@@ -56,8 +56,8 @@ def test_a_round_is_coordinate_descent(i: int, o: int, g: int) -> None:
     weight, codes, moments = problem(i, o, g, 16)
     feedback = factorise(jnp.asarray(moments))
     index = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=g)
-    index = np.asarray(index)
-    better = improved_index(jnp.asarray(weight), jnp.asarray(codes), jnp.asarray(index), feedback, g=g)
+    index, curvature = np.asarray(index), curvature_of(feedback)
+    better = improved_index(jnp.asarray(weight), jnp.asarray(codes), jnp.asarray(index), curvature, g=g)
     expected = descend(weight, codes, index, moments)
     assert better.shape == index.shape
     assert np.mean(np.asarray(better) == expected) > 0.98  # a vector between two codes may go to either
@@ -81,11 +81,11 @@ def test_rounds_lower_the_output_error_until_nothing_moves() -> None:
 @pytest.mark.parametrize("outputs", [32, 30])
 def test_the_codebook_tends_to_the_least_squares_solution(outputs: int) -> None:
     weight, codes, moments = problem(60, outputs, 4, 12)
-    feedback = factorise(jnp.asarray(moments))
+    curvature = curvature_of(factorise(jnp.asarray(moments)))
     index = np.random.default_rng(0).integers(0, 11, (60, -(-outputs // 4)))  # the last code stands nowhere
     solved = jnp.asarray(codes)
     for _ in range(40):
-        solved = least_squares_codebook(jnp.asarray(weight), solved, jnp.asarray(index), feedback)
+        solved = least_squares_codebook(jnp.asarray(weight), solved, jnp.asarray(index), curvature)
     root = np.linalg.cholesky(damped(moments)).T
     columns = []
     for place in range(12 * 4):

@@ -164,7 +164,11 @@ def _assigned(
     chosen = place.like(traced.out_info)
     if refits:
         live += nbytes((chosen, codes))
-        traced = refit.improved_index.trace(weight, codes, chosen, fed, **search)
+        traced = refit.curvature_of.trace(fed)
+        yield Program("assign", "curvature", traced, live, setting.blocks)
+        curvature = place.like(traced.out_info)
+        live += nbytes(curvature.moments)
+        traced = refit.improved_index.trace(weight, codes, chosen, curvature, **search)
         yield Program("assign", "new codes", traced, live, setting.blocks * refits)
-        traced = refit.least_squares_codebook.trace(weight, codes, chosen, fed)
+        traced = refit.least_squares_codebook.trace(weight, codes, chosen, curvature)
         yield Program("assign", "new codebook", traced, live, setting.blocks * refits)

@@ -192,7 +192,7 @@ def test_a_full_disk_leaves_nothing_that_loads_and_can_be_resumed(
     out = tmp_path / "out"
     argv = ["compress", str(folder / "model"), "--out", str(out), "--g", "4", "--num-codes", "8"]
 
-    def full(path: Path, arrays: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:

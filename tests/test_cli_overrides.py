@@ -42,7 +42,10 @@ def test_every_option_reaches_its_setting() -> None:
         axis="in",
         g=5,
         unweighted=True,
+        zstd=True,
     )
+    assert config.zstd
+    assert not config_of(calibration="t").zstd
     assert config.calibration.samples == 3
     assert config.calibration.length == 9
     assert config.calibration.starts == "s"

@@ -52,6 +52,20 @@ def test_a_source_gives_blocks_and_rest_as_they_were_stored(saved):
     assert source.tokenizer_path is None
 
 
+def test_coded_files_hold_the_same_in_less(tmp_path):
+    out, config = tmp_path / "coded", ToyConfig(num_blocks=1, d=64)
+    params = toy_params(config)
+    index = np.random.default_rng(0).normal(128, 20, (128, 64)).clip(0, 255).astype(np.uint8)
+    codes = np.zeros((256, 1), np.float16)
+    params["model"]["layers"]["0"]["mlp"]["down"]["kernel"] = CodebookArray(codes, index, shape=(128, 64), axis="out")
+    save_checkpoint(out, params, ToyRun(model=config), zstd=True)
+    assert_same(load_checkpoint(out)[0], params)
+    assert (out / "blocks/00000/mlp.down.kernel.index/0").stat().st_size < 0.9 * index.size
+    with ocp.StandardCheckpointer() as checkpointer:
+        plain = checkpointer.restore((out / "blocks/00000").absolute())
+    np.testing.assert_array_equal(plain["mlp"]["down"]["kernel"]["index"], index.reshape(-1))
+
+
 def test_params_on_the_device_and_integer_layer_keys_are_saved_alike(saved, tmp_path):
     params = jax.tree.map(jnp.asarray, toy_params(CONFIG))
     params["model"]["layers"] = {int(i): block for i, block in params["model"]["layers"].items()}

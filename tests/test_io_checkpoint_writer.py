@@ -91,7 +91,7 @@ class Bomb:
             raise Killed
 
 
-def write_quick_item(folder, arrays):
+def write_quick_item(folder, arrays, *, zstd):
     """Stands in for orbax, which is slow where the test repeats it a hundred times; in two steps, like orbax."""
     folder.mkdir()
     (folder / "names").write_text(json.dumps(list(arrays)))

@@ -99,7 +99,9 @@ def compress_to_folder(
     with before("prepare"):
         digest = fingerprint(opened.source, cfg, calibration)
         tokenizer = tokenizer_files(opened)
-        claim = CheckpointWriter(out, model_config=opened.model, run_config=cfg.to_dict(), fingerprint=digest)
+        claim = CheckpointWriter(
+            out, model_config=opened.model, run_config=cfg.to_dict(), fingerprint=digest, zstd=cfg.zstd
+        )
     with claim as writer, console_reporter(out / METRICS_NAME) as reporter:
         if writer.finished_blocks:
             note(f"{out}: resuming behind {writer.finished_blocks} of {opened.model.num_blocks} finished blocks")

@@ -41,6 +41,7 @@ def run_config(arguments: CompressArguments) -> RunConfig:
         calibration=_replaced(config.calibration, arguments, "samples", "length", "starts"),
         tuning=_tuning(arguments, config.tuning),
         seed=config.seed if arguments.seed is None else arguments.seed,
+        zstd=config.zstd or arguments.zstd,
     )
     asked = arguments.config or arguments.recipe
     if arguments.mixed not in (None, "none") and changed.cluster.export == "aqlm":

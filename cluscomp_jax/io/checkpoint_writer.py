@@ -47,7 +47,15 @@ class CheckpointWriter:
       resumed: whether an earlier process had begun this run.
     """
 
-    def __init__(self, path: str | Path, *, model_config: Any, run_config: Mapping[str, Any], fingerprint: str):
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        model_config: Any,
+        run_config: Mapping[str, Any],
+        fingerprint: str,
+        zstd: bool = False,
+    ):
         """Claims the folder: creates it, or resumes the unfinished run in it if that is the same run.
 
         Args:
@@ -55,13 +63,14 @@ class CheckpointWriter:
           model_config: a family's config (LlamaConfig, say), or a Model.
           run_config: the settings of the run, plain values as `RunConfig.to_dict()` gives them.
           fingerprint: changes with everything that decides the result and is not in the configs.
+          zstd: as for `write_item`.
 
         Raises:
           AlreadyFinished: this very run is finished there.
           InputError: the folder holds anything else, is in use by another process, or cannot be written to.
           RunError: the disk is full.
         """
-        self._model = build_model(model_config)
+        self._model, self._zstd = build_model(model_config), zstd
         self._identity = Identity(
             fingerprint=fingerprint,
             model_config=json_files.plain(model_config_to_dict(self._model.config), "model_config"),
@@ -232,7 +241,7 @@ class CheckpointWriter:
         with atomic.writing(self.path):
             aside = self._aside(folder)
             atomic.require_space(self.path, items.disk_bytes(arrays))
-            items.write_item(aside, arrays)
+            items.write_item(aside, arrays, zstd=self._zstd)
             self._publish(folder, entries)
 
     def _publish(self, folder: str, entries: dict[str, leaves.Entry]) -> None:

@@ -1,7 +1,7 @@
 """One orbax item: a nested dict of plain arrays in a folder, written and read quietly. Knows nothing of codebooks.
 
-An item is a PyTree checkpoint of orbax in its zarr form, uncompressed and one chunk per array, so that every file
-but orbax's time-stamped `_CHECKPOINT_METADATA` has the same name and bytes whenever the arrays are the same.
+An item is a PyTree checkpoint of orbax in its zarr form, one chunk per array, as it is or coded by zstd, so that every
+file but orbax's time-stamped `_CHECKPOINT_METADATA` has the same name and bytes whenever the arrays are the same.
 """
 
 import contextlib
@@ -42,9 +42,9 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _checkpointer() -> Iterator[ocp.PyTreeCheckpointer]:
-    """Yields a checkpointer that logs nothing."""
-    with quiet(), ocp.PyTreeCheckpointer(use_ocdbt=False, use_zarr3=False, use_compression=False) as checkpointer:
+def _checkpointer(*, zstd: bool = False) -> Iterator[ocp.PyTreeCheckpointer]:
+    """Yields a checkpointer that logs nothing; reading is the same whatever was written."""
+    with quiet(), ocp.PyTreeCheckpointer(use_ocdbt=False, use_zarr3=False, use_compression=zstd) as checkpointer:
         yield checkpointer
 
 
@@ -53,12 +53,17 @@ def disk_bytes(arrays: Mapping[str, np.ndarray[Any, Any]]) -> int:
     return 8 * _PAGE + sum(-(-array.nbytes // _PAGE) * _PAGE + 2 * _PAGE for array in arrays.values())
 
 
-def write_item(folder: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+def write_item(folder: Path, arrays: Mapping[str, np.ndarray[Any, Any]], *, zstd: bool = False) -> None:
     """Writes {path: array} as one item into a folder that does not exist yet, and returns when all is written.
+
+    Args:
+      folder: absent.
+      arrays: {path: array}.
+      zstd: codes the files, which shortens an index whose entries take a whole byte, and little else.
 
     Errors are orbax's own: a ValueError in whose text TensorStore quotes the system's, an OSError, or others.
     """
-    with _checkpointer() as checkpointer:
+    with _checkpointer(zstd=zstd) as checkpointer:
         checkpointer.save(folder.absolute(), trees.unflatten(arrays))
     # orbax writes the path it saved under, which is the writer's business, into a file that only has to exist.
     (folder / _COMMIT_FILE).write_text("Checkpoint commit was successful\n", encoding="utf-8")

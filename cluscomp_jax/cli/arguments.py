@@ -72,7 +72,7 @@ class CompressArguments(Common):
     seed: Annotated[int | None, arg(metavar="INT")] = None
     """seed of everything random"""
     zstd: Flag = False
-    """code the files on disk: 4% less where matrices have 256 codes, as good as nothing elsewhere"""
+    """code the files on disk: 1 to 4% less where matrices have 256 codes, as good as nothing elsewhere"""
     evaluate: Annotated[str | None, arg(metavar="TEXT")] = None
     """also measure the perplexity of this text before and after"""
     context: Annotated[int | None, arg(metavar="INT")] = None

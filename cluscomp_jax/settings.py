@@ -268,6 +268,8 @@ class TrainingSettings:
       clip_norm: largest global gradient norm, > 0; None: no clipping.
       compute_dtype: dtype of activations and decoded weights in the step; masters and moments stay float32.
       fast_gradients: as in `TuningSettings`.
+      offload_inputs: the input of every block waits for the backward pass in pinned memory of the host; same bits,
+        less device memory, more traffic. On a CPU host and device are one.
     """
 
     steps: int = 1000
@@ -282,6 +284,7 @@ class TrainingSettings:
     clip_norm: float | None = 1.0
     compute_dtype: Dtype = "float32"
     fast_gradients: bool = False
+    offload_inputs: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation"):

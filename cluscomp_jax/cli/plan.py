@@ -13,6 +13,7 @@ from cluscomp_jax.cli.arguments import PlanArguments
 from cluscomp_jax.cli.outcome import DONE, FAILED, Result
 from cluscomp_jax.config import RECIPES, RunConfig, load_config
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.finetune_config import load_finetune_config
 from cluscomp_jax.io.json_files import read_object
 from cluscomp_jax.io.safetensors_source import read_config
 from cluscomp_jax.model import parse_model_config
@@ -26,13 +27,16 @@ from cluscomp_jax.report import format_bytes, format_table
 def run(arguments: PlanArguments) -> Result:
     """Returns the plan; its exit code is 1 where the run does not fit."""
     cfg = dataclasses.replace(_settings(arguments), model=_model_config(arguments.model))
+    finetune = None if arguments.finetune_config is None else load_finetune_config(arguments.finetune_config)
     target = find_target(arguments.target)
     reserve = Reserve(arguments.memory_fraction, round(arguments.reserve_gib * GIB))
     settings: Any = jax.config
     settings.update("jax_platforms", "cpu")  # the compiler for CUDA is there all the same, and nothing runs
     place = Place(placement(target))
     with console_reporter() as reporter:
-        made = plan(cfg, target, place, context=arguments.context, reserve=reserve, reporter=reporter)
+        made = plan(
+            cfg, target, place, finetune=finetune, context=arguments.context, reserve=reserve, reporter=reporter
+        )
     text = _text(made, arguments.model, reserve)
     return Result(text, {"model": arguments.model, **made.to_dict()}, DONE if made.fits else FAILED)
 

@@ -1,6 +1,6 @@
 """Training a whole model by next-token loss: what trains, the loss, one optimiser step."""
 
-from cluscomp_jax.training.partition import Layout, merge_params, round_masters, split_params
+from cluscomp_jax.training.partition import Layout, merge_params, round_masters, split_params, split_shapes
 from cluscomp_jax.training.step import StepMetrics, TrainState, evaluate_step, init_state, summed_loss, train_step
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "merge_params",
     "round_masters",
     "split_params",
+    "split_shapes",
     "summed_loss",
     "train_step",
 ]

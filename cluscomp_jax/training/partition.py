@@ -7,7 +7,7 @@ and no optimiser.
 import dataclasses
 import itertools
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ REST = "rest"
 """The group of what stands outside the blocks."""
 
 _CODEBOOK = "/codebook"
+_shape_only: Any = jax.ShapeDtypeStruct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +73,29 @@ def split_params(source: ParamSource, model: Model, trainable: Sequence[str]) ->
     Raises:
       InputError: an expression that matches no array, or one that is not floating.
     """
+    blocks = (source.load_block(i) for i in range(model.num_blocks))
+    trained, frozen, layout = _split(blocks, source.load_rest(), model, trainable, _stacked)
+    masters = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in trained.items()}
+    on_device = jax.tree.map(jnp.asarray, frozen)
+    return trees.unflatten(masters), trees.unflatten(on_device), layout
+
+
+def split_shapes(
+    blocks: Iterable[Params], rest: Params, model: Model, trainable: Sequence[str]
+) -> tuple[Params, Params, Layout]:
+    """As `split_params`, of all blocks in order and the rest, whose leaves are shapes and dtypes; so is the result."""
+    trained, frozen, layout = _split(blocks, rest, model, trainable, _stacked_shape)
+    masters = {name: _shape_only(leaf.shape, jnp.float32) for name, leaf in trained.items()}
+    return trees.unflatten(masters), trees.unflatten(frozen), layout
+
+
+def _split(
+    blocks: Iterable[Params], outside: Params, model: Model, trainable: Sequence[str], stacked: Callable[..., Any]
+) -> tuple[dict[str, Any], dict[str, Any], Layout]:
+    """Returns both trees, flat, in the dtypes they came in, and the layout; `stacked` joins the leaves of a span."""
     chosen = _Choice(trainable)
-    parts = [chosen.part(f"{model.blocks_path}/{i}/", source.load_block(i)) for i in range(model.num_blocks)]
-    rest = chosen.part("", source.load_rest())
+    parts = [chosen.part(f"{model.blocks_path}/{i}/", block) for i, block in enumerate(blocks)]
+    rest = chosen.part("", outside)
     chosen.refuse_unused()
     groups: list[tuple[str, dict[str, Any], dict[str, Any]]] = [(REST, *rest)]
     spans = []
@@ -82,13 +103,12 @@ def split_params(source: ParamSource, model: Model, trainable: Sequence[str]) ->
     for (kind, _), numbers in itertools.groupby(range(len(parts)), key=signatures.__getitem__):
         members = list(numbers)
         spans.append(Span(members[0], len(members), kind))
-        groups.append((spans[-1].name, _stack([parts[i][0] for i in members]), _stack([parts[i][1] for i in members])))
+        both = (_stack([parts[i][side] for i in members], stacked) for side in (0, 1))
+        groups.append((spans[-1].name, *both))
     trained = {f"{group}/{name}": leaf for group, leaves, _ in groups for name, leaf in leaves.items()}
     frozen = {f"{group}/{name}": leaf for group, _, leaves in groups for name, leaf in leaves.items()}
     dtypes = tuple((name, np.dtype(leaf.dtype).name) for name, leaf in trained.items())
-    masters = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in trained.items()}
-    on_device = jax.tree.map(jnp.asarray, frozen)
-    return trees.unflatten(masters), trees.unflatten(on_device), Layout(model, tuple(spans), dtypes)
+    return trained, frozen, Layout(model, tuple(spans), dtypes)
 
 
 class _Choice:
@@ -134,13 +154,17 @@ def _signature(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> Hashabl
     return structure, tuple((tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in leaves)
 
 
-def _stack(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns {name: leaves stacked, on the device} and empties the parts, so that nothing is held twice for long."""
-
-    def stacked(*leaves: Any) -> jax.Array:
-        return jnp.asarray(np.stack([np.asarray(leaf) for leaf in leaves]))
-
+def _stack(parts: Sequence[dict[str, Any]], stacked: Callable[..., Any]) -> dict[str, Any]:
+    """Returns {name: leaves stacked} and empties the parts, so that nothing is held twice for long."""
     return {name: jax.tree.map(stacked, *(part.pop(name) for part in parts)) for name in list(parts[0])}
+
+
+def _stacked(*leaves: Any) -> jax.Array:
+    return jnp.asarray(np.stack([np.asarray(leaf) for leaf in leaves]))
+
+
+def _stacked_shape(*leaves: Any) -> Any:
+    return _shape_only((len(leaves), *leaves[0].shape), leaves[0].dtype)
 
 
 def join_group(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> Params:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.ad_checkpoint import checkpoint_name
 
 from cluscomp_jax import trees
 from cluscomp_jax.losses import token_nll
@@ -24,6 +25,13 @@ from pallas_kernels.codebook_matmul import FAST_GRADIENTS
 
 HEAD_POSITIONS = 128
 """Positions whose logits exist at one time."""
+_BLOCK_INPUT = "block input"
+_ON_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[_BLOCK_INPUT],
+    offload_src="device",
+    offload_dst="pinned_host",
+)
 
 
 class TrainState(NamedTuple):
@@ -66,20 +74,22 @@ def summed_loss(
       tokens: int32 [b, t], t >= 2.
       scored: bool [b, t]; the first position of a row is never scored, whatever it says.
       layout: of `split_params`.
-      settings: their compute dtype and gradient mode count here.
+      settings: their compute dtype, gradient mode and offloading count here.
     """
     model = layout.model
     rest = join_group(trained.get(REST, {}), frozen.get(REST, {}))
     x = model.embed(rest, tokens, dtype=jnp.dtype(settings.compute_dtype))
+    kept = _ON_HOST if settings.offload_inputs else None
     with FAST_GRADIENTS(settings.fast_gradients):
         for span in layout.spans:
 
             def block(x: jax.Array, parts: tuple[Params, Params], kind: Any = span.kind) -> tuple[jax.Array, None]:
+                x = checkpoint_name(x, _BLOCK_INPUT)
                 return model.block(join_group(*parts), x, kind=kind), None
 
             stacked = (trained.get(span.name, {}), frozen.get(span.name, {}))
             # Inside a scan XLA cannot merge the second forward pass with the first, so no barrier is needed.
-            x, _ = jax.lax.scan(jax.checkpoint(block, prevent_cse=False), x, stacked)
+            x, _ = jax.lax.scan(jax.checkpoint(block, prevent_cse=False, policy=kept), x, stacked)
         return _head_loss(model, rest, x[:, :-1], tokens[:, 1:], scored[:, 1:])
 
 

@@ -120,6 +120,11 @@ class FinetuneArguments(Common):
     """also measure the loss on this, of the same forms as --data, before, meanwhile and after"""
     evaluate_every: Annotated[int | None, arg(metavar="INT")] = None
     """with --evaluation: steps between two measurements"""
+    result: Literal["last", "best"] | None = None
+    """what is stored: the last state (default), or with --evaluation the one of the lowest loss"""
+    teacher: Annotated[str | None, arg(metavar="MODEL")] = None
+    """follow the distributions of this model, of the same vocabulary: folder, hub id or .gguf file; the config file's
+    table [training.distillation] says how closely, by default it counts alone"""
     save_every: Annotated[int | None, arg(metavar="INT")] = None
     """steps between two saved states"""
 

@@ -177,7 +177,9 @@ def check_teacher(cfg: FinetuneConfig, model: Model, teacher: TeacherSource | No
     """Raises InputError unless there is a teacher where, and only where, the settings follow one that fits."""
     if teacher is None:
         if cfg.training.distillation is not None:
-            raise InputError("training.distillation is set, but there is no teacher; give one, or leave the setting out")
+            raise InputError(
+                "training.distillation is set, but there is no teacher; give one, or leave the setting out"
+            )
         return
     if cfg.training.distillation is None:
         raise InputError("a teacher is given, but training.distillation is not set; set it, or leave the teacher out")

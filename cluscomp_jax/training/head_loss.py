@@ -1,4 +1,4 @@
-"""The loss behind the last block: next tokens, and where there is a teacher its distribution, a few positions at a time.
+"""The loss behind the last block: next tokens and a teacher's distributions, a few positions at a time.
 
 The gradient is taken on the way forward, while the logits of a chunk are there, so none are computed twice. Knows no
 blocks and no optimiser.

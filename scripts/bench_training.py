@@ -54,7 +54,7 @@ def random_params(model: Any, *, g: int, num_codes: int) -> dict[str, Any]:
     for path, shape in parameter_shapes(model).items():
         if path.removeprefix("model/layers/").partition("/")[2] in kernels:
             index = rng.integers(0, num_codes, index_shape(shape, g, "out")).astype(index_dtype(num_codes))
-            codebook = rng.standard_normal((num_codes, g)).astype(np.float32) / np.sqrt(shape[0])
+            codebook = (rng.standard_normal((num_codes, g)) / np.sqrt(shape[0])).astype(np.float32)
             flat[path] = CodebookArray(codebook, index, shape, "out")
         elif len(shape) > 1:
             flat[path] = 0.02 * rng.standard_normal(shape).astype(np.float32)

@@ -67,7 +67,11 @@ class HeadLoss:
 
 
 def _cast(tree: Params, dtype: Any) -> Params:
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
+    def one(leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    cast: Params = jax.tree.map(one, tree)
+    return cast
 
 
 def _chunk_loss(loss: HeadLoss, trained: Params, x: jax.Array, fixed: Any, rows: Any) -> jax.Array:

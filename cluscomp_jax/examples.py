@@ -62,6 +62,15 @@ class Examples:
         return digest.hexdigest()
 
 
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What a model is asked, int [t], and the text it should answer; `where` names it for a person."""
+
+    prompt: np.ndarray
+    answer: str
+    where: str
+
+
 def pack(tokens: np.ndarray, length: int) -> Examples:
     """Returns running text int [t] as rows of `length`, all scored; a shorter last one is dropped.
 

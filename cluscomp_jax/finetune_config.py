@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.settings import DataSettings, TrainingSettings
@@ -21,6 +21,8 @@ class FinetuneConfig:
         in any case. None: only those.
       save_every: steps between two saved states, >= 1; a resumed run repeats at most so many.
       keep: saved states that are kept, >= 1.
+      result: which masters become the result: "last", those behind the last step; "best", those of the lowest
+        evaluation, which then lie beside every saved state.
       seed: non-negative; orders the rows.
     """
 
@@ -30,6 +32,7 @@ class FinetuneConfig:
     evaluate_every: int | None = None
     save_every: int = 100
     keep: int = 2
+    result: Literal["last", "best"] = "last"
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -37,6 +40,8 @@ class FinetuneConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; it must be 1 or more")
+        if self.result not in ("last", "best"):
+            raise InputError(f"result is {self.result!r}; it must be 'last' or 'best'")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed is {self.seed}; it must be from 0 to 2**63-1")
 

@@ -9,9 +9,10 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from cluscomp_jax.errors import DivergedError, InputError
@@ -24,15 +25,24 @@ from cluscomp_jax.progress import Reporter, SilentReporter
 from cluscomp_jax.source import BlockSink, DictSink, ParamSource, as_source, run_fingerprint
 from cluscomp_jax.training import (
     Layout,
+    Teacher,
     TrainState,
     evaluate_step,
     init_state,
+    load_teacher,
     merge_params,
     round_masters,
     split_params,
     train_step,
 )
 from cluscomp_jax.trees import Params
+
+
+class TeacherSource(NamedTuple):
+    """A model to learn from: where its parameters come from, and what computes with them."""
+
+    source: ParamSource
+    model: Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +55,7 @@ class FinetuneSummary:
       first_step: the step this process began behind.
       losses: mean training loss, nats per token, of the first and of the last tenth of all steps.
       evaluations: per evaluation step, nll (nats per scored token), perplexity and tokens.
+      result_step: the steps behind which the result was taken; fewer than `steps` where an earlier state was the best.
       seconds: wall time of this process's part.
     """
 
@@ -53,6 +64,7 @@ class FinetuneSummary:
     first_step: int
     losses: tuple[float, float]
     evaluations: tuple[dict[str, Any], ...]
+    result_step: int
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,6 +78,8 @@ def finetune(
     cfg: FinetuneConfig,
     *,
     evaluation: Examples | None = None,
+    teacher: Mapping[Any, Any] | ParamSource | None = None,
+    teacher_config: Any = None,
     state_dir: str | Path | None = None,
     reporter: Reporter | None = None,
 ) -> Params:
@@ -79,6 +93,8 @@ def finetune(
         Rows are taken in an order that cfg.seed draws anew in every pass.
       cfg: the run; `cfg.model` is the family's config.
       evaluation: rows whose loss is recorded, of the model as it would be stored then.
+      teacher: the model that `cfg.training.distillation` follows, of the same vocabulary; it stays on the device.
+      teacher_config: its family's config; None: that of `cfg.model`.
       state_dir: a folder for saved states; with one, the same call resumes after an interruption, and ends in the
         same bits as a run that was not interrupted.
       reporter: is told of progress; silent by default.
@@ -88,7 +104,10 @@ def finetune(
       DivergedError: a loss or gradient was not finite; the state before that step is saved.
       RunError: the disk is full or fails.
     """
-    model = build_model(cfg.model)
+    model, followed = build_model(cfg.model), None
+    if teacher is not None:
+        teacher_model = model if teacher_config is None else build_model(teacher_config)
+        followed = TeacherSource(as_source(teacher, teacher_model), teacher_model)
     sink = DictSink()
     finetune_stream(
         as_source(params, model),
@@ -96,6 +115,7 @@ def finetune(
         batches,
         cfg,
         evaluation=evaluation,
+        teacher=followed,
         state_dir=None if state_dir is None else Path(state_dir),
         reporter=reporter,
     )
@@ -109,6 +129,7 @@ def finetune_stream(
     cfg: FinetuneConfig,
     *,
     evaluation: Examples | None = None,
+    teacher: TeacherSource | None = None,
     state_dir: Path | None = None,
     reporter: Reporter | None = None,
     finished_blocks: int = 0,
@@ -120,27 +141,51 @@ def finetune_stream(
     if evaluation is not None:
         check_tokens(evaluation.tokens, model, "evaluation tokens")
     _checked(batches, 0, cfg, model)
+    check_teacher(cfg, model, teacher)
+    if cfg.result == "best" and evaluation is None:
+        raise InputError("result is 'best', but there are no evaluation rows to judge by; give some, or take the last")
     trained, frozen, layout = split_params(source, model, cfg.training.trainable)
     state = init_state(trained, settings=cfg.training)
     del trained
+    followed = None if teacher is None else load_teacher(*teacher)
     with contextlib.ExitStack() as stack:
         states = None
         if state_dir is not None:
-            identity = fingerprint(source, cfg, batches, evaluation)
+            identity = fingerprint(source, cfg, batches, evaluation, teacher)
             states = stack.enter_context(TrainStates(state_dir, keep=cfg.keep, fingerprint=identity))
-        run = _Run(cfg, layout, frozen, batches, evaluation, states, reporter or SilentReporter())
+        run = _Run(cfg, layout, frozen, batches, evaluation, followed, states, reporter or SilentReporter())
         state = run.resume(state)
         first = int(state.step)
-        state = run.steps(state)
-    for block, tree in merge_params(state.trained, frozen, layout):
+        trained = run.steps(state)
+    for block, tree in merge_params(trained, frozen, layout):
         if block is None:
             sink.store_rest(tree)
         elif block >= finished_blocks:
             sink.store_block(block, tree)
-    numbers = sum(leaf.size for leaf in jax.tree.leaves(state.trained))
     return FinetuneSummary(
-        numbers, cfg.training.steps, first, run.losses(), run.evaluations(), time.monotonic() - began
+        trained_parameters=sum(leaf.size for leaf in jax.tree.leaves(trained)),
+        steps=cfg.training.steps,
+        first_step=first,
+        losses=run.losses(),
+        evaluations=run.evaluations(),
+        result_step=run.best_step() if cfg.result == "best" else cfg.training.steps,
+        seconds=time.monotonic() - began,
     )
+
+
+def check_teacher(cfg: FinetuneConfig, model: Model, teacher: TeacherSource | None) -> None:
+    """Raises InputError unless there is a teacher where, and only where, the settings follow one that fits."""
+    if teacher is None:
+        if cfg.training.distillation is not None:
+            raise InputError(
+                "training.distillation is set, but there is no teacher; give one, or leave the setting out"
+            )
+        return
+    if cfg.training.distillation is None:
+        raise InputError("a teacher is given, but training.distillation is not set; set it, or leave the teacher out")
+    theirs, ours = teacher.model.config.vocab_size, model.config.vocab_size
+    if theirs != ours:
+        raise InputError(f"the teacher's vocabulary has {theirs} tokens, the model's {ours}; take one of the same")
 
 
 def as_batches(batches: Batches | Examples | np.ndarray, cfg: FinetuneConfig, model: Model) -> Batches:
@@ -172,10 +217,20 @@ def _checked(batches: Batches, step: int, cfg: FinetuneConfig, model: Model) -> 
     return rows
 
 
-def fingerprint(source: ParamSource, cfg: FinetuneConfig, batches: Batches, evaluation: Examples | None) -> str:
+def fingerprint(
+    source: ParamSource,
+    cfg: FinetuneConfig,
+    batches: Batches,
+    evaluation: Examples | None,
+    teacher: TeacherSource | None = None,
+) -> str:
     """Returns the hex digest of everything the result's bytes depend on."""
-    evaluated = None if evaluation is None else evaluation.fingerprint
-    return run_fingerprint(source, cfg.to_dict(), cfg.model, batches=batches.fingerprint, evaluation=evaluated)
+    inputs = {
+        "batches": batches.fingerprint,
+        "evaluation": None if evaluation is None else evaluation.fingerprint,
+        "teacher": None if teacher is None else f"{teacher.source.fingerprint()} {teacher.model.config!r}",
+    }
+    return run_fingerprint(source, cfg.to_dict(), cfg.model, **inputs)
 
 
 class _Run:
@@ -188,45 +243,45 @@ class _Run:
         frozen: Params,
         batches: Batches,
         evaluation: Examples | None,
+        teacher: Teacher | None,
         states: TrainStates | None,
         reporter: Reporter,
     ):
         self.cfg, self.layout, self.frozen, self.batches = cfg, layout, frozen, batches
-        self.evaluation, self.states, self.reporter = evaluation, states, reporter
+        self.evaluation, self.teacher, self.states, self.reporter = evaluation, teacher, states, reporter
         self.records: list[dict[str, Any]] = []
+        self.best: Params = {}
         self.saved = 0
         self.rate = make_schedule(cfg.training, cfg.training.steps)
 
     def resume(self, state: TrainState) -> TrainState:
         """Returns the newest saved state, or this one; tells the reporter again what had been recorded by then."""
-        found = None if self.states is None else self.states.newest(state)
+        self.best = jax.tree.map(jnp.copy, state.trained) if self.cfg.result == "best" else {}
+        found = None if self.states is None else self.states.newest((state, self.best))
         if found is not None:
-            state = TrainState(*found[0])
+            (state, self.best), self.records = found
+            state = TrainState(*state)
             self.saved = int(state.step)
-            # An evaluation of this very state is made anew by the next step.
-            self.records = [r for r in found[1] if (r["event"], r["step"]) != ("evaluation", self.saved)]
             for record in self.records:
                 self.reporter.record(**record)
         return state
 
-    def steps(self, state: TrainState) -> TrainState:
-        """Returns the state after all steps that are left."""
+    def steps(self, state: TrainState) -> Params:
+        """Returns what is to be stored after all steps that are left: the last masters, or the best ones."""
         total, rows = self.cfg.training.steps, self.cfg.training.batch_size * self.cfg.training.accumulation
-        first = int(state.step)
+        first, every = int(state.step), self.cfg.evaluate_every or total
         length = _checked(self.batches, 0, self.cfg, self.layout.model).tokens.shape[1]
         self.reporter.start("finetune", (total - first) * rows * length, "tokens")
+        if first == 0:
+            self._evaluate(state, 0)
         for step in range(first, total):
-            if self._due(step):
-                self._evaluate(state, step)
             state = self._step(state, step)
-            if (step + 1) % self.cfg.save_every == 0 or step + 1 == total:
-                self._save(state, step + 1)
-        self._evaluate(state, total)
-        return state
-
-    def _due(self, step: int) -> bool:
-        every = self.cfg.evaluate_every
-        return step == 0 or (every is not None and step % every == 0)
+            done = step + 1
+            if done % every == 0 or done == total:
+                self._evaluate(state, done)
+            if done % self.cfg.save_every == 0 or done == total:
+                self._save(state, done)
+        return self.best if self.cfg.result == "best" else state.trained
 
     def _step(self, state: TrainState, step: int) -> TrainState:
         began = time.monotonic()
@@ -234,7 +289,9 @@ class _Run:
         rows = _checked(self.batches, step, self.cfg, self.layout.model)
         shape = (settings.accumulation, settings.batch_size, rows.tokens.shape[1])
         tokens, scored = (jax.device_put(np.reshape(array, shape)) for array in (rows.tokens, rows.scored))
-        state, metrics = train_step(state, self.frozen, tokens, scored, layout=self.layout, settings=settings)
+        state, metrics = train_step(
+            state, self.frozen, tokens, scored, self.teacher, layout=self.layout, settings=settings
+        )
         loss, norm = float(metrics.loss), float(metrics.gradient_norm)
         if not bool(metrics.finite):
             self._save(state, step)
@@ -273,6 +330,8 @@ class _Run:
         nll = total / count
         # exp of anything above would be no float any more.
         self._record("evaluation", step=step, nll=nll, perplexity=math.exp(min(nll, 700.0)), tokens=count)
+        if self.cfg.result == "best" and self.best_step() == step:
+            self.best = jax.tree.map(jnp.copy, state.trained)
 
     def _record(self, event: str, **fields: Any) -> None:
         record = {"event": event, "time": time.time(), **fields}
@@ -281,8 +340,13 @@ class _Run:
 
     def _save(self, state: TrainState, step: int) -> None:
         if self.states is not None and step > self.saved:
-            self.states.save(step, state, self.records)
+            self.states.save(step, (state, self.best), self.records)
             self.saved = step
+
+    def best_step(self) -> int:
+        """Returns the step of the lowest evaluation, of equal ones the first."""
+        measured = [record for record in self.records if record["event"] == "evaluation"]
+        return int(min(measured, key=lambda record: record["nll"])["step"])
 
     def losses(self) -> tuple[float, float]:
         """Returns the mean loss of the first and of the last tenth of all steps."""

@@ -39,3 +39,16 @@ def token_nll(logits: jax.Array, targets: jax.Array) -> jax.Array:
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def divergence(teacher: jax.Array, student: jax.Array, temperature: float) -> jax.Array:
+    """Returns KL(softmax(teacher / temperature) || softmax(student / temperature)), float32 [...], in nats.
+
+    Args:
+      teacher: logits [..., vocab].
+      student: logits [..., vocab].
+      temperature: > 0. The gradient falls with its square, which a mixture makes good (Hinton et al., 2015, section 2).
+    """
+    expected = jax.nn.log_softmax(teacher.astype(jnp.float32) / temperature)
+    found = jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
+    return jnp.sum(jnp.exp(expected) * (expected - found), axis=-1)

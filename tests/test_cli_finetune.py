@@ -127,7 +127,7 @@ def test_a_killed_run_given_again_ends_in_the_bits_of_one_that_was_not(folder: P
         assert victim.wait() == -signal.SIGKILL
     assert not (tmp_path / "out" / "manifest.json").exists()
     for out in ("out", "again"):
-        finish(start(folder, tmp_path / out, steps))
+        assert main(argv(folder, tmp_path / out, steps=steps)) == 0
     resumed, again = (open_checkpoint(tmp_path / out, verify=True) for out in ("out", "again"))
     assert resumed.fingerprint() == again.fingerprint()
     assert untimed(tmp_path / "out" / "metrics.jsonl") == untimed(tmp_path / "again" / "metrics.jsonl")
@@ -159,6 +159,18 @@ def test_a_run_killed_at_any_of_ten_moments_ends_in_the_same_bits(folder: Path, 
         assert untimed(out / "metrics.jsonl") == untimed(tmp_path / "whole" / "metrics.jsonl")
         assert not (out / "work").exists()
     assert killed >= 8  # the others had ended first
+
+
+def test_a_teacher_is_named_in_the_result_and_the_best_state_can_be_kept(folder: Path, tmp_path: Path) -> None:
+    teacher = ["--teacher", str(folder / "model"), "--result", "best", "--learning-rate", "0.3"]
+    assert main(argv(folder, tmp_path / "o", *teacher)) == 0
+    found = open_checkpoint(tmp_path / "o", verify=True)
+    training = found.manifest.run_config["finetune"]["training"]
+    assert training["distillation"] == {"weight": 1.0, "temperature": 1.0}
+    assert found.manifest.provenance["teacher"]["name"] == "model"
+    summary = found.manifest.metrics["finetune"]
+    best = min(summary["evaluations"], key=lambda measured: measured["nll"])
+    assert summary["result_step"] == best["step"]
 
 
 def test_the_same_command_again_says_that_it_is_finished(
@@ -208,6 +220,7 @@ def unknown_key(folder: Path) -> list[str]:
         (lambda folder: ["--length", "129"], "rows of 129 tokens exceed the model's context of 128"),
         (lambda folder: ["--steps", "0"], "steps is 0"),
         (lambda folder: ["--trainable", "lm_heads"], "trainable 'lm_heads' matches no array"),
+        (lambda folder: ["--teacher", str(folder / "nowhere")], "is neither a folder"),
         (lambda folder: ["--responses-only"], "is running text, which has no responses"),
     ],
 )

@@ -105,6 +105,30 @@ def test_a_resumed_run_ends_in_the_bits_and_records_of_an_uninterrupted_one(para
     assert kept == {str(STEPS - 2), str(STEPS)}
 
 
+def test_the_best_state_is_the_result_where_it_is_asked_for(params, tmp_path):
+    """At this rate the held-out loss falls and rises again, so the best is neither the first nor the last."""
+    training = dataclasses.replace(CFG.training, learning_rate=0.05, schedule="constant", steps=30)
+    cfg = dataclasses.replace(CFG, training=training, result="best", evaluate_every=1)
+    whole = Recorder()
+    expected = finetune(params, ROWS, cfg, evaluation=HELD_OUT, reporter=whole)
+    measured = {record["step"]: record["nll"] for record in whole.records if record["event"] == "evaluation"}
+    best = min(measured, key=measured.get)
+    assert 0 < best < 20
+    found = perplexity(expected, HELD_OUT.tokens.reshape(-1), CONFIG, context=LENGTH)
+    assert found.nll == pytest.approx(measured[best], rel=1e-5)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(params, ROWS, cfg, evaluation=HELD_OUT, state_dir=tmp_path / "s", reporter=Recorder(best + 5))
+    resumed = finetune(params, ROWS, cfg, evaluation=HELD_OUT, state_dir=tmp_path / "s")
+    chex.assert_trees_all_equal(trees.flatten(resumed), trees.flatten(expected))
+
+
+def test_the_best_of_no_evaluation_is_refused(params):
+    with pytest.raises(InputError, match="no evaluation rows to judge by"):
+        finetune(params, ROWS, dataclasses.replace(CFG, result="best"))
+    with pytest.raises(InputError, match="result is 'worst'"):
+        dataclasses.replace(CFG, result="worst")
+
+
 def test_states_of_another_run_are_refused(params, tmp_path):
     finetune(params, ROWS, CFG, state_dir=tmp_path / "s")
     with pytest.raises(InputError, match="state of another run"):

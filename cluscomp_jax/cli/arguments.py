@@ -92,8 +92,8 @@ class FinetuneArguments(Common):
     model: Model
     """compressed folder"""
     data: Annotated[str, arg(metavar="FILE")]
-    """JSON lines of {"text"}, {"instruction", "input", "output"} or {"messages"} (.jsonl, .jsonl.gz), text file (.txt,
-    .gz), token array (.npy) or dataset name (wikitext2, c4, ptb)"""
+    """JSON lines of {"text"}, {"instruction", "input", "output"}, {"question", "answer"} or {"messages"} (.jsonl,
+    .jsonl.gz), text file (.txt, .gz), token array (.npy) or dataset name (wikitext2, c4, ptb)"""
     out: Annotated[str, arg(metavar="NEW")]
     """folder of the result; must be empty, absent, or this very run's unfinished output"""
     config: Annotated[str | None, arg(metavar="FILE")] = None
@@ -122,24 +122,37 @@ class FinetuneArguments(Common):
     """also measure the loss on this, of the same forms as --data, before, meanwhile and after"""
     evaluate_every: Annotated[int | None, arg(metavar="INT")] = None
     """with --evaluation: steps between two measurements"""
+    result: Literal["last", "best"] | None = None
+    """what is stored: the last state (default), or with --evaluation the one of the lowest loss"""
+    teacher: Annotated[str | None, arg(metavar="MODEL")] = None
+    """follow the distributions of this model, of the same vocabulary: folder, hub id or .gguf file; the config file's
+    table [training.distillation] says how closely, by default it counts alone"""
     save_every: Annotated[int | None, arg(metavar="INT")] = None
     """steps between two saved states"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateArguments(Common):
-    """Measure the perplexity of a text under a model."""
+    """Measure the perplexity of a text under a model, or how many questions it answers exactly."""
 
     model: Model
     """compressed folder, Hugging Face folder or hub id, or .gguf file"""
-    text: str
+    text: str | None = None
     """text file (.txt, .gz), token array (.npy) or dataset name (wikitext2, c4, ptb)"""
     context: Annotated[int, arg(metavar="INT")] = DEFAULT_CONTEXT
     """tokens per window; windows do not overlap, a shorter last one is dropped"""
     tokens: Annotated[int | None, arg(metavar="INT")] = None
     """score the first so many tokens only"""
+    exact_match: Annotated[str | None, arg(metavar="FILE")] = None
+    """instead of --text: JSON lines of {"instruction", "input", "output"}, {"question", "answer"} or {"messages"},
+    whose last answers are to be generated"""
+    answer: Annotated[str | None, arg(metavar="REGEX")] = None
+    """with --exact-match: what is compared of an answer, the last match or its first group; default: what stands behind
+    '####', as in GSM8K"""
+    max_new_tokens: Annotated[int | None, arg(metavar="INT")] = None
+    """with --exact-match: longest answer; default 256"""
     batch_size: Annotated[int, arg(metavar="INT")] = 1
-    """windows per forward pass; changes the speed only"""
+    """windows or questions at a time; changes the speed only"""
     dtype: Dtype = "float32"
     """compute dtype"""
 

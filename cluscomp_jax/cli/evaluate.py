@@ -1,20 +1,37 @@
-"""`cluscomp evaluate`: the perplexity of a text under any model that can be opened."""
+"""`cluscomp evaluate`: the perplexity of a text under any model that can be opened, or what it answers exactly."""
 
 import dataclasses
 
 from cluscomp_jax.cli.arguments import EvaluateArguments
+from cluscomp_jax.cli.generate import stop_tokens
 from cluscomp_jax.cli.inputs import read_tokens, require_windows
 from cluscomp_jax.cli.outcome import Result
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.evaluate import Perplexity, perplexity
+from cluscomp_jax.exact_match import GSM8K_ANSWER, answer_pattern, exact_match
+from cluscomp_jax.generation import Decoder
 from cluscomp_jax.io.open import open_model
+from cluscomp_jax.io.training_data import read_questions
 from cluscomp_jax.progress import console_reporter
+
+_ANSWER_TOKENS = 256
 
 
 def run(arguments: EvaluateArguments) -> Result:
-    """Returns the perplexity and what it was measured on."""
+    """Returns what was measured, and on what."""
     if arguments.batch_size < 1:
         raise InputError(f"--batch-size {arguments.batch_size}: it must be 1 or more")
+    if arguments.exact_match is None:
+        return _run_perplexity(arguments)
+    return _run_exact_match(arguments, arguments.exact_match)
+
+
+def _run_perplexity(arguments: EvaluateArguments) -> Result:
+    if arguments.text is None:
+        raise InputError("nothing to measure; give --text TEXT or --exact-match FILE")
+    for name in ("answer", "max_new_tokens"):
+        if getattr(arguments, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} has no effect without --exact-match FILE; leave it out")
     if arguments.tokens is not None and arguments.tokens < arguments.context:
         raise InputError(f"--tokens {arguments.tokens} do not fill one window of --context {arguments.context}")
     opened = open_model(arguments.model)
@@ -31,6 +48,37 @@ def run(arguments: EvaluateArguments) -> Result:
             reporter=reporter,
         )
     return Result(describe(measured), {**dataclasses.asdict(measured), "model": opened.name, "text": arguments.text})
+
+
+def _run_exact_match(arguments: EvaluateArguments, file: str) -> Result:
+    for name in ("text", "tokens"):
+        if getattr(arguments, name) is not None:
+            raise InputError(f"--{name} {getattr(arguments, name)} has no effect beside --exact-match; leave one out")
+    longest = _ANSWER_TOKENS if arguments.max_new_tokens is None else arguments.max_new_tokens
+    if longest < 1:
+        raise InputError(f"--max-new-tokens {longest}: it must be 1 or more")
+    pattern = answer_pattern(GSM8K_ANSWER if arguments.answer is None else arguments.answer)
+    opened = open_model(arguments.model)
+    tokenizer = opened.load_tokenizer()
+    questions = read_questions(file, tokenizer, vocab_size=opened.config.vocab_size)
+    decoder = Decoder.load(opened.source, opened.model, dtype=arguments.dtype, materialize="once")
+    with console_reporter() as reporter:
+        found = exact_match(
+            decoder,
+            tokenizer,
+            questions,
+            pattern=pattern,
+            max_new_tokens=longest,
+            batch_size=arguments.batch_size,
+            stop_tokens=stop_tokens(opened, tokenizer),
+            reporter=reporter,
+        )
+    text = (
+        f"exact match {found.accuracy:.4f} ({found.correct} of {found.questions} questions, {found.unanswered} without "
+        f"an answer; {found.seconds:.1f} s)"
+    )
+    fields = {**dataclasses.asdict(found), "exact_match": found.accuracy, "model": opened.name, "file": file}
+    return Result(text, fields)
 
 
 def describe(measured: Perplexity) -> str:

@@ -15,11 +15,19 @@ from cluscomp_jax.cli.outcome import Result, note
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.examples import Examples
 from cluscomp_jax.finetune_config import FinetuneConfig, load_finetune_config
-from cluscomp_jax.finetuning import FinetuneSummary, as_batches, finetune_stream, fingerprint
+from cluscomp_jax.finetuning import (
+    FinetuneSummary,
+    TeacherSource,
+    as_batches,
+    check_teacher,
+    finetune_stream,
+    fingerprint,
+)
 from cluscomp_jax.io.checkpoint_writer import CheckpointWriter
 from cluscomp_jax.io.open import OpenedModel, open_model
 from cluscomp_jax.io.training_data import read_examples
 from cluscomp_jax.progress import console_reporter
+from cluscomp_jax.settings import DistillationSettings
 
 _STATES = "states"
 
@@ -33,7 +41,10 @@ def run(arguments: FinetuneArguments) -> Result:
     rows = _read(opened, cfg, arguments.data)
     evaluation = None if arguments.evaluation is None else _read(opened, cfg, arguments.evaluation)
     batches = as_batches(rows, cfg, opened.model)
-    identity = fingerprint(opened.source, cfg, batches, evaluation)
+    shown = None if arguments.teacher is None else open_model(arguments.teacher)
+    teacher = None if shown is None else TeacherSource(shown.source, shown.model)
+    check_teacher(cfg, opened.model, teacher)
+    identity = fingerprint(opened.source, cfg, batches, evaluation, teacher)
     tokenizer = tokenizer_files(opened)
     claim = CheckpointWriter(out, model_config=opened.model, run_config=cfg.to_dict(), fingerprint=identity)
     with claim as writer, console_reporter(out / METRICS_NAME) as reporter:
@@ -45,13 +56,18 @@ def run(arguments: FinetuneArguments) -> Result:
             batches,
             cfg,
             evaluation=evaluation,
+            teacher=teacher,
             state_dir=writer.work_path / _STATES,
             reporter=reporter,
             finished_blocks=writer.finished_blocks,
         )
         if tokenizer is not None:
             writer.store_tokenizer(tokenizer)
-        provenance = {**_provenance(opened, arguments, rows, evaluation), "command": command_line(arguments)}
+        provenance = {
+            **_provenance(opened, arguments, rows, evaluation),
+            "teacher": None if shown is None else shown.origin,
+            "command": command_line(arguments),
+        }
         writer.finish(provenance=provenance, metrics={"finetune": summary.to_dict()})
     return Result(_text(summary, out), {"out": str(out), **summary.to_dict()})
 
@@ -72,11 +88,13 @@ def finetune_config(arguments: FinetuneArguments) -> FinetuneConfig:
     training = _given(arguments, "steps", "batch_size", "accumulation", "learning_rate", "trainable")
     if arguments.dtype is not None:
         training["compute_dtype"] = arguments.dtype
+    if arguments.teacher is not None and config.training.distillation is None:
+        training["distillation"] = DistillationSettings()
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, **data),
         training=dataclasses.replace(config.training, **training),
-        **_given(arguments, "seed", "evaluate_every", "save_every"),
+        **_given(arguments, "seed", "evaluate_every", "save_every", "result"),
     )
 
 
@@ -120,9 +138,10 @@ def _text(summary: FinetuneSummary, out: Path) -> str:
         f"training loss {first:.4f} in the first tenth of the steps, {last:.4f} in the last",
     ]
     if summary.evaluations:
-        before, after = summary.evaluations[0], summary.evaluations[-1]
+        before = summary.evaluations[0]
+        after = next(found for found in summary.evaluations if found["step"] == summary.result_step)
         lines.append(
             f"evaluation: perplexity {before['perplexity']:.4f} before, {after['perplexity']:.4f} after "
-            f"({after['tokens']:,} tokens)"
+            f"step {summary.result_step} ({after['tokens']:,} tokens)"
         )
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """Files to train on: running text, and JSON lines of texts, instructions or conversations, as rows of tokens.
 
-A line of JSON holds {"text"}, {"instruction", "input" (may be missing), "output"} or {"messages"}, all lines of a file
-the same; other keys are not read. Knows no model and no training.
+A line of JSON holds {"text"}, {"instruction", "input" (may be missing), "output"}, {"question", "answer"} or
+{"messages"}, all lines of a file the same; other keys are not read. Knows no model and no training.
 """
 
 import gzip
@@ -15,12 +15,17 @@ import jinja2
 import numpy as np
 
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.examples import Examples, pack, pad
+from cluscomp_jax.examples import Examples, Question, pack, pad
 from cluscomp_jax.io.text import Split, check_vocabulary, load_tokens
 from cluscomp_jax.io.tokenizer import encode_text, start_tokens
 from cluscomp_jax.settings import DataSettings
 
-_FORMS = {"text": ("text",), "messages": ("messages",), "instruction": ("instruction", "output")}
+_FORMS = {
+    "text": ("text",),
+    "messages": ("messages",),
+    "instruction": ("instruction", "output"),
+    "question": ("question", "answer"),
+}
 _HEADINGS = {"instruction": "### Instruction:\n", "input": "### Input:\n", "output": "### Response:\n"}
 """What stands before the parts of an instruction where the tokenizer has no chat template."""
 
@@ -67,6 +72,20 @@ def read_examples(
 
 
 def _read_lines(path: Path, tokenizer: Any, settings: DataSettings) -> Examples:
+    form, lines = _uniform_lines(path)
+    if form == "text":
+        _refuse_responses(settings, path)
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        texts = [[*encode_text(tokenizer, _string(where, fields, "text")), *end] for where, fields in lines]
+        return _packed(np.concatenate([np.asarray(text, np.int32) for text in texts]), settings.length, path)
+    rows = [row for line in lines if (row := _row(line, tokenizer, settings, _RENDERERS[form])) is not None]
+    if not rows:
+        raise InputError(f"{path}: every conversation is longer than {settings.length} tokens; raise the length")
+    return pad(rows, settings.length)
+
+
+def _uniform_lines(path: Path) -> tuple[str, list[tuple[str, Mapping[str, Any]]]]:
+    """Returns the form of all lines of a file, and the lines."""
     lines = list(_objects(path))
     if not lines:
         raise InputError(f"{path} holds no lines; give one JSON object a line")
@@ -74,16 +93,37 @@ def _read_lines(path: Path, tokenizer: Any, settings: DataSettings) -> Examples:
     for where, fields in lines:
         if (other := _form(where, fields)) != form:
             raise InputError(f"{where}: holds {other!r}, the first line {form!r}; keep one form in a file")
+    return form, lines
+
+
+def read_questions(path: str | Path, tokenizer: Any, *, vocab_size: int) -> list[Question]:
+    """Returns the conversations of a file of JSON lines up to their last answers, as `read_examples` would write them.
+
+    Args:
+      path: .jsonl or .jsonl.gz of instructions, questions or messages.
+      tokenizer: of transformers.
+      vocab_size: of the model; every token must be below it.
+
+    Raises:
+      InputError: as `read_examples`; or a file of texts, or a conversation that does not end with the assistant.
+    """
+    form, lines = _uniform_lines(Path(path))
     if form == "text":
-        _refuse_responses(settings, path)
-        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        texts = [[*encode_text(tokenizer, _string(where, fields, "text")), *end] for where, fields in lines]
-        return _packed(np.concatenate([np.asarray(text, np.int32) for text in texts]), settings.length, path)
-    render = _render_messages if form == "messages" else _render_instruction
-    rows = [row for line in lines if (row := _row(line, tokenizer, settings, render)) is not None]
-    if not rows:
-        raise InputError(f"{path}: every conversation is longer than {settings.length} tokens; raise the length")
-    return pad(rows, settings.length)
+        raise InputError(f"{path} is running text, which asks nothing; give instructions, questions or messages")
+    questions = []
+    for where, fields in lines:
+        conversation = _RENDERERS[form](where, fields, tokenizer, with_spans=True)
+        if form == "messages" and fields["messages"][-1]["role"] != "assistant":
+            raise InputError(
+                f"{where}: ends with {fields['messages'][-1]['role']!r}; the answer must be the last message"
+            )
+        answer = fields["messages"][-1]["content"] if form == "messages" else fields[_FORMS[form][1]]
+        prompt = conversation.text[: conversation.spans[-1][0]]
+        ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = np.asarray([*([] if conversation.templated else start_tokens(tokenizer)), *ids], np.int32)
+        check_vocabulary(tokens, vocab_size, where=where)
+        questions.append(Question(tokens, answer, where))
+    return questions
 
 
 def _refuse_responses(settings: DataSettings, path: Path) -> None:
@@ -123,7 +163,8 @@ def _form(where: str, fields: Mapping[str, Any]) -> str:
     if len(found) != 1:
         keys = ", ".join(sorted(fields)[:6])
         raise InputError(
-            f"{where}: has the keys {keys or 'none'}; it must have one of: text; instruction and output; messages"
+            f"{where}: has the keys {keys or 'none'}; it must have one of: text; instruction and output; question and "
+            "answer; messages"
         )
     return found[0]
 
@@ -190,6 +231,11 @@ def _render_instruction(where: str, fields: Mapping[str, Any], tokenizer: Any, *
     return _Conversation(prompt + output, ((len(prompt), len(prompt) + len(output)),), False)
 
 
+def _render_question(where: str, fields: Mapping[str, Any], tokenizer: Any, *, with_spans: bool) -> _Conversation:
+    named = {"instruction": _string(where, fields, "question"), "output": _string(where, fields, "answer")}
+    return _render_instruction(where, named, tokenizer, with_spans=with_spans)
+
+
 def _render_messages(where: str, fields: Mapping[str, Any], tokenizer: Any, *, with_spans: bool) -> _Conversation:
     messages = fields["messages"]
     _check_messages(where, messages)
@@ -231,3 +277,10 @@ def _apply(where: str, tokenizer: Any, messages: list[dict[str, str]], *, prompt
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"{where}: the chat template refuses these messages: {reason}") from None
     return text
+
+
+_RENDERERS: Mapping[str, Callable[..., _Conversation]] = {
+    "instruction": _render_instruction,
+    "question": _render_question,
+    "messages": _render_messages,
+}

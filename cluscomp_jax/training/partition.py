@@ -58,6 +58,21 @@ class Layout:
     dtypes: tuple[tuple[str, str], ...]
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["layout"])
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A whole model on the device that another one learns from; `params` is laid out as a frozen tree."""
+
+    params: Params
+    layout: Layout
+
+
+def load_teacher(source: ParamSource, model: Model) -> Teacher:
+    """Returns all of a model, compressed or not, in the dtypes it comes in."""
+    _, frozen, layout = split_params(source, model, ())
+    return Teacher(frozen, layout)
+
+
 def split_params(source: ParamSource, model: Model, trainable: Sequence[str]) -> tuple[Params, Params, Layout]:
     """Returns (trained, frozen, layout), on the device.
 

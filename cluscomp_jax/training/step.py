@@ -6,6 +6,7 @@ the backward pass and computes the rest anew; logits exist for a few positions a
 For many devices, `train_step` is where `trained`, `frozen` and the rows of a batch get their shardings.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,11 +16,10 @@ import optax
 from jax.ad_checkpoint import checkpoint_name
 
 from cluscomp_jax import trees
-from cluscomp_jax.losses import token_nll
-from cluscomp_jax.model import Model
 from cluscomp_jax.optimizer import make_optimizer
 from cluscomp_jax.settings import TrainingSettings
-from cluscomp_jax.training.partition import REST, Layout, join_group
+from cluscomp_jax.training.head_loss import HeadLoss, TeacherHead
+from cluscomp_jax.training.partition import REST, Layout, Teacher, join_group
 from cluscomp_jax.trees import Params
 from pallas_kernels.codebook_matmul import FAST_GRADIENTS
 
@@ -32,6 +32,7 @@ _ON_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
     offload_src="device",
     offload_dst="pinned_host",
 )
+_POLICIES: dict[str, Any] = {"all": None, "cheap": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 class TrainState(NamedTuple):
@@ -46,7 +47,7 @@ class StepMetrics(NamedTuple):
     """What a step measured before it moved anything.
 
     Attributes:
-      loss: mean -log p of the scored tokens, nats.
+      loss: mean loss of the scored tokens, as `summed_loss` has it.
       gradient_norm: global norm of its gradient, before clipping.
       scored: how many tokens were scored.
       finite: whether loss and gradient are; if not, the step changed nothing.
@@ -65,51 +66,55 @@ def init_state(trained: Params, *, settings: TrainingSettings) -> TrainState:
 
 
 def summed_loss(
-    trained: Params, frozen: Params, tokens: jax.Array, scored: jax.Array, *, layout: Layout, settings: TrainingSettings
+    trained: Params,
+    frozen: Params,
+    tokens: jax.Array,
+    scored: jax.Array,
+    teacher: Teacher | None = None,
+    *,
+    layout: Layout,
+    settings: TrainingSettings,
 ) -> jax.Array:
-    """Returns the sum of -log p(token | tokens before it) over the scored tokens, nats, float32.
+    """Returns the loss summed over the scored tokens, float32.
+
+    That of a token is -log p(token | tokens before it), nats; with a teacher, as `DistillationSettings` mix it.
 
     Args:
       trained, frozen: of `split_params`.
       tokens: int32 [b, t], t >= 2.
       scored: bool [b, t]; the first position of a row is never scored, whatever it says.
+      teacher: takes part only where the settings have a distillation.
       layout: of `split_params`.
-      settings: their compute dtype, gradient mode and offloading count here.
+      settings: their compute dtype, distillation and gradient mode count here, and what they recompute and offload.
     """
-    model = layout.model
+    loss, followed = HeadLoss(layout.model, HEAD_POSITIONS), None
+    if teacher is not None and settings.distillation is not None:
+        seen = _through_blocks({}, teacher.params, tokens, layout=teacher.layout, settings=settings)
+        followed = TeacherHead(teacher.params[REST], seen[:, :-1])
+        loss = dataclasses.replace(loss, teacher=teacher.layout.model, distillation=settings.distillation)
+    with FAST_GRADIENTS(settings.fast_gradients):
+        x = _through_blocks(trained, frozen, tokens, layout=layout, settings=settings)
+        rest = (trained.get(REST, {}), frozen.get(REST, {}))
+        return loss(*rest, x[:, :-1], tokens[:, 1:], scored[:, 1:], followed)
+
+
+def _through_blocks(
+    trained: Params, frozen: Params, tokens: jax.Array, *, layout: Layout, settings: TrainingSettings
+) -> jax.Array:
+    """Returns x [b, t, d] behind the last block."""
+    model, policy = layout.model, _ON_HOST if settings.offload_inputs else _POLICIES[settings.recompute]
     rest = join_group(trained.get(REST, {}), frozen.get(REST, {}))
     x = model.embed(rest, tokens, dtype=jnp.dtype(settings.compute_dtype))
-    kept = _ON_HOST if settings.offload_inputs else None
-    with FAST_GRADIENTS(settings.fast_gradients):
-        for span in layout.spans:
+    for span in layout.spans:
 
-            def block(x: jax.Array, parts: tuple[Params, Params], kind: Any = span.kind) -> tuple[jax.Array, None]:
-                x = checkpoint_name(x, _BLOCK_INPUT)
-                return model.block(join_group(*parts), x, kind=kind), None
+        def block(x: jax.Array, parts: tuple[Params, Params], kind: Any = span.kind) -> tuple[jax.Array, None]:
+            x = checkpoint_name(x, _BLOCK_INPUT)
+            return model.block(join_group(*parts), x, kind=kind), None
 
-            stacked = (trained.get(span.name, {}), frozen.get(span.name, {}))
-            # Inside a scan XLA cannot merge the second forward pass with the first, so no barrier is needed.
-            x, _ = jax.lax.scan(jax.checkpoint(block, prevent_cse=False, policy=kept), x, stacked)
-        return _head_loss(model, rest, x[:, :-1], tokens[:, 1:], scored[:, 1:])
-
-
-def _head_loss(model: Model, rest: Params, x: jax.Array, targets: jax.Array, scored: jax.Array) -> jax.Array:
-    """Returns the summed loss of x [b, t, d] by its targets [b, t], HEAD_POSITIONS positions at a time."""
-    size = min(HEAD_POSITIONS, targets.size)
-    padding = -targets.size % size
-
-    def chunks(array: jax.Array) -> jax.Array:
-        flat = array.reshape(targets.size, *array.shape[2:])
-        return jnp.pad(flat, ((0, padding), *((0, 0) for _ in flat.shape[1:]))).reshape(-1, size, *flat.shape[1:])
-
-    def add(total: jax.Array, chunk: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        x, targets, scored = chunk
-        losses = token_nll(model.head(rest, x[None])[0], targets)
-        return total + jnp.sum(jnp.where(scored, losses, 0.0)), None
-
-    parts = (chunks(x), chunks(targets), chunks(scored))
-    total: jax.Array = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), jnp.float32(0), parts)[0]
-    return total
+        stacked = (trained.get(span.name, {}), frozen.get(span.name, {}))
+        # Inside a scan XLA cannot merge the second forward pass with the first, so no barrier is needed.
+        x, _ = jax.lax.scan(jax.checkpoint(block, prevent_cse=False, policy=policy), x, stacked)
+    return x
 
 
 @partial(jax.jit, static_argnames=("layout", "settings"), donate_argnames="state")
@@ -118,6 +123,7 @@ def train_step(
     frozen: Params,
     tokens: jax.Array,
     scored: jax.Array,
+    teacher: Teacher | None = None,
     *,
     layout: Layout,
     settings: TrainingSettings,
@@ -129,12 +135,13 @@ def train_step(
       frozen, layout: of `split_params`.
       tokens: int32 [a, b, t]: a batches, passed through one after another.
       scored: bool [a, b, t], as in `summed_loss`; at least one true behind the first position of a row.
+      teacher: as in `summed_loss`.
       settings: of the run.
     """
     loss_of = partial(summed_loss, layout=layout, settings=settings)
 
     def add(totals: tuple[jax.Array, Params], batch: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, totals, jax.value_and_grad(loss_of)(state.trained, frozen, *batch)), None
+        return jax.tree.map(jnp.add, totals, jax.value_and_grad(loss_of)(state.trained, frozen, *batch, teacher)), None
 
     nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trained))
     (total, gradients), _ = jax.lax.scan(add, nothing, (tokens, scored))
@@ -165,6 +172,6 @@ def _scaled(updates: Params, vector_rate: float) -> Params:
 def evaluate_step(
     trained: Params, frozen: Params, tokens: jax.Array, scored: jax.Array, *, layout: Layout, settings: TrainingSettings
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (summed loss, scored tokens) of one batch int32 [b, t]."""
+    """Returns (summed -log p, scored tokens) of one batch int32 [b, t]."""
     total = summed_loss(trained, frozen, tokens, scored, layout=layout, settings=settings)
     return total, jnp.sum(scored[:, 1:])

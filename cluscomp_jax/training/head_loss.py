@@ -1,0 +1,130 @@
+"""The loss behind the last block: next tokens and a teacher's distributions, a few positions at a time.
+
+The gradient is taken on the way forward, while the logits of a chunk are there, so none are computed twice. Knows no
+blocks and no optimiser.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from cluscomp_jax.losses import divergence, token_nll
+from cluscomp_jax.model import Model
+from cluscomp_jax.settings import DistillationSettings
+from cluscomp_jax.training.partition import join_group
+from cluscomp_jax.trees import Params
+
+
+class TeacherHead(NamedTuple):
+    """What a teacher's logits come from: its parameters outside the blocks, and its x [b, t, d] behind them."""
+
+    rest: Params
+    x: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadLoss:
+    """What is static in the loss.
+
+    Attributes:
+      model: the student.
+      at_once: about how many positions have logits at one time; one of each row at least.
+      teacher: the teacher's model, None without one.
+      distillation: with a teacher, how the two losses are mixed.
+    """
+
+    model: Model
+    at_once: int
+    teacher: Model | None = None
+    distillation: DistillationSettings | None = None
+
+    def __call__(
+        self,
+        trained: Params,
+        frozen: Params,
+        x: jax.Array,
+        targets: jax.Array,
+        scored: jax.Array,
+        teacher: TeacherHead | None = None,
+    ) -> jax.Array:
+        """Returns the loss summed over the scored positions, float32.
+
+        Args:
+          trained, frozen: the group "rest" of either tree; the loss is differentiable in `trained`.
+          x: [b, t, d] behind the last block, of the compute dtype; the loss is differentiable in it.
+          targets: int32 [b, t], the token behind each position.
+          scored: bool [b, t].
+          teacher: of the same tokens.
+        """
+        # Cast once: inside the loop it would be done for every chunk.
+        fixed = (_cast(frozen, x.dtype), None if teacher is None else _cast(teacher.rest, x.dtype))
+        rows = (targets, scored, None if teacher is None else teacher.x)
+        total: jax.Array = _summed(self, trained, x, fixed, rows)
+        return total
+
+
+def _cast(tree: Params, dtype: Any) -> Params:
+    def one(leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    cast: Params = jax.tree.map(one, tree)
+    return cast
+
+
+def _chunk_loss(loss: HeadLoss, trained: Params, x: jax.Array, fixed: Any, rows: Any) -> jax.Array:
+    frozen, teacher_rest = fixed
+    targets, scored, teacher_x = rows
+    logits = loss.model.head(join_group(trained, frozen), x)
+    losses = token_nll(logits, targets)
+    if loss.teacher is not None and loss.distillation is not None:
+        share, temperature = loss.distillation.weight, loss.distillation.temperature
+        apart = divergence(loss.teacher.head(teacher_rest, teacher_x), logits, temperature)
+        losses = (1 - share) * losses + share * temperature**2 * apart
+    return jnp.sum(jnp.where(scored, losses, 0.0))
+
+
+def _chunks(loss: HeadLoss, tree: Any) -> Any:
+    """Returns every [b, t, ...] as [chunks, b, size, ...]; behind the end stand zeros, which are not scored."""
+    rows, length = jax.tree.leaves(tree)[0].shape[:2]
+    size = min(max(1, loss.at_once // rows), length)
+
+    def cut(array: jax.Array) -> jax.Array:
+        padded = jnp.pad(array, ((0, 0), (0, -length % size), *((0, 0) for _ in array.shape[2:])))
+        return jnp.moveaxis(padded.reshape(rows, -1, size, *array.shape[2:]), 1, 0)
+
+    return jax.tree.map(cut, tree)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed(loss: HeadLoss, trained: Params, x: jax.Array, fixed: Any, rows: Any) -> jax.Array:
+    def add(total: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
+        return total + _chunk_loss(loss, trained, chunk[0], fixed, chunk[1]), None
+
+    total: jax.Array = jax.lax.scan(add, jnp.float32(0), _chunks(loss, (x, rows)))[0]
+    return total
+
+
+def _forward(
+    loss: HeadLoss, trained: Params, x: jax.Array, fixed: Any, rows: Any
+) -> tuple[jax.Array, tuple[Params, jax.Array]]:
+    both = jax.value_and_grad(partial(_chunk_loss, loss), argnums=(0, 1))
+
+    def add(totals: tuple[jax.Array, Params], chunk: Any) -> tuple[Any, jax.Array]:
+        value, (d_trained, d_x) = both(trained, chunk[0], fixed, chunk[1])
+        return jax.tree.map(jnp.add, totals, (value, d_trained)), d_x
+
+    nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
+    (total, d_trained), d_x = jax.lax.scan(add, nothing, _chunks(loss, (x, rows)))
+    joined = jnp.moveaxis(d_x, 0, 1).reshape(x.shape[0], -1, x.shape[2])
+    return total, (d_trained, joined[:, : x.shape[1]])
+
+
+def _backward(loss: HeadLoss, saved: tuple[Params, jax.Array], scale: jax.Array) -> tuple[Any, ...]:
+    d_trained, d_x = jax.tree.map(lambda leaf: (scale * leaf).astype(leaf.dtype), saved)
+    return d_trained, d_x, None, None
+
+
+_summed.defvjp(_forward, _backward)

@@ -40,7 +40,7 @@ BITS, GROUP = 3, 64
 
 @dataclasses.dataclass(frozen=True)
 class LoraModel:
-    """A Model whose target kernels are W + A B; "<target>/lora_a" [d_in, rank] and "lora_b" [rank, d_out] stand beside W."""
+    """A Model whose target kernels are W + A B: lora_a [d_in, rank] and lora_b [rank, d_out] stand beside W."""
 
     base: Any
     rank: int

@@ -5,9 +5,9 @@
     python scripts/bench_recovery.py --out recovery --bits 1.1 --untuned --steps 100
     python scripts/bench_recovery.py --out recovery --compressed FOLDER              # one that is there already
 
-Training is on wiki_train by configs/finetune/recovery.toml; perplexity is that of the first 8,192 tokens of wiki_test in
-windows of 512. What is done is not redone: given again, the script resumes. Prints a Markdown table; minutes are those of
-the steps alone.
+Training is on wiki_train by configs/finetune/recovery.toml; perplexity is that of the first 8,192 tokens of wiki_test
+in windows of 512. What is done is not redone: given again, the script resumes. Prints a Markdown table; minutes are
+those of the steps alone.
 """
 
 import argparse

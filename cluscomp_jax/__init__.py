@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         ClusterSettings,
         CompressionRule,
         DataSettings,
+        DistillationSettings,
         TrainingSettings,
         TuningSettings,
     )
@@ -35,6 +36,7 @@ _HOMES = {
     "CodebookArray": "codebook",
     "CompressionRule": "settings",
     "DataSettings": "settings",
+    "DistillationSettings": "settings",
     "Examples": "examples",
     "FinetuneConfig": "finetune_config",
     "InputError": "errors",
@@ -62,6 +64,7 @@ __all__ = [
     "CodebookArray",
     "CompressionRule",
     "DataSettings",
+    "DistillationSettings",
     "Examples",
     "FinetuneConfig",
     "InputError",

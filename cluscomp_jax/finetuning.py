@@ -346,7 +346,7 @@ class _Run:
     def best_step(self) -> int:
         """Returns the step of the lowest evaluation, of equal ones the first."""
         measured = [record for record in self.records if record["event"] == "evaluation"]
-        return int(min(measured, key=lambda record: record["nll"])["step"])
+        return int(min(measured, key=lambda r: math.inf if math.isnan(r["nll"]) else r["nll"])["step"])
 
     def losses(self) -> tuple[float, float]:
         """Returns the mean loss of the first and of the last tenth of all steps."""

@@ -40,7 +40,7 @@ BITS, GROUP = 3, 64
 
 @dataclasses.dataclass(frozen=True)
 class LoraModel:
-    """A Model whose target kernels are W + A B; "<target>/lora_a" [d_in, rank] and "lora_b" [rank, d_out] stand beside W."""
+    """A Model whose target kernels are W + A B: lora_a [d_in, rank] and lora_b [rank, d_out] stand beside W."""
 
     base: Any
     rank: int
@@ -49,6 +49,7 @@ class LoraModel:
         return getattr(self.base, name)
 
     def block_shapes(self, i: int) -> dict[str, tuple[int, ...]]:
+        """{path: shape}, adapters among them."""
         shapes = dict(self.base.block_shapes(i))
         for target in TARGETS:
             d_in, d_out = shapes[f"{target}/kernel"]
@@ -56,6 +57,7 @@ class LoraModel:
         return shapes
 
     def block(self, params: Params, x: jax.Array, *, kind: Hashable, tap: Any = None) -> Any:
+        """y [b, t, d] of x [b, t, d], as `Model.block`."""
         flat = trees.flatten(params)
         for target in TARGETS:
             kernel, a, b = (flat.pop(f"{target}/{name}") for name in ("kernel", "lora_a", "lora_b"))
@@ -80,7 +82,7 @@ def with_adapters(params: Params, model: LoraModel, seed: int) -> Params:
 
 
 def rounded(kernel: np.ndarray) -> np.ndarray:
-    """Returns the kernel [d_in, d_out] moved to the nearest points of asymmetric grids of GROUP inputs of one output."""
+    """Returns the kernel [d_in, d_out] on the nearest points of asymmetric grids, each of GROUP inputs of an output."""
     last = 2**BITS - 1
     parts = []
     for group in np.split(kernel.astype(np.float32), range(GROUP, len(kernel), GROUP)):

@@ -5,8 +5,9 @@
     python scripts/bench_recovery.py --out recovery --bits 1.1 --untuned --steps 100
     python scripts/bench_recovery.py --out recovery --compressed FOLDER              # one that is there already
 
-Training is on wiki_train by configs/recovery.toml; perplexity that of the first 8,192 tokens of wiki_test in windows of
-512. What is done is not redone: given again, the script resumes. Prints a Markdown table; times are of the steps alone.
+Training is on wiki_train by configs/finetune/recovery.toml; perplexity is that of the first 8,192 tokens of wiki_test
+in windows of 512. What is done is not redone: given again, the script resumes. Prints a Markdown table; minutes are
+those of the steps alone.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from cluscomp_jax.cli.demo import find_model
 from cluscomp_jax.io.open import open_model
 from cluscomp_jax.io.text import load_tokens
 
-RECIPE = Path(__file__).resolve().parent.parent / "configs" / "recovery.toml"
+RECIPE = Path(__file__).resolve().parent.parent / "configs" / "finetune" / "recovery.toml"
 LENGTH, TEST_TOKENS = 512, 8192
 DENSE = (r"model/layers/\d+/.*/kernel", ".*norm/weight")
 

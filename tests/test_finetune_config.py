@@ -9,17 +9,26 @@ import pytest
 
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.finetune_config import FinetuneConfig, load_finetune_config
-from cluscomp_jax.settings import DataSettings, TrainingSettings
+from cluscomp_jax.settings import DataSettings, DistillationSettings, TrainingSettings
 from cluscomp_jax.settings_file import overlay
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "finetuning.md"
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT, CONFIGS = ROOT / "docs" / "finetuning.md", ROOT / "configs" / "finetune"
 
 
 def test_the_defaults_in_the_documentation_are_the_defaults() -> None:
     fields = tomllib.loads(re.search(r"```toml\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)[1])
-    assert overlay(FinetuneConfig(), fields) == FinetuneConfig()
     for name, kind in (("data", DataSettings), ("training", TrainingSettings)):
         assert fields[name].keys() == {field.name for field in dataclasses.fields(kind)}
+    assert fields["training"]["distillation"] == dataclasses.asdict(DistillationSettings())
+    del fields["training"]["distillation"]
+    assert overlay(FinetuneConfig(), fields) == FinetuneConfig()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_shipped_configs_load(path: Path) -> None:
+    assert load_finetune_config(path).training.recompute == "cheap"
+    assert f"configs/finetune/{path.name}" in path.read_text().split("\n\n")[0]
 
 
 def test_what_a_file_says_is_read_and_the_rest_stays(tmp_path: Path) -> None:
@@ -32,6 +41,14 @@ def test_what_a_file_says_is_read_and_the_rest_stays(tmp_path: Path) -> None:
     assert overlay(FinetuneConfig(), config.to_dict()["finetune"]) == config
 
 
+def test_a_table_turns_distillation_on(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[training.distillation]\ntemperature = 2\n")
+    config = load_finetune_config(path)
+    assert config.training.distillation == DistillationSettings(weight=1.0, temperature=2.0)
+    assert overlay(FinetuneConfig(), config.to_dict()["finetune"]) == config
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -41,6 +58,9 @@ def test_what_a_file_says_is_read_and_the_rest_stays(tmp_path: Path) -> None:
         ("[training]\ntrainable = 'a'", "'training.trainable' is 'a'; it must be a list"),
         ("[data]\nlength = 1", "length is 1; it must be 2 or more"),
         ("[data]\ntoo_long = 'split'", "'data.too_long' is 'split'; it must be one of"),
+        ("[training.distillation]\nweight = 2", "weight is 2.0; it must be a number from 0.0 to 1.0"),
+        ("[training]\nrecompute = 'some'", "'training.recompute' is 'some'"),
+        ("result = 'first'", "'result' is 'first'"),
         ("save_every = 0", "save_every is 0; it must be 1 or more"),
         ("seed = -1", "seed is -1"),
         ("model = 'llama'", "key 'model' is not known"),

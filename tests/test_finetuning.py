@@ -113,11 +113,11 @@ def test_the_best_state_is_the_result_where_it_is_asked_for(params, tmp_path):
     expected = finetune(params, ROWS, cfg, evaluation=HELD_OUT, reporter=whole)
     measured = {record["step"]: record["nll"] for record in whole.records if record["event"] == "evaluation"}
     best = min(measured, key=measured.get)
-    assert 0 < best < 20
+    assert 0 < best < 28
     found = perplexity(expected, HELD_OUT.tokens.reshape(-1), CONFIG, context=LENGTH)
     assert found.nll == pytest.approx(measured[best], rel=1e-5)
     with pytest.raises(KeyboardInterrupt):
-        finetune(params, ROWS, cfg, evaluation=HELD_OUT, state_dir=tmp_path / "s", reporter=Recorder(best + 5))
+        finetune(params, ROWS, cfg, evaluation=HELD_OUT, state_dir=tmp_path / "s", reporter=Recorder(29))
     resumed = finetune(params, ROWS, cfg, evaluation=HELD_OUT, state_dir=tmp_path / "s")
     chex.assert_trees_all_equal(trees.flatten(resumed), trees.flatten(expected))
 

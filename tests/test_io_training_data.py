@@ -9,7 +9,7 @@ from cli_models import CHARACTERS, write_tokenizer
 
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.tokenizer import load_tokenizer
-from cluscomp_jax.io.training_data import read_examples
+from cluscomp_jax.io.training_data import read_examples, read_questions
 from cluscomp_jax.settings import DataSettings
 
 VOCAB = 2 + len(CHARACTERS)
@@ -184,3 +184,25 @@ def test_a_file_that_cannot_be_read_is_named(plain, tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(b"no gzip")
     with pytest.raises(InputError, match="cannot be read"):
         read_examples(tmp_path / "a.jsonl.gz", plain, DataSettings(), vocab_size=VOCAB)
+
+
+def test_a_question_is_a_conversation_up_to_its_last_answer(chat, tmp_path):
+    path = write(tmp_path / "q.jsonl", said(("user", "b"), ("assistant", "c"), ("user", "d"), ("assistant", "ef")))
+    (question,) = read_questions(path, chat, vocab_size=VOCAB)
+    assert shown(question.prompt, chat) == "u b.a c.u d.a "
+    assert question.answer == "ef"
+    path = write(tmp_path / "i.jsonl", {"instruction": "b", "input": "c", "output": "d"})
+    (question,) = read_questions(path, chat, vocab_size=VOCAB)
+    assert shown(question.prompt, chat) == "u b\n\nc.a "
+
+
+def test_a_conversation_that_ends_with_a_question_has_no_answer(chat, tmp_path):
+    path = write(tmp_path / "q.jsonl", said(("user", "b"), ("assistant", "c"), ("user", "d")))
+    with pytest.raises(InputError, match="ends with 'user'"):
+        read_questions(path, chat, vocab_size=VOCAB)
+
+
+def test_a_conversation_without_an_answer_is_no_question(chat, tmp_path):
+    path = write(tmp_path / "q.jsonl", said(("user", "b")))
+    with pytest.raises(InputError, match="ends with 'user'"):
+        read_questions(path, chat, vocab_size=VOCAB)

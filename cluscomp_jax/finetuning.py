@@ -27,6 +27,7 @@ from cluscomp_jax.training import (
     TrainState,
     evaluate_step,
     init_state,
+    make_sharding,
     merge_params,
     round_masters,
     split_params,
@@ -71,7 +72,9 @@ def finetune(
 ) -> Params:
     """Returns the params after `cfg.training.steps` steps of next-token loss, on the host.
 
-    What does not train comes back bit for bit; what does is rounded to the dtype it came in.
+    What does not train comes back bit for bit; what does is rounded to the dtype it came in. Where several processes
+    make one run (`jax.distributed`), all call this with the same arguments and get the same result; `state_dir` is then
+    a folder that they share.
 
     Args:
       params: a nested dict in the FlaxLlama layout, compressed or not, or a ParamSource.
@@ -104,7 +107,7 @@ def finetune(
 
 def finetune_stream(
     source: ParamSource,
-    sink: BlockSink,
+    sink: BlockSink | None,
     batches: Batches | Examples | np.ndarray,
     cfg: FinetuneConfig,
     *,
@@ -113,15 +116,19 @@ def finetune_stream(
     reporter: Reporter | None = None,
     finished_blocks: int = 0,
 ) -> FinetuneSummary:
-    """As `finetune`, from a source into a sink, which already has the first `finished_blocks` blocks."""
+    """As `finetune`, from a source into a sink, which already has the first `finished_blocks` blocks.
+
+    Of several processes one has a sink, the others None.
+    """
     began = time.monotonic()
     model = build_model(cfg.model)
     batches = as_batches(batches, cfg, model)
     if evaluation is not None:
         check_tokens(evaluation.tokens, model, "evaluation tokens")
     _checked(batches, 0, cfg, model)
-    trained, frozen, layout = split_params(source, model, cfg.training.trainable)
-    state = init_state(trained, settings=cfg.training)
+    sharding = make_sharding(cfg.mesh, model)
+    trained, frozen, layout = split_params(source, model, cfg.training.trainable, sharding)
+    state = init_state(trained, settings=cfg.training, sharding=sharding)
     del trained
     with contextlib.ExitStack() as stack:
         states = None
@@ -133,6 +140,8 @@ def finetune_stream(
         first = int(state.step)
         state = run.steps(state)
     for block, tree in merge_params(state.trained, frozen, layout):
+        if sink is None:
+            continue  # what other processes store they can gather only together with this one
         if block is None:
             sink.store_rest(tree)
         elif block >= finished_blocks:
@@ -173,7 +182,7 @@ def _checked(batches: Batches, step: int, cfg: FinetuneConfig, model: Model) -> 
 
 
 def fingerprint(source: ParamSource, cfg: FinetuneConfig, batches: Batches, evaluation: Examples | None) -> str:
-    """Returns the hex digest of everything the result's bytes depend on."""
+    """Returns the hex digest of everything the result depends on; on the mesh, only its rounding does."""
     evaluated = None if evaluation is None else evaluation.fingerprint
     return run_fingerprint(source, cfg.to_dict(), cfg.model, batches=batches.fingerprint, evaluation=evaluated)
 
@@ -233,7 +242,7 @@ class _Run:
         settings = self.cfg.training
         rows = _checked(self.batches, step, self.cfg, self.layout.model)
         shape = (settings.accumulation, settings.batch_size, rows.tokens.shape[1])
-        tokens, scored = (jax.device_put(np.reshape(array, shape)) for array in (rows.tokens, rows.scored))
+        tokens, scored = (self._put(np.reshape(array, shape)) for array in (rows.tokens, rows.scored))
         state, metrics = train_step(state, self.frozen, tokens, scored, layout=self.layout, settings=settings)
         loss, norm = float(metrics.loss), float(metrics.gradient_norm)
         if not bool(metrics.finite):
@@ -264,7 +273,8 @@ class _Run:
         total, count = 0.0, 0
         for begin in range(0, len(self.evaluation), size):
             tokens, scored = (
-                _filled(array[begin : begin + size], size) for array in (self.evaluation.tokens, self.evaluation.scored)
+                self._put(_filled(array[begin : begin + size], size))
+                for array in (self.evaluation.tokens, self.evaluation.scored)
             )
             loss, scores = evaluate_step(
                 stored, self.frozen, tokens, scored, layout=self.layout, settings=self.cfg.training
@@ -273,6 +283,11 @@ class _Run:
         nll = total / count
         # exp of anything above would be no float any more.
         self._record("evaluation", step=step, nll=nll, perplexity=math.exp(min(nll, 700.0)), tokens=count)
+
+    def _put(self, rows: np.ndarray) -> jax.Array:
+        """Returns rows [..., b, t] on the device or devices."""
+        sharding = self.layout.sharding
+        return jax.device_put(rows) if sharding is None else sharding.put_rows(rows)
 
     def _record(self, event: str, **fields: Any) -> None:
         record = {"event": event, "time": time.time(), **fields}

@@ -126,7 +126,7 @@ def test_logits_of_a_whole_batch_never_exist(monkeypatch):
     step = partial(train_step.__wrapped__, layout=layout, settings=settings)
     jaxpr = jax.make_jaxpr(step)(init_state(trained, settings=settings), frozen, tokens, scored).jaxpr
     shapes = [v.aval.shape for v in outputs(jaxpr)]
-    assert (8, CONFIG.vocab_size) in shapes
+    assert (1, 8, CONFIG.vocab_size) in shapes
     assert not [shape for shape in shapes if CONFIG.vocab_size in shape and np.prod(shape) > 8 * CONFIG.vocab_size * 3]
 
 

@@ -122,6 +122,15 @@ class FinetuneArguments(Common):
     """with --evaluation: steps between two measurements"""
     save_every: Annotated[int | None, arg(metavar="INT")] = None
     """steps between two saved states"""
+    mesh: Annotated[str | None, arg(metavar="AXIS=INT[,...]")] = None
+    """how many devices share the rows of a batch (data), share these and store arrays in parts (fsdp), compute every
+    matrix in parts (tensor); their product is all devices: data=2,fsdp=2,tensor=2"""
+    coordinator: Annotated[str | None, arg(metavar="HOST:PORT")] = None
+    """where process 0 listens, if several processes make one run; auto: as the cluster says that started them"""
+    num_processes: Annotated[int | None, arg(metavar="INT")] = None
+    """with --coordinator: how many processes make the run"""
+    process_id: Annotated[int | None, arg(metavar="INT")] = None
+    """with --coordinator: which of them this is, from 0; all else on the command line is the same in all"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

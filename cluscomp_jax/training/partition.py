@@ -7,25 +7,25 @@ and no optimiser.
 import dataclasses
 import itertools
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from cluscomp_jax import trees
 from cluscomp_jax.codebook import CodebookArray, round_codebook
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.model import Model
 from cluscomp_jax.source import ParamSource
+from cluscomp_jax.training.sharding import REST, Sharding
 from cluscomp_jax.trees import Params
 
-REST = "rest"
-"""The group of what stands outside the blocks."""
-
 _CODEBOOK = "/codebook"
+_Leaves = Iterable[tuple[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,15 +50,19 @@ class Layout:
       model: the decoder.
       spans: all its blocks, in order.
       dtypes: (name, dtype it is stored in) of every trained array, by its name in the trained tree.
+      sharding: how the arrays lie on several devices; None: on one.
     """
 
     model: Model
     spans: tuple[Span, ...]
     dtypes: tuple[tuple[str, str], ...]
+    sharding: Sharding | None = None
 
 
-def split_params(source: ParamSource, model: Model, trainable: Sequence[str]) -> tuple[Params, Params, Layout]:
-    """Returns (trained, frozen, layout), on the device.
+def split_params(
+    source: ParamSource, model: Model, trainable: Sequence[str], sharding: Sharding | None = None
+) -> tuple[Params, Params, Layout]:
+    """Returns (trained, frozen, layout), on the device or devices.
 
     Both trees have the groups "rest" and one per span ("0-29"), below them the paths; what is of a span is stacked
     along a new first axis. `trained` holds masters, float32: codebooks at "<kernel>/codebook" and dense arrays.
@@ -68,6 +72,7 @@ def split_params(source: ParamSource, model: Model, trainable: Sequence[str]) ->
       source: the whole model; read once, block by block.
       model: the decoder.
       trainable: regular expressions, as in `TrainingSettings`.
+      sharding: of several devices.
 
     Raises:
       InputError: an expression that matches no array, or one that is not floating.
@@ -76,19 +81,37 @@ def split_params(source: ParamSource, model: Model, trainable: Sequence[str]) ->
     parts = [chosen.part(f"{model.blocks_path}/{i}/", source.load_block(i)) for i in range(model.num_blocks)]
     rest = chosen.part("", source.load_rest())
     chosen.refuse_unused()
-    groups: list[tuple[str, dict[str, Any], dict[str, Any]]] = [(REST, *rest)]
-    spans = []
+    spans = _spans(model, parts)
+
+    groups: list[tuple[str, _Leaves, _Leaves]] = [(REST, rest[0].items(), rest[1].items())]
+    for span in spans:
+        members = parts[span.first : span.first + span.count]
+        groups.append((span.name, _stacked([member[0] for member in members]), _stacked([m[1] for m in members])))
+    put = _on_device if sharding is None else sharding.put
+    trained, frozen, dtypes = {}, {}, {}
+    for group, masters, others in groups:
+        for path, leaf in masters:
+            name = f"{group}/{path}"
+            dtypes[name] = np.dtype(leaf.dtype).name
+            trained[name] = put(name, np.asarray(leaf, np.float32))
+        for path, leaf in others:
+            frozen[f"{group}/{path}"] = put(f"{group}/{path}", leaf)
+    layout = Layout(model, spans, tuple(dtypes.items()), sharding)
+    return trees.unflatten(trained), trees.unflatten(frozen), layout
+
+
+def _on_device(_: str, leaf: Any) -> Any:
+    return jax.tree.map(jnp.asarray, leaf)
+
+
+def _spans(model: Model, parts: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[Span, ...]:
+    """Returns the spans of all blocks, of whose trees `parts` are made."""
     signatures = [(model.block_kind(i), _signature(*part)) for i, part in enumerate(parts)]
+    spans = []
     for (kind, _), numbers in itertools.groupby(range(len(parts)), key=signatures.__getitem__):
         members = list(numbers)
         spans.append(Span(members[0], len(members), kind))
-        groups.append((spans[-1].name, _stack([parts[i][0] for i in members]), _stack([parts[i][1] for i in members])))
-    trained = {f"{group}/{name}": leaf for group, leaves, _ in groups for name, leaf in leaves.items()}
-    frozen = {f"{group}/{name}": leaf for group, _, leaves in groups for name, leaf in leaves.items()}
-    dtypes = tuple((name, np.dtype(leaf.dtype).name) for name, leaf in trained.items())
-    masters = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in trained.items()}
-    on_device = jax.tree.map(jnp.asarray, frozen)
-    return trees.unflatten(masters), trees.unflatten(on_device), Layout(model, tuple(spans), dtypes)
+    return tuple(spans)
 
 
 class _Choice:
@@ -134,13 +157,13 @@ def _signature(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> Hashabl
     return structure, tuple((tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in leaves)
 
 
-def _stack(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Returns {name: leaves stacked, on the device} and empties the parts, so that nothing is held twice for long."""
-
-    def stacked(*leaves: Any) -> jax.Array:
-        return jnp.asarray(np.stack([np.asarray(leaf) for leaf in leaves]))
-
-    return {name: jax.tree.map(stacked, *(part.pop(name) for part in parts)) for name in list(parts[0])}
+def _stacked(parts: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Yields (name, leaves stacked, on the host) and empties the parts, so that nothing is held twice for long."""
+    for name in list(parts[0]):
+        yield (
+            name,
+            jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves]), *(p.pop(name) for p in parts)),
+        )
 
 
 def join_group(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> Params:
@@ -177,15 +200,19 @@ def merge_params(trained: Params, frozen: Params, layout: Layout) -> Iterator[tu
     """
     dtypes = dict(layout.dtypes)
     for span in layout.spans:
-        group = _fetch(trained, frozen, span.name)
+        group = trained.get(span.name, {}), frozen.get(span.name, {})
         for place in range(span.count):
-            block = jax.tree.map(lambda leaf, place=place: leaf[place], group)
+            block = _fetched(jax.tree.map(lambda leaf, place=place: leaf[place], group))
             yield span.first + place, _rounded(block, span.name, dtypes)
-    yield None, _rounded(_fetch(trained, frozen, REST), REST, dtypes)
+    yield None, _rounded(_fetched((trained.get(REST, {}), frozen.get(REST, {}))), REST, dtypes)
 
 
-def _fetch(trained: Params, frozen: Params, group: str) -> tuple[Params, Params]:
-    fetched: tuple[Params, Params] = jax.device_get((trained.get(group, {}), frozen.get(group, {})))
+def _fetched(parts: tuple[Params, Params]) -> tuple[Params, Params]:
+    """Returns host arrays; where other processes hold parts of them, all must ask together."""
+    if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(parts)):
+        fetched: tuple[Params, Params] = jax.device_get(parts)
+    else:
+        fetched = multihost_utils.process_allgather(parts, tiled=True)
     return fetched
 
 

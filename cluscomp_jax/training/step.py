@@ -3,7 +3,7 @@
 Float32 masters and moments; activations and decoded weights in the compute dtype. A block keeps its input alone for
 the backward pass and computes the rest anew; logits exist for a few positions at a time. Knows no files and no loop.
 
-For many devices, `train_step` is where `trained`, `frozen` and the rows of a batch get their shardings.
+On several devices it is the same program; XLA partitions it by the shardings of its arguments and of block inputs.
 """
 
 from functools import partial
@@ -18,12 +18,13 @@ from cluscomp_jax.losses import token_nll
 from cluscomp_jax.model import Model
 from cluscomp_jax.optimizer import make_optimizer
 from cluscomp_jax.settings import TrainingSettings
-from cluscomp_jax.training.partition import REST, Layout, join_group
+from cluscomp_jax.training.partition import Layout, join_group
+from cluscomp_jax.training.sharding import REST, Sharding, hold
 from cluscomp_jax.trees import Params
 from pallas_kernels.codebook_matmul import FAST_GRADIENTS
 
 HEAD_POSITIONS = 128
-"""Positions whose logits exist at one time."""
+"""Positions whose logits exist at one time on a device."""
 
 
 class TrainState(NamedTuple):
@@ -50,10 +51,21 @@ class StepMetrics(NamedTuple):
     finite: jax.Array
 
 
-@partial(jax.jit, static_argnames="settings")
-def init_state(trained: Params, *, settings: TrainingSettings) -> TrainState:
-    """Returns the state before the first step of these float32 masters."""
-    return TrainState(trained, make_optimizer(settings, settings.steps).init(trained), jnp.array(0, jnp.int32))
+@partial(jax.jit, static_argnames=("settings", "sharding"))
+def init_state(trained: Params, *, settings: TrainingSettings, sharding: Sharding | None = None) -> TrainState:
+    """Returns the state before the first step of these float32 masters, which lie as `sharding` says."""
+    optimizer = make_optimizer(settings, settings.steps).init(trained)
+    return _kept(TrainState(trained, optimizer, jnp.array(0, jnp.int32)), settings, sharding)
+
+
+def _kept(state: TrainState, settings: TrainingSettings, sharding: Sharding | None) -> TrainState:
+    """Returns the state, masters held where they lie and moments where their masters do."""
+    if sharding is None:
+        return state
+    places = trees.map_by_path(sharding.of, state.trained)
+    rule = make_optimizer(settings, settings.steps)
+    moments = optax.tree_map_params(rule, hold, state.optimizer, places, transform_non_params=sharding.replicate)
+    return TrainState(jax.tree.map(hold, state.trained, places), moments, sharding.replicate(state.step))
 
 
 def summed_loss(
@@ -68,37 +80,52 @@ def summed_loss(
       layout: of `split_params`.
       settings: their compute dtype and gradient mode count here.
     """
-    model = layout.model
-    rest = join_group(trained.get(REST, {}), frozen.get(REST, {}))
-    x = model.embed(rest, tokens, dtype=jnp.dtype(settings.compute_dtype))
+    model, sharding = layout.model, layout.sharding
+
+    def joined(trained: Params, frozen: Params) -> Params:
+        params = join_group(trained, frozen)
+        return params if sharding is None else sharding.gathered(params)
+
+    def by_rows(x: jax.Array) -> jax.Array:
+        return x if sharding is None else sharding.by_rows(x)
+
+    rest = joined(trained.get(REST, {}), frozen.get(REST, {}))
+    x = by_rows(model.embed(rest, tokens, dtype=jnp.dtype(settings.compute_dtype)))
     with FAST_GRADIENTS(settings.fast_gradients):
         for span in layout.spans:
 
             def block(x: jax.Array, parts: tuple[Params, Params], kind: Any = span.kind) -> tuple[jax.Array, None]:
-                return model.block(join_group(*parts), x, kind=kind), None
+                return by_rows(model.block(joined(*parts), x, kind=kind)), None
 
             stacked = (trained.get(span.name, {}), frozen.get(span.name, {}))
             # Inside a scan XLA cannot merge the second forward pass with the first, so no barrier is needed.
             x, _ = jax.lax.scan(jax.checkpoint(block, prevent_cse=False), x, stacked)
-        return _head_loss(model, rest, x[:, :-1], tokens[:, 1:], scored[:, 1:])
+        parts = 1 if sharding is None else sharding.row_parts
+        return _head_loss(model, rest, x[:, :-1], tokens[:, 1:], scored[:, 1:], parts=parts)
 
 
-def _head_loss(model: Model, rest: Params, x: jax.Array, targets: jax.Array, scored: jax.Array) -> jax.Array:
-    """Returns the summed loss of x [b, t, d] by its targets [b, t], HEAD_POSITIONS positions at a time."""
-    size = min(HEAD_POSITIONS, targets.size)
-    padding = -targets.size % size
+def _head_loss(
+    model: Model, rest: Params, x: jax.Array, targets: jax.Array, scored: jax.Array, *, parts: int
+) -> jax.Array:
+    """Returns the summed loss of x [b, t, d] by its targets [b, t], HEAD_POSITIONS positions of each part at a time.
+
+    The rows come in `parts` that move on together, each on a device of its own.
+    """
+    size = min(HEAD_POSITIONS, targets.size // parts)
+    padding = -(targets.size // parts) % size
 
     def chunks(array: jax.Array) -> jax.Array:
-        flat = array.reshape(targets.size, *array.shape[2:])
-        return jnp.pad(flat, ((0, padding), *((0, 0) for _ in flat.shape[1:]))).reshape(-1, size, *flat.shape[1:])
+        flat = array.reshape(parts, -1, *array.shape[2:])
+        padded = jnp.pad(flat, ((0, 0), (0, padding), *((0, 0) for _ in flat.shape[2:])))
+        return jnp.moveaxis(padded.reshape(parts, -1, size, *flat.shape[2:]), 1, 0)
 
     def add(total: jax.Array, chunk: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         x, targets, scored = chunk
-        losses = token_nll(model.head(rest, x[None])[0], targets)
+        losses = token_nll(model.head(rest, x), targets)
         return total + jnp.sum(jnp.where(scored, losses, 0.0)), None
 
-    parts = (chunks(x), chunks(targets), chunks(scored))
-    total: jax.Array = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), jnp.float32(0), parts)[0]
+    pieces = (chunks(x), chunks(targets), chunks(scored))
+    total: jax.Array = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), jnp.float32(0), pieces)[0]
     return total
 
 
@@ -138,7 +165,7 @@ def train_step(
         optax.apply_updates(state.trained, _scaled(updates, settings.vector_rate)), optimizer, state.step + 1
     )
     kept = jax.tree.map(partial(jnp.where, finite), stepped, state)
-    return kept, StepMetrics(loss, norm, count, finite)
+    return _kept(kept, settings, layout.sharding), StepMetrics(loss, norm, count, finite)
 
 
 def _scaled(updates: Params, vector_rate: float) -> Params:

@@ -41,7 +41,7 @@ class FinetuneConfig:
                 raise InputError(f"{name} is {value}; it must be 1 or more")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed is {self.seed}; it must be from 0 to 2**63-1")
-        parts = self.mesh.data * self.mesh.fsdp
+        parts = self.mesh.row_parts
         if self.training.batch_size % parts:
             raise InputError(
                 f"batch_size is {self.training.batch_size}, mesh {self.mesh} spreads its rows over {parts} devices "

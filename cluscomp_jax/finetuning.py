@@ -268,7 +268,8 @@ class _Run:
         """Records the loss over the evaluation rows, of the model as it would be stored now."""
         if self.evaluation is None:
             return
-        stored = round_masters(state.trained, layout=self.layout)
+        # On a CPU, the collectives of two programs at work at once may wait for one another for ever.
+        stored = jax.block_until_ready(round_masters(state.trained, layout=self.layout))
         size = self.cfg.training.batch_size
         total, count = 0.0, 0
         for begin in range(0, len(self.evaluation), size):

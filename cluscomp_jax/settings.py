@@ -266,9 +266,19 @@ class MeshSettings:
             _require(getattr(self, field.name) >= 1, f"mesh.{field.name}", getattr(self, field.name), "1 or more")
 
     @property
+    def sizes(self) -> tuple[int, int, int]:
+        """The parts along data, fsdp and tensor."""
+        return self.data, self.fsdp, self.tensor
+
+    @property
     def size(self) -> int:
         """The devices it takes."""
-        return self.data * self.fsdp * self.tensor
+        return math.prod(self.sizes)
+
+    @property
+    def row_parts(self) -> int:
+        """The parts that the rows of a batch are spread over."""
+        return self.data * self.fsdp
 
     def __str__(self) -> str:
         return ",".join(f"{field.name}={getattr(self, field.name)}" for field in dataclasses.fields(self))
@@ -298,6 +308,8 @@ class TrainingSettings:
       clip_norm: largest global gradient norm, > 0; None: no clipping.
       compute_dtype: dtype of activations and decoded weights in the step; masters and moments stay float32.
       fast_gradients: as in `TuningSettings`.
+      offload_inputs: the input of every block waits for the backward pass in pinned memory of the host; same bits,
+        less device memory, more traffic. On a CPU host and device are one.
     """
 
     steps: int = 1000
@@ -312,6 +324,7 @@ class TrainingSettings:
     clip_norm: float | None = 1.0
     compute_dtype: Dtype = "float32"
     fast_gradients: bool = False
+    offload_inputs: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation"):

@@ -48,7 +48,8 @@ def start(folder: Path, out: Path, *more: str, steps: int = 12) -> "subprocess.P
     """Starts one process with one device."""
     argv = [
         "finetune", str(folder / "small"), "--data", str(folder / "text.txt"), "--out", str(out),
-        "--evaluation", str(folder / "held_out.txt"), "--config", str(folder / "run.toml"), "--steps", str(steps), *more,
+        "--evaluation", str(folder / "held_out.txt"), "--config", str(folder / "run.toml"),
+        "--steps", str(steps), *more,
     ]  # fmt: skip
     return subprocess.Popen(
         [sys.executable, "-m", "cluscomp_jax", *argv],

@@ -12,16 +12,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cluscomp_jax import llama, pipeline
+from cluscomp_jax import finetuning, llama, pipeline
 from cluscomp_jax.config import PAPER as RECIPE
 from cluscomp_jax.config import RunConfig
+from cluscomp_jax.examples import Examples
+from cluscomp_jax.finetune_config import FinetuneConfig
 from cluscomp_jax.model import build_model
 from cluscomp_jax.plan.program import Program
 from cluscomp_jax.plan.setting import kinds_of_blocks
 from cluscomp_jax.plan.shapes import Place
 from cluscomp_jax.plan.stages import largest_alike, whole_run
 from cluscomp_jax.plan.work import count_work
-from cluscomp_jax.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
+from cluscomp_jax.settings import (
+    CalibrationSettings,
+    ClusterSettings,
+    CompressionRule,
+    DataSettings,
+    TrainingSettings,
+    TuningSettings,
+)
 
 CONFIG = llama.LlamaConfig(
     vocab_size=67, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -43,6 +52,8 @@ PAPER = RunConfig(
     tuning=TUNING,
 )
 TOKENS = np.random.default_rng(0).integers(0, 67, (2, 24))
+AFTERWARDS = ("finetune", "evaluate", "generate")
+"""Stages that no compression runs."""
 SLACK = 10_000
 """Bytes of keys, scalars and the like, and of results that are about to be let go of."""
 
@@ -58,7 +69,16 @@ class Compilations(logging.Handler):
         found = re.match(r"Compiling jit\((.*?)\) with global shapes and types \((.*)\)\. Arg", record.getMessage())
         if found:
             shapes = re.findall(r"\w+\[[\d,]*\]", found[2])
-            self.seen.append((found[1], shapes, sum(array.nbytes for array in jax.live_arrays())))
+            self.seen.append((found[1], shapes, bytes_alive()))
+
+
+def bytes_alive() -> int:
+    """Bytes of all arrays alive, each buffer once: what was fetched to the host is the same buffer on a CPU."""
+    buffers = {}
+    for array in jax.live_arrays():
+        key = jnp.issubdtype(array.dtype, jax.dtypes.extended)
+        buffers[id(array) if key else array.unsafe_buffer_pointer()] = array.nbytes
+    return sum(buffers.values())
 
 
 @pytest.fixture
@@ -73,9 +93,9 @@ def compilations() -> Iterator[Compilations]:
     logger.removeHandler(handler)
 
 
-def planned(cfg: RunConfig) -> list[Program]:
+def planned(cfg: RunConfig, finetune: FinetuneConfig) -> list[Program]:
     settings = kinds_of_blocks(build_model(CONFIG), cfg, Place(), batch=1)
-    return [program for program in whole_run(settings, context=32) if program.stage not in ("evaluate", "generate")]
+    return list(whole_run(settings, context=32, finetune=finetune))
 
 
 def shapes_of(program: Program) -> list[str]:
@@ -103,15 +123,40 @@ def test_a_run_compiles_what_the_plan_lists_and_holds_what_it_says(cfg, compilat
     monkeypatch.setattr(pipeline, "forward_batch", lambda *_: 1)
     params = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), llama.init_params(CONFIG, jax.random.key(0)))
     gc.collect()  # arrays that earlier tests left in cycles would otherwise vanish in the middle of the run
-    before = sum(array.nbytes for array in jax.live_arrays())
+    before = bytes_alive()
     compilations.seen.clear()
     pipeline.compress(params, cfg, calibration=TOKENS)
-    programs = planned(cfg)
+    programs = planned(cfg, FinetuneConfig())
+    hold_to([p for p in programs if p.stage not in AFTERWARDS], compilations.seen, before)
+
+
+def test_finetuning_compiles_what_the_plan_lists_and_holds_what_it_says(compilations) -> None:
+    training = TrainingSettings(steps=2, accumulation=2, compute_dtype="bfloat16")
+    cfg = FinetuneConfig(model=CONFIG, data=DataSettings(length=24), training=training)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), llama.init_params(CONFIG, jax.random.key(0)))
+    blind = dataclasses.replace(PAPER, tuning=None)
+    compressed = pipeline.compress(params, blind)
+    rows = np.random.default_rng(1).integers(0, 67, (4, 24), dtype=np.int32)
+    jax.clear_caches()
+    gc.collect()
+    before = bytes_alive()
+    compilations.seen.clear()
+    finetuning.finetune(compressed, rows, cfg, evaluation=Examples(rows[:1], np.ones((1, 24), bool)))
+    hold_to([p for p in planned(blind, cfg) if p.stage == "finetune"], compilations.seen, before)
+
+
+def hold_to(programs: list[Program], seen: list[tuple[str, list[str], int]], before: int) -> None:
+    """Asserts that these programs and no others were compiled, and that what was alive then is what they say.
+
+    Args:
+      seen: of `Compilations`.
+      before: bytes alive before the run.
+    """
     largest = max(program.live_bytes for program in programs)
     names = {program.traced.fun_name for program in programs}
     excess: dict[str, float] = {}
     met: set[tuple[str, str]] = set()
-    for name, shapes, alive in compilations.seen:
+    for name, shapes, alive in seen:
         alike = [p for p in programs if p.traced.fun_name == name and contains(shapes_of(p), shapes)]
         met |= {(program.stage, program.name) for program in alike}
         if alike:

@@ -17,6 +17,7 @@ from cluscomp_jax.plan.budget import forward_batch
 from cluscomp_jax.plan.host import Needs
 from cluscomp_jax.plan.program import Memory
 from cluscomp_jax.plan.shapes import Place
+from cluscomp_jax.plan.whole import finetuning_of
 from cluscomp_jax.progress import SilentReporter
 from cluscomp_jax.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
 
@@ -83,7 +84,7 @@ def test_a_plan_compiles_for_any_device_jax_has() -> None:
     card = find_target("rtx4090")
     done = plan(BLIND, card, Place(), context=32, reserve=Reserve(), reporter=SilentReporter())
     assert done.fits
-    assert list(done.stages) == ["cluster", "targets", "propagate", "evaluate", "generate"] or "embed" in done.stages
+    assert list(done.stages) == ["embed", "cluster", "targets", "propagate", "finetune", "evaluate", "generate"]
     assert all(memory.peak_bytes > 0 for memory in done.programs)
     assert done.usable_bytes == Reserve().usable(card.memory_bytes)
     assert done.hours.keys() == done.stages.keys() - {"generate"}
@@ -115,6 +116,13 @@ def test_the_budget_is_a_key_of_the_config(tmp_path) -> None:
         load_config(path)
 
 
+def test_rows_and_dtype_of_finetuning_are_those_of_the_run_unless_told() -> None:
+    tuned = dataclasses.replace(BLIND, tuning=TuningSettings(compute_dtype="bfloat16"))
+    planned = finetuning_of(tuned)
+    assert (planned.data.length, planned.training.compute_dtype) == (32, "bfloat16")
+    assert finetuning_of(BLIND).training.compute_dtype == "float32"
+
+
 @pytest.fixture
 def any_device(monkeypatch) -> None:
     """`cluscomp plan` compiles for the CPU, where no compiler for cards is installed."""
@@ -132,8 +140,14 @@ def test_the_command_says_no_with_exit_code_1_and_json_on_its_last_line(tmp_path
     out = capsys.readouterr().out
     fields = json.loads(out.splitlines()[-1])
     assert fields["fits"] is True
-    assert {"cluster", "targets", "evaluate", "generate"} <= fields["stages"].keys()
+    assert {"cluster", "targets", "finetune", "evaluate", "generate"} <= fields["stages"].keys()
     assert "fits a6000: at most" in out
+    finetune = tmp_path / "finetune.toml"
+    finetune.write_text("[data]\nlength = 4096\n[training]\nbatch_size = 64\n")
+    assert cli.main([*line, "--json", "--finetune-config", str(finetune)]) == 0
+    larger = json.loads(capsys.readouterr().out.splitlines()[-1])["stages"]
+    assert larger.pop("finetune")["peak_bytes"] > fields["stages"].pop("finetune")["peak_bytes"]
+    assert larger == fields["stages"]
     assert cli.main([*line, "--memory-fraction", "0.001"]) == 1
     assert "does NOT fit a6000" in capsys.readouterr().out
 
@@ -145,6 +159,7 @@ def test_the_command_says_no_with_exit_code_1_and_json_on_its_last_line(tmp_path
         (["llama-2-7b", "--target", "b6000"], "target 'b6000' is neither one of"),
         (["missing.json", "--target", "a6000"], "missing.json"),
         (["llama-2-7b", "--target", "a6000", "--config", "missing.toml"], "config missing.toml"),
+        (["llama-2-7b", "--target", "a6000", "--finetune-config", "missing.toml"], "config missing.toml"),
         (["llama-2-7b", "--target", "a6000", "--memory-fraction", "2"], "memory fraction is 2.0"),
     ],
 )

@@ -19,7 +19,15 @@ from cluscomp_jax.codebook import CodebookArray
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.settings import TrainingSettings
 from cluscomp_jax.source import DictSource
-from cluscomp_jax.training import init_state, merge_params, round_masters, split_params, summed_loss, train_step
+from cluscomp_jax.training import (
+    init_state,
+    merge_params,
+    round_masters,
+    split_params,
+    split_shapes,
+    summed_loss,
+    train_step,
+)
 from cluscomp_jax.training import step as step_module
 
 
@@ -55,6 +63,31 @@ def decode64(codebook, leaf):
     rows = codebook[np.asarray(leaf.index)]
     whole = rows.reshape(d_in, -1) if leaf.axis == "out" else rows.transpose(0, 2, 1).reshape(-1, d_out)
     return whole[:d_in, :d_out]
+
+
+def test_inputs_kept_on_the_host_change_no_bit():
+    tokens, scored = batch()
+    trained, frozen, layout = split(compressed_params(odd_block=1))
+    results = []
+    for offload in (False, True):
+        settings = TrainingSettings(offload_inputs=offload)
+        loss = partial(summed_loss, layout=layout, settings=settings)
+        program = jax.jit(jax.value_and_grad(loss)).trace(trained, frozen, tokens, scored)
+        assert ("<host>" in str(program.jaxpr)) is offload
+        results.append(program.lower().compile()(trained, frozen, tokens, scored))
+    chex.assert_trees_all_equal(*results)
+
+
+def test_shapes_are_split_as_arrays_are():
+    params = compressed_params(odd_block=1)
+    source = DictSource(params, MODEL)
+    trained, frozen, layout = split_params(source, MODEL, (".*/codebook", ".*norm/weight"))
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    abstract = DictSource(shapes, MODEL)
+    blocks = [abstract.load_block(i) for i in range(MODEL.num_blocks)]
+    found = split_shapes(blocks, abstract.load_rest(), MODEL, (".*/codebook", ".*norm/weight"))
+    chex.assert_trees_all_equal_shapes_and_dtypes((trained, frozen), found[:2])
+    assert found[2] == layout
 
 
 def test_the_loss_is_that_of_float64():

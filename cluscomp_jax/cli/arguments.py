@@ -287,6 +287,11 @@ class PlanArguments(Common):
     """TOML file of settings, see configs/"""
     recipe: Literal["default", "paper"] | None = None
     """settings to start from; a config file that names another one is refused"""
+    finetune_config: Annotated[str | None, arg(metavar="FILE")] = None
+    """TOML file of finetuning, as `finetune --config` takes it; default: one row of the calibration's length, in the
+    compute dtype of tuning"""
+    mesh: Annotated[str | None, arg(metavar="AXIS=INT[,...]")] = None
+    """finetune on several of the card, as `finetune --mesh` takes it: data=8; default: that of the file"""
     context: Annotated[int, arg(metavar="INT")] = 8192
     """positions of the key-value cache in generation, a power of two"""
     memory_fraction: Annotated[float, arg(metavar="FLOAT")] = 0.92

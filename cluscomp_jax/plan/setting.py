@@ -32,7 +32,7 @@ class Setting:
       kind: of the block.
       shapes: {block-relative path: shape} of its parameters.
       rules: {block-relative path: rule} of its kernels.
-      blocks: how many blocks of the model are alike.
+      members: numbers of the blocks that are alike.
       batch: samples of a forward pass.
     """
 
@@ -42,8 +42,13 @@ class Setting:
     kind: Hashable
     shapes: Mapping[str, tuple[int, ...]]
     rules: Rules
-    blocks: int
+    members: tuple[int, ...]
     batch: int
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks of the model are alike."""
+        return len(self.members)
 
     @property
     def numbers(self) -> TuningSettings:
@@ -110,8 +115,8 @@ def kinds_of_blocks(model: Model, cfg: RunConfig, place: Place, batch: int) -> l
         key = (model.block_kind(i), tuple(shapes.items()), tuple(rules.items()))
         known = kinds.get(key)
         kinds[key] = (
-            Setting(model, cfg, place, model.block_kind(i), shapes, rules, 1, batch)
+            Setting(model, cfg, place, model.block_kind(i), shapes, rules, (i,), batch)
             if known is None
-            else dataclasses.replace(known, blocks=known.blocks + 1)
+            else dataclasses.replace(known, members=(*known.members, i))
         )
     return list(kinds.values())

@@ -6,6 +6,7 @@ from typing import Any
 
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.finetune_config import FinetuneConfig
 from cluscomp_jax.model import build_model
 from cluscomp_jax.plan.budget import forward_batch
 from cluscomp_jax.plan.host import Needs, host_needs
@@ -13,9 +14,11 @@ from cluscomp_jax.plan.program import Memory, Program, compile_program
 from cluscomp_jax.plan.setting import kinds_of_blocks
 from cluscomp_jax.plan.shapes import Place
 from cluscomp_jax.plan.stages import largest_alike, whole_run
-from cluscomp_jax.plan.target import Target
+from cluscomp_jax.plan.target import Target, card_mesh
 from cluscomp_jax.plan.work import Work
 from cluscomp_jax.progress import Reporter
+from cluscomp_jax.settings import DataSettings, MeshSettings, TrainingSettings, TuningSettings
+from cluscomp_jax.training import AXES, sharding_on
 
 GIB = 2**30
 ADVICE = {
@@ -25,6 +28,7 @@ ADVICE = {
     "assign": "set feedback = false",
     "tune": 'choose a smaller batch_size or length, or compute_dtype = "bfloat16"',
     "targets": 'choose a smaller length, or compute_dtype = "bfloat16"',
+    "finetune": "set offload_inputs = true, or choose a smaller batch_size or length, or fewer bits",
     "generate": "choose a shorter --context or fewer bits",
 }
 """{stage: what takes less memory there}; elsewhere only a card with more does."""
@@ -64,7 +68,7 @@ class Plan:
       memory_bytes, usable_bytes: of the card; less what the reserve leaves free.
       stages: {stage: memory of its largest program}.
       programs: memory of every program that was compiled: of those alike but for sizes, the largest.
-      hours: {stage: least hours at the card's published rates}, an estimate; of the stages of compression.
+      hours: {stage: least hours at the card's published rates}, an estimate; not of generation.
       needs: host memory and disk.
     """
 
@@ -111,13 +115,24 @@ class Plan:
         }
 
 
-def plan(cfg: RunConfig, target: Target, place: Place, *, context: int, reserve: Reserve, reporter: Reporter) -> Plan:
-    """Returns the plan of compressing cfg.model, calibration given, and of evaluating and running the result.
+def plan(
+    cfg: RunConfig,
+    target: Target,
+    place: Place,
+    *,
+    finetune: FinetuneConfig | None = None,
+    context: int,
+    reserve: Reserve,
+    reporter: Reporter,
+) -> Plan:
+    """Returns the plan of compressing cfg.model, calibration given, and of training, evaluating and running the result.
 
     Args:
       cfg: the run; a budget of bits is planned as if it were spent evenly.
       target: the card.
       place: arrays on that card (`placement`).
+      finetune: the finetuning, whatever its model, on as many of the card as its mesh takes, of which each is planned
+        for; None: `finetuning_of` the run.
       context: positions in generation, a power of two from 32.
       reserve: what must stay free.
       reporter: is told of progress.
@@ -130,7 +145,11 @@ def plan(cfg: RunConfig, target: Target, place: Place, *, context: int, reserve:
     model = build_model(cfg.model)
     shape = (cfg.calibration.samples, cfg.calibration.length)
     settings = kinds_of_blocks(model, cfg, place, forward_batch(model, cfg, shape, place))
-    found = list(whole_run(settings, context=context))
+    finetune = finetune or finetuning_of(cfg)
+    sharding = None
+    if finetune.mesh.size > 1:
+        sharding = sharding_on(card_mesh(target, finetune.mesh.sizes, AXES), model)
+    found = list(whole_run(settings, context=context, finetune=finetune, sharding=sharding))
     chosen = largest_alike(found)
     reporter.start(f"compile for {target.name}", len(chosen), "programs")
     programs = []
@@ -150,6 +169,15 @@ def plan(cfg: RunConfig, target: Target, place: Place, *, context: int, reserve:
         hours=_hours(found, target),
         needs=host_needs(model, cfg, settings),
     )
+
+
+def finetuning_of(cfg: RunConfig, mesh: MeshSettings | None = None) -> FinetuneConfig:
+    """Returns the finetuning that is planned where none is given: one row as long as the run's to each part of a batch,
+    in the compute dtype of its tuning.
+    """
+    numbers, mesh = cfg.tuning or TuningSettings(), mesh or MeshSettings()
+    training = TrainingSettings(compute_dtype=numbers.compute_dtype, batch_size=mesh.row_parts)
+    return FinetuneConfig(data=DataSettings(length=cfg.calibration.length), training=training, mesh=mesh)
 
 
 def _hours(programs: Iterable[Program], target: Target) -> dict[str, float]:

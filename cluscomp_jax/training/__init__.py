@@ -1,10 +1,19 @@
 """Training a whole model by next-token loss: what trains, the loss, one optimiser step."""
 
-from cluscomp_jax.training.partition import Layout, merge_params, round_masters, split_params
-from cluscomp_jax.training.sharding import Sharding, make_sharding
-from cluscomp_jax.training.step import StepMetrics, TrainState, evaluate_step, init_state, summed_loss, train_step
+from cluscomp_jax.training.partition import Layout, merge_params, round_masters, split_params, split_shapes
+from cluscomp_jax.training.sharding import AXES, Sharding, make_sharding, sharding_on
+from cluscomp_jax.training.step import (
+    StepMetrics,
+    TrainState,
+    evaluate_step,
+    init_state,
+    state_places,
+    summed_loss,
+    train_step,
+)
 
 __all__ = [
+    "AXES",
     "Layout",
     "Sharding",
     "StepMetrics",
@@ -14,7 +23,10 @@ __all__ = [
     "make_sharding",
     "merge_params",
     "round_masters",
+    "sharding_on",
     "split_params",
+    "split_shapes",
+    "state_places",
     "summed_loss",
     "train_step",
 ]

@@ -7,7 +7,7 @@ and no optimiser.
 import dataclasses
 import itertools
 import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,8 @@ from cluscomp_jax.training.sharding import REST, Sharding
 from cluscomp_jax.trees import Params
 
 _CODEBOOK = "/codebook"
-_Leaves = Iterable[tuple[str, Any]]
+_shape_only: Any = jax.ShapeDtypeStruct
+_Parts = tuple[dict[str, Any], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,34 +78,69 @@ def split_params(
     Raises:
       InputError: an expression that matches no array, or one that is not floating.
     """
+    blocks = (source.load_block(i) for i in range(model.num_blocks))
+
+    def stack(*leaves: Any) -> Any:
+        return np.stack([np.asarray(leaf) for leaf in leaves])
+
+    def put(name: str, leaf: Any, dtype: Any) -> Any:
+        host = jax.tree.map(lambda array: np.asarray(array, dtype), leaf)
+        return jax.tree.map(jnp.asarray, host) if sharding is None else sharding.put(name, host)
+
+    return _split(blocks, source.load_rest(), model, trainable, sharding, stack, put)
+
+
+def split_shapes(
+    blocks: Iterable[Params],
+    rest: Params,
+    model: Model,
+    trainable: Sequence[str],
+    sharding: Sharding | None = None,
+) -> tuple[Params, Params, Layout]:
+    """As `split_params`, of all blocks in order and the rest, whose leaves are shapes and dtypes; so is the result."""
+
+    def stack(*leaves: Any) -> Any:
+        return _shape_only((len(leaves), *leaves[0].shape), leaves[0].dtype)
+
+    def put(name: str, leaf: Any, dtype: Any) -> Any:
+        def one(array: Any, place: Any = None) -> Any:
+            return _shape_only(array.shape, dtype or array.dtype, sharding=place)
+
+        return jax.tree.map(one, leaf) if sharding is None else jax.tree.map(one, leaf, sharding.of(name, leaf))
+
+    return _split(blocks, rest, model, trainable, sharding, stack, put)
+
+
+def _split(
+    blocks: Iterable[Params],
+    outside: Params,
+    model: Model,
+    trainable: Sequence[str],
+    sharding: Sharding | None,
+    stack: Callable[..., Any],
+    put: Callable[[str, Any, Any], Any],
+) -> tuple[Params, Params, Layout]:
+    """Returns both trees and the layout; `stack` joins arrays of a span, `put` places a leaf in a dtype or its own."""
     chosen = _Choice(trainable)
-    parts = [chosen.part(f"{model.blocks_path}/{i}/", source.load_block(i)) for i in range(model.num_blocks)]
-    rest = chosen.part("", source.load_rest())
+    parts = [chosen.part(f"{model.blocks_path}/{i}/", block) for i, block in enumerate(blocks)]
+    rest = chosen.part("", outside)
     chosen.refuse_unused()
     spans = _spans(model, parts)
-
-    groups: list[tuple[str, _Leaves, _Leaves]] = [(REST, rest[0].items(), rest[1].items())]
-    for span in spans:
-        members = parts[span.first : span.first + span.count]
-        groups.append((span.name, _stacked([member[0] for member in members]), _stacked([m[1] for m in members])))
-    put = _on_device if sharding is None else sharding.put
     trained, frozen, dtypes = {}, {}, {}
-    for group, masters, others in groups:
+    groups = [(span.name, parts[span.first : span.first + span.count], stack) for span in spans]
+    for group, members, joined in [(REST, [rest], _alone), *groups]:
+        masters, others = (_stacked([member[side] for member in members], joined) for side in (0, 1))
         for path, leaf in masters:
             name = f"{group}/{path}"
             dtypes[name] = np.dtype(leaf.dtype).name
-            trained[name] = put(name, np.asarray(leaf, np.float32))
+            trained[name] = put(name, leaf, np.float32)
         for path, leaf in others:
-            frozen[f"{group}/{path}"] = put(f"{group}/{path}", leaf)
+            frozen[f"{group}/{path}"] = put(f"{group}/{path}", leaf, None)
     layout = Layout(model, spans, tuple(dtypes.items()), sharding)
     return trees.unflatten(trained), trees.unflatten(frozen), layout
 
 
-def _on_device(_: str, leaf: Any) -> Any:
-    return jax.tree.map(jnp.asarray, leaf)
-
-
-def _spans(model: Model, parts: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[Span, ...]:
+def _spans(model: Model, parts: Sequence[_Parts]) -> tuple[Span, ...]:
     """Returns the spans of all blocks, of whose trees `parts` are made."""
     signatures = [(model.block_kind(i), _signature(*part)) for i, part in enumerate(parts)]
     spans = []
@@ -157,13 +193,14 @@ def _signature(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> Hashabl
     return structure, tuple((tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in leaves)
 
 
-def _stacked(parts: Sequence[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Yields (name, leaves stacked, on the host) and empties the parts, so that nothing is held twice for long."""
+def _stacked(parts: Sequence[dict[str, Any]], stack: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
+    """Yields (name, leaves stacked) and empties the parts, so that nothing is held twice for long."""
     for name in list(parts[0]):
-        yield (
-            name,
-            jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves]), *(p.pop(name) for p in parts)),
-        )
+        yield name, jax.tree.map(stack, *(part.pop(name) for part in parts))
+
+
+def _alone(leaf: Any) -> Any:
+    return leaf
 
 
 def join_group(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> Params:

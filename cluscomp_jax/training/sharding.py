@@ -23,7 +23,8 @@ from cluscomp_jax.sharded_kernel import ShardedKernel, Side, spec
 from cluscomp_jax.trees import Params
 
 FSDP, TENSOR = "fsdp", "tensor"
-ROWS = ("data", FSDP)
+AXES = ("data", FSDP, TENSOR)
+ROWS = AXES[:2]
 REST = "rest"
 """The group of what stands outside the blocks."""
 
@@ -45,6 +46,15 @@ class Sharding:
     def row_parts(self) -> int:
         """How many parts the rows of a batch come in."""
         return int(np.prod([self.mesh.shape[axis] for axis in ROWS]))
+
+    @property
+    def everywhere(self) -> NamedSharding:
+        """The place of what is whole on every device."""
+        return self._on()
+
+    def rows(self, ndim: int) -> NamedSharding:
+        """Returns the place of rows [..., b, t], of which b is spread over the devices."""
+        return self._on(*(None,) * (ndim - 2), ROWS)
 
     def of(self, name: str, leaf: Any) -> Any:
         """Returns where a leaf of the trained or frozen tree lies: a NamedSharding, or a CodebookArray of them.
@@ -71,11 +81,7 @@ class Sharding:
 
     def put_rows(self, rows: np.ndarray) -> jax.Array:
         """Returns [..., b, t] of the host, the same in every process, with b spread over the devices."""
-        return _put(rows, self._on(*(None,) * (rows.ndim - 2), ROWS))
-
-    def replicate(self, array: jax.Array) -> jax.Array:
-        """Returns the array, whole on every device."""
-        return hold(array, self._on())
+        return _put(rows, self.rows(rows.ndim))
 
     def by_rows(self, x: jax.Array) -> jax.Array:
         """Returns x [b, ...] with b spread over the devices and nothing else."""
@@ -134,8 +140,12 @@ def make_sharding(settings: MeshSettings, model: Model) -> Sharding | None:
             f"mesh {settings} takes {settings.size} devices, there are {devices} in {processes} process(es); choose "
             f"sizes whose product is {devices}"
         )
-    sizes = (settings.data, settings.fsdp, settings.tensor)
-    mesh = jax.make_mesh(sizes, (*ROWS, TENSOR), axis_types=(AxisType.Auto,) * 3)
+    mesh = jax.make_mesh(settings.sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return sharding_on(mesh, model)
+
+
+def sharding_on(mesh: Mesh, model: Model) -> Sharding:
+    """Returns how `model` lies on a mesh with the AXES."""
     return Sharding(mesh, _added_to_a_residual(model))
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.ad_checkpoint import checkpoint_name
 
 from cluscomp_jax import trees
 from cluscomp_jax.losses import token_nll
@@ -25,6 +26,13 @@ from pallas_kernels.codebook_matmul import FAST_GRADIENTS
 
 HEAD_POSITIONS = 128
 """Positions whose logits exist at one time on a device."""
+_BLOCK_INPUT = "block input"
+_ON_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[_BLOCK_INPUT],
+    offload_src="device",
+    offload_dst="pinned_host",
+)
 
 
 class TrainState(NamedTuple):
@@ -58,14 +66,25 @@ def init_state(trained: Params, *, settings: TrainingSettings, sharding: Shardin
     return _kept(TrainState(trained, optimizer, jnp.array(0, jnp.int32)), settings, sharding)
 
 
+def state_places(state: TrainState, *, settings: TrainingSettings, sharding: Sharding) -> TrainState:
+    """Returns where every array of a state lies: masters as `sharding` says, moments where their masters do."""
+    places = trees.map_by_path(sharding.of, state.trained)
+    moments = optax.tree_map_params(
+        make_optimizer(settings, settings.steps),
+        lambda _, place: place,
+        state.optimizer,
+        places,
+        transform_non_params=lambda _: sharding.everywhere,
+    )
+    return TrainState(places, moments, sharding.everywhere)
+
+
 def _kept(state: TrainState, settings: TrainingSettings, sharding: Sharding | None) -> TrainState:
-    """Returns the state, masters held where they lie and moments where their masters do."""
+    """Returns the state, held where it lies."""
     if sharding is None:
         return state
-    places = trees.map_by_path(sharding.of, state.trained)
-    rule = make_optimizer(settings, settings.steps)
-    moments = optax.tree_map_params(rule, hold, state.optimizer, places, transform_non_params=sharding.replicate)
-    return TrainState(jax.tree.map(hold, state.trained, places), moments, sharding.replicate(state.step))
+    held: TrainState = jax.tree.map(hold, state, state_places(state, settings=settings, sharding=sharding))
+    return held
 
 
 def summed_loss(
@@ -78,7 +97,7 @@ def summed_loss(
       tokens: int32 [b, t], t >= 2.
       scored: bool [b, t]; the first position of a row is never scored, whatever it says.
       layout: of `split_params`.
-      settings: their compute dtype and gradient mode count here.
+      settings: their compute dtype, gradient mode and offloading count here.
     """
     model, sharding = layout.model, layout.sharding
 
@@ -91,15 +110,17 @@ def summed_loss(
 
     rest = joined(trained.get(REST, {}), frozen.get(REST, {}))
     x = by_rows(model.embed(rest, tokens, dtype=jnp.dtype(settings.compute_dtype)))
+    kept = _ON_HOST if settings.offload_inputs else None
     with FAST_GRADIENTS(settings.fast_gradients):
         for span in layout.spans:
 
             def block(x: jax.Array, parts: tuple[Params, Params], kind: Any = span.kind) -> tuple[jax.Array, None]:
+                x = checkpoint_name(x, _BLOCK_INPUT)
                 return by_rows(model.block(joined(*parts), x, kind=kind)), None
 
             stacked = (trained.get(span.name, {}), frozen.get(span.name, {}))
             # Inside a scan XLA cannot merge the second forward pass with the first, so no barrier is needed.
-            x, _ = jax.lax.scan(jax.checkpoint(block, prevent_cse=False), x, stacked)
+            x, _ = jax.lax.scan(jax.checkpoint(block, prevent_cse=False, policy=kept), x, stacked)
         parts = 1 if sharding is None else sharding.row_parts
         return _head_loss(model, rest, x[:, :-1], tokens[:, 1:], scored[:, 1:], parts=parts)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.settings import DataSettings, TrainingSettings
+from cluscomp_jax.settings import DataSettings, MeshSettings, TrainingSettings
 from cluscomp_jax.settings_file import overlay, read_toml
 
 
@@ -17,6 +17,7 @@ class FinetuneConfig:
       model: the family's config (LlamaConfig); None only until a model has been opened.
       data: how texts become rows; of no effect where rows are handed in.
       training: what trains, and how.
+      mesh: how the devices are arranged; data x fsdp divides the batch size.
       evaluate_every: steps between two evaluations, >= 1; there is one before the first step and one behind the last
         in any case. None: only those.
       save_every: steps between two saved states, >= 1; a resumed run repeats at most so many.
@@ -29,6 +30,7 @@ class FinetuneConfig:
     model: Any = None
     data: DataSettings = DataSettings()
     training: TrainingSettings = TrainingSettings()
+    mesh: MeshSettings = MeshSettings()
     evaluate_every: int | None = None
     save_every: int = 100
     keep: int = 2
@@ -44,11 +46,17 @@ class FinetuneConfig:
             raise InputError(f"result is {self.result!r}; it must be 'last' or 'best'")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed is {self.seed}; it must be from 0 to 2**63-1")
+        parts = self.mesh.row_parts
+        if self.training.batch_size % parts:
+            raise InputError(
+                f"batch_size is {self.training.batch_size}, mesh {self.mesh} spreads its rows over {parts} devices "
+                f"(data x fsdp); choose a multiple of {parts}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the settings as plain JSON values, less the model."""
+        """Returns the settings that make the run what it is as plain JSON values: all but the model and the mesh."""
         fields = dataclasses.asdict(dataclasses.replace(self, model=None))
-        del fields["model"]
+        del fields["model"], fields["mesh"]
         return {"finetune": fields}
 
 

@@ -30,6 +30,7 @@ from cluscomp_jax.training import (
     evaluate_step,
     init_state,
     load_teacher,
+    make_sharding,
     merge_params,
     round_masters,
     split_params,
@@ -85,7 +86,9 @@ def finetune(
 ) -> Params:
     """Returns the params after `cfg.training.steps` steps of next-token loss, on the host.
 
-    What does not train comes back bit for bit; what does is rounded to the dtype it came in.
+    What does not train comes back bit for bit; what does is rounded to the dtype it came in. Where several processes
+    make one run (`jax.distributed`), all call this with the same arguments and get the same result; `state_dir` is then
+    a folder that they share.
 
     Args:
       params: a nested dict in the FlaxLlama layout, compressed or not, or a ParamSource.
@@ -124,7 +127,7 @@ def finetune(
 
 def finetune_stream(
     source: ParamSource,
-    sink: BlockSink,
+    sink: BlockSink | None,
     batches: Batches | Examples | np.ndarray,
     cfg: FinetuneConfig,
     *,
@@ -134,7 +137,10 @@ def finetune_stream(
     reporter: Reporter | None = None,
     finished_blocks: int = 0,
 ) -> FinetuneSummary:
-    """As `finetune`, from a source into a sink, which already has the first `finished_blocks` blocks."""
+    """As `finetune`, from a source into a sink, which already has the first `finished_blocks` blocks.
+
+    Of several processes one has a sink, the others None.
+    """
     began = time.monotonic()
     model = build_model(cfg.model)
     batches = as_batches(batches, cfg, model)
@@ -144,10 +150,11 @@ def finetune_stream(
     check_teacher(cfg, model, teacher)
     if cfg.result == "best" and evaluation is None:
         raise InputError("result is 'best', but there are no evaluation rows to judge by; give some, or take the last")
-    trained, frozen, layout = split_params(source, model, cfg.training.trainable)
-    state = init_state(trained, settings=cfg.training)
+    sharding = make_sharding(cfg.mesh, model)
+    trained, frozen, layout = split_params(source, model, cfg.training.trainable, sharding)
+    state = init_state(trained, settings=cfg.training, sharding=sharding)
     del trained
-    followed = None if teacher is None else load_teacher(*teacher)
+    followed = None if teacher is None else load_teacher(*teacher, make_sharding(cfg.mesh, teacher.model))
     with contextlib.ExitStack() as stack:
         states = None
         if state_dir is not None:
@@ -158,6 +165,8 @@ def finetune_stream(
         first = int(state.step)
         trained = run.steps(state)
     for block, tree in merge_params(trained, frozen, layout):
+        if sink is None:
+            continue  # what other processes store they can gather only together with this one
         if block is None:
             sink.store_rest(tree)
         elif block >= finished_blocks:
@@ -224,7 +233,7 @@ def fingerprint(
     evaluation: Examples | None,
     teacher: TeacherSource | None = None,
 ) -> str:
-    """Returns the hex digest of everything the result's bytes depend on."""
+    """Returns the hex digest of everything the result depends on; on the mesh, only its rounding does."""
     inputs = {
         "batches": batches.fingerprint,
         "evaluation": None if evaluation is None else evaluation.fingerprint,
@@ -288,7 +297,7 @@ class _Run:
         settings = self.cfg.training
         rows = _checked(self.batches, step, self.cfg, self.layout.model)
         shape = (settings.accumulation, settings.batch_size, rows.tokens.shape[1])
-        tokens, scored = (jax.device_put(np.reshape(array, shape)) for array in (rows.tokens, rows.scored))
+        tokens, scored = (self._put(np.reshape(array, shape)) for array in (rows.tokens, rows.scored))
         state, metrics = train_step(
             state, self.frozen, tokens, scored, self.teacher, layout=self.layout, settings=settings
         )
@@ -316,12 +325,14 @@ class _Run:
         """Records the loss over the evaluation rows, of the model as it would be stored now."""
         if self.evaluation is None:
             return
-        stored = round_masters(state.trained, layout=self.layout)
+        # On a CPU, the collectives of two programs at work at once may wait for one another for ever.
+        stored = jax.tree.map(lambda leaf: leaf.block_until_ready(), round_masters(state.trained, layout=self.layout))
         size = self.cfg.training.batch_size
         total, count = 0.0, 0
         for begin in range(0, len(self.evaluation), size):
             tokens, scored = (
-                _filled(array[begin : begin + size], size) for array in (self.evaluation.tokens, self.evaluation.scored)
+                self._put(_filled(array[begin : begin + size], size))
+                for array in (self.evaluation.tokens, self.evaluation.scored)
             )
             loss, scores = evaluate_step(
                 stored, self.frozen, tokens, scored, layout=self.layout, settings=self.cfg.training
@@ -332,6 +343,11 @@ class _Run:
         self._record("evaluation", step=step, nll=nll, perplexity=math.exp(min(nll, 700.0)), tokens=count)
         if self.cfg.result == "best" and self.best_step() == step:
             self.best = jax.tree.map(jnp.copy, state.trained)
+
+    def _put(self, rows: np.ndarray) -> jax.Array:
+        """Returns rows [..., b, t] on the device or devices."""
+        sharding = self.layout.sharding
+        return jax.device_put(rows) if sharding is None else sharding.put_rows(rows)
 
     def _record(self, event: str, **fields: Any) -> None:
         record = {"event": event, "time": time.time(), **fields}

@@ -15,7 +15,7 @@ MODEL = llama.build(CONFIG)
 KERNELS = tuple(path for paths in MODEL.sites.values() for path in paths)
 
 
-def compressed_params(*, odd_block=None, dtype=np.float16, config=CONFIG, n=12):
+def compressed_params(*, odd_block=None, dtype=np.float16, config=CONFIG, n=12, scale=0.3):
     """The whole tree; block `odd_block`, if there is one, is cut along the other axis than the rest."""
     rng = np.random.default_rng(0)
 
@@ -25,7 +25,7 @@ def compressed_params(*, odd_block=None, dtype=np.float16, config=CONFIG, n=12):
             return np.asarray(leaf)
         axis = "in" if path.startswith(f"model/layers/{odd_block}/") else "out"
         index = rng.integers(0, n, index_shape(leaf.shape, 4, axis)).astype(index_dtype(n))
-        return CodebookArray((0.3 * rng.standard_normal((n, 4))).astype(dtype), index, tuple(leaf.shape), axis)
+        return CodebookArray((scale * rng.standard_normal((n, 4))).astype(dtype), index, tuple(leaf.shape), axis)
 
     return trees.map_by_path(one, llama.init_params(config, jax.random.key(0)))
 

@@ -129,6 +129,15 @@ class FinetuneArguments(Common):
     table [training.distillation] says how closely, by default it counts alone"""
     save_every: Annotated[int | None, arg(metavar="INT")] = None
     """steps between two saved states"""
+    mesh: Annotated[str | None, arg(metavar="AXIS=INT[,...]")] = None
+    """how many devices share the rows of a batch (data), share these and store arrays in parts (fsdp), compute every
+    matrix in parts (tensor); their product is all devices: data=2,fsdp=2,tensor=2"""
+    coordinator: Annotated[str | None, arg(metavar="HOST:PORT")] = None
+    """where process 0 listens, if several processes make one run; auto: as the cluster says that started them"""
+    num_processes: Annotated[int | None, arg(metavar="INT")] = None
+    """with --coordinator: how many processes make the run"""
+    process_id: Annotated[int | None, arg(metavar="INT")] = None
+    """with --coordinator: which of them this is, from 0; all else on the command line is the same in all"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -296,6 +305,8 @@ class PlanArguments(Common):
     finetune_config: Annotated[str | None, arg(metavar="FILE")] = None
     """TOML file of finetuning, as `finetune --config` takes it; default: one row of the calibration's length, in the
     compute dtype of tuning"""
+    mesh: Annotated[str | None, arg(metavar="AXIS=INT[,...]")] = None
+    """finetune on several of the card, as `finetune --mesh` takes it: data=8; default: that of the file"""
     context: Annotated[int, arg(metavar="INT")] = 8192
     """positions of the key-value cache in generation, a power of two"""
     memory_fraction: Annotated[float, arg(metavar="FLOAT")] = 0.92

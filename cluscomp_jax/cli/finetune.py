@@ -8,12 +8,14 @@ from typing import Any
 import jax
 
 from cluscomp_jax import _version as version
+from cluscomp_jax import processes
 from cluscomp_jax.cli.arguments import FinetuneArguments
 from cluscomp_jax.cli.command_line import command_line
 from cluscomp_jax.cli.folder import METRICS_NAME, tokenizer_files
+from cluscomp_jax.cli.mesh import parse_mesh
 from cluscomp_jax.cli.outcome import Result, note
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.examples import Examples
+from cluscomp_jax.examples import Batches, Examples
 from cluscomp_jax.finetune_config import FinetuneConfig, load_finetune_config
 from cluscomp_jax.finetuning import (
     FinetuneSummary,
@@ -23,53 +25,90 @@ from cluscomp_jax.finetuning import (
     finetune_stream,
     fingerprint,
 )
-from cluscomp_jax.io.checkpoint_writer import CheckpointWriter
+from cluscomp_jax.io.checkpoint_writer import CheckpointWriter, run_work_path
 from cluscomp_jax.io.open import OpenedModel, open_model
 from cluscomp_jax.io.training_data import read_examples
 from cluscomp_jax.progress import console_reporter
 from cluscomp_jax.settings import DistillationSettings
+from cluscomp_jax.source import BlockSink
+from cluscomp_jax.training import make_sharding
 
 _STATES = "states"
 
 
 def run(arguments: FinetuneArguments) -> Result:
     """Returns what the run did."""
-    cfg, out = finetune_config(arguments), Path(arguments.out)
+    processes.join(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    cfg = finetune_config(arguments)
     opened = open_model(arguments.model)
     cfg = dataclasses.replace(cfg, model=opened.config)
     _check_length(cfg)
+    make_sharding(cfg.mesh, opened.model)
     rows = _read(opened, cfg, arguments.data)
     evaluation = None if arguments.evaluation is None else _read(opened, cfg, arguments.evaluation)
-    batches = as_batches(rows, cfg, opened.model)
     shown = None if arguments.teacher is None else open_model(arguments.teacher)
     teacher = None if shown is None else TeacherSource(shown.source, shown.model)
     check_teacher(cfg, opened.model, teacher)
-    identity = fingerprint(opened.source, cfg, batches, evaluation, teacher)
-    tokenizer = tokenizer_files(opened)
-    claim = CheckpointWriter(out, model_config=opened.model, run_config=cfg.to_dict(), fingerprint=identity)
+    task = _Task(opened, cfg, as_batches(rows, cfg, opened.model), evaluation, teacher, Path(arguments.out))
+    if not processes.is_first():
+        summary = _assist(task)
+        return Result("", {"out": arguments.out, **summary.to_dict()})
+    origins = {**_provenance(opened, arguments, rows, evaluation), "teacher": None if shown is None else shown.origin}
+    summary = _write(task, len(rows), {**origins, "command": command_line(arguments)})
+    return Result(_text(summary, task.out), {"out": arguments.out, **summary.to_dict()})
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """What is to be done, all checked."""
+
+    opened: OpenedModel
+    cfg: FinetuneConfig
+    batches: Batches
+    evaluation: Examples | None
+    teacher: TeacherSource | None
+    out: Path
+
+    def work(self, sink: BlockSink | None, **progress: Any) -> FinetuneSummary:
+        """Trains into the sink; in a run of several processes they all do."""
+        return finetune_stream(
+            self.opened.source,
+            sink,
+            self.batches,
+            self.cfg,
+            evaluation=self.evaluation,
+            teacher=self.teacher,
+            state_dir=run_work_path(self.out) / _STATES,
+            **progress,
+        )
+
+
+def _write(task: _Task, rows: int, provenance: dict[str, Any]) -> FinetuneSummary:
+    """Returns what was done, after claiming the folder and finishing it."""
+    opened, cfg, out = task.opened, task.cfg, task.out
+    with processes.decided_by_first():
+        identity = fingerprint(opened.source, cfg, task.batches, task.evaluation, task.teacher)
+        tokenizer = tokenizer_files(opened)
+        claim = CheckpointWriter(out, model_config=opened.model, run_config=cfg.to_dict(), fingerprint=identity)
     with claim as writer, console_reporter(out / METRICS_NAME) as reporter:
         tokens = cfg.training.steps * cfg.training.batch_size * cfg.training.accumulation * cfg.data.length
-        note(f"{opened.name}: {cfg.training.steps} steps, {tokens:,} tokens of {len(rows)} rows of {cfg.data.length}")
-        summary = finetune_stream(
-            opened.source,
-            writer,
-            batches,
-            cfg,
-            evaluation=evaluation,
-            teacher=teacher,
-            state_dir=writer.work_path / _STATES,
-            reporter=reporter,
-            finished_blocks=writer.finished_blocks,
-        )
+        note(f"{opened.name}: {cfg.training.steps} steps, {tokens:,} tokens of {rows} rows of {cfg.data.length}")
+        summary = task.work(writer, reporter=reporter, finished_blocks=writer.finished_blocks)
         if tokenizer is not None:
             writer.store_tokenizer(tokenizer)
-        provenance = {
-            **_provenance(opened, arguments, rows, evaluation),
-            "teacher": None if shown is None else shown.origin,
-            "command": command_line(arguments),
-        }
+        provenance = {**provenance, "mesh": str(cfg.mesh), "processes": jax.process_count()}
         writer.finish(provenance=provenance, metrics={"finetune": summary.to_dict()})
-    return Result(_text(summary, out), {"out": str(out), **summary.to_dict()})
+    processes.meet()
+    return summary
+
+
+def _assist(task: _Task) -> FinetuneSummary:
+    """Returns what was done by all processes; this one writes nothing but its part of saved states."""
+    with processes.decided_by_first():
+        pass  # it claims the folder
+    summary = task.work(None)
+    processes.meet()
+    return summary
 
 
 def finetune_config(arguments: FinetuneArguments) -> FinetuneConfig:
@@ -95,6 +134,7 @@ def finetune_config(arguments: FinetuneArguments) -> FinetuneConfig:
         data=dataclasses.replace(config.data, **data),
         training=dataclasses.replace(config.training, **training),
         **_given(arguments, "seed", "evaluate_every", "save_every", "result"),
+        mesh=config.mesh if arguments.mesh is None else parse_mesh(arguments.mesh),
     )
 
 

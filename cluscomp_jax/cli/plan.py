@@ -10,16 +10,17 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the compiler would tell of
 import jax
 
 from cluscomp_jax.cli.arguments import PlanArguments
+from cluscomp_jax.cli.mesh import parse_mesh
 from cluscomp_jax.cli.outcome import DONE, FAILED, Result
 from cluscomp_jax.config import RECIPES, RunConfig, load_config
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.finetune_config import load_finetune_config
+from cluscomp_jax.finetune_config import FinetuneConfig, load_finetune_config
 from cluscomp_jax.io.json_files import read_object
 from cluscomp_jax.io.safetensors_source import read_config
 from cluscomp_jax.model import parse_model_config
 from cluscomp_jax.plan import PRESETS, Plan, Reserve, find_target, placement, plan, preset_config
 from cluscomp_jax.plan.shapes import Place
-from cluscomp_jax.plan.whole import GIB
+from cluscomp_jax.plan.whole import GIB, finetuning_of
 from cluscomp_jax.progress import console_reporter
 from cluscomp_jax.report import format_bytes, format_table
 
@@ -27,7 +28,7 @@ from cluscomp_jax.report import format_bytes, format_table
 def run(arguments: PlanArguments) -> Result:
     """Returns the plan; its exit code is 1 where the run does not fit."""
     cfg = dataclasses.replace(_settings(arguments), model=_model_config(arguments.model))
-    finetune = None if arguments.finetune_config is None else load_finetune_config(arguments.finetune_config)
+    finetune = _finetune(arguments, cfg)
     target = find_target(arguments.target)
     reserve = Reserve(arguments.memory_fraction, round(arguments.reserve_gib * GIB))
     settings: Any = jax.config
@@ -39,6 +40,14 @@ def run(arguments: PlanArguments) -> Result:
         )
     text = _text(made, arguments.model, reserve)
     return Result(text, {"model": arguments.model, **made.to_dict()}, DONE if made.fits else FAILED)
+
+
+def _finetune(arguments: PlanArguments, cfg: RunConfig) -> FinetuneConfig:
+    mesh = None if arguments.mesh is None else parse_mesh(arguments.mesh)
+    if arguments.finetune_config is None:
+        return finetuning_of(cfg, mesh)
+    given = load_finetune_config(arguments.finetune_config)
+    return given if mesh is None else dataclasses.replace(given, mesh=mesh)
 
 
 def _settings(arguments: PlanArguments) -> RunConfig:

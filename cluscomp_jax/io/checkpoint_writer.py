@@ -15,7 +15,7 @@ from cluscomp_jax.errors import InputError
 from cluscomp_jax.io import atomic, contents, items, json_files, leaves
 from cluscomp_jax.io.contents import BLOCKS, REST, TOKENIZER, block_folder
 from cluscomp_jax.io.manifest import Contents, FileEntry, Manifest, package_version, parse_contents
-from cluscomp_jax.io.run_folder import Identity, RunFolder
+from cluscomp_jax.io.run_folder import WORK_NAME, Identity, RunFolder
 from cluscomp_jax.model import build_model, model_config_to_dict
 from cluscomp_jax.trees import Params
 
@@ -33,6 +33,11 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 """The files of a Hugging Face folder that are carried along as its tokenizer."""
+
+
+def run_work_path(path: Path) -> Path:
+    """Returns `work_path` of the CheckpointWriter of `path`, for processes that work for a run but do not write it."""
+    return path / WORK_NAME / "run"
 
 
 class CheckpointWriter:
@@ -82,7 +87,7 @@ class CheckpointWriter:
         self._folder = RunFolder(self.path, self._identity)
         try:
             self.resumed = self._folder.resumed
-            self.work_path = self._folder.work / "run"
+            self.work_path = run_work_path(self.path)
             with atomic.writing(self.path):
                 self.work_path.mkdir(exist_ok=True)
                 self._parts = self._find_finished()

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -43,8 +44,16 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _checkpointer(*, zstd: bool = False) -> Iterator[ocp.PyTreeCheckpointer]:
-    """Yields a checkpointer that logs nothing; reading is the same whatever was written."""
-    with quiet(), ocp.PyTreeCheckpointer(use_ocdbt=False, use_zarr3=False, use_compression=zstd) as checkpointer:
+    """Yields a checkpointer that logs nothing, and that of several processes concerns this one alone.
+
+    Reading is the same whether files are coded or not.
+    """
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, use_zarr3=False, use_compression=zstd, multiprocessing_options=alone
+    )
+    with quiet(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
         yield checkpointer
 
 

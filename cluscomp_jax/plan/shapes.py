@@ -50,7 +50,19 @@ class Place:
         return CodebookArray(codebook=codebook, index=index, shape=shape, axis=rule.axis)
 
 
+def spread(tree: Any, places: Any) -> Any:
+    """Returns the tree of shapes, each placed as the same leaf of `places` says."""
+    return jax.tree.map(lambda leaf, place: _shape_only(leaf.shape, leaf.dtype, sharding=place), tree, places)
+
+
 def nbytes(tree: Any) -> int:
-    """Returns the bytes of all leaves but random keys, which are a few."""
+    """Returns the bytes that a device holds of all leaves but random keys, which are a few."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)]
-    return sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
+    return sum(math.prod(_part(leaf)) * np.dtype(leaf.dtype).itemsize for leaf in leaves)
+
+
+def _part(leaf: Any) -> tuple[int, ...]:
+    """Returns the shape of the part of a leaf that one device holds."""
+    place = getattr(leaf, "sharding", None)
+    shape: tuple[int, ...] = leaf.shape if place is None else place.shard_shape(leaf.shape)
+    return shape

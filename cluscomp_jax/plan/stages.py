@@ -10,6 +10,7 @@ from cluscomp_jax.plan import block_programs, cluster_programs, model_programs, 
 from cluscomp_jax.plan.program import Program
 from cluscomp_jax.plan.setting import Setting
 from cluscomp_jax.plan.shapes import nbytes
+from cluscomp_jax.training import Sharding
 
 Stage = Callable[[Setting], Iterator[Program]]
 PER_BLOCK: tuple[Stage, ...] = (
@@ -21,13 +22,15 @@ PER_BLOCK: tuple[Stage, ...] = (
 """What compression does with every block, in order."""
 
 
-def whole_run(settings: list[Setting], *, context: int, finetune: FinetuneConfig) -> Iterator[Program]:
-    """Yields every program of compression, finetuning, evaluation and generation."""
+def whole_run(
+    settings: list[Setting], *, context: int, finetune: FinetuneConfig, sharding: Sharding | None = None
+) -> Iterator[Program]:
+    """Yields every program of compression, finetuning, evaluation and generation; only finetuning is sharded."""
     yield from model_programs.embedding(settings[0])
     for setting in settings:
         for stage in PER_BLOCK:
             yield from stage(setting)
-    yield from training_programs.finetuning(settings, finetune)
+    yield from training_programs.finetuning(settings, finetune, sharding)
     yield from model_programs.evaluation(settings[0])
     yield from model_programs.generating(settings, context=context)
 

@@ -5,6 +5,7 @@ Knows no model and no program.
 
 import contextlib
 import dataclasses
+import math
 import os
 import re
 import sys
@@ -108,9 +109,20 @@ def placement(target: Target) -> jax.sharding.Sharding:
     Raises:
       InputError: JAX's CUDA compiler is not installed, or it cannot read the description.
     """
+    everywhere: Any = jax.sharding.PartitionSpec
+    return jax.sharding.NamedSharding(card_mesh(target, (1,), ("card",)), everywhere())
+
+
+def card_mesh(target: Target, sizes: tuple[int, ...], axes: tuple[str, ...]) -> jax.sharding.Mesh:
+    """Returns a mesh of so many of the described card, all in one machine.
+
+    Raises:
+      InputError: as `placement`.
+    """
+    shape = f"1x1x{math.prod(sizes)}"
     try:
         with _without_stderr():
-            topology = topologies.get_topology_desc(platform="cuda", target_config=target.text, topology="1x1x1")
+            topology = topologies.get_topology_desc(platform="cuda", target_config=target.text, topology=shape)
     except NotImplementedError as error:
         raise InputError(
             "compiling for a card takes JAX's CUDA compiler, which is not installed here (no GPU is needed); "
@@ -119,9 +131,7 @@ def placement(target: Target) -> jax.sharding.Sharding:
     except jax.errors.JaxRuntimeError as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"target {target.name}: XLA cannot read the description: {reason}") from error
-    mesh = topologies.make_mesh(topology, (1,), ("card",))
-    everywhere: Any = jax.sharding.PartitionSpec
-    return jax.sharding.NamedSharding(mesh, everywhere())
+    return topologies.make_mesh(topology, sizes, axes)
 
 
 @contextlib.contextmanager

@@ -14,10 +14,11 @@ from cluscomp_jax.plan.program import Memory, Program, compile_program
 from cluscomp_jax.plan.setting import kinds_of_blocks
 from cluscomp_jax.plan.shapes import Place
 from cluscomp_jax.plan.stages import largest_alike, whole_run
-from cluscomp_jax.plan.target import Target
+from cluscomp_jax.plan.target import Target, card_mesh
 from cluscomp_jax.plan.work import Work
 from cluscomp_jax.progress import Reporter
-from cluscomp_jax.settings import DataSettings, TrainingSettings, TuningSettings
+from cluscomp_jax.settings import DataSettings, MeshSettings, TrainingSettings, TuningSettings
+from cluscomp_jax.training import AXES, sharding_on
 
 GIB = 2**30
 ADVICE = {
@@ -130,8 +131,8 @@ def plan(
       cfg: the run; a budget of bits is planned as if it were spent evenly.
       target: the card.
       place: arrays on that card (`placement`).
-      finetune: the finetuning, whatever its model; None: its defaults, on rows as long as those of calibration, in
-        the compute dtype of tuning.
+      finetune: the finetuning, whatever its model, on as many of the card as its mesh takes, of which each is planned
+        for; None: `finetuning_of` the run.
       context: positions in generation, a power of two from 32.
       reserve: what must stay free.
       reporter: is told of progress.
@@ -144,7 +145,11 @@ def plan(
     model = build_model(cfg.model)
     shape = (cfg.calibration.samples, cfg.calibration.length)
     settings = kinds_of_blocks(model, cfg, place, forward_batch(model, cfg, shape, place))
-    found = list(whole_run(settings, context=context, finetune=finetune or finetuning_of(cfg)))
+    finetune = finetune or finetuning_of(cfg)
+    sharding = None
+    if finetune.mesh.size > 1:
+        sharding = sharding_on(card_mesh(target, finetune.mesh.sizes, AXES), model)
+    found = list(whole_run(settings, context=context, finetune=finetune, sharding=sharding))
     chosen = largest_alike(found)
     reporter.start(f"compile for {target.name}", len(chosen), "programs")
     programs = []
@@ -166,12 +171,13 @@ def plan(
     )
 
 
-def finetuning_of(cfg: RunConfig) -> FinetuneConfig:
-    """Returns the finetuning that is planned where none is given: rows and dtype are those of the run."""
-    numbers = cfg.tuning or TuningSettings()
-    return FinetuneConfig(
-        data=DataSettings(length=cfg.calibration.length), training=TrainingSettings(compute_dtype=numbers.compute_dtype)
-    )
+def finetuning_of(cfg: RunConfig, mesh: MeshSettings | None = None) -> FinetuneConfig:
+    """Returns the finetuning that is planned where none is given: one row as long as the run's to each part of a batch,
+    in the compute dtype of its tuning.
+    """
+    numbers, mesh = cfg.tuning or TuningSettings(), mesh or MeshSettings()
+    training = TrainingSettings(compute_dtype=numbers.compute_dtype, batch_size=mesh.row_parts)
+    return FinetuneConfig(data=DataSettings(length=cfg.calibration.length), training=training, mesh=mesh)
 
 
 def _hours(programs: Iterable[Program], target: Target) -> dict[str, float]:

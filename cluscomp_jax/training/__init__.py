@@ -9,20 +9,34 @@ from cluscomp_jax.training.partition import (
     split_params,
     split_shapes,
 )
-from cluscomp_jax.training.step import StepMetrics, TrainState, evaluate_step, init_state, summed_loss, train_step
+from cluscomp_jax.training.sharding import AXES, Sharding, make_sharding, sharding_on
+from cluscomp_jax.training.step import (
+    StepMetrics,
+    TrainState,
+    evaluate_step,
+    init_state,
+    state_places,
+    summed_loss,
+    train_step,
+)
 
 __all__ = [
+    "AXES",
     "Layout",
+    "Sharding",
     "StepMetrics",
     "Teacher",
     "TrainState",
     "evaluate_step",
     "init_state",
     "load_teacher",
+    "make_sharding",
     "merge_params",
     "round_masters",
+    "sharding_on",
     "split_params",
     "split_shapes",
+    "state_places",
     "summed_loss",
     "train_step",
 ]

@@ -15,6 +15,7 @@ from cluscomp_jax.losses import divergence, token_nll
 from cluscomp_jax.model import Model
 from cluscomp_jax.settings import DistillationSettings
 from cluscomp_jax.training.partition import join_group
+from cluscomp_jax.training.sharding import Sharding, gathered
 from cluscomp_jax.trees import Params
 
 
@@ -32,12 +33,14 @@ class HeadLoss:
     Attributes:
       model: the student.
       at_once: about how many positions have logits at one time; one of each row at least.
+      sharding: how the arrays lie on several devices; None: on one.
       teacher: the teacher's model, None without one.
       distillation: with a teacher, how the two losses are mixed.
     """
 
     model: Model
     at_once: int
+    sharding: Sharding | None = None
     teacher: Model | None = None
     distillation: DistillationSettings | None = None
 
@@ -77,7 +80,7 @@ def _cast(tree: Params, dtype: Any) -> Params:
 def _chunk_loss(loss: HeadLoss, trained: Params, x: jax.Array, fixed: Any, rows: Any) -> jax.Array:
     frozen, teacher_rest = fixed
     targets, scored, teacher_x = rows
-    logits = loss.model.head(join_group(trained, frozen), x)
+    logits = loss.model.head(gathered(join_group(trained, frozen), loss.sharding), x)
     losses = token_nll(logits, targets)
     if loss.teacher is not None and loss.distillation is not None:
         share, temperature = loss.distillation.weight, loss.distillation.temperature

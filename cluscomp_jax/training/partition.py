@@ -14,19 +14,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from cluscomp_jax import trees
 from cluscomp_jax.codebook import CodebookArray, round_codebook
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.model import Model
 from cluscomp_jax.source import ParamSource
+from cluscomp_jax.training.sharding import REST, Sharding
 from cluscomp_jax.trees import Params
-
-REST = "rest"
-"""The group of what stands outside the blocks."""
 
 _CODEBOOK = "/codebook"
 _shape_only: Any = jax.ShapeDtypeStruct
+_Parts = tuple[dict[str, Any], dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,30 +51,34 @@ class Layout:
       model: the decoder.
       spans: all its blocks, in order.
       dtypes: (name, dtype it is stored in) of every trained array, by its name in the trained tree.
+      sharding: how the arrays lie on several devices; None: on one.
     """
 
     model: Model
     spans: tuple[Span, ...]
     dtypes: tuple[tuple[str, str], ...]
+    sharding: Sharding | None = None
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["layout"])
 @dataclasses.dataclass(frozen=True)
 class Teacher:
-    """A whole model on the device that another one learns from; `params` is laid out as a frozen tree."""
+    """A whole model on the device or devices that another one learns from; `params` is laid out as a frozen tree."""
 
     params: Params
     layout: Layout
 
 
-def load_teacher(source: ParamSource, model: Model) -> Teacher:
-    """Returns all of a model, compressed or not, in the dtypes it comes in."""
-    _, frozen, layout = split_params(source, model, ())
+def load_teacher(source: ParamSource, model: Model, sharding: Sharding | None = None) -> Teacher:
+    """Returns all of a model, compressed or not, in the dtypes it comes in; `sharding` is of that model."""
+    _, frozen, layout = split_params(source, model, (), sharding)
     return Teacher(frozen, layout)
 
 
-def split_params(source: ParamSource, model: Model, trainable: Sequence[str]) -> tuple[Params, Params, Layout]:
-    """Returns (trained, frozen, layout), on the device.
+def split_params(
+    source: ParamSource, model: Model, trainable: Sequence[str], sharding: Sharding | None = None
+) -> tuple[Params, Params, Layout]:
+    """Returns (trained, frozen, layout), on the device or devices.
 
     Both trees have the groups "rest" and one per span ("0-29"), below them the paths; what is of a span is stacked
     along a new first axis. `trained` holds masters, float32: codebooks at "<kernel>/codebook" and dense arrays.
@@ -84,46 +88,81 @@ def split_params(source: ParamSource, model: Model, trainable: Sequence[str]) ->
       source: the whole model; read once, block by block.
       model: the decoder.
       trainable: regular expressions, as in `TrainingSettings`.
+      sharding: of several devices.
 
     Raises:
       InputError: an expression that matches no array, or one that is not floating.
     """
     blocks = (source.load_block(i) for i in range(model.num_blocks))
-    trained, frozen, layout = _split(blocks, source.load_rest(), model, trainable, _stacked)
-    masters = {name: jnp.asarray(leaf, jnp.float32) for name, leaf in trained.items()}
-    on_device = jax.tree.map(jnp.asarray, frozen)
-    return trees.unflatten(masters), trees.unflatten(on_device), layout
+
+    def stack(*leaves: Any) -> Any:
+        return np.stack([np.asarray(leaf) for leaf in leaves])
+
+    def put(name: str, leaf: Any, dtype: Any) -> Any:
+        host = jax.tree.map(lambda array: np.asarray(array, dtype), leaf)
+        return jax.tree.map(jnp.asarray, host) if sharding is None else sharding.put(name, host)
+
+    return _split(blocks, source.load_rest(), model, trainable, sharding, stack, put)
 
 
 def split_shapes(
-    blocks: Iterable[Params], rest: Params, model: Model, trainable: Sequence[str]
+    blocks: Iterable[Params],
+    rest: Params,
+    model: Model,
+    trainable: Sequence[str],
+    sharding: Sharding | None = None,
 ) -> tuple[Params, Params, Layout]:
     """As `split_params`, of all blocks in order and the rest, whose leaves are shapes and dtypes; so is the result."""
-    trained, frozen, layout = _split(blocks, rest, model, trainable, _stacked_shape)
-    masters = {name: _shape_only(leaf.shape, jnp.float32) for name, leaf in trained.items()}
-    return trees.unflatten(masters), trees.unflatten(frozen), layout
+
+    def stack(*leaves: Any) -> Any:
+        return _shape_only((len(leaves), *leaves[0].shape), leaves[0].dtype)
+
+    def put(name: str, leaf: Any, dtype: Any) -> Any:
+        def one(array: Any, place: Any = None) -> Any:
+            return _shape_only(array.shape, dtype or array.dtype, sharding=place)
+
+        return jax.tree.map(one, leaf) if sharding is None else jax.tree.map(one, leaf, sharding.of(name, leaf))
+
+    return _split(blocks, rest, model, trainable, sharding, stack, put)
 
 
 def _split(
-    blocks: Iterable[Params], outside: Params, model: Model, trainable: Sequence[str], stacked: Callable[..., Any]
-) -> tuple[dict[str, Any], dict[str, Any], Layout]:
-    """Returns both trees, flat, in the dtypes they came in, and the layout; `stacked` joins the leaves of a span."""
+    blocks: Iterable[Params],
+    outside: Params,
+    model: Model,
+    trainable: Sequence[str],
+    sharding: Sharding | None,
+    stack: Callable[..., Any],
+    put: Callable[[str, Any, Any], Any],
+) -> tuple[Params, Params, Layout]:
+    """Returns both trees and the layout; `stack` joins arrays of a span, `put` places a leaf in a dtype or its own."""
     chosen = _Choice(trainable)
     parts = [chosen.part(f"{model.blocks_path}/{i}/", block) for i, block in enumerate(blocks)]
     rest = chosen.part("", outside)
     chosen.refuse_unused()
-    groups: list[tuple[str, dict[str, Any], dict[str, Any]]] = [(REST, *rest)]
-    spans = []
+    spans = _spans(model, parts)
+    trained, frozen, dtypes = {}, {}, {}
+    groups = [(span.name, parts[span.first : span.first + span.count], stack) for span in spans]
+    for group, members, joined in [(REST, [rest], _alone), *groups]:
+        masters, others = (_stacked([member[side] for member in members], joined) for side in (0, 1))
+        for path, leaf in masters:
+            name = f"{group}/{path}"
+            dtypes[name] = np.dtype(leaf.dtype).name
+            trained[name] = put(name, leaf, np.float32)
+        for path, leaf in others:
+            frozen[f"{group}/{path}"] = put(f"{group}/{path}", leaf, None)
+    layout = Layout(model, spans, tuple(dtypes.items()), sharding)
+    return trees.unflatten(trained), trees.unflatten(frozen), layout
+
+
+def _spans(model: Model, parts: Sequence[_Parts]) -> tuple[Span, ...]:
+    """Returns the spans of all blocks, of whose trees `parts` are made."""
     signatures = [(model.block_kind(i), _signature(*part)) for i, part in enumerate(parts)]
+    spans = []
     for (kind, _), numbers in itertools.groupby(range(len(parts)), key=signatures.__getitem__):
         members = list(numbers)
         spans.append(Span(members[0], len(members), kind))
-        both = (_stack([parts[i][side] for i in members], stacked) for side in (0, 1))
-        groups.append((spans[-1].name, *both))
-    trained = {f"{group}/{name}": leaf for group, leaves, _ in groups for name, leaf in leaves.items()}
-    frozen = {f"{group}/{name}": leaf for group, _, leaves in groups for name, leaf in leaves.items()}
-    dtypes = tuple((name, np.dtype(leaf.dtype).name) for name, leaf in trained.items())
-    return trained, frozen, Layout(model, tuple(spans), dtypes)
+    return tuple(spans)
 
 
 class _Choice:
@@ -169,17 +208,14 @@ def _signature(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> Hashabl
     return structure, tuple((tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in leaves)
 
 
-def _stack(parts: Sequence[dict[str, Any]], stacked: Callable[..., Any]) -> dict[str, Any]:
-    """Returns {name: leaves stacked} and empties the parts, so that nothing is held twice for long."""
-    return {name: jax.tree.map(stacked, *(part.pop(name) for part in parts)) for name in list(parts[0])}
+def _stacked(parts: Sequence[dict[str, Any]], stack: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
+    """Yields (name, leaves stacked) and empties the parts, so that nothing is held twice for long."""
+    for name in list(parts[0]):
+        yield name, jax.tree.map(stack, *(part.pop(name) for part in parts))
 
 
-def _stacked(*leaves: Any) -> jax.Array:
-    return jnp.asarray(np.stack([np.asarray(leaf) for leaf in leaves]))
-
-
-def _stacked_shape(*leaves: Any) -> Any:
-    return _shape_only((len(leaves), *leaves[0].shape), leaves[0].dtype)
+def _alone(leaf: Any) -> Any:
+    return leaf
 
 
 def join_group(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> Params:
@@ -216,15 +252,19 @@ def merge_params(trained: Params, frozen: Params, layout: Layout) -> Iterator[tu
     """
     dtypes = dict(layout.dtypes)
     for span in layout.spans:
-        group = _fetch(trained, frozen, span.name)
+        group = trained.get(span.name, {}), frozen.get(span.name, {})
         for place in range(span.count):
-            block = jax.tree.map(lambda leaf, place=place: leaf[place], group)
+            block = _fetched(jax.tree.map(lambda leaf, place=place: leaf[place], group))
             yield span.first + place, _rounded(block, span.name, dtypes)
-    yield None, _rounded(_fetch(trained, frozen, REST), REST, dtypes)
+    yield None, _rounded(_fetched((trained.get(REST, {}), frozen.get(REST, {}))), REST, dtypes)
 
 
-def _fetch(trained: Params, frozen: Params, group: str) -> tuple[Params, Params]:
-    fetched: tuple[Params, Params] = jax.device_get((trained.get(group, {}), frozen.get(group, {})))
+def _fetched(parts: tuple[Params, Params]) -> tuple[Params, Params]:
+    """Returns host arrays; where other processes hold parts of them, all must ask together."""
+    if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(parts)):
+        fetched: tuple[Params, Params] = jax.device_get(parts)
+    else:
+        fetched = multihost_utils.process_allgather(parts, tiled=True)
     return fetched
 
 

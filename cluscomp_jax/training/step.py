@@ -3,7 +3,7 @@
 Float32 masters and moments; activations and decoded weights in the compute dtype. A block keeps its input alone for
 the backward pass and computes the rest anew; logits exist for a few positions at a time. Knows no files and no loop.
 
-For many devices, `train_step` is where `trained`, `frozen` and the rows of a batch get their shardings.
+On several devices it is the same program; XLA partitions it by the shardings of its arguments and of block inputs.
 """
 
 import dataclasses
@@ -19,12 +19,13 @@ from cluscomp_jax import trees
 from cluscomp_jax.optimizer import make_optimizer
 from cluscomp_jax.settings import TrainingSettings
 from cluscomp_jax.training.head_loss import HeadLoss, TeacherHead
-from cluscomp_jax.training.partition import REST, Layout, Teacher, join_group
+from cluscomp_jax.training.partition import Layout, Teacher, join_group
+from cluscomp_jax.training.sharding import REST, Sharding, gathered, hold
 from cluscomp_jax.trees import Params
 from pallas_kernels.codebook_matmul import FAST_GRADIENTS
 
 HEAD_POSITIONS = 128
-"""Positions whose logits exist at one time."""
+"""Positions whose logits exist at one time on a device."""
 _BLOCK_INPUT = "block input"
 _ON_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],
@@ -40,7 +41,7 @@ class TrainState(NamedTuple):
 
     trained: Params
     optimizer: Any
-    step: jax.Array
+    step: Any
 
 
 class StepMetrics(NamedTuple):
@@ -59,10 +60,32 @@ class StepMetrics(NamedTuple):
     finite: jax.Array
 
 
-@partial(jax.jit, static_argnames="settings")
-def init_state(trained: Params, *, settings: TrainingSettings) -> TrainState:
-    """Returns the state before the first step of these float32 masters."""
-    return TrainState(trained, make_optimizer(settings, settings.steps).init(trained), jnp.array(0, jnp.int32))
+@partial(jax.jit, static_argnames=("settings", "sharding"))
+def init_state(trained: Params, *, settings: TrainingSettings, sharding: Sharding | None = None) -> TrainState:
+    """Returns the state before the first step of these float32 masters, which lie as `sharding` says."""
+    optimizer = make_optimizer(settings, settings.steps).init(trained)
+    return _kept(TrainState(trained, optimizer, jnp.array(0, jnp.int32)), settings, sharding)
+
+
+def state_places(state: TrainState, *, settings: TrainingSettings, sharding: Sharding) -> TrainState:
+    """Returns where every array of a state lies: masters as `sharding` says, moments where their masters do."""
+    places = trees.map_by_path(sharding.of, state.trained)
+    moments = optax.tree_map_params(
+        make_optimizer(settings, settings.steps),
+        lambda _, place: place,
+        state.optimizer,
+        places,
+        transform_non_params=lambda _: sharding.everywhere,
+    )
+    return TrainState(places, moments, sharding.everywhere)
+
+
+def _kept(state: TrainState, settings: TrainingSettings, sharding: Sharding | None) -> TrainState:
+    """Returns the state, held where it lies."""
+    if sharding is None:
+        return state
+    held: TrainState = jax.tree.map(hold, state, state_places(state, settings=settings, sharding=sharding))
+    return held
 
 
 def summed_loss(
@@ -87,14 +110,16 @@ def summed_loss(
       layout: of `split_params`.
       settings: their compute dtype, distillation and gradient mode count here, and what they recompute and offload.
     """
-    loss, followed = HeadLoss(layout.model, HEAD_POSITIONS), None
+    parts = 1 if layout.sharding is None else layout.sharding.row_parts
+    loss, followed = HeadLoss(layout.model, parts * HEAD_POSITIONS, layout.sharding), None
     if teacher is not None and settings.distillation is not None:
         seen = _through_blocks({}, teacher.params, tokens, layout=teacher.layout, settings=settings)
-        followed = TeacherHead(teacher.params[REST], seen[:, :-1])
+        followed = TeacherHead(gathered(teacher.params[REST], teacher.layout.sharding), seen[:, :-1])
         loss = dataclasses.replace(loss, teacher=teacher.layout.model, distillation=settings.distillation)
     with FAST_GRADIENTS(settings.fast_gradients):
         x = _through_blocks(trained, frozen, tokens, layout=layout, settings=settings)
-        rest = (trained.get(REST, {}), frozen.get(REST, {}))
+        # What is frozen is gathered once, not for every chunk of the loss.
+        rest = (trained.get(REST, {}), gathered(frozen.get(REST, {}), layout.sharding))
         return loss(*rest, x[:, :-1], tokens[:, 1:], scored[:, 1:], followed)
 
 
@@ -102,14 +127,22 @@ def _through_blocks(
     trained: Params, frozen: Params, tokens: jax.Array, *, layout: Layout, settings: TrainingSettings
 ) -> jax.Array:
     """Returns x [b, t, d] behind the last block."""
-    model, policy = layout.model, _ON_HOST if settings.offload_inputs else _POLICIES[settings.recompute]
-    rest = join_group(trained.get(REST, {}), frozen.get(REST, {}))
-    x = model.embed(rest, tokens, dtype=jnp.dtype(settings.compute_dtype))
+    model, sharding = layout.model, layout.sharding
+    policy = _ON_HOST if settings.offload_inputs else _POLICIES[settings.recompute]
+
+    def joined(trained: Params, frozen: Params) -> Params:
+        return gathered(join_group(trained, frozen), sharding)
+
+    def by_rows(x: jax.Array) -> jax.Array:
+        return x if sharding is None else sharding.by_rows(x)
+
+    rest = joined(trained.get(REST, {}), frozen.get(REST, {}))
+    x = by_rows(model.embed(rest, tokens, dtype=jnp.dtype(settings.compute_dtype)))
     for span in layout.spans:
 
         def block(x: jax.Array, parts: tuple[Params, Params], kind: Any = span.kind) -> tuple[jax.Array, None]:
-            x = checkpoint_name(x, _BLOCK_INPUT)
-            return model.block(join_group(*parts), x, kind=kind), None
+            x = checkpoint_name(x, _BLOCK_INPUT)  # type: ignore[no-untyped-call]
+            return by_rows(model.block(joined(*parts), x, kind=kind)), None
 
         stacked = (trained.get(span.name, {}), frozen.get(span.name, {}))
         # Inside a scan XLA cannot merge the second forward pass with the first, so no barrier is needed.
@@ -155,7 +188,7 @@ def train_step(
         optax.apply_updates(state.trained, _scaled(updates, settings.vector_rate)), optimizer, state.step + 1
     )
     kept = jax.tree.map(partial(jnp.where, finite), stepped, state)
-    return kept, StepMetrics(loss, norm, count, finite)
+    return _kept(kept, settings, layout.sharding), StepMetrics(loss, norm, count, finite)
 
 
 def _scaled(updates: Params, vector_rate: float) -> Params:

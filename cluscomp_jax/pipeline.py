@@ -24,6 +24,7 @@ from cluscomp_jax.cluster_block import BlockClustering, Streams
 from cluscomp_jax.codebook import CodebookArray, round_codebook
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.host_memory import return_freed_memory
 from cluscomp_jax.io import atomic
 from cluscomp_jax.losses import mean_squared_error
 from cluscomp_jax.model import build_model, run_block, run_embed
@@ -259,10 +260,12 @@ class _Run:
             dense = _on_device(dense)
         block, matrices = self.cluster(i, dense, self.rules[i], streams)
         block = jax.device_get(block)
+        return_freed_memory()
         if self.original is not None or self.augmented is not None:
             dense = _on_device(dense)
             self._propagate_original(dense, kind)
         del dense
+        return_freed_memory()
         reader.read_next()
         record: dict[str, Any] = {"index": i}
         trained: Collection[str] = ()
@@ -276,6 +279,7 @@ class _Run:
                     "the last good codebooks are kept"
                 )
         block = jax.device_get(_rounded(block, trained, self.cfg.cluster.codebook_dtype))
+        return_freed_memory()
         if i + 1 < self.model.num_blocks or self.tuning is not None:
             record |= self._propagate_compressed(block, kind)
         size = size_report(block)

@@ -178,6 +178,10 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
         patched.setattr(CheckpointWriter, "store_block", interrupted)
         assert "give the same command again to resume" in fail(capsys, compress_argv(folder, out), 1)
     assert "unfinished" in fail(capsys, evaluate_argv(folder, out), 2)
+    streams = [*(out / "work").rglob("*.bin")]
+    assert streams
+    for path in streams:  # as a disk leaves a file that it had no time to write
+        os.truncate(path, path.stat().st_size // 2)
     other = [*compress_argv(folder, out)[:-1], "4"]
     assert "seed is 3 there, 4 here" in fail(capsys, other, 2)
     assert main(compress_argv(folder, out)) == 0
@@ -202,6 +206,23 @@ def test_a_full_disk_leaves_nothing_that_loads_and_can_be_resumed(
     assert "same command" in line
     assert fail(capsys, evaluate_argv(folder, out), 2)
     assert main(argv) == 0
+
+
+def test_a_disk_without_room_for_the_activations_ends_the_run_before_any_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+
+    def full(descriptor: int, begin: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "posix_fallocate", full)
+        line = fail(capsys, compress_argv(folder, out), 1)
+    assert "No space left" in line
+    assert "give the same command again to resume" in line
+    assert not (out / "blocks").exists() or not any((out / "blocks").iterdir())
+    assert main(compress_argv(folder, out)) == 0
 
 
 def test_a_damaged_byte_is_found(

@@ -18,6 +18,7 @@ from cluscomp_jax.cli.outcome import note
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.evaluate import Perplexity
+from cluscomp_jax.host_memory import return_freed_memory
 from cluscomp_jax.io.checkpoint import CheckpointSource
 from cluscomp_jax.io.checkpoint_writer import CheckpointWriter
 from cluscomp_jax.io.open import OpenedModel
@@ -168,6 +169,7 @@ def _check_weights(opened: OpenedModel, reporter: Reporter) -> None:
     opened.source.load_rest()
     for i in range(opened.model.num_blocks):
         opened.source.load_block(i)
+        return_freed_memory()
         reporter.advance()
 
 

@@ -74,20 +74,26 @@ def nearest_code(
         everywhere: jax.Array = assign(vectors, codebook)[0]
         return everywhere
     vectors = vectors.astype(jnp.float32)
-
-    def search(best: tuple[jax.Array, jax.Array], grown: Forest) -> tuple[tuple[jax.Array, jax.Array], None]:
-        listed = grown.searched[leaf_of(grown.trees, vectors)]
-
-        def compare(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            leaf = jax.lax.dynamic_index_in_dim(listed, i, axis=1, keepdims=False)
-            distance = squared_lengths(grown.codes[leaf] - vectors[:, None])
-            place = jnp.argmin(distance, axis=1)
-            least = jnp.take_along_axis(distance, place[:, None], axis=1)[:, 0]
-            nearer = least < best[1]
-            return jnp.where(nearer, grown.trees.order[leaf, place], best[0]), jnp.where(nearer, least, best[1])
-
-        return jax.lax.fori_loop(0, listed.shape[1], compare, best), None
-
     start = jnp.zeros(len(vectors), jnp.int32) if known is None else known.astype(jnp.int32)
-    index: jax.Array = jax.lax.scan(search, (start, squared_lengths(codebook[start] - vectors)), forest)[0][0]
-    return index
+    found = jax.vmap(_search_tree, in_axes=(0, None, None, None))  # side by side: on a GPU each step is a launch
+    codes, distances = found(forest, vectors, start, squared_lengths(codebook[start] - vectors))
+    nearest: jax.Array = jnp.take_along_axis(codes, jnp.argmin(distances, axis=0)[None], axis=0)[0]
+    return nearest
+
+
+def _search_tree(grown: Forest, vectors: jax.Array, start: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (code int32 [m], squared distance [m]) found by one tree, `start` at `first` where none is nearer."""
+    listed = grown.searched[leaf_of(grown.trees, vectors)]
+    size = grown.codes.shape[1]
+
+    def compare(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        leaf = jax.lax.dynamic_index_in_dim(listed, i, axis=1, keepdims=False)
+        distance = squared_lengths(grown.codes[leaf] - vectors[:, None])
+        least = jnp.min(distance, axis=1)
+        nearer = least < best[1]
+        place = leaf * size + jnp.argmin(distance, axis=1)
+        return jnp.where(nearer, place, best[0]), jnp.where(nearer, least, best[1])
+
+    nowhere = jnp.full(len(vectors), -1, jnp.int32)
+    place, least = jax.lax.fori_loop(0, listed.shape[1], compare, (nowhere, first))
+    return jnp.where(place >= 0, grown.trees.order.reshape(-1)[place], start), least

@@ -1,7 +1,7 @@
 """One optimiser step of next-token loss through a whole model, as a pure function of (state, batch).
 
-Float32 masters and moments; activations and decoded weights in the compute dtype. A block keeps its input alone for
-the backward pass and computes the rest anew; logits exist for a few positions at a time. Knows no files and no loop.
+Float32 masters and moments; activations and decoded weights in the compute dtype. A block keeps its input for the
+backward pass, or the outputs of its matrix products too, and computes the rest anew. Knows no files and no loop.
 
 For many devices, `train_step` is where `trained`, `frozen` and the rows of a batch get their shardings.
 """
@@ -23,7 +23,7 @@ from cluscomp_jax.trees import Params
 from pallas_kernels.codebook_matmul import FAST_GRADIENTS
 
 HEAD_POSITIONS = 128
-"""Positions whose logits exist at one time."""
+"""Positions whose logits exist at one time; where a batch has more rows, one position of each."""
 _POLICIES: dict[str, Any] = {"all": None, "cheap": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 

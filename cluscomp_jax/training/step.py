@@ -1,7 +1,7 @@
 """One optimiser step of next-token loss through a whole model, as a pure function of (state, batch).
 
-Float32 masters and moments; activations and decoded weights in the compute dtype. A block keeps its input alone for
-the backward pass and computes the rest anew; logits exist for a few positions at a time. Knows no files and no loop.
+Float32 masters and moments; activations and decoded weights in the compute dtype. A block keeps its input for the
+backward pass, or the outputs of its matrix products too, and computes the rest anew. Knows no files and no loop.
 
 On several devices it is the same program; XLA partitions it by the shardings of its arguments and of block inputs.
 """
@@ -25,7 +25,7 @@ from cluscomp_jax.trees import Params
 from pallas_kernels.codebook_matmul import FAST_GRADIENTS
 
 HEAD_POSITIONS = 128
-"""Positions whose logits exist at one time on a device."""
+"""Positions whose logits exist at one time on a device; where it has more rows, one position of each."""
 _BLOCK_INPUT = "block input"
 _ON_HOST = jax.checkpoint_policies.save_and_offload_only_these_names(
     names_which_can_be_saved=[],

@@ -9,7 +9,7 @@ import pytest
 
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.finetune_config import FinetuneConfig, load_finetune_config
-from cluscomp_jax.settings import DataSettings, TrainingSettings
+from cluscomp_jax.settings import DataSettings, MeshSettings, TrainingSettings
 from cluscomp_jax.settings_file import overlay
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "finetuning.md"
@@ -32,6 +32,15 @@ def test_what_a_file_says_is_read_and_the_rest_stays(tmp_path: Path) -> None:
     assert overlay(FinetuneConfig(), config.to_dict()["finetune"]) == config
 
 
+def test_the_mesh_is_read_and_is_no_part_of_what_the_run_is(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("mesh = {data = 2, tensor = 4}\n[training]\nbatch_size = 2\n")
+    config = load_finetune_config(path)
+    assert config.mesh == MeshSettings(data=2, tensor=4)
+    assert (config.mesh.size, str(config.mesh)) == (8, "data=2,fsdp=1,tensor=4")
+    assert config.to_dict() == dataclasses.replace(config, mesh=MeshSettings()).to_dict()
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -41,6 +50,10 @@ def test_what_a_file_says_is_read_and_the_rest_stays(tmp_path: Path) -> None:
         ("[training]\ntrainable = 'a'", "'training.trainable' is 'a'; it must be a list"),
         ("[data]\nlength = 1", "length is 1; it must be 2 or more"),
         ("[data]\ntoo_long = 'split'", "'data.too_long' is 'split'; it must be one of"),
+        ("mesh = {rows = 2}", "key 'mesh.rows' is not known; known here: data, fsdp, tensor"),
+        ("mesh = {data = 0}", "mesh.data is 0; it must be 1 or more"),
+        ("mesh = 8", "'mesh' is 8; it must be a table"),
+        ("mesh = {data = 2, fsdp = 2}\n[training]\nbatch_size = 6", "choose a multiple of 4"),
         ("save_every = 0", "save_every is 0; it must be 1 or more"),
         ("seed = -1", "seed is -1"),
         ("model = 'llama'", "key 'model' is not known"),

@@ -46,7 +46,7 @@ class ShardedKernel:
     def matmul(self, x: jax.Array) -> jax.Array:
         """Returns x @ W [b, ..., d_out] of x [b, ..., d_in] in the dtype of x, differentiable in x and codebook.
 
-        Split along "in", the devices' parts of the sum are added in that dtype.
+        Split along "in", the devices' parts of the sum are rounded to that dtype and added in float32.
         """
         between = (None,) * (x.ndim - 2)
         inner, outer = (self.columns if self.side == side else None for side in ("in", "out"))

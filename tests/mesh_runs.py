@@ -19,11 +19,16 @@ from training_models import batch, compressed_params
 
 from cluscomp_jax import llama, trees
 from cluscomp_jax.codebook import CodebookArray
+from cluscomp_jax.config import RunConfig
 from cluscomp_jax.examples import pack
 from cluscomp_jax.finetune_config import FinetuneConfig
 from cluscomp_jax.finetuning import finetune
+from cluscomp_jax.plan.program import compile_program
+from cluscomp_jax.plan.setting import kinds_of_blocks
+from cluscomp_jax.plan.shapes import Place
+from cluscomp_jax.plan.training_programs import finetuning
 from cluscomp_jax.progress import SilentReporter
-from cluscomp_jax.settings import MeshSettings, TrainingSettings
+from cluscomp_jax.settings import ClusterSettings, CompressionRule, DataSettings, MeshSettings, TrainingSettings
 from cluscomp_jax.sharded_kernel import ShardedKernel
 from cluscomp_jax.source import DictSource
 from cluscomp_jax.training import init_state, make_sharding, split_params, summed_loss, train_step
@@ -80,6 +85,15 @@ def train(settings: MeshSettings) -> dict:
         ],
         "collectives": re.findall(r"= (.*) (all-reduce|all-gather|reduce-scatter)\(", step.as_text()),
     }
+
+
+def planned(settings: MeshSettings) -> dict:
+    """What the plan of a step says that one device holds, and what XLA says of the program's arguments."""
+    rules = ClusterSettings(rules=(CompressionRule(g=4, num_codes=16),), weighted=False, feedback=False)
+    blocks = kinds_of_blocks(MODEL, RunConfig(model=CONFIG, cluster=rules, tuning=None), Place(), 1)
+    cfg = FinetuneConfig(data=DataSettings(length=LENGTH), training=SETTINGS, mesh=settings)
+    *_, step = finetuning(blocks, cfg, make_sharding(settings, MODEL))
+    return {"held": step.live_bytes, "arguments": compile_program(step).argument_bytes}
 
 
 class Interrupted(SilentReporter):
@@ -150,7 +164,8 @@ def kernel(side: str, implementation: str) -> list[float]:
 def main(out: Path) -> None:
     found = {name: train(mesh) for name, mesh in MESHES.items()}
     kernels = {f"{i}-{s}": kernel(s, i) for i in ("definition", "interpret") for s in ("in", "out")}
-    out.write_text(json.dumps({"meshes": found, "kernels": kernels, "resumed": resume()}))
+    plans = {name: planned(MESHES[name]) for name in ("one", "mixed")}
+    out.write_text(json.dumps({"meshes": found, "kernels": kernels, "resumed": resume(), "planned": plans}))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.finetune_config import FinetuneConfig, load_finetune_config
-from cluscomp_jax.settings import DataSettings, DistillationSettings, TrainingSettings
+from cluscomp_jax.settings import DataSettings, DistillationSettings, MeshSettings, TrainingSettings
 from cluscomp_jax.settings_file import overlay
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +49,15 @@ def test_a_table_turns_distillation_on(tmp_path: Path) -> None:
     assert overlay(FinetuneConfig(), config.to_dict()["finetune"]) == config
 
 
+def test_the_mesh_is_read_and_is_no_part_of_what_the_run_is(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("mesh = {data = 2, tensor = 4}\n[training]\nbatch_size = 2\n")
+    config = load_finetune_config(path)
+    assert config.mesh == MeshSettings(data=2, tensor=4)
+    assert (config.mesh.size, str(config.mesh)) == (8, "data=2,fsdp=1,tensor=4")
+    assert config.to_dict() == dataclasses.replace(config, mesh=MeshSettings()).to_dict()
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
@@ -61,6 +70,10 @@ def test_a_table_turns_distillation_on(tmp_path: Path) -> None:
         ("[training.distillation]\nweight = 2", "weight is 2.0; it must be a number from 0.0 to 1.0"),
         ("[training]\nrecompute = 'some'", "'training.recompute' is 'some'"),
         ("result = 'first'", "'result' is 'first'"),
+        ("mesh = {rows = 2}", "key 'mesh.rows' is not known; known here: data, fsdp, tensor"),
+        ("mesh = {data = 0}", "mesh.data is 0; it must be 1 or more"),
+        ("mesh = 8", "'mesh' is 8; it must be a table"),
+        ("mesh = {data = 2, fsdp = 2}\n[training]\nbatch_size = 6", "choose a multiple of 4"),
         ("save_every = 0", "save_every is 0; it must be 1 or more"),
         ("seed = -1", "seed is -1"),
         ("model = 'llama'", "key 'model' is not known"),

@@ -19,7 +19,7 @@ from cluscomp_jax.plan.program import Memory
 from cluscomp_jax.plan.shapes import Place
 from cluscomp_jax.plan.whole import finetuning_of
 from cluscomp_jax.progress import SilentReporter
-from cluscomp_jax.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
+from cluscomp_jax.settings import CalibrationSettings, ClusterSettings, CompressionRule, MeshSettings, TuningSettings
 
 GIB = 2**30
 TINY = llama.LlamaConfig(
@@ -121,6 +121,8 @@ def test_rows_and_dtype_of_finetuning_are_those_of_the_run_unless_told() -> None
     planned = finetuning_of(tuned)
     assert (planned.data.length, planned.training.compute_dtype) == (32, "bfloat16")
     assert finetuning_of(BLIND).training.compute_dtype == "float32"
+    assert finetuning_of(BLIND).training.batch_size == 1
+    assert finetuning_of(BLIND, MeshSettings(data=2, fsdp=4, tensor=2)).training.batch_size == 8
 
 
 @pytest.fixture
@@ -160,6 +162,7 @@ def test_the_command_says_no_with_exit_code_1_and_json_on_its_last_line(tmp_path
         (["missing.json", "--target", "a6000"], "missing.json"),
         (["llama-2-7b", "--target", "a6000", "--config", "missing.toml"], "config missing.toml"),
         (["llama-2-7b", "--target", "a6000", "--finetune-config", "missing.toml"], "config missing.toml"),
+        (["llama-2-7b", "--target", "a6000", "--mesh", "rows=2"], "key 'rows' is not known; known here: data, fsdp"),
         (["llama-2-7b", "--target", "a6000", "--memory-fraction", "2"], "memory fraction is 2.0"),
     ],
 )

@@ -96,6 +96,13 @@ def test_a_state_saved_on_one_mesh_goes_on_on_another_and_on_one_device(runs):
     assert resumed["codebooks"] <= 1e-3  # numbers of float16 of about 0.3, perhaps rounded to the other side
 
 
+def test_the_plan_counts_what_one_device_holds(runs):
+    one, mixed = runs["planned"]["one"], runs["planned"]["mixed"]
+    for plan in (one, mixed):
+        assert plan["arguments"] == pytest.approx(plan["held"], rel=0.02)
+    assert mixed["held"] < 0.4 * one["held"]
+
+
 def test_a_mesh_of_another_size_than_there_are_devices_is_refused():
     with pytest.raises(InputError, match=r"mesh data=3,fsdp=1,tensor=1 takes 3 devices, there are 1 in 1 process"):
         make_sharding(MeshSettings(data=3), MODEL)

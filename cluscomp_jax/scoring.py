@@ -174,7 +174,7 @@ def _pass_size(lengths: Sequence[int], batch_size: int, positions: int) -> int:
 
 
 def _through_blocks(decoder: Decoder, inputs: np.ndarray) -> jax.Array:
-    x = run_embed(decoder.rest, jnp.asarray(inputs), model=decoder.model, dtype=decoder.dtype)
+    x: jax.Array = run_embed(decoder.rest, jnp.asarray(inputs), model=decoder.model, dtype=decoder.dtype)
     for i, block in enumerate(decoder.blocks):
         x = run_block(block, x, model=decoder.model, kind=decoder.model.block_kind(i))
     return x
@@ -192,7 +192,7 @@ def _branched(
 
     Copies of one block's cache exist at a time.
     """
-    x = run_embed(decoder.rest, jnp.asarray(inputs), model=decoder.model, dtype=decoder.dtype)
+    x: jax.Array = run_embed(decoder.rest, jnp.asarray(inputs), model=decoder.model, dtype=decoder.dtype)
     for i, block in enumerate(decoder.blocks):
         copies = _copies(caches[i], owner)
         x, _ = cached_rows(decoder.model, decoder.model.block_kind(i), block, x, copies, begin, lengths)
@@ -201,7 +201,7 @@ def _branched(
 
 @jax.jit
 def _copies(cache: Cache, owner: jax.Array) -> Cache:
-    return jax.tree.map(lambda leaf: jnp.take(leaf, owner, axis=0), cache)
+    return {name: jnp.take(leaf, owner, axis=0) for name, leaf in cache.items()}
 
 
 def _stacked(rows: Sequence[np.ndarray], count: int) -> np.ndarray:
@@ -244,7 +244,8 @@ def _add_scores(
 
 @jax.jit
 def _gathered(x: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
-    return x[rows, columns]
+    hidden: jax.Array = x[rows, columns]
+    return hidden
 
 
 @partial(jax.jit, static_argnames="model")

@@ -1,6 +1,7 @@
 """Perplexity of a model on a token stream, block by block. Sees a Model and a ParamSource, no files but scratch."""
 
 import dataclasses
+import hashlib
 import tempfile
 import time
 from collections.abc import Mapping
@@ -37,6 +38,7 @@ class Perplexity:
       windows: non-overlapping windows; a shorter last one is dropped.
       context: tokens per window.
       seconds: wall time.
+      digest: SHA-256 of the windows as little-endian int32, in hex: which text it was.
     """
 
     perplexity: float
@@ -45,6 +47,7 @@ class Perplexity:
     windows: int
     context: int
     seconds: float
+    digest: str
 
 
 def perplexity(
@@ -90,7 +93,8 @@ def perplexity(
             reporter.advance(windows.size)
         nll = _mean_nll(model, rest, stream, windows)
     scored = len(windows) * (context - 1)
-    return Perplexity(float(np.exp(nll)), nll, scored, len(windows), context, time.monotonic() - began)
+    digest = hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest()
+    return Perplexity(float(np.exp(nll)), nll, scored, len(windows), context, time.monotonic() - began, digest)
 
 
 def _windows(tokens: np.ndarray, context: int, model: Model) -> np.ndarray:

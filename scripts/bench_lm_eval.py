@@ -17,7 +17,9 @@ from typing import Any
 TASKS = ("wiki_next_words", "wiki_next_sentence", "wiki_last_word")
 
 
-def run_backend(backend: str, model: str, tasks: str, limit: int | None, batch_size: int) -> dict[str, Any]:
+def run_backend(
+    backend: str, model: str, folder: str, tasks: list[str], limit: int | None, batch_size: int
+) -> dict[str, Any]:
     """Returns {task: {"acc", "scores"}} and the seconds of one backend."""
     from lm_eval import simple_evaluate
     from lm_eval.api.registry import get_model
@@ -42,20 +44,20 @@ def run_backend(backend: str, model: str, tasks: str, limit: int | None, batch_s
     lm.loglikelihood = timed
     found = simple_evaluate(
         model=lm,
-        tasks=list(TASKS),
-        task_manager=TaskManager(include_path=tasks, include_defaults=False),
+        tasks=tasks,
+        task_manager=TaskManager(include_path=folder, include_defaults=False),
         limit=limit,
         log_samples=True,
         bootstrap_iters=0,
     )
     results: dict[str, Any] = {"seconds": spent[0]}
-    for task in TASKS:
+    for task in tasks:
         scores = [float(r[0]) for sample in found["samples"][task] for r in sample["filtered_resps"]]
         results[task] = {"acc": found["results"][task]["acc,none"], "scores": scores}
     return results
 
 
-def compare(model: str, limit: int | None, batch_size: int) -> None:
+def compare(model: str, tasks: list[str], limit: int | None, batch_size: int) -> None:
     from cluscomp_jax.export import export_checkpoint
     from cluscomp_jax.io.checkpoint import open_checkpoint
     from cluscomp_jax.report import format_table
@@ -66,13 +68,13 @@ def compare(model: str, limit: int | None, batch_size: int) -> None:
         export_checkpoint(open_checkpoint(model), Path(scratch, "dense"), "dense")
         for backend, path in (("cluscomp", model), ("hf", str(Path(scratch, "dense")))):
             out = Path(scratch, f"{backend}.json")
-            argv = [sys.executable, __file__, path, "--backend", backend, "--tasks", scratch, "--out", str(out)]
-            argv += ["--batch-size", str(batch_size), *(["--limit", str(limit)] if limit else [])]
+            argv = [sys.executable, __file__, path, "--backend", backend, "--folder", scratch, "--out", str(out)]
+            argv += ["--tasks", *tasks, "--batch-size", str(batch_size), *(["--limit", str(limit)] if limit else [])]
             subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
             found[backend] = json.loads(out.read_text())
     ours, theirs = found["cluscomp"], found["hf"]
     rows = []
-    for task in TASKS:
+    for task in tasks:
         apart = max(abs(a - b) for a, b in zip(ours[task]["scores"], theirs[task]["scores"], strict=True))
         count = str(len(ours[task]["scores"]))
         rows.append((task, count, f"{ours[task]['acc']:.4f}", f"{theirs[task]['acc']:.4f}", f"{apart:.2e}"))
@@ -84,16 +86,19 @@ def compare(model: str, limit: int | None, batch_size: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="compressed folder")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--limit", type=int, help="documents per task; all 200 if left out")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--backend", choices=("cluscomp", "hf"), help=argparse.SUPPRESS)
-    parser.add_argument("--tasks", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.backend is None:
-        compare(options.model, options.limit, options.batch_size)
+        compare(options.model, options.tasks, options.limit, options.batch_size)
         return
-    found = run_backend(options.backend, options.model, options.tasks, options.limit, options.batch_size)
+    found = run_backend(
+        options.backend, options.model, options.folder, options.tasks, options.limit, options.batch_size
+    )
     options.out.write_text(json.dumps(found))
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from cli_models import write_model, write_text
 from cluscomp_jax import trees
 from cluscomp_jax.cli import main
 from cluscomp_jax.codebook import CodebookArray
+from cluscomp_jax.html_report.records import read_records
 from cluscomp_jax.io.checkpoint import load_checkpoint, open_checkpoint
 
 CONFIG = """
@@ -96,6 +98,17 @@ def test_inspect_shows_where_the_result_comes_from(capsys: pytest.CaptureFixture
     assert fields["provenance"]["training"]["shape"] == [45, 16]
     assert fields["provenance"]["command"].startswith("cluscomp finetune ")
     assert fields["metrics"]["finetune"]["steps"] == 6
+
+
+def test_the_stages_before_it_can_be_noted_beside_it(folder: Path, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    for model in (out, folder / "model", folder / "small"):
+        argv = ["evaluate", str(model), "--text", str(folder / "held_out.txt"), "--context", "16"]
+        assert main([*argv, "--record", str(out)]) == 0
+    records = read_records(out)
+    assert (list(records.perplexity), records.stage) == (["original", "clustered", "finetuned"], "finetuned")
+    assert records.unmeasured == []
 
 
 def start(folder: Path, out: Path, steps: int) -> "subprocess.Popen[str]":

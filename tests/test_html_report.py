@@ -107,6 +107,50 @@ def test_the_page_says_what_was_measured(folder: Path, page: Path) -> None:
         assert path in text
 
 
+def test_stages_measured_later_join_the_report_of_the_run(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, clustered = tmp_path / "tuned", tmp_path / "clustered"
+    shutil.copytree(folder / "run<&>", run)
+    before = read_records(run)
+    assert (list(before.perplexity), before.stage) == (["original", "tuned"], "tuned")
+    assert before.unmeasured == ["clustered", "corrected"]
+    assert "Not measured: clustered, corrected" in Page(write_report(run).read_text()).text
+    blind = ["compress", str(folder / "model"), "--g", "4", "--num-codes", "8", "--out", str(clustered)]
+    assert main(blind) == 0
+    capsys.readouterr()
+    argv = ["evaluate", str(clustered), "--text", str(folder / "test.txt"), "--context", "16", "--json"]
+    assert main([*argv, "--record", str(run)]) == 0
+    measured = json.loads(capsys.readouterr().out.splitlines()[-1])
+    after = read_records(run)
+    assert list(after.perplexity) == ["original", "clustered", "tuned"]
+    assert after.perplexity["clustered"]["perplexity"] == measured["perplexity"]
+    assert after.unmeasured == ["corrected"]
+    assert main([*argv[:-1], "--record", str(run), "--tokens", "32"]) == 0  # of another text: it stays out
+    assert read_records(run).perplexity["clustered"]["perplexity"] == measured["perplexity"]
+    original = ["evaluate", str(folder / "model"), "--text", str(folder / "test.txt"), "--context", "16", "--json"]
+    assert main([*original, "--record", str(run)]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["stage"] == "original"
+    assert main(["inspect", str(run)]) == 0
+    assert capsys.readouterr().out.count("clustered, noted from") == 2
+
+
+def test_a_model_that_is_no_stage_of_the_run_is_not_noted(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run<&>", run)
+    write_model(tmp_path / "other", rope_theta=99.0)
+    argv = ["evaluate", str(tmp_path / "other"), "--text", str(folder / "test.txt"), "--context", "16", "--record"]
+    assert main([*argv, str(run)]) == 2
+    assert "nor made from the same files" in capsys.readouterr().err
+    assert main([*argv, str(tmp_path / "other")]) == 2
+    assert not (run / "evaluations.jsonl").exists()
+    (run / "evaluations.jsonl").write_text('{"stage": "tuned", "perplexity": "low"}\n')
+    assert main(["report", str(run)]) == 2
+    assert "evaluations.jsonl line 1: is no record" in capsys.readouterr().err
+
+
 def test_a_report_may_be_made_again_but_nothing_else_is_overwritten(folder: Path, page: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
     shutil.copytree(page.parent, out)

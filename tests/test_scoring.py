@@ -65,6 +65,18 @@ def test_scores_are_those_of_whole_passes(decoder: Decoder, batch_size: int) -> 
     assert [score.is_greedy for score in found[-2:]] == [True, False]
 
 
+def test_a_short_branch_in_a_wide_pass_finds_room_in_the_cache(decoder: Decoder) -> None:
+    rng = np.random.default_rng(2)
+    requests = []
+    for length, tails in ((30, (3, 3)), (2, (18, 17))):  # 30 + 16 columns fit in 64, 2 + 17 in 32
+        context = random_tokens(rng, length)
+        requests += [Continuation(context, random_tokens(rng, t)) for t in tails]
+    found = score_continuations(decoder, requests, batch_size=2, max_length=64)
+    for request, score in zip(requests, found, strict=True):
+        want, _ = oracle(list(request.context), list(request.tokens))
+        assert score.log_likelihood == pytest.approx(want, abs=1e-4)
+
+
 def test_the_front_of_a_long_context_is_left_out(decoder: Decoder) -> None:
     row = random_tokens(np.random.default_rng(1), 30)
     (found,) = score_continuations(decoder, [Continuation(row[:25], row[25:])], batch_size=2, max_length=9)

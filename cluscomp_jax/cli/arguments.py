@@ -164,6 +164,8 @@ class EvaluateArguments(Common):
     """windows or questions at a time; changes the speed only"""
     dtype: Dtype = "float32"
     """compute dtype"""
+    record: Annotated[str | None, arg(metavar="DIR")] = None
+    """note the result beside this compressed folder, for its report: of itself, its original or another stage of it"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ def run(arguments: CompareArguments) -> Result:
                 "folder": folder,
                 "finished": run.finished,
                 "bits_per_weight": run.bits_per_weight,
+                "stage": run.stage,
                 "perplexity": dict(run.perplexity),
                 "seconds": run.seconds,
                 "peak_rss_bytes": run.peak_rss_bytes,

@@ -1,6 +1,11 @@
 """`cluscomp evaluate`: the perplexity of a text under any model that can be opened, or what it answers exactly."""
 
 import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from cluscomp_jax.cli.arguments import EvaluateArguments
 from cluscomp_jax.cli.generate import stop_tokens
@@ -10,7 +15,9 @@ from cluscomp_jax.errors import InputError
 from cluscomp_jax.evaluate import Perplexity, perplexity
 from cluscomp_jax.exact_match import GSM8K_ANSWER, answer_pattern, exact_match
 from cluscomp_jax.generation import Decoder
-from cluscomp_jax.io.open import open_model
+from cluscomp_jax.io.checkpoint import describe as describe_checkpoint
+from cluscomp_jax.io.evaluations import add_evaluation, stage_of
+from cluscomp_jax.io.open import OpenedModel, open_model
 from cluscomp_jax.io.training_data import read_questions
 from cluscomp_jax.progress import console_reporter
 
@@ -35,6 +42,7 @@ def _run_perplexity(arguments: EvaluateArguments) -> Result:
     if arguments.tokens is not None and arguments.tokens < arguments.context:
         raise InputError(f"--tokens {arguments.tokens} do not fill one window of --context {arguments.context}")
     opened = open_model(arguments.model)
+    stage = None if arguments.record is None else _stage(opened, Path(arguments.record))
     tokens = read_tokens(opened, arguments.text, first=arguments.tokens)
     require_windows(arguments.text, tokens, arguments.context)
     with console_reporter() as reporter:
@@ -47,11 +55,47 @@ def _run_perplexity(arguments: EvaluateArguments) -> Result:
             dtype=arguments.dtype,
             reporter=reporter,
         )
-    return Result(describe(measured), {**dataclasses.asdict(measured), "model": opened.name, "text": arguments.text})
+    fields: dict[str, Any] = {**dataclasses.asdict(measured), "model": opened.name, "text": arguments.text}
+    lines = [describe(measured)]
+    if arguments.record is not None and not math.isfinite(measured.perplexity):
+        lines.append(f"not noted in {arguments.record}: it is not finite")
+    elif arguments.record is not None:
+        finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        file = add_evaluation(Path(arguments.record), {"stage": stage, **fields, "finished": finished})
+        lines.append(f"noted as {stage!r} in {file}")
+    return Result("\n".join(lines), {**fields, "stage": stage})
+
+
+def _stage(opened: OpenedModel, folder: Path) -> str:
+    """Returns which stage of the run behind `folder` a model is.
+
+    Raises:
+      InputError: `folder` is no compressed folder, or the model is none of its stages.
+    """
+    run = describe_checkpoint(folder)
+    inputs = _inputs(run)
+    if opened.kind != "compressed" and opened.origin["files"] in inputs:
+        return "original"
+    if opened.kind == "compressed":
+        place = opened.files[0].parent
+        mine = describe_checkpoint(place)
+        related = [opened.origin["files"], *_inputs(mine)]
+        if place.samefile(folder) or any(files in inputs for files in related):
+            return stage_of(mine)
+    raise InputError(
+        f"--record {folder}: {opened.name} is neither that folder, nor what it was made from, nor made from the same "
+        "files; leave --record out"
+    )
+
+
+def _inputs(manifest: Mapping[str, Any]) -> list[Any]:
+    """Returns the lists of files, with sizes and checksums, that a checkpoint was made from."""
+    origins = (manifest["provenance"].get(name) for name in ("model", "original"))
+    return [origin["files"] for origin in origins if origin and origin.get("files")]
 
 
 def _run_exact_match(arguments: EvaluateArguments, file: str) -> Result:
-    for name in ("text", "tokens"):
+    for name in ("text", "tokens", "record"):
         if getattr(arguments, name) is not None:
             raise InputError(f"--{name} {getattr(arguments, name)} has no effect beside --exact-match; leave one out")
     longest = _ANSWER_TOKENS if arguments.max_new_tokens is None else arguments.max_new_tokens

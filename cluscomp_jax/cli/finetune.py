@@ -25,6 +25,7 @@ from cluscomp_jax.finetuning import (
     finetune_stream,
     fingerprint,
 )
+from cluscomp_jax.io.checkpoint import describe
 from cluscomp_jax.io.checkpoint_writer import CheckpointWriter, run_work_path
 from cluscomp_jax.io.open import OpenedModel, open_model
 from cluscomp_jax.io.training_data import read_examples
@@ -163,12 +164,21 @@ def _provenance(
 
     return {
         "model": opened.origin,
+        "original": _original(opened),
         "training": of(arguments.data, rows),
         "evaluation": of(arguments.evaluation, evaluation),
         "versions": version.versions(),
         "device": jax.devices()[0].device_kind,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _original(opened: OpenedModel) -> Any:
+    """Returns what a compressed model was made from, by its own record; None of any other model."""
+    if opened.kind != "compressed":
+        return None
+    provenance = describe(opened.files[0].parent)["provenance"]
+    return provenance.get("original") or provenance.get("model")
 
 
 def _text(summary: FinetuneSummary, out: Path) -> str:

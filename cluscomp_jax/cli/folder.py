@@ -95,9 +95,8 @@ def compress_to_folder(
       InputError: the folder is not free, or a weight is not finite; nothing is left behind.
       RunError: the disk is full; the same call resumes.
     """
-    began = time.monotonic()
-    before, after = StageClock(), StageClock()
-    with before("prepare"):
+    course = _Course(measure)
+    with course.before("prepare"):
         digest = fingerprint(opened.source, cfg, calibration)
         tokenizer = tokenizer_files(opened)
         claim = CheckpointWriter(
@@ -107,12 +106,9 @@ def compress_to_folder(
         if writer.finished_blocks:
             note(f"{out}: resuming behind {writer.finished_blocks} of {opened.model.num_blocks} finished blocks")
         _note_scratch(opened, cfg, calibration, writer.work_path)
-        measured = {}
-        with before("check weights"):
+        with course.before("check weights"):
             _check_weights(opened, reporter)
-        if measure is not None:
-            with before("evaluate original"):
-                measured["original"] = measure(opened.source, reporter)
+        course.evaluate("original", opened.source, course.before, reporter)
         summary = compress_stream(
             opened.source,
             writer,
@@ -122,20 +118,35 @@ def compress_to_folder(
             reporter=reporter,
             finished_blocks=writer.finished_blocks,
         )
-        if measure is not None:
-            with after("evaluate compressed"):
-                measured["compressed"] = measure(_Unfinished(writer, opened.source), reporter)
-
-        def done() -> Compressed:
-            stages = {**before.to_dict(), **summary.stages, **after.to_dict()}
-            return Compressed(summary, measured, stages, time.monotonic() - began, process_peak_rss_bytes())
-
-        with after("finish"):
+        course.evaluate("compressed", _Unfinished(writer, opened.source), course.after, reporter)
+        with course.after("finish"):
             if tokenizer is not None:
                 writer.store_tokenizer(tokenizer)
             provenance = {**_provenance(opened, calibration, calibration_name), "command": command}
-            writer.finish(provenance=provenance, metrics=done().to_dict())
-    return done()
+            writer.finish(provenance=provenance, metrics=course.result(summary).to_dict())
+    return course.result(summary)
+
+
+class _Course:
+    """What a run measures and spends outside the pipeline: stages before and after it, and perplexities."""
+
+    def __init__(self, measure: Measure | None):
+        self.before, self.after = StageClock(), StageClock()
+        self._measure = measure
+        self._perplexity: dict[str, Perplexity] = {}
+        self._began = time.monotonic()
+
+    def evaluate(self, which: str, source: ParamSource, clock: StageClock, reporter: Reporter) -> None:
+        """Measures the model `which`, if anything is to be measured."""
+        if self._measure is not None:
+            with clock(f"evaluate {which}"):
+                self._perplexity[which] = self._measure(source, reporter)
+
+    def result(self, summary: CompressionSummary) -> Compressed:
+        """Returns the run as far as it has come."""
+        stages = {**self.before.to_dict(), **summary.stages, **self.after.to_dict()}
+        seconds = time.monotonic() - self._began
+        return Compressed(summary, self._perplexity, stages, seconds, process_peak_rss_bytes())
 
 
 def _note_scratch(opened: OpenedModel, cfg: RunConfig, calibration: np.ndarray | None, work_path: Path) -> None:

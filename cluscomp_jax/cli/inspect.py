@@ -1,10 +1,12 @@
 """`cluscomp inspect`: what a compressed folder says of itself."""
 
+from pathlib import Path
 from typing import Any
 
 from cluscomp_jax.cli.arguments import InspectArguments
 from cluscomp_jax.cli.outcome import Result
 from cluscomp_jax.io.checkpoint import describe, open_checkpoint
+from cluscomp_jax.io.evaluations import read_evaluations
 from cluscomp_jax.progress import to_json
 from cluscomp_jax.report import MATRIX_HEADER, entropy_saving, format_bytes, format_table, matrix_rows
 
@@ -14,7 +16,13 @@ def run(arguments: InspectArguments) -> Result:
     if arguments.verify:
         open_checkpoint(arguments.model, verify=True)
     manifest = describe(arguments.model)
-    lines = [*_summary(manifest), "", _matrices(manifest), "", "settings:   " + to_json(manifest["run_config"])]
+    lines = [
+        *_summary(manifest, Path(arguments.model)),
+        "",
+        _matrices(manifest),
+        "",
+        "settings:   " + to_json(manifest["run_config"]),
+    ]
     lines.append("provenance: " + to_json(manifest["provenance"]))
     if arguments.verify:
         lines.append(f"verified:   {len(manifest['files'])} files have the sizes and checksums of the manifest")
@@ -27,7 +35,7 @@ def _recorded(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     return recorded if all("index_entropy" in matrix for matrix in recorded) else []
 
 
-def _summary(manifest: dict[str, Any]) -> list[str]:
+def _summary(manifest: dict[str, Any], folder: Path) -> list[str]:
     totals, config = manifest["totals"], manifest["model_config"]
     bits = totals["bits_per_weight"]
     lines = [
@@ -44,6 +52,11 @@ def _summary(manifest: dict[str, Any]) -> list[str]:
         )
     for name, measured in manifest["metrics"].get("perplexity", {}).items():
         lines.append(f"perplexity: {measured['perplexity']:.4f} {name}")
+    lines += [
+        f"perplexity: {noted['perplexity']:.4f} {noted['stage']}, noted from {noted['text']} "
+        f"in {noted['windows']} windows of {noted['context']}"
+        for noted in read_evaluations(folder)
+    ]
     return lines
 
 

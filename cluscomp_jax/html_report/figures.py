@@ -83,7 +83,7 @@ def _of_run(records: RunRecords, uses: Mapping[str, CodeUse]) -> Iterator[Drawin
     if records.matrices:
         yield _sizes(records)
     if records.perplexity:
-        yield _perplexity(records.perplexity)
+        yield _perplexity(records)
     if any(_number(block.get("loss_after")) for block in records.blocks):
         yield _losses(records.blocks)
     errors = {m["path"]: m["relative_error"] for m in records.matrices if _number(m.get("relative_error"))}
@@ -122,7 +122,7 @@ def _of_run(records: RunRecords, uses: Mapping[str, CodeUse]) -> Iterator[Drawin
 def _of_runs(runs: Sequence[RunRecords]) -> Iterator[Drawing]:
     points = []
     for run in runs:
-        measured = (run.perplexity.get("compressed") or {}).get("perplexity")
+        measured = run.own_perplexity.get("perplexity")
         if run.bits_per_weight is not None and measured is not None:
             points.append((run.bits_per_weight, float(measured), run.name))
     if not points:
@@ -180,16 +180,21 @@ def _sizes(records: RunRecords) -> Drawing:
     return Drawing("sizes", "Where the bytes are", "Compressed matrices by kind, beside 16-bit numbers.", figure)
 
 
-def _perplexity(measured: Mapping[str, Record]) -> Drawing:
+def _perplexity(records: RunRecords) -> Drawing:
+    measured = records.perplexity
     shown = {name: float(m["perplexity"]) for name, m in measured.items() if _number(m.get("perplexity"))}
     figure, axes = _new(9, 0.55 * max(1, len(shown)) + 1.2)
-    bars = axes.barh(list(shown), list(shown.values()), 0.5, color=[PALE, ACCENT, SECOND][: len(shown)])
+    bars = axes.barh(
+        list(shown), list(shown.values()), 0.5, color=[SECOND if name == records.stage else PALE for name in shown]
+    )
     axes.bar_label(bars, fmt="%.2f", padding=4)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set(xlabel="perplexity, lower is better")
     first = next(iter(measured.values()))
-    caption = f"{first['windows']} windows of {first['context']} tokens."
+    caption = f"{first.get('windows')} windows of {first.get('context')} tokens."
+    if records.unmeasured:
+        caption += f" Not measured: {', '.join(records.unmeasured)}; `cluscomp evaluate MODEL --record` adds a stage."
     return Drawing("perplexity", "Perplexity by stage", caption, figure)
 
 

@@ -22,6 +22,7 @@ from cluscomp_jax.report import format_bytes, format_table
 PAGE_NAME = "report.html"
 _DRAWN = ("sizes", "perplexity", "losses", "errors", "bits", "usage", "kurtosis", "stages", "comparison")
 _OWN = {PAGE_NAME, "writing", *(f"{name}.png" for name in _DRAWN)}
+_NO_PERPLEXITY = "No perplexity was measured; compress --evaluate TEXT does, or evaluate --text TEXT --record."
 COMPARISON_HEADER = (
     "run", "original", "bits/weight", "size", "perplexity before", "after", "tokens scored", "minutes", "peak memory",
 )  # fmt: skip
@@ -84,7 +85,7 @@ def comparison_rows(runs: Sequence[RunRecords]) -> list[tuple[str, ...]]:
     """Returns the rows under COMPARISON_HEADER; "-" where a run has no such record."""
     rows: list[tuple[str, ...]] = []
     for run in runs:
-        before, after = run.perplexity.get("original"), run.perplexity.get("compressed")
+        before, after = run.perplexity.get("original"), run.own_perplexity
         size = None if run.totals is None else run.totals["matrix_bits"] / 8 + run.totals["tensor_bytes"]
         rows.append(
             (
@@ -94,7 +95,7 @@ def comparison_rows(runs: Sequence[RunRecords]) -> list[tuple[str, ...]]:
                 "-" if size is None else format_bytes(size),
                 _perplexity_of(before),
                 _perplexity_of(after),
-                f"{after['tokens']:,}" if after and "tokens" in after else "-",
+                f"{after['tokens']:,}" if "tokens" in after else "-",
                 "-" if run.seconds is None else f"{run.seconds / 60:.1f}",
                 "-" if run.peak_rss_bytes is None else format_bytes(run.peak_rss_bytes),
             )
@@ -108,12 +109,16 @@ def comparison_notices(runs: Sequence[RunRecords]) -> list[str]:
         f"{run.name} is unfinished: {len(run.blocks)} of {run.num_blocks} blocks" for run in runs if not run.finished
     ]
     texts = {
-        (m.get("windows"), m.get("context"), (run.perplexity.get("original") or {}).get("perplexity"))
+        (
+            m.get("windows"),
+            m.get("context"),
+            m.get("digest") or (run.perplexity.get("original") or {}).get("perplexity"),
+        )
         for run in runs
-        if (m := run.perplexity.get("compressed"))
+        if (m := run.own_perplexity)
     }
     if len(texts) > 1:
-        notices.append("The perplexities are not of the same original on the same text and cannot be compared.")
+        notices.append("The perplexities are not of the same text and cannot be compared.")
     return notices
 
 
@@ -166,7 +171,7 @@ def _subtitle(records: RunRecords) -> str:
 
 def _notices(records: RunRecords) -> list[str]:
     if records.finished:
-        missing = [] if records.perplexity else ["No perplexity was measured; compress with --evaluate TEXT does."]
+        missing = [] if records.perplexity else [_NO_PERPLEXITY]
         diverged = [str(block["index"]) for block in records.blocks if block.get("diverged")]
         if diverged:
             missing.append(f"Tuning stopped early where loss or gradient was not finite: block {', '.join(diverged)}.")
@@ -188,7 +193,7 @@ def _facts(records: RunRecords) -> list[tuple[str, str]]:
     if records.totals is not None:
         size = records.totals["matrix_bits"] / 8 + records.totals["tensor_bytes"]
         facts.append((format_bytes(size), "the whole model"))
-    before, after = records.perplexity.get("original"), records.perplexity.get("compressed")
+    before, after = records.perplexity.get("original"), records.own_perplexity
     if after:
         text = _perplexity_of(after) if not before else f"{_perplexity_of(before)} → {_perplexity_of(after)}"
         facts.append((text, "perplexity"))

@@ -10,6 +10,7 @@ from typing import Any
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io import json_files
 from cluscomp_jax.io.checkpoint import describe
+from cluscomp_jax.io.evaluations import STAGES, read_evaluations, stage_of, stages_until
 from cluscomp_jax.io.manifest import MANIFEST_NAME
 from cluscomp_jax.io.run_folder import RUN_NAME
 from cluscomp_jax.model import build_model, parse_model_config
@@ -34,7 +35,9 @@ class RunRecords:
         relative_error, index_entropy, seconds.
       blocks: per block index and, where it was tuned, loss_before, epoch_losses, loss_after.
       stages: {stage: {"seconds", "peak_rss_bytes"}}.
-      perplexity: {"original" or "compressed": the record of a measurement}.
+      perplexity: {stage: the record of a measurement}, in the order of stages; all of one text and context.
+      stage: which one this checkpoint is; None of an unfinished run.
+      unmeasured: stages that it has gone through and that no measurement is recorded of.
       seconds, peak_rss_bytes: of the whole run; None where unknown.
     """
 
@@ -50,6 +53,8 @@ class RunRecords:
     blocks: Sequence[Record]
     stages: Mapping[str, Record]
     perplexity: Mapping[str, Record]
+    stage: str | None
+    unmeasured: Sequence[str]
     seconds: float | None
     peak_rss_bytes: int | None
 
@@ -57,6 +62,11 @@ class RunRecords:
     def origin(self) -> str:
         """The name of the original model."""
         return str((self.provenance.get("model") or {}).get("name", "unknown"))
+
+    @property
+    def own_perplexity(self) -> Record:
+        """The measurement of this checkpoint itself, or an empty record."""
+        return self.perplexity.get(self.stage or "", {})
 
     @property
     def bits_per_weight(self) -> float | None:
@@ -93,6 +103,7 @@ def _finished(path: Path) -> RunRecords:
     order = [*recorded, *(name for name in listed if name not in recorded)]  # the manifest's own order means nothing
     matrices = [{**_of_manifest(name, listed[name]), **recorded.get(name, {})} for name in order if name in listed]
     model = build_model(parse_model_config(manifest["model_config"]))
+    perplexity = _perplexity(manifest, read_evaluations(path))
     return RunRecords(
         name=path.resolve().name,
         finished=True,
@@ -105,10 +116,25 @@ def _finished(path: Path) -> RunRecords:
         matrices=matrices,
         blocks=metrics.get("blocks") or [],
         stages=metrics.get("stages") or {},
-        perplexity=metrics.get("perplexity") or {},
+        perplexity=perplexity,
+        stage=stage_of(manifest),
+        unmeasured=[stage for stage in stages_until(manifest) if stage not in perplexity],
         seconds=metrics.get("seconds"),
         peak_rss_bytes=metrics.get("peak_rss_bytes"),
     )
+
+
+def _perplexity(manifest: Record, noted: Sequence[Record]) -> dict[str, Record]:
+    """Returns {stage: measurement} on the text and context that most stages were measured on, of those the latest."""
+    own = stage_of(manifest)
+    of_run = manifest["metrics"].get("perplexity") or {}
+    measured = [{**m, "stage": own if which == "compressed" else which} for which, m in of_run.items()]
+    texts: dict[object, dict[str, Record]] = {}
+    for record in (*measured, *noted):
+        text = (record.get("digest"), record.get("windows"), record.get("context"))
+        texts.setdefault(text, {})[record["stage"]] = record
+    most = max(reversed(texts.values()), key=len, default={})
+    return {stage: most[stage] for stage in STAGES if stage in most}
 
 
 def _of_manifest(name: str, matrix: Record) -> dict[str, Any]:
@@ -145,6 +171,8 @@ def _unfinished(path: Path) -> RunRecords:
         blocks=ordered,
         stages={},
         perplexity={},
+        stage=None,
+        unmeasured=[],
         seconds=None,
         peak_rss_bytes=None,
     )

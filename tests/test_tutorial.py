@@ -1,0 +1,48 @@
+"""Both parts of the tutorial, as they are written: every command and every block of Python."""
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluscomp_jax.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which the paths of the tutorial lead where they do in a checkout, and to which it may write."""
+    for place in ("tests/fixtures", "cluscomp_jax/data"):
+        (tmp_path / place).parent.mkdir()
+        (tmp_path / place).symlink_to(ROOT / place)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def blocks(name: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "docs" / name).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def test_the_commands(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = "".join(blocks("tutorial.md", "sh")).replace("\\\n", " ").splitlines()
+    perplexities = []
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert program == "cluscomp"
+        assert main(arguments) == 0, line
+        perplexities += re.findall(r"^perplexity (\S+) \(", capsys.readouterr().out, re.MULTILINE)
+    assert len(lines) == 10
+    assert "tuned" in (checkout / "tutorial-tuned/report/report.html").read_text()
+    assert len(perplexities) == 2  # without tuning, and of the export
+
+
+def test_the_python(checkout: Path) -> None:
+    code = blocks("tutorial_python.md", "python")
+    assert len(code) == 4
+    names: dict[str, Any] = {}
+    for block in code:
+        exec(block, names)
+    assert (checkout / "tutorial-python/manifest.json").is_file()

@@ -103,8 +103,8 @@ def _split(
     for (kind, _), numbers in itertools.groupby(range(len(parts)), key=signatures.__getitem__):
         members = list(numbers)
         spans.append(Span(members[0], len(members), kind))
-        both = (_stack([parts[i][side] for i in members], stacked) for side in (0, 1))
-        groups.append((spans[-1].name, *both))
+        trains, stays = (_stack([parts[i][side] for i in members], stacked) for side in (0, 1))
+        groups.append((spans[-1].name, trains, stays))
     trained = {f"{group}/{name}": leaf for group, leaves, _ in groups for name, leaf in leaves.items()}
     frozen = {f"{group}/{name}": leaf for group, _, leaves in groups for name, leaf in leaves.items()}
     dtypes = tuple((name, np.dtype(leaf.dtype).name) for name, leaf in trained.items())

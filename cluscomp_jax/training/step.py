@@ -84,7 +84,7 @@ def summed_loss(
         for span in layout.spans:
 
             def block(x: jax.Array, parts: tuple[Params, Params], kind: Any = span.kind) -> tuple[jax.Array, None]:
-                x = checkpoint_name(x, _BLOCK_INPUT)
+                x = checkpoint_name(x, _BLOCK_INPUT)  # type: ignore[no-untyped-call]
                 return model.block(join_group(*parts), x, kind=kind), None
 
             stacked = (trained.get(span.name, {}), frozen.get(span.name, {}))

@@ -101,7 +101,8 @@ def compress(options: argparse.Namespace, model: Path, out: Path) -> dict[str, o
 def over_apart(stages: Any, seconds: float) -> float:
     """Returns the run's seconds over those of its stages one after another, reading and writing included once."""
     waiting = {"load": AHEAD, "store": BEHIND}
-    return seconds / sum(s["seconds"] for name, s in stages.items() if waiting.get(name) not in stages)
+    apart = sum(float(s["seconds"]) for name, s in stages.items() if waiting.get(name) not in stages)
+    return seconds / apart
 
 
 def in_words(stages: Any) -> str:

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from cli_models import write_model, write_text
 
-from cluscomp_jax import trees
+from cluscomp_jax import finetuning, trees
 from cluscomp_jax.cli import main
 from cluscomp_jax.codebook import CodebookArray
+from cluscomp_jax.examples import Examples, ShuffledBatches
 from cluscomp_jax.html_report.records import read_records
 from cluscomp_jax.io.checkpoint import load_checkpoint, open_checkpoint
 
@@ -130,6 +131,27 @@ def untimed(path: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in r.items() if key not in ("time", "seconds")} for r in records]
 
 
+def test_a_stopped_run_given_again_ends_in_the_bits_of_one_that_was_not(
+    folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stopped(ShuffledBatches):
+        def batch(self, step: int) -> Examples:
+            if step == 5:
+                raise KeyboardInterrupt
+            return super().batch(step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetuning, "ShuffledBatches", Stopped)
+        assert main(argv(folder, tmp_path / "out")) == 1
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert main(argv(folder, tmp_path / "out")) == 0
+    resumed, expected = (open_checkpoint(path, verify=True) for path in (tmp_path / "out", whole))
+    assert resumed.fingerprint() == expected.fingerprint()
+    assert resumed.manifest.metrics["finetune"]["first_step"] == 4
+    assert untimed(tmp_path / "out" / "metrics.jsonl") == untimed(whole / "metrics.jsonl")
+
+
+@pytest.mark.slow
 def test_a_killed_run_given_again_ends_in_the_bits_of_one_that_was_not(folder: Path, tmp_path: Path) -> None:
     steps = 40
     with start(folder, tmp_path / "out", steps) as victim:

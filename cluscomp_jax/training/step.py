@@ -67,7 +67,7 @@ def init_state(trained: Params, *, settings: TrainingSettings, sharding: Shardin
 
 
 def state_places(state: TrainState, *, settings: TrainingSettings, sharding: Sharding) -> Any:
-    """Returns a TrainState of the places of a state's arrays: masters as `sharding` says, moments where their masters do."""
+    """Returns a TrainState of where its arrays lie: masters as `sharding` says, moments where their masters do."""
     places = trees.map_by_path(sharding.of, state.trained)
     moments = optax.tree_map_params(
         make_optimizer(settings, settings.steps),

@@ -326,7 +326,7 @@ class _Run:
         if self.evaluation is None:
             return
         # On a CPU, the collectives of two programs at work at once may wait for one another for ever.
-        stored = jax.tree.map(lambda leaf: leaf.block_until_ready(), round_masters(state.trained, layout=self.layout))
+        stored = jax.block_until_ready(round_masters(state.trained, layout=self.layout))  # type: ignore[no-untyped-call]
         size = self.cfg.training.batch_size
         total, count = 0.0, 0
         for begin in range(0, len(self.evaluation), size):

@@ -67,8 +67,8 @@ def init_state(trained: Params, *, settings: TrainingSettings, sharding: Shardin
     return _kept(TrainState(trained, optimizer, jnp.array(0, jnp.int32)), settings, sharding)
 
 
-def state_places(state: TrainState, *, settings: TrainingSettings, sharding: Sharding) -> TrainState:
-    """Returns where every array of a state lies: masters as `sharding` says, moments where their masters do."""
+def state_places(state: TrainState, *, settings: TrainingSettings, sharding: Sharding) -> Any:
+    """Returns a TrainState of where its arrays lie: masters as `sharding` says, moments where their masters do."""
     places = trees.map_by_path(sharding.of, state.trained)
     moments = optax.tree_map_params(
         make_optimizer(settings, settings.steps),
@@ -77,7 +77,8 @@ def state_places(state: TrainState, *, settings: TrainingSettings, sharding: Sha
         places,
         transform_non_params=lambda _: sharding.everywhere,
     )
-    return TrainState(places, moments, sharding.everywhere)
+    everywhere: Any = sharding.everywhere
+    return TrainState(places, moments, everywhere)
 
 
 def _kept(state: TrainState, settings: TrainingSettings, sharding: Sharding | None) -> TrainState:

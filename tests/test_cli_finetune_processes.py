@@ -53,7 +53,7 @@ def start(folder: Path, out: Path, *more: str, steps: int = 12) -> "subprocess.P
     ]  # fmt: skip
     return subprocess.Popen(
         [sys.executable, "-m", "cluscomp_jax", *argv],
-        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

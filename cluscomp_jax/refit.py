@@ -9,6 +9,7 @@ H is the damped E[x x^T] of `cluscomp_jax.feedback`, made again from its root fo
 it five times each. Letters as there.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ _ROWS = 128
 """Channels whose changes reach the others together."""
 _STEPS = 3
 """Of conjugate gradients: sixteen end within 0.1% of the error of three (docs/experiments.md)."""
+_OUTPUTS = 4096
+"""Whose errors the codebook's equations hold at one time."""
 _HELD = 1e-3
 """Share of its own weight by which a code is held where it is, so that codes hardly used cannot run away."""
 
@@ -141,30 +144,54 @@ def least_squares_codebook(weight: jax.Array, codebook: jax.Array, index: jax.Ar
       curvature: order and moments.
     """
     n, g = codebook.shape
-    outputs = weight.shape[1]
-    codes = index[curvature.order].reshape(-1)
-    real = jnp.arange(index.shape[1] * g) < outputs
+    pieces = _in_pieces(weight, index, curvature.order, g)
 
-    def spread(codebook: jax.Array) -> jax.Array:
-        return jnp.where(real, codebook[codes].reshape(len(curvature.order), -1), 0.0)
+    def spread(codebook: jax.Array, piece: _Piece) -> jax.Array:
+        return jnp.where(piece.real, codebook[piece.codes].reshape(len(piece.codes), -1), 0.0)
 
-    def gather(slopes: jax.Array) -> jax.Array:
-        return jnp.zeros((n, g)).at[codes].add(jnp.where(real, slopes, 0.0).reshape(-1, g))
+    def gathered(slopes: Callable[[_Piece], jax.Array]) -> jax.Array:
+        def add(total: jax.Array, piece: _Piece) -> tuple[jax.Array, None]:
+            values = jnp.where(piece.real, slopes(piece), 0.0)
+            return total.at[piece.codes].add(values.reshape(*piece.codes.shape, g)), None
+
+        total: jax.Array = jax.lax.scan(add, jnp.zeros((n, g)), pieces)[0]
+        return total
 
     def weighed(errors: jax.Array) -> jax.Array:
         return jnp.dot(curvature.moments, errors, precision="highest")
 
-    squares = jnp.diagonal(curvature.moments)
-    mass = gather(jnp.broadcast_to(squares[:, None], (len(squares), len(real))))
+    squares = jnp.diagonal(curvature.moments)[:, None]
+    mass = gathered(lambda piece: jnp.broadcast_to(squares, piece.weight.shape))
     held = _HELD * mass
     inverse = jnp.where(mass > 0, 1.0 / jnp.where(mass > 0, mass, 1.0), 0.0)
     start = codebook.astype(jnp.float32)
-    ordered = jnp.pad(weight.astype(jnp.float32)[curvature.order], ((0, 0), (0, -outputs % g)))
     solved: jax.Array = jax.scipy.sparse.linalg.cg(  # type: ignore[no-untyped-call]
-        lambda move: gather(weighed(spread(move))) + held * move,
-        gather(weighed(ordered - spread(start))),
+        lambda move: gathered(lambda piece: weighed(spread(move, piece))) + held * move,
+        gathered(lambda piece: weighed(piece.weight - spread(start, piece))),
         M=lambda slope: inverse * slope,
         tol=0.0,
         maxiter=_STEPS,
     )[0]
     return start + solved
+
+
+class _Piece(NamedTuple):
+    """Some of the outputs: weights [i, w], codes [i, w/g], and bool [w], which are no padding."""
+
+    weight: jax.Array
+    codes: jax.Array
+    real: jax.Array
+
+
+def _in_pieces(weight: jax.Array, index: jax.Array, order: jax.Array, g: int) -> _Piece:
+    """Returns all outputs of the channels in this order, in equal pieces stacked on a leading axis."""
+    outputs, codes = weight.shape[1], index.shape[1]
+    count = -(-outputs // _OUTPUTS)
+    width = -(-codes // count)
+
+    def cut(array: jax.Array, size: int) -> jax.Array:
+        padded = jnp.pad(array, ((0, 0), (0, count * size - array.shape[1])))
+        return padded.reshape(len(array), count, size).swapaxes(0, 1)
+
+    real = jnp.arange(count * width * g) < outputs
+    return _Piece(cut(weight.astype(jnp.float32)[order], width * g), cut(index[order], width), real.reshape(count, -1))

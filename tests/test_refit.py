@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cluscomp_jax import refit as refit_module
 from cluscomp_jax.feedback import assign_with_feedback, factorise
 from cluscomp_jax.refit import curvature_of, improved_index, least_squares_codebook, refit
 
@@ -78,8 +79,11 @@ def test_rounds_lower_the_output_error_until_nothing_moves() -> None:
     np.testing.assert_array_equal(kept, index)
 
 
-@pytest.mark.parametrize("outputs", [32, 30])
-def test_the_codebook_tends_to_the_least_squares_solution(outputs: int) -> None:
+@pytest.mark.parametrize(("outputs", "at_once"), [(32, 4096), (30, 4096), (28, 8), (26, 12)])
+def test_the_codebook_tends_to_the_least_squares_solution(
+    outputs: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refit_module, "_OUTPUTS", at_once)
     weight, codes, moments = problem(60, outputs, 4, 12)
     curvature = curvature_of(factorise(jnp.asarray(moments)))
     index = np.random.default_rng(0).integers(0, 11, (60, -(-outputs // 4)))  # the last code stands nowhere

@@ -16,7 +16,7 @@ set -euo pipefail
 model=${1:?which compressed folder?} data=${2:?which data?} new=${3:?into which folder?} bits=${4:-2}
 family=${FAMILY:-llama2} steps=${STEPS:-1000}
 here=$(cd "$(dirname "$0")/.." && pwd)
-settings=$here/configs/finetune_70b.toml
+settings=$here/configs/finetune/llama2_70b.toml
 preset=$([ "$family" = llama3 ] && echo llama-3-70b || echo llama-2-70b)
 
 # What `plan` counts with: JAX may take 92% of the card, the rest is the CUDA context's.

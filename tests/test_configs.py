@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from cluscomp_jax.config import load_config
-from cluscomp_jax.finetune_config import load_finetune_config
 from cluscomp_jax.model import build_model
 from cluscomp_jax.plan import preset_config
 from cluscomp_jax.rules import total_bits_per_weight
@@ -19,21 +18,14 @@ PRESETS = {
     "llama3_8b": "llama-3-8b",
     "llama3_70b": "llama-3-70b",
 }
-COMPRESSING = sorted(path for path in CONFIGS.glob("*.toml") if not path.stem.startswith("finetune"))
+COMPRESSING = sorted(CONFIGS.glob("*.toml"))
 SMOLLM2 = {"q": (576, 576), "k": (576, 192), "v": (576, 192), "o": (576, 576),
            "gate": (576, 1536), "up": (576, 1536), "down": (1536, 576)}  # fmt: skip
 
 
 def test_every_shipped_config_is_tested_here() -> None:
     llamas = {f"{name}_{bits}bit" for name in PRESETS for bits in (4, 3, 2, 1)}
-    assert {path.stem for path in CONFIGS.glob("*.toml")} == {*llamas, "paper", "smollm2_135m_3bit", "finetune_70b"}
-
-
-def test_the_config_of_finetuning_fits_a_card_by_what_it_says() -> None:
-    path = CONFIGS / "finetune_70b.toml"
-    cfg = load_finetune_config(path)
-    assert f"configs/{path.name}" in path.read_text().split("\n\n")[0]
-    assert (cfg.data.length, cfg.training.batch_size, cfg.training.offload_inputs) == (2048, 1, True)
+    assert {path.stem for path in CONFIGS.glob("*.toml")} == {*llamas, "paper", "smollm2_135m_3bit"}
 
 
 def test_the_demos_config_costs_the_bits_it_says() -> None:

@@ -27,8 +27,10 @@ def test_the_defaults_in_the_documentation_are_the_defaults() -> None:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
 def test_the_shipped_configs_load(path: Path) -> None:
-    assert load_finetune_config(path).training.recompute == "cheap"
+    cfg = load_finetune_config(path)
     assert f"configs/finetune/{path.name}" in path.read_text().split("\n\n")[0]
+    expected = {"recovery": ("cheap", False, 512), "llama2_70b": ("all", True, 2048)}
+    assert (cfg.training.recompute, cfg.training.offload_inputs, cfg.data.length) == expected[path.stem]
 
 
 def test_what_a_file_says_is_read_and_the_rest_stays(tmp_path: Path) -> None:

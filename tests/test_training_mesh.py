@@ -26,6 +26,8 @@ def runs(tmp_path_factory):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "JAX_PLATFORMS": "cpu",
+        # Threads of XLA: with one for each device, devices that wait for different sums leave none for the others.
+        "NPROC": "64",
         # Programs of several CPU devices that come out of the cache hang or crash now and then (jax 0.10.2).
         "JAX_ENABLE_COMPILATION_CACHE": "false",
     }

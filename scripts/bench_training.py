@@ -19,29 +19,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from smollm2_shapes import SMOLLM2_135M, random_codes
 
 from cluscomp_jax import llama, trees
-from cluscomp_jax.codebook import CodebookArray, index_dtype, index_shape
+from cluscomp_jax.codebook import CodebookArray
 from cluscomp_jax.host_memory import keep_freed_memory
 from cluscomp_jax.model import parameter_shapes
 from cluscomp_jax.settings import TrainingSettings
 from cluscomp_jax.source import DictSource
 from cluscomp_jax.training import init_state, split_params, train_step
 
-SMOLLM2_135M = {
-    "model_type": "llama",
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "max_position_embeddings": 8192,
-    "rope_theta": 100000.0,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
-}
 RATE = 0.001
 NAMES = ("cluscomp_jax", "PyTorch")
 
@@ -53,9 +40,7 @@ def random_params(model: Any, *, g: int, num_codes: int) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for path, shape in parameter_shapes(model).items():
         if path.removeprefix("model/layers/").partition("/")[2] in kernels:
-            index = rng.integers(0, num_codes, index_shape(shape, g, "out")).astype(index_dtype(num_codes))
-            codebook = (rng.standard_normal((num_codes, g)) / np.sqrt(shape[0])).astype(np.float32)
-            flat[path] = CodebookArray(codebook, index, shape, "out")
+            flat[path] = random_codes(rng, shape, g=g, num_codes=num_codes)
         elif len(shape) > 1:
             flat[path] = 0.02 * rng.standard_normal(shape).astype(np.float32)
         else:

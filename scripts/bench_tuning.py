@@ -18,28 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
+from smollm2_shapes import SMOLLM2_135M, random_codes
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from cluscomp_jax import llama, trees
-from cluscomp_jax.codebook import CodebookArray, index_dtype, index_shape
+from cluscomp_jax.codebook import CodebookArray
 from cluscomp_jax.host_memory import keep_freed_memory
 from cluscomp_jax.settings import TuningSettings
 from cluscomp_jax.tuning.blockwise import init_state, split_trainable, tuning_step
 
-SMOLLM2_135M = {
-    "model_type": "llama",
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "max_position_embeddings": 8192,
-    "rope_theta": 100000.0,
-    "rms_norm_eps": 1e-5,
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
-}
+ONE_BLOCK = SMOLLM2_135M | {"num_hidden_layers": 1}
 
 
 def random_block(model: Any, *, g: int, num_codes: int) -> dict[str, Any]:
@@ -51,9 +39,7 @@ def random_block(model: Any, *, g: int, num_codes: int) -> dict[str, Any]:
         if path not in kernels:
             flat[path] = jnp.ones(shape)
             continue
-        index = rng.integers(0, num_codes, index_shape(shape, g, "out"))
-        codebook = rng.standard_normal((num_codes, g)).astype(np.float32) / np.sqrt(shape[0])
-        flat[path] = CodebookArray(jnp.asarray(codebook), jnp.asarray(index, index_dtype(num_codes)), shape, "out")
+        flat[path] = jax.tree.map(jnp.asarray, random_codes(rng, shape, g=g, num_codes=num_codes))
     return trees.unflatten(flat)
 
 
@@ -116,13 +102,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     keep_freed_memory()
-    model = llama.build(llama.parse_config(SMOLLM2_135M))
+    model = llama.build(llama.parse_config(ONE_BLOCK))
     block = random_block(model, g=options.g, num_codes=options.num_codes)
     rng = np.random.default_rng(1)
     x, y = (rng.standard_normal((1, options.tokens, 576)).astype(np.float32) for _ in range(2))
     steps = {
         "cluscomp_jax": jax_step(model, block, x, y, 0.002),
-        "PyTorch": torch_step(SMOLLM2_135M, block, x, y, 0.002),
+        "PyTorch": torch_step(ONE_BLOCK, block, x, y, 0.002),
     }
     for _ in range(3):
         losses = {name: step() for name, step in steps.items()}

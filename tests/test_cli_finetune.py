@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli_models import write_model, write_text
+from finetune_runs import finetune_argv, write_inputs
 
 from cluscomp_jax import finetuning, trees
 from cluscomp_jax.cli import main
@@ -22,36 +22,14 @@ from cluscomp_jax.examples import Examples, ShuffledBatches
 from cluscomp_jax.html_report.records import read_records
 from cluscomp_jax.io.checkpoint import load_checkpoint, open_checkpoint
 
-CONFIG = """
-save_every = 2
-evaluate_every = 4
-[data]
-length = 16
-[training]
-batch_size = 2
-learning_rate = 0.01
-trainable = [".*/codebook", "model/norm/weight"]
-"""
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("finetune")
-    write_model(folder / "model")
-    write_text(folder / "held_out.txt", 100, seed=1)
-    (folder / "text.txt").write_text("the cat sat on the mat. " * 30)
-    (folder / "run.toml").write_text(CONFIG)
-    argv = ["compress", str(folder / "model"), "--out", str(folder / "small"), "--g", "4", "--num-codes", "8"]
-    assert main(argv) == 0
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("finetune"))
 
 
 def argv(folder: Path, out: Path, *more: str, steps: int = 6) -> list[str]:
-    return [
-        "finetune", str(folder / "small"), "--data", str(folder / "text.txt"), "--out", str(out),
-        "--evaluation", str(folder / "held_out.txt"), "--config", str(folder / "run.toml"),
-        "--steps", str(steps), *more,
-    ]  # fmt: skip
+    return finetune_argv(folder, out, *more, steps=steps)
 
 
 @pytest.fixture(scope="module")

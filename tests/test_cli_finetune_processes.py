@@ -11,48 +11,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cli_models import write_model, write_text
+from finetune_runs import finetune_argv, write_inputs
 
 from cluscomp_jax import trees
-from cluscomp_jax.cli import main
 from cluscomp_jax.codebook import CodebookArray
 from cluscomp_jax.io.checkpoint import load_checkpoint, open_checkpoint
 
 pytestmark = pytest.mark.slow
 MESH = ("--mesh", "data=2")
-CONFIG = """
-save_every = 2
-evaluate_every = 4
-[data]
-length = 16
-[training]
-batch_size = 2
-learning_rate = 0.01
-trainable = [".*/codebook", "model/norm/weight"]
-"""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("processes")
-    write_model(folder / "model")
-    write_text(folder / "held_out.txt", 100, seed=1)
-    (folder / "text.txt").write_text("the cat sat on the mat. " * 30)
-    (folder / "run.toml").write_text(CONFIG)
-    argv = ["compress", str(folder / "model"), "--out", str(folder / "small"), "--g", "4", "--num-codes", "8"]
-    assert main(argv) == 0
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("finetune"))
 
 
 def start(folder: Path, out: Path, *more: str, steps: int = 12) -> "subprocess.Popen[str]":
     """Starts one process with one device."""
-    argv = [
-        "finetune", str(folder / "small"), "--data", str(folder / "text.txt"), "--out", str(out),
-        "--evaluation", str(folder / "held_out.txt"), "--config", str(folder / "run.toml"),
-        "--steps", str(steps), *more,
-    ]  # fmt: skip
     return subprocess.Popen(
-        [sys.executable, "-m", "cluscomp_jax", *argv],
+        [sys.executable, "-m", "cluscomp_jax", *finetune_argv(folder, out, *more, steps=steps)],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

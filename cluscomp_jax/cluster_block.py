@@ -19,6 +19,7 @@ from cluscomp_jax.codebook import CodebookArray, decode
 from cluscomp_jax.correction import SiteMoments, corrected
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.feedback import Feedback, factorise
+from cluscomp_jax.host_memory import return_freed_memory
 from cluscomp_jax.losses import position_weights
 from cluscomp_jax.model import Model, run_block
 from cluscomp_jax.progress import Reporter
@@ -94,35 +95,28 @@ class BlockClustering:
     ) -> tuple[Params, list[dict[str, Any]]]:
         """Returns (block i with the kernels that a rule matches as CodebookArrays, a record of each of these).
 
+        The block waits on the host: on the device lies only what the next program reads.
+
         Args:
           i: the block's number.
-          dense: its parameters, block-relative paths.
+          dense: its parameters, host arrays by block-relative paths.
           rules: {block-relative path: rule}.
           streams: inputs of the block; None: clustering without calibration.
 
         Raises:
           InputError: a kernel that is not finite, by its path.
         """
-        flat, now, records = trees.flatten(dense), trees.flatten(dense), []
+        flat, original, now, records = trees.flatten(dense), trees.flatten(dense), trees.flatten(dense), []
         self.reporter.start(f"block {i + 1}/{self.model.num_blocks}: cluster", len(rules), "matrices")
         kind = self.model.block_kind(i)
         weights = self._channel_weights(kind, dense, streams)
-        positions = None
-        if streams is not None and self.settings.feedback:
-            with self.clock("statistics"):
-                step = partial(run_block, dense, model=self.model, kind=kind)
-                positions = streams.position_weights(step, self.settings.outlier_limit)
+        positions = self._position_weights(kind, dense, streams)
         last = list(self.model.sites)[-1]
         for site, paths in self.model.sites.items():
             kernels = {path: flat[path] for path in paths if path in rules}
             feedback = None
             if kernels and streams is not None and self.settings.feedback:
-                original = dense if self.settings.corrects else None
-                with self.clock("statistics"):
-                    batches = streams.batches(positions)
-                    moments = _computed(
-                        site_moments(self.model, kind, site, trees.unflatten(now), batches, original=original)
-                    )
+                moments = self._moments(kind, site, now, original, streams.batches(positions))
                 if site == last:
                     now.clear()  # nothing reads it any more, and the roots of the moments are large
                 kernels, inputs = self._corrected(kernels, moments), moments.inputs
@@ -138,28 +132,60 @@ class BlockClustering:
                 self.reporter.advance(note=path)
                 if self.settings.sequential and feedback is not None and now:
                     # Dense again, so that one program serves all blocks, however finely each is cut.
-                    now[path] = decode(flat[path])
+                    now[path] = jax.device_get(decode(flat[path]))
+                return_freed_memory()
         return trees.unflatten(flat), records
+
+    def _position_weights(self, kind: Hashable, dense: Params, streams: Streams | None) -> np.ndarray | None:
+        """Returns float32 [samples, t], what each position counts in second moments, or None where all count alike."""
+        if streams is None or not self.settings.feedback:
+            return None
+        with self.clock("statistics"):
+            step = partial(run_block, jax.device_put(dense), model=self.model, kind=kind)
+            return streams.position_weights(step, self.settings.outlier_limit)
+
+    def _moments(
+        self, kind: Hashable, site: str, now: dict[str, Any], original: dict[str, Any], batches: Iterator[Batch]
+    ) -> SiteMoments:
+        """Returns the moments of a site.
+
+        Args:
+          now: {path: array} of the block as it is by now.
+          original: the same as it was; an array that is still the same one is put on the device once.
+        """
+        with self.clock("statistics"):
+            there = {path: jax.device_put(leaf) for path, leaf in now.items()}
+            wanted = None
+            if self.settings.corrects:
+                wanted = trees.unflatten(
+                    {
+                        path: there[path] if leaf is now[path] else jax.device_put(leaf)
+                        for path, leaf in original.items()
+                    }
+                )
+            block = trees.unflatten(there)
+            return _computed(site_moments(self.model, kind, site, block, batches, original=wanted))
 
     def _channel_weights(self, kind: Hashable, dense: Params, streams: Streams | None) -> dict[str, jax.Array]:
         """Returns {path: E[x_i^2]} where they are all that is wanted."""
         if streams is None or self.settings.feedback or not self.settings.weighted:
             return {}
         with self.clock("statistics"):
-            return _computed(channel_moments(self.model, kind, dense, streams.inputs()))
+            return _computed(channel_moments(self.model, kind, jax.device_put(dense), streams.inputs()))
 
     def _corrected(self, kernels: dict[str, jax.Array], moments: SiteMoments) -> dict[str, jax.Array]:
-        """Returns the kernels as they should be clustered."""
+        """Returns the kernels as they should be clustered, on the host."""
         if not self.settings.corrects:
             return kernels
         with self.clock("statistics"):
             ridge = self.settings.ridge
-            return _computed({path: corrected(w, moments, ridge=ridge) for path, w in kernels.items()})
+            return {path: jax.device_get(corrected(w, moments, ridge=ridge)) for path, w in kernels.items()}
 
     def _factorised(self, inputs: jax.Array) -> Feedback:
-        """Returns what feedback needs of the second moments of a site's input."""
+        """Returns what feedback needs of the second moments of a site's input, on the host."""
         with self.clock("statistics"):
-            return _computed(factorise(inputs, damping=self.settings.damping))
+            feedback: Feedback = jax.device_get(factorise(inputs, damping=self.settings.damping))
+            return feedback
 
     def _cluster(
         self,
@@ -169,13 +195,15 @@ class BlockClustering:
         channel_weights: jax.Array | None,
         feedback: Feedback | None,
     ) -> tuple[CodebookArray, ClusterStats]:
+        """Returns (the CodebookArray on the host, its error)."""
         key = matrix_key(self.seed, path)
         try:
-            return cluster_matrix(
+            array, stats = cluster_matrix(
                 weight, rule, self.settings, key=key, channel_weights=channel_weights, feedback=feedback
             )
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
+        return jax.device_get(array), stats
 
 
 def _computed(tree: _T) -> _T:

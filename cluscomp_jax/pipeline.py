@@ -233,7 +233,7 @@ class _Run:
         """Moves the streams behind a block that an earlier process finished."""
         kind = self.model.block_kind(i)
         with self.clock("load"):
-            dense = _on_device(reader.take(i))
+            dense = jax.device_put(reader.take(i))
         with self.clock("resume"):
             self._propagate_original(dense, kind)
             del dense
@@ -257,12 +257,12 @@ class _Run:
         began, kind = time.monotonic(), self.model.block_kind(i)
         streams = self._streams()
         if streams is not None and self.cfg.cluster.calibrated:
-            dense = _on_device(dense)
+            dense = jax.device_get(jax.device_put(dense))  # laid out as the device has it: it goes there several times
         block, matrices = self.cluster(i, dense, self.rules[i], streams)
         block = jax.device_get(block)
         return_freed_memory()
         if self.original is not None or self.augmented is not None:
-            dense = _on_device(dense)
+            dense = jax.device_put(dense)
             self._propagate_original(dense, kind)
         del dense
         return_freed_memory()
@@ -348,11 +348,6 @@ def _stream_distance(a: ActivationStore, b: ActivationStore, batch_size: int, ou
     error = partial(_squared_error, outlier_limit=outlier_limit)
     total = sum(len(x) * float(error(jnp.asarray(x), jnp.asarray(b.read(where)))) for where, x in a.batches(batch_size))
     return total / len(a)
-
-
-def _on_device(tree: Params) -> Params:
-    there: Params = jax.tree.map(jnp.asarray, tree)
-    return there
 
 
 def _rounded(block: Params, trained: Collection[str], dtype: str) -> Params:

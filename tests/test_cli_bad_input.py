@@ -162,6 +162,7 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     "more tokens than there are": ("evaluate {}/model --text {}/text.txt --tokens 601 --context 8", ["600", "601"]),
     "empty text": ("evaluate {}/model --text {}/empty.txt", ["empty.txt"]),
     "no new tokens": ("generate {}/model --prompt a --max-new-tokens 0", ["--max-new-tokens 0"]),
+    "questions of no file": ("evaluate {}/model --exact-match {}/absent.jsonl", ["absent.jsonl", "No such file"]),
     "cold": ("generate {}/model --prompt a --temperature -1", ["temperature is -1"]),
     "top_p of two": ("generate {}/model --prompt a --top-p 2", ["top_p is 2"]),
     "no chat template": ("generate {}/model --prompt a --chat", ["--chat"]),

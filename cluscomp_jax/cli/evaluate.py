@@ -40,7 +40,9 @@ def _run_perplexity(arguments: EvaluateArguments) -> Result:
         if getattr(arguments, name) is not None:
             raise InputError(f"--{name.replace('_', '-')} has no effect without --exact-match FILE; leave it out")
     if arguments.tokens is not None and arguments.tokens < arguments.context:
-        raise InputError(f"--tokens {arguments.tokens} do not fill one window of --context {arguments.context}")
+        raise InputError(
+            f"--tokens {arguments.tokens} do not fill one window of --context {arguments.context}; lower it"
+        )
     opened = open_model(arguments.model)
     stage = None if arguments.record is None else _stage(opened, Path(arguments.record))
     tokens = read_tokens(opened, arguments.text, first=arguments.tokens)

@@ -177,6 +177,17 @@ def test_a_wrong_command(capsys: pytest.CaptureFixture[str], folder: Path, comma
     assert all(name in line for name in named), line
 
 
+def test_windows_beyond_the_context_are_measured_and_said(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    model = write_model(tmp_path / "short", max_position_embeddings=32)
+    argv = ["evaluate", str(model), "--text", str(folder / "text.txt"), "--tokens", "48"]
+    assert main([*argv, "--context", "48"]) == 0
+    assert "--context 48 is more than the model's own context of 32" in capsys.readouterr().err
+    assert main([*argv, "--context", "24"]) == 0
+    assert "own context" not in capsys.readouterr().err
+
+
 def test_an_empty_prompt(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     assert "--prompt" in wrong(capsys, ["generate", str(folder / "model"), "--prompt", ""])
 

@@ -10,7 +10,7 @@ from typing import Any
 from cluscomp_jax.cli.arguments import EvaluateArguments
 from cluscomp_jax.cli.generate import stop_tokens
 from cluscomp_jax.cli.inputs import read_tokens, require_windows
-from cluscomp_jax.cli.outcome import Result
+from cluscomp_jax.cli.outcome import Result, note
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.evaluate import Perplexity, perplexity
 from cluscomp_jax.exact_match import GSM8K_ANSWER, answer_pattern, exact_match
@@ -47,6 +47,9 @@ def _run_perplexity(arguments: EvaluateArguments) -> Result:
     stage = None if arguments.record is None else _stage(opened, Path(arguments.record))
     tokens = read_tokens(opened, arguments.text, first=arguments.tokens)
     require_windows(arguments.text, tokens, arguments.context)
+    most = getattr(opened.config, "max_position_embeddings", None)
+    if most is not None and arguments.context > most:
+        note(f"--context {arguments.context} is more than the model's own context of {most}; it may do badly there")
     with console_reporter() as reporter:
         measured = perplexity(
             opened.source,

@@ -51,5 +51,5 @@ lock: .venv-dev/ready  ## renew the versions that Python 3.11 is held to
 	$(PYTHON) scripts/make_venv.py .venv-dev --group dev
 	touch $@
 
-clean:  ## remove the environments and caches
-	rm -rf .venv-* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+clean:  ## remove the environments, caches and built docs
+	rm -rf .venv-* .site .pytest_cache .mypy_cache .ruff_cache .hypothesis

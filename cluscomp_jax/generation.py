@@ -79,8 +79,6 @@ def generate(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
     prompts = checked_prompts(prompt_tokens, model, max_new_tokens)
-    if materialize not in get_args(Materialize):
-        raise InputError(f"materialize is {materialize!r}; it must be 'once' or 'call'")
     decoder = Decoder.load(
         as_source(params, model), model, dtype=dtype, materialize=materialize, cache_dtype=cache_dtype
     )
@@ -167,10 +165,15 @@ class Decoder:
         materialize: Materialize,
         cache_dtype: CacheDtype | None = None,
     ) -> "Decoder":
-        """Returns the Decoder of a source; the options are those of `generate`."""
-        dtype = jnp.dtype(dtype)
+        """Returns the Decoder of a source; the options are those of `generate`, as are the errors."""
+        try:
+            dtype = jnp.dtype(dtype)
+        except TypeError:
+            raise InputError(f"dtype is {dtype!r}; it must be a floating type such as float32 or bfloat16") from None
         if not jnp.issubdtype(dtype, jnp.floating):
             raise InputError(f"dtype is {dtype}; it must be a floating type")
+        if materialize not in get_args(Materialize):
+            raise InputError(f"materialize is {materialize!r}; it must be 'once' or 'call'")
         if cache_dtype not in (None, *get_args(CacheDtype)):
             raise InputError(f"cache_dtype is {cache_dtype!r}; it must be one of {', '.join(get_args(CacheDtype))}")
         place = partial(_place, dtype=dtype, decode=materialize == "once")

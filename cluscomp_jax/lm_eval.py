@@ -6,6 +6,7 @@ takes the harness's own arguments; `path` is anything that `cluscomp evaluate` t
 only in its own package, so that this module registers the class and then hands over. Needs the extra `lm-eval`.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,17 @@ from cluscomp_jax.scoring import Continuation, Score, score_continuations
 from cluscomp_jax.text_generation import complete
 
 _DEFAULT_NEW_TOKENS = 256
+_MODEL_ARGS = ("path", "max_length", "dtype", "materialize", "cache")
+
+
+def _whole(name: str, value: int | str, *, least: int) -> int:
+    try:
+        number = int(value)
+    except ValueError:
+        raise InputError(f"{name} is {value!r}; it must be a whole number") from None
+    if number < least:
+        raise InputError(f"{name} is {number}; it must be {least} or more")
+    return number
 
 
 @register_model("cluscomp")
@@ -34,7 +46,7 @@ class CluscompLM(TemplateLM):  # type: ignore[misc]
 
     def __init__(
         self,
-        path: str,
+        path: str | None = None,
         batch_size: int | str = 8,
         max_length: int | None = None,
         max_batch_size: int | None = None,
@@ -42,24 +54,37 @@ class CluscompLM(TemplateLM):  # type: ignore[misc]
         dtype: str = "float32",
         materialize: str = "once",
         cache: str | None = None,
+        **unknown: Any,
     ):
         """Opens and loads a model.
 
         Args:
-          path: compressed folder, Hugging Face folder or hub id, or .gguf file.
+          path: compressed folder, Hugging Face folder or hub id, or .gguf file; must be given.
           batch_size: requests per forward pass, 1 or more; "auto" is 8.
-          max_length: most tokens that pass through the model; None: the model's context.
-          max_batch_size, device: handed over by the harness and not used: JAX chooses the device.
+          max_length: most tokens that pass through the model, at most its context; None: that.
+          max_batch_size: handed over by the harness and not used.
+          device: the same; JAX chooses the device.
           dtype: compute dtype.
-          materialize, cache: `materialize` and `cache_dtype` of `cluscomp_jax.generate`.
+          materialize: as for `cluscomp_jax.generate`.
+          cache: `cache_dtype` of `cluscomp_jax.generate`.
+          **unknown: refused.
 
         Raises:
-          InputError: no such model, or an argument out of its range.
+          InputError: no such model, or an argument unknown or out of its range.
         """
         super().__init__()
+        if path is None:
+            raise InputError("no model is named; give --model_args path=OUT")
+        if unknown:
+            raise InputError(f"model_args has no {', '.join(unknown)}; there are {', '.join(_MODEL_ARGS)}")
+        self.batch_size = 8 if batch_size == "auto" else _whole("batch_size", batch_size, least=1)
         opened = open_model(path)
         self.tokenizer = opened.load_tokenizer()
         self._name = opened.name
+        context = getattr(opened.config, "max_position_embeddings", None)
+        self.max_length = _whole("max_length", (context or 2048) if max_length is None else max_length, least=2)
+        if context is not None and self.max_length > context:
+            raise InputError(f"max_length {self.max_length} exceeds the model's context of {context}; lower it")
         self._decoder = Decoder.load(
             opened.source,
             opened.model,
@@ -67,11 +92,6 @@ class CluscompLM(TemplateLM):  # type: ignore[misc]
             materialize=materialize,  # type: ignore[arg-type]
             cache_dtype=cache,  # type: ignore[arg-type]
         )
-        self.batch_size = 8 if batch_size == "auto" else int(batch_size)
-        context = getattr(opened.config, "max_position_embeddings", None)
-        self.max_length = int(max_length or context or 2048)
-        if self.batch_size < 1 or self.max_length < 2:
-            raise InputError(f"batch_size {batch_size}, max_length {self.max_length}; 1 and 2 are the least")
         stops = {*getattr(opened.config, "eos_token_id", ()), self.tokenizer.eos_token_id}
         self._stop_tokens = tuple(token for token in stops if token is not None)
 
@@ -195,14 +215,19 @@ class CluscompLM(TemplateLM):  # type: ignore[misc]
         return [completion.text for completion in completions]
 
 
-def main() -> None:
-    """Runs the harness's command line with the model `cluscomp` known to it."""
+def main() -> int:
+    """Runs the harness's command line with the model `cluscomp` known to it, and returns 0, or 2 for wrong input."""
     from lm_eval.__main__ import cli_evaluate
 
     keep_freed_memory()
     schedule_for_memory()
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except InputError as error:
+        print(f"cluscomp_jax.lm_eval: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -162,6 +162,7 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
     "more tokens than there are": ("evaluate {}/model --text {}/text.txt --tokens 601 --context 8", ["600", "601"]),
     "empty text": ("evaluate {}/model --text {}/empty.txt", ["empty.txt"]),
     "no new tokens": ("generate {}/model --prompt a --max-new-tokens 0", ["--max-new-tokens 0"]),
+    "questions of no file": ("evaluate {}/model --exact-match {}/absent.jsonl", ["absent.jsonl", "No such file"]),
     "cold": ("generate {}/model --prompt a --temperature -1", ["temperature is -1"]),
     "top_p of two": ("generate {}/model --prompt a --top-p 2", ["top_p is 2"]),
     "no chat template": ("generate {}/model --prompt a --chat", ["--chat"]),
@@ -174,6 +175,17 @@ COMMANDS: dict[str, tuple[str, list[str]]] = {
 def test_a_wrong_command(capsys: pytest.CaptureFixture[str], folder: Path, command: str, named: list[str]) -> None:
     line = wrong(capsys, command.replace("{}", str(folder)).split())
     assert all(name in line for name in named), line
+
+
+def test_windows_beyond_the_context_are_measured_and_said(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    model = write_model(tmp_path / "short", max_position_embeddings=32)
+    argv = ["evaluate", str(model), "--text", str(folder / "text.txt"), "--tokens", "48"]
+    assert main([*argv, "--context", "48"]) == 0
+    assert "--context 48 is more than the model's own context of 32" in capsys.readouterr().err
+    assert main([*argv, "--context", "24"]) == 0
+    assert "own context" not in capsys.readouterr().err
 
 
 def test_an_empty_prompt(capsys: pytest.CaptureFixture[str], folder: Path) -> None:

@@ -162,7 +162,13 @@ def test_wrong_input_is_refused(capsys: pytest.CaptureFixture[str], folder: Path
     assert "--shard-gb nan" in refuse(capsys, ["export", small, "--format", "dense", "--out", out, "--shard-gb", "nan"])
     line = refuse(capsys, ["export", small, "--format", "orbax", "--out", out, "--code-bits", "9"])
     assert "no effect on orbax" in line
-    assert "is no AQLM model" in refuse(capsys, ["import", small, "--out", out])
+    line = refuse(capsys, ["import", small, "--out", out])
+    assert "is no AQLM model" in line
+    assert "already" in line
+    file = folder / "aqlm" / "config.json"
+    assert "is a file, not a folder" in refuse(capsys, ["export", str(file), "--format", "dense", "--out", out])
+    dense = refuse(capsys, ["export", str(folder / "aqlm"), "--format", "dense", "--out", out])
+    assert "give the output folder of compress" in dense
     assert not Path(out).exists()
 
 

@@ -50,7 +50,8 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "a system message without chat": (["--prompt", "a", "--system", "b"], "--system has no effect"),
     "no chat template": (["--prompt", "a", "--chat"], "has no chat template"),
     "an empty prompt": (["--prompt", ""], "--prompt is empty"),
-    "min_p": (["--prompt", "a", "--min-p", "2"], "min_p is 2"),
+    "draws without a temperature": (["--prompt", "a", "--top-k", "4"], "--top-k 4 has no effect at --temperature 0"),
+    "min_p": (["--prompt", "a", "--temperature", "1", "--min-p", "2"], "min_p is 2"),
     "too long": (["--prompt", "a", "--max-new-tokens", "300"], "the model's context of 256"),
     "too long a prompt": (["--prompt", "city " * 400], "exceed the model's context of 256"),
 }

@@ -188,7 +188,7 @@ def test_a_model_without_codebooks_is_refused_by_the_default(params):
     from cluscomp_jax.cluster import decompress
 
     cfg = FinetuneConfig(model=CONFIG)
-    with pytest.raises(InputError, match="matches no array"):
+    with pytest.raises(InputError, match="no codebooks yet: compress it first"):
         finetune(decompress(params), ROWS, cfg)
 
 

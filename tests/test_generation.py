@@ -315,6 +315,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "top_p of 0": ([1], {"top_p": 0.0}, "top_p is 0"),
     "top_p above 1": ([1], {"top_p": 1.5}, "top_p is 1.5"),
     "integer dtype": ([1], {"dtype": "int32"}, "dtype is int32"),
+    "dtype of no one": ([1], {"dtype": "float5"}, "dtype is .float5."),
     "materialize": ([1], {"materialize": "twice"}, "materialize is 'twice'"),
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 from cluscomp_jax.cli.arguments import EvaluateArguments
 from cluscomp_jax.cli.generate import stop_tokens
 from cluscomp_jax.cli.inputs import read_tokens, require_windows
-from cluscomp_jax.cli.outcome import Result
+from cluscomp_jax.cli.outcome import Result, note
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.evaluate import Perplexity, perplexity
 from cluscomp_jax.exact_match import GSM8K_ANSWER, answer_pattern, exact_match
@@ -40,11 +40,16 @@ def _run_perplexity(arguments: EvaluateArguments) -> Result:
         if getattr(arguments, name) is not None:
             raise InputError(f"--{name.replace('_', '-')} has no effect without --exact-match FILE; leave it out")
     if arguments.tokens is not None and arguments.tokens < arguments.context:
-        raise InputError(f"--tokens {arguments.tokens} do not fill one window of --context {arguments.context}")
+        raise InputError(
+            f"--tokens {arguments.tokens} do not fill one window of --context {arguments.context}; lower it"
+        )
     opened = open_model(arguments.model)
     stage = None if arguments.record is None else _stage(opened, Path(arguments.record))
     tokens = read_tokens(opened, arguments.text, first=arguments.tokens)
     require_windows(arguments.text, tokens, arguments.context)
+    most = getattr(opened.config, "max_position_embeddings", None)
+    if most is not None and arguments.context > most:
+        note(f"--context {arguments.context} is more than the model's own context of {most}; it may do badly there")
     with console_reporter() as reporter:
         measured = perplexity(
             opened.source,

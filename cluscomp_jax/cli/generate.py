@@ -69,6 +69,13 @@ def _refuse(arguments: GenerateArguments) -> None:
         raise InputError("--prompt is empty; give at least one")
     if arguments.stream and len(arguments.prompt) > 1:
         raise InputError(f"--stream shows one completion as it comes, not {len(arguments.prompt)}; leave it out")
+    if arguments.temperature == 0:
+        for name in ("top_k", "top_p", "min_p"):
+            if (value := getattr(arguments, name)) is not None:
+                raise InputError(
+                    f"--{name.replace('_', '-')} {value} has no effect at --temperature 0, which takes the likeliest "
+                    "token; give a temperature above 0, or leave it out"
+                )
     if arguments.system is not None and not arguments.chat:
         raise InputError("--system has no effect without --chat; add that, or leave it out")
 

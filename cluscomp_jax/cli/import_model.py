@@ -30,7 +30,8 @@ def run(arguments: ImportArguments) -> Result:
     """Returns what was imported; an interrupted import resumes when the same command is given again."""
     opened = open_model(arguments.model)
     if opened.kind != "aqlm":
-        raise InputError(f"{arguments.model} is no AQLM model; import takes only those")
+        hint = "it is in our format already" if opened.kind == "compressed" else "`cluscomp compress` takes it"
+        raise InputError(f"{arguments.model} is no AQLM model, which is all that import takes; {hint}")
     opened = open_aqlm(opened.files[0].parent, name=opened.name, allow_dense=arguments.allow_dense)
     provenance = {
         "model": opened.origin,

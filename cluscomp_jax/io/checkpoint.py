@@ -160,11 +160,14 @@ def save_checkpoint(
 
 def _open(root: Path) -> tuple[Manifest, Model, dict[str, Contents]]:
     if not root.is_dir():
-        raise InputError(f"{root}: no such folder; give the folder of a compressed checkpoint")
+        found = "is a file, not a folder" if root.exists() else "no such folder"
+        raise InputError(f"{root}: {found}; give the folder of a compressed checkpoint")
     if not (root / MANIFEST_NAME).exists():
         if (root / RUN_NAME).exists():
             raise InputError(f"{root}: an unfinished run; repeat the command that began it, which resumes")
-        raise InputError(f"{root}: has no {MANIFEST_NAME}; it is not a compressed checkpoint")
+        raise InputError(
+            f"{root}: has no {MANIFEST_NAME}; it is not a compressed checkpoint; give the output folder of compress"
+        )
     manifest = read_manifest(root / MANIFEST_NAME)
     model = build_model(parse_model_config(manifest.model_config))
     parts = contents.split(manifest.contents, model, root / MANIFEST_NAME)

@@ -144,7 +144,7 @@ def _objects(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raw = path.read_bytes()
         lines = (gzip.decompress(raw) if path.suffix == ".gz" else raw).split(b"\n")
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"training data {path} cannot be read: {error}") from None
+        raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

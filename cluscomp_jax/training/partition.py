@@ -171,12 +171,14 @@ class _Choice:
     def __init__(self, trainable: Sequence[str]):
         self._patterns = [re.compile(pattern) for pattern in trainable]
         self._unused = set(trainable)
+        self._compressed = False
 
     def part(self, prefix: str, tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns ({name: what trains}, {path: what is frozen}) of one block, or of what is outside the blocks."""
         trained, frozen = {}, {}
         for path, leaf in trees.iterate(tree):
             coded = isinstance(leaf, CodebookArray)
+            self._compressed |= coded
             name = path + _CODEBOOK if coded else path
             if not self._matches(prefix + name):
                 frozen[path] = leaf
@@ -196,9 +198,10 @@ class _Choice:
 
     def refuse_unused(self) -> None:
         for pattern in sorted(self._unused):
+            advice = "" if self._compressed else "; this model has no codebooks yet: compress it first"
             raise InputError(
                 f"trainable {pattern!r} matches no array of the model; names are paths such as 'model/norm/weight', "
-                "and a kernel's path with '/codebook' behind it where the kernel is compressed"
+                f"and a kernel's path with '/codebook' behind it where the kernel is compressed{advice}"
             )
 
 

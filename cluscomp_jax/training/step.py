@@ -104,7 +104,8 @@ def summed_loss(
     That of a token is -log p(token | tokens before it), nats; with a teacher, as `DistillationSettings` mix it.
 
     Args:
-      trained, frozen: of `split_params`.
+      trained: of `split_params`.
+      frozen: of `split_params`.
       tokens: int32 [b, t], t >= 2.
       scored: bool [b, t]; the first position of a row is never scored, whatever it says.
       teacher: takes part only where the settings have a distillation.
@@ -166,10 +167,11 @@ def train_step(
 
     Args:
       state: is donated.
-      frozen, layout: of `split_params`.
+      frozen: of `split_params`.
       tokens: int32 [a, b, t]: a batches, passed through one after another.
       scored: bool [a, b, t], as in `summed_loss`; at least one true behind the first position of a row.
       teacher: as in `summed_loss`.
+      layout: of `split_params`.
       settings: of the run.
     """
     loss_of = partial(summed_loss, layout=layout, settings=settings)

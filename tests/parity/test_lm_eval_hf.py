@@ -58,3 +58,45 @@ def test_greedy_generation_agrees(models: tuple[Any, Any]) -> None:
     contexts = [("The city of", settings), ("In the beginning of the nineteenth century there", settings)]
     found, want = (model.generate_until(requests("generate_until", contexts)) for model in models)
     assert found == want
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "no model": ({}, "path=OUT"),
+    "no such model": ({"path": "nowhere"}, "'nowhere'"),
+    "an argument of no one": ({"path": None, "colour": "red"}, "no colour.*max_length"),
+    "a batch of a word": ({"path": None, "batch_size": "x"}, "batch_size is 'x'"),
+    "no batch": ({"path": None, "batch_size": -2}, "batch_size is -2"),
+    "a context of one": ({"path": None, "max_length": 1}, "max_length is 1"),
+    "beyond the context": ({"path": None, "max_length": 257}, "257 exceeds the model's context of 256"),
+    "dtype": ({"path": None, "dtype": "float5"}, "dtype is 'float5'"),
+    "materialize": ({"path": None, "materialize": "never"}, "materialize is 'never'"),
+    "cache": ({"path": None, "cache": "int4"}, "cache_dtype is 'int4'"),
+}
+"""Wrong arguments, a path of None standing for the small Llama's."""
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments_are_named(tiny_model: Path, arguments: dict[str, Any], message: str) -> None:
+    from cluscomp_jax.errors import InputError
+    from cluscomp_jax.lm_eval import CluscompLM
+
+    given = {**arguments, **({"path": str(tiny_model)} if arguments.get("path", "") is None else {})}
+    with pytest.raises(InputError, match=message):
+        CluscompLM(**given)
+
+
+def test_wrong_input_is_one_line_and_exit_code_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from cluscomp_jax import lm_eval as ours
+
+    (tmp_path / "lines.jsonl").write_text('{"text": "a b", "last": " c"}\n')
+    (tmp_path / "lines.yaml").write_text(
+        f"task: lines\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/lines.jsonl}}}}\n"
+        "test_split: test\noutput_type: loglikelihood\ndoc_to_text: '{{text}}'\ndoc_to_target: '{{last}}'\n"
+        "metric_list: [{metric: acc}]\n"
+    )
+    argv = ["--model", "cluscomp", "--model_args", "path=nowhere", "--tasks", "lines", "--include_path", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["lm_eval", *argv])
+    assert ours.main() == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("cluscomp_jax.lm_eval: error: model 'nowhere'")

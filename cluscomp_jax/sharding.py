@@ -1,4 +1,4 @@
-"""Where the arrays and rows of a training run lie on a mesh of devices. XLA does the rest. Knows no loss and no loop.
+"""Where the arrays and rows of a run lie on a mesh of devices. XLA does the rest. Knows no loss and no loop.
 
 Rows of a batch are spread over "data" and "fsdp". Matrices, their indices and their codebooks lie in parts over "fsdp"
 and "tensor"; what "fsdp" parts is gathered block by block, where it is used. A dimension that an axis does not divide
@@ -82,6 +82,18 @@ class Sharding:
     def put_rows(self, rows: np.ndarray) -> jax.Array:
         """Returns [..., b, t] of the host, the same in every process, with b spread over the devices."""
         return _put(rows, self.rows(rows.ndim))
+
+    def put_samples(self, x: np.ndarray) -> jax.Array:
+        """Returns [b, ...] of the host with b spread over the devices; whole on each where it cannot be equally."""
+        return _put(x, self._on(ROWS) if self.splits(len(x)) else self.everywhere)
+
+    def splits(self, rows: int) -> bool:
+        """Returns whether so many rows can be spread equally."""
+        return rows % self.row_parts == 0
+
+    def put_whole(self, tree: Any) -> Any:
+        """Returns a tree of host arrays or of the device's, whole on every device."""
+        return jax.device_put(tree, self.everywhere)
 
     def by_rows(self, x: jax.Array) -> jax.Array:
         """Returns x [b, ...] with b spread over the devices and nothing else."""

@@ -1,0 +1,88 @@
+"""A program of its own, because a process has as many devices as it began with: compression spread over four.
+
+`python spread_runs.py OUT.json` writes what tests/test_spread.py judges.
+"""
+
+import dataclasses
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cluscomp_jax import cluster_block, llama, trees
+from cluscomp_jax.cluster import decompress
+from cluscomp_jax.config import RunConfig
+from cluscomp_jax.pipeline import compress_stream
+from cluscomp_jax.settings import CalibrationSettings, ClusterSettings, CompressionRule, MeshSettings, TuningSettings
+from cluscomp_jax.source import DictSink, DictSource
+
+CONFIG = llama.LlamaConfig(
+    vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, initializer_range=0.3,
+)  # fmt: skip
+MODEL = llama.build(CONFIG)
+TUNING = TuningSettings(epochs=2, batch_size=4, learning_rate=0.01, held_out=3)
+RUN = RunConfig(
+    model=CONFIG,
+    cluster=ClusterSettings(rules=(CompressionRule(g=4, num_codes=12),), iterations=4),
+    calibration=CalibrationSettings(samples=11, length=12),
+    tuning=TUNING,
+)
+RUNS = {
+    "one": RUN,
+    "spread": dataclasses.replace(RUN, mesh=MeshSettings(data=4)),
+    "spread, single samples": dataclasses.replace(
+        RUN, mesh=MeshSettings(data=4), tuning=dataclasses.replace(TUNING, batch_size=1)
+    ),
+    "one, single samples": dataclasses.replace(RUN, tuning=dataclasses.replace(TUNING, batch_size=1)),
+    "one, alone": dataclasses.replace(RUN, tuning=None),
+    "spread, alone": dataclasses.replace(RUN, tuning=None, mesh=MeshSettings(data=4)),
+}
+TOKENS = np.random.default_rng(0).integers(0, 60, (11, 12))
+
+
+def run(cfg: RunConfig, calibration: np.ndarray | None) -> dict:
+    """The records of a run, its decoded kernels, the device of each matrix, and where the samples of batches lay."""
+    where: dict[str, str] = {}
+    samples: set[str] = set()
+    cluster, moments = cluster_block.BlockClustering._cluster, cluster_block.site_moments
+
+    def clustered(self, path, *arguments):
+        (device,) = jnp.zeros(()).devices()
+        where[path] = str(device)
+        return cluster(self, path, *arguments)
+
+    def watched(*arguments, **options):
+        *front, batches = arguments
+        seen = list(batches)
+        samples.update(str(getattr(batch.x.sharding, "spec", None)) for batch in seen)
+        return moments(*front, seen, **options)
+
+    cluster_block.BlockClustering._cluster, cluster_block.site_moments = clustered, watched
+    sink = DictSink()
+    with tempfile.TemporaryDirectory() as work:
+        params = llama.init_params(CONFIG, jax.random.key(0))
+        summary = compress_stream(DictSource(params, MODEL), sink, cfg, calibration=calibration, work_dir=Path(work))
+    cluster_block.BlockClustering._cluster, cluster_block.site_moments = cluster, moments
+    kernels = {
+        path: np.asarray(leaf, np.float32).tolist()
+        for path, leaf in trees.flatten(decompress(sink.params(MODEL))).items()
+    }
+    return {"blocks": summary.blocks, "kernels": kernels, "devices": where, "samples": sorted(samples)}
+
+
+def main() -> None:
+    runs = {name: run(cfg, TOKENS) for name, cfg in RUNS.items()}
+    blind = ClusterSettings(rules=RUN.cluster.rules, iterations=4, weighted=False, feedback=False)
+    for name in ("one", "spread"):
+        cfg = dataclasses.replace(RUNS[f"{name}, alone"], cluster=blind)
+        runs[f"{name}, no text"] = run(cfg, None)
+    Path(sys.argv[1]).write_text(json.dumps(runs))
+
+
+if __name__ == "__main__":
+    main()

@@ -23,6 +23,7 @@ from cluscomp_jax.losses import position_weights
 from cluscomp_jax.model import Model, run_block
 from cluscomp_jax.progress import Reporter
 from cluscomp_jax.settings import ClusterSettings, CompressionRule
+from cluscomp_jax.sharding import Sharding, put_samples
 from cluscomp_jax.statistics import Batch, channel_moments, site_moments
 from cluscomp_jax.trees import Params
 from cluscomp_jax.tuning import ActivationStore
@@ -39,12 +40,14 @@ class Streams(NamedTuple):
       original: what the original model computes, or None where nothing needs it.
       batch_size: samples at a time.
       dtype: compute dtype.
+      sharding: of the samples of a batch, where several devices share them.
     """
 
     compressed: ActivationStore
     original: ActivationStore | None
     batch_size: int
     dtype: Any
+    sharding: Sharding | None = None
 
     def inputs(self) -> Iterator[jax.Array]:
         """Yields the compressed stream's inputs [b, t, d]."""
@@ -55,7 +58,8 @@ class Streams(NamedTuple):
         """Yields inputs of both streams; `weights` [samples, t] is what each position counts."""
         for where, x in self.compressed.batches(self.batch_size):
             original = None if self.original is None else self._on_device(self.original.read(where))
-            yield Batch(self._on_device(x), original, None if weights is None else jnp.asarray(weights[where]))
+            counted = None if weights is None else put_samples(weights[where], self.sharding)
+            yield Batch(self._on_device(x), original, counted)
 
     def position_weights(self, block: Callable[[jax.Array], jax.Array], limit: float) -> np.ndarray | None:
         """Returns float32 [samples, t], what each position counts by its output of the original block."""
@@ -67,8 +71,7 @@ class Streams(NamedTuple):
         )
 
     def _on_device(self, x: np.ndarray) -> jax.Array:
-        there: jax.Array = jax.device_put(x).astype(self.dtype)
-        return there
+        return put_samples(x, self.sharding).astype(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

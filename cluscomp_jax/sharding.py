@@ -83,17 +83,13 @@ class Sharding:
         """Returns [..., b, t] of the host, the same in every process, with b spread over the devices."""
         return _put(rows, self.rows(rows.ndim))
 
-    def put_samples(self, x: np.ndarray) -> jax.Array:
-        """Returns [b, ...] of the host with b spread over the devices; whole on each where it cannot be equally."""
-        return _put(x, self._on(ROWS) if self.splits(len(x)) else self.everywhere)
-
     def splits(self, rows: int) -> bool:
         """Returns whether so many rows can be spread equally."""
         return rows % self.row_parts == 0
 
-    def put_whole(self, tree: Any) -> Any:
-        """Returns a tree of host arrays or of the device's, whole on every device."""
-        return jax.device_put(tree, self.everywhere)
+    def samples(self, count: int) -> NamedSharding:
+        """Returns the place of [b, ...] with b spread over the devices; whole on each where it cannot be equally."""
+        return self._on(ROWS) if self.splits(count) else self.everywhere
 
     def by_rows(self, x: jax.Array) -> jax.Array:
         """Returns x [b, ...] with b spread over the devices and nothing else."""
@@ -161,6 +157,18 @@ def make_sharding(settings: MeshSettings, model: Model) -> Sharding | None:
 def sharding_on(mesh: Mesh, model: Model) -> Sharding:
     """Returns how `model` lies on a mesh with the AXES."""
     return Sharding(mesh, _added_to_a_residual(model))
+
+
+def put_samples(x: np.ndarray, sharding: Sharding | None) -> jax.Array:
+    """Returns [b, ...] of the host on the devices that share its samples, or on the only one."""
+    there: jax.Array = jax.device_put(x, None if sharding is None else sharding.samples(len(x)))
+    return there
+
+
+def put_whole(tree: Params, sharding: Sharding | None) -> Params:
+    """Returns the parameters whole on every device."""
+    there: Params = jax.device_put(tree, None if sharding is None else sharding.everywhere)
+    return there
 
 
 def gathered(params: Params, sharding: Sharding | None) -> Params:

@@ -21,7 +21,7 @@ from cluscomp_jax.model import Model
 from cluscomp_jax.optimizer import make_optimizer
 from cluscomp_jax.progress import Reporter
 from cluscomp_jax.settings import TuningSettings
-from cluscomp_jax.sharding import Sharding, gathered
+from cluscomp_jax.sharding import Sharding, gathered, put_samples, put_whole
 from cluscomp_jax.trees import Params
 from cluscomp_jax.tuning.store import ActivationStore
 from pallas_kernels.codebook_matmul import FAST_GRADIENTS
@@ -174,7 +174,7 @@ class _Problem:
 
     def batch(self, where: slice | np.ndarray) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Returns (inputs, targets) of some samples, on the device."""
-        put = jax.device_put if self.sharding is None else self.sharding.put_samples
+        put = partial(put_samples, sharding=self.sharding)
         return put(self.inputs.read(where)), tuple(put(store.read(where)) for store in self.targets)
 
     def step(self, state: StepState, where: np.ndarray) -> tuple[StepState, jax.Array]:
@@ -220,8 +220,7 @@ def tune_block(
       rng: orders the samples of each epoch.
       sharding: of the samples of a batch, where several devices share them; the block is whole on each.
     """
-    block = jax.tree.map(jnp.asarray, block) if sharding is None else sharding.put_whole(block)
-    trained, frozen = split_trainable(block, norms=settings.norms)
+    trained, frozen = split_trainable(put_whole(block, sharding), norms=settings.norms)
     stepped, held_out = range(len(inputs) - settings.held_out), range(len(inputs) - settings.held_out, len(inputs))
     steps_per_epoch = len(stepped) // settings.batch_size
     total_steps = max(settings.epochs * steps_per_epoch, 1)

@@ -32,16 +32,13 @@ RUN = RunConfig(
     calibration=CalibrationSettings(samples=11, length=12),
     tuning=TUNING,
 )
+BLIND = ClusterSettings(rules=RUN.cluster.rules, iterations=4, weighted=False, feedback=False)
 RUNS = {
-    "one": RUN,
-    "spread": dataclasses.replace(RUN, mesh=MeshSettings(data=4)),
-    "spread, single samples": dataclasses.replace(
-        RUN, mesh=MeshSettings(data=4), tuning=dataclasses.replace(TUNING, batch_size=1)
-    ),
-    "one, single samples": dataclasses.replace(RUN, tuning=dataclasses.replace(TUNING, batch_size=1)),
-    "one, alone": dataclasses.replace(RUN, tuning=None),
-    "spread, alone": dataclasses.replace(RUN, tuning=None, mesh=MeshSettings(data=4)),
+    "tuned": RUN,
+    "tuned by single samples": dataclasses.replace(RUN, tuning=dataclasses.replace(TUNING, batch_size=1)),
+    "without text": dataclasses.replace(RUN, cluster=BLIND, tuning=None),
 }
+MESHES = {"one": MeshSettings(), "four": MeshSettings(data=4)}
 TOKENS = np.random.default_rng(0).integers(0, 60, (11, 12))
 
 
@@ -76,11 +73,13 @@ def run(cfg: RunConfig, calibration: np.ndarray | None) -> dict:
 
 
 def main() -> None:
-    runs = {name: run(cfg, TOKENS) for name, cfg in RUNS.items()}
-    blind = ClusterSettings(rules=RUN.cluster.rules, iterations=4, weighted=False, feedback=False)
-    for name in ("one", "spread"):
-        cfg = dataclasses.replace(RUNS[f"{name}, alone"], cluster=blind)
-        runs[f"{name}, no text"] = run(cfg, None)
+    runs = {
+        name: {
+            devices: run(dataclasses.replace(cfg, mesh=mesh), None if cfg.tuning is None else TOKENS)
+            for devices, mesh in MESHES.items()
+        }
+        for name, cfg in RUNS.items()
+    }
     Path(sys.argv[1]).write_text(json.dumps(runs))
 
 

@@ -167,7 +167,9 @@ class _Run:
             self.rules = rules_by_block(self.model, cfg, self._sensitivities(calibration, work_dir))
         numbers = cfg.tuning or TuningSettings()
         self.dtype = jnp.dtype(numbers.compute_dtype)
-        self.batch_size = cfg.mesh.data * forward_batch(self.model, cfg, calibration.shape)
+        # Of as many samples as can be spread, so that only the last batch may lie whole on every device.
+        spread = max(1, len(calibration) // cfg.mesh.data)
+        self.batch_size = cfg.mesh.data * min(spread, forward_batch(self.model, cfg, calibration.shape))
         if cfg.cluster.calibrated or self.tuning:
             with self.clock("embed"):
                 self._embed(calibration, work_dir, jnp.dtype(numbers.activation_dtype))

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.generation import Decoder
-from cluscomp_jax.host_memory import keep_freed_memory
+from cluscomp_jax.host_memory import keep_freed_memory, schedule_for_memory
 from cluscomp_jax.io.open import open_model
 from cluscomp_jax.sampling import Sampling
 from cluscomp_jax.scoring import Continuation, Score, score_continuations
@@ -200,6 +200,7 @@ def main() -> None:
     from lm_eval.__main__ import cli_evaluate
 
     keep_freed_memory()
+    schedule_for_memory()
     cli_evaluate()
 
 

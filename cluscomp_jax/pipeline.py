@@ -155,7 +155,7 @@ class _Run:
         self.records_dir.mkdir(parents=True, exist_ok=True)
         self.tuning = cfg.tuning if calibration is not None else None
         self.sharding = make_sharding(cfg.mesh, self.model)
-        self.cluster = BlockClustering(self.model, cfg.cluster, cfg.seed, self.clock, self.reporter)
+        self.cluster = BlockClustering(self.model, cfg.cluster, cfg.seed, self.clock, self.reporter, self.sharding)
         self.dtype, self.batch_size = jnp.dtype("float32"), 1
         self.original: ActivationStore | None = None
         self.compressed: ActivationStore | None = None
@@ -261,7 +261,7 @@ class _Run:
         began, kind = time.monotonic(), self.model.block_kind(i)
         streams = self._streams()
         if streams is not None and self.cfg.cluster.calibrated:
-            dense = put_whole(dense, self.sharding)
+            dense = jax.device_get(jax.device_put(dense))  # laid out as the device has it: it goes there several times
         block, matrices = self.cluster(i, dense, self.rules[i], streams)
         block = jax.device_get(block)
         return_freed_memory()

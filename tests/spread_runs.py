@@ -48,10 +48,10 @@ def run(cfg: RunConfig, calibration: np.ndarray | None) -> dict:
     samples: set[str] = set()
     cluster, moments = cluster_block.BlockClustering._cluster, cluster_block.site_moments
 
-    def clustered(self, path, *arguments):
+    def clustered(self, i, *arguments):
         (device,) = jnp.zeros(()).devices()
-        where[path] = str(device)
-        return cluster(self, path, *arguments)
+        where[f"{i}/{arguments[-1]}"] = str(device)
+        return cluster(self, i, *arguments)
 
     def watched(*arguments, **options):
         *front, batches = arguments

@@ -1,4 +1,4 @@
-"""A program of its own, because a process has as many devices as it began with: compression spread over four.
+"""A program of its own, because a process has as many devices as it began with: compression spread over two.
 
 `python spread_runs.py OUT.json` writes what tests/test_spread.py judges.
 """
@@ -35,10 +35,9 @@ RUN = RunConfig(
 BLIND = ClusterSettings(rules=RUN.cluster.rules, iterations=4, weighted=False, feedback=False)
 RUNS = {
     "tuned": RUN,
-    "tuned by single samples": dataclasses.replace(RUN, tuning=dataclasses.replace(TUNING, batch_size=1)),
     "without text": dataclasses.replace(RUN, cluster=BLIND, tuning=None),
 }
-MESHES = {"one": MeshSettings(), "four": MeshSettings(data=4)}
+MESHES = {"one": MeshSettings(), "two": MeshSettings(data=2)}
 TOKENS = np.random.default_rng(0).integers(0, 60, (11, 12))
 
 

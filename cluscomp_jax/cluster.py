@@ -73,7 +73,8 @@ def cluster_matrix(
     """Returns the CodebookArray of a kernel [d_in, d_out] and its error; the codebook is already 16 bit.
 
     Args:
-      weight: [d_in, d_out], finite.
+      weight: [d_in, d_out], finite. What lies on the host, weight or feedback, is on the device only while it is used:
+        k-means, which needs the most memory for itself, has it to itself.
       rule: gives g, num_codes and axis; its pattern is not looked at.
       settings: iterations, codebook_dtype and, with feedback, refits are used.
       key: same key, same bytes.
@@ -89,7 +90,7 @@ def cluster_matrix(
         raise InputError(NOT_IN)
     # No name here holds the vectors and their weights, so that k-means can let go of them.
     codes, index, stats = kmeans.fit_codebook(
-        to_vectors(jnp.asarray(weight), g=rule.g, axis=rule.axis),
+        to_vectors(jax.device_put(weight), g=rule.g, axis=rule.axis),
         num_codes=rule.num_codes,
         key=key,
         weights=None
@@ -99,15 +100,37 @@ def cluster_matrix(
     )
     rounded = cb.round_codebook(codes, settings.codebook_dtype)
     if feedback is not None:
-        weight, forest = jnp.asarray(weight), kmeans.plant_forest(rounded, key)
-        index = assign_with_feedback(weight, rounded, feedback, g=rule.g, forest=forest)
-        codes, index = refit(weight, rounded, index, feedback, rounds=settings.refits, forest=forest, key=key)
-        rounded = cb.round_codebook(codes, settings.codebook_dtype)
+        del codes, index  # only their codebook counts: all are chosen anew
+        rounded, index = _with_feedback(weight, rounded, feedback, rule, settings, key)
     shape = (d_in, d_out)
     packed = index.reshape(cb.index_shape(shape, rule.g, rule.axis)).astype(cb.index_dtype(rule.num_codes))
     array = CodebookArray(codebook=rounded, index=packed, shape=shape, axis=rule.axis)
-    plain, weighted = relative_errors(jnp.asarray(weight), array, channel_weights)
+    plain, weighted = relative_errors(jax.device_put(weight), array, channel_weights)
     return array, ClusterStats(plain, weighted, index_entropy(np.asarray(packed), rule.num_codes), stats.seconds)
+
+
+def _with_feedback(
+    weight: jax.Array | np.ndarray,
+    codebook: jax.Array,
+    feedback: Feedback,
+    rule: CompressionRule,
+    settings: ClusterSettings,
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (codebook, rounded, index) chosen with feedback and refitted, both beginning at k-means' codebook."""
+    there: jax.Array = jax.device_put(weight)
+    feedback = jax.device_put(feedback)
+    forest = kmeans.plant_forest(codebook, key)
+    codes, index = refit(
+        there,
+        codebook,
+        assign_with_feedback(there, codebook, feedback, g=rule.g, forest=forest),
+        feedback,
+        rounds=settings.refits,
+        forest=forest,
+        key=key,
+    )
+    return cb.round_codebook(codes, settings.codebook_dtype), index
 
 
 def index_entropy(index: np.ndarray, num_codes: int) -> float:

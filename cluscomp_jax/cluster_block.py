@@ -5,6 +5,7 @@ Knows a Model's sites and the activation streams, not where blocks come from or 
 
 import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -19,10 +20,12 @@ from cluscomp_jax.codebook import CodebookArray, decode
 from cluscomp_jax.correction import SiteMoments, corrected
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.feedback import Feedback, factorise
+from cluscomp_jax.host_memory import return_freed_memory
 from cluscomp_jax.losses import position_weights
 from cluscomp_jax.model import Model, run_block
 from cluscomp_jax.progress import Reporter
 from cluscomp_jax.settings import ClusterSettings, CompressionRule
+from cluscomp_jax.sharding import Sharding, put_samples, put_whole
 from cluscomp_jax.statistics import Batch, channel_moments, site_moments
 from cluscomp_jax.trees import Params
 from cluscomp_jax.tuning import ActivationStore
@@ -39,12 +42,14 @@ class Streams(NamedTuple):
       original: what the original model computes, or None where nothing needs it.
       batch_size: samples at a time.
       dtype: compute dtype.
+      sharding: of the samples of a batch, where several devices share them.
     """
 
     compressed: ActivationStore
     original: ActivationStore | None
     batch_size: int
     dtype: Any
+    sharding: Sharding | None = None
 
     def inputs(self) -> Iterator[jax.Array]:
         """Yields the compressed stream's inputs [b, t, d]."""
@@ -55,7 +60,8 @@ class Streams(NamedTuple):
         """Yields inputs of both streams; `weights` [samples, t] is what each position counts."""
         for where, x in self.compressed.batches(self.batch_size):
             original = None if self.original is None else self._on_device(self.original.read(where))
-            yield Batch(self._on_device(x), original, None if weights is None else jnp.asarray(weights[where]))
+            counted = None if weights is None else put_samples(weights[where], self.sharding)
+            yield Batch(self._on_device(x), original, counted)
 
     def position_weights(self, block: Callable[[jax.Array], jax.Array], limit: float) -> np.ndarray | None:
         """Returns float32 [samples, t], what each position counts by its output of the original block."""
@@ -67,8 +73,7 @@ class Streams(NamedTuple):
         )
 
     def _on_device(self, x: np.ndarray) -> jax.Array:
-        there: jax.Array = jax.device_put(x).astype(self.dtype)
-        return there
+        return put_samples(x, self.sharding).astype(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +86,7 @@ class BlockClustering:
       seed: of the run.
       clock: enters a stage by name.
       reporter: is told of each finished matrix.
+      sharding: of the devices that share the samples of a batch and the kernels of a site; None: there is one.
     """
 
     model: Model
@@ -88,94 +94,144 @@ class BlockClustering:
     seed: int
     clock: Callable[[str], AbstractContextManager[None]]
     reporter: Reporter
+    sharding: Sharding | None = None
 
     def __call__(
         self, i: int, dense: Params, rules: Mapping[str, CompressionRule], streams: Streams | None
     ) -> tuple[Params, list[dict[str, Any]]]:
         """Returns (block i with the kernels that a rule matches as CodebookArrays, a record of each of these).
 
+        The block waits on the host: on the device lies only what the next program reads.
+
         Args:
           i: the block's number.
-          dense: its parameters, block-relative paths.
+          dense: its parameters, host arrays by block-relative paths.
           rules: {block-relative path: rule}.
           streams: inputs of the block; None: clustering without calibration.
 
         Raises:
           InputError: a kernel that is not finite, by its path.
         """
-        flat, now, records = trees.flatten(dense), trees.flatten(dense), []
+        flat, original, now, records = trees.flatten(dense), trees.flatten(dense), trees.flatten(dense), []
         self.reporter.start(f"block {i + 1}/{self.model.num_blocks}: cluster", len(rules), "matrices")
         kind = self.model.block_kind(i)
         weights = self._channel_weights(kind, dense, streams)
-        positions = None
-        if streams is not None and self.settings.feedback:
-            with self.clock("statistics"):
-                step = partial(run_block, dense, model=self.model, kind=kind)
-                positions = streams.position_weights(step, self.settings.outlier_limit)
+        positions = self._position_weights(kind, dense, streams)
         last = list(self.model.sites)[-1]
         for site, paths in self.model.sites.items():
             kernels = {path: flat[path] for path in paths if path in rules}
             feedback = None
             if kernels and streams is not None and self.settings.feedback:
-                original = dense if self.settings.corrects else None
-                with self.clock("statistics"):
-                    batches = streams.batches(positions)
-                    moments = _computed(
-                        site_moments(self.model, kind, site, trees.unflatten(now), batches, original=original)
-                    )
+                moments = self._moments(kind, site, now, original, streams.batches(positions))
                 if site == last:
                     now.clear()  # nothing reads it any more, and the roots of the moments are large
                 kernels, inputs = self._corrected(kernels, moments), moments.inputs
                 del moments  # the rest of them would lie beside the root, and both are large
                 feedback = self._factorised(inputs)
-                weights |= dict.fromkeys(kernels, jnp.diagonal(inputs)) if self.settings.weighted else {}
+                if self.settings.weighted:
+                    weights |= dict.fromkeys(kernels, jax.device_get(jnp.diagonal(inputs)))
                 del inputs
-            for path in list(kernels):
-                full = f"{self.model.blocks_path}/{i}/{path}"
-                with self.clock("cluster"):
-                    flat[path], stats = self._cluster(full, kernels.pop(path), rules[path], weights.get(path), feedback)
-                records.append(_record(full, flat[path], stats))
+            task = partial(self._cluster, i, kernels, rules, weights, feedback)
+            for path, (flat[path], stats) in zip(list(kernels), self._in_turn(task, list(kernels)), strict=True):
+                records.append(_record(f"{self.model.blocks_path}/{i}/{path}", flat[path], stats))
                 self.reporter.advance(note=path)
                 if self.settings.sequential and feedback is not None and now:
                     # Dense again, so that one program serves all blocks, however finely each is cut.
-                    now[path] = decode(flat[path])
+                    now[path] = jax.device_get(decode(flat[path]))
+                return_freed_memory()
         return trees.unflatten(flat), records
 
-    def _channel_weights(self, kind: Hashable, dense: Params, streams: Streams | None) -> dict[str, jax.Array]:
-        """Returns {path: E[x_i^2]} where they are all that is wanted."""
+    def _position_weights(self, kind: Hashable, dense: Params, streams: Streams | None) -> np.ndarray | None:
+        """Returns float32 [samples, t], what each position counts in second moments, or None where all count alike."""
+        if streams is None or not self.settings.feedback:
+            return None
+        with self.clock("statistics"):
+            step = partial(run_block, put_whole(dense, self.sharding), model=self.model, kind=kind)
+            return streams.position_weights(step, self.settings.outlier_limit)
+
+    def _moments(
+        self, kind: Hashable, site: str, now: dict[str, Any], original: dict[str, Any], batches: Iterator[Batch]
+    ) -> SiteMoments:
+        """Returns the moments of a site.
+
+        Args:
+          now: {path: array} of the block as it is by now.
+          original: the same as it was; an array that is still the same one is put on the device once.
+        """
+        with self.clock("statistics"):
+            there = put_whole(now, self.sharding)
+            wanted = None
+            if self.settings.corrects:
+                changed = {path: leaf for path, leaf in original.items() if leaf is not now[path]}
+                wanted = trees.unflatten(there | put_whole(changed, self.sharding))
+            block = trees.unflatten(there)
+            return _computed(site_moments(self.model, kind, site, block, batches, original=wanted))
+
+    def _channel_weights(self, kind: Hashable, dense: Params, streams: Streams | None) -> dict[str, np.ndarray]:
+        """Returns {path: E[x_i^2]} where they are all that is wanted, on the host."""
         if streams is None or self.settings.feedback or not self.settings.weighted:
             return {}
         with self.clock("statistics"):
-            return _computed(channel_moments(self.model, kind, dense, streams.inputs()))
+            there = put_whole(dense, self.sharding)
+            weights: dict[str, np.ndarray] = jax.device_get(channel_moments(self.model, kind, there, streams.inputs()))
+            return weights
 
     def _corrected(self, kernels: dict[str, jax.Array], moments: SiteMoments) -> dict[str, jax.Array]:
-        """Returns the kernels as they should be clustered."""
+        """Returns the kernels as they should be clustered, on the host."""
         if not self.settings.corrects:
             return kernels
         with self.clock("statistics"):
             ridge = self.settings.ridge
-            return _computed({path: corrected(w, moments, ridge=ridge) for path, w in kernels.items()})
+            return {path: jax.device_get(corrected(w, moments, ridge=ridge)) for path, w in kernels.items()}
 
     def _factorised(self, inputs: jax.Array) -> Feedback:
-        """Returns what feedback needs of the second moments of a site's input."""
+        """Returns what feedback needs of the second moments of a site's input, on the host."""
         with self.clock("statistics"):
-            return _computed(factorise(inputs, damping=self.settings.damping))
+            feedback: Feedback = jax.device_get(factorise(inputs, damping=self.settings.damping))
+            return feedback
+
+    def _in_turn(self, task: Callable[[str], _T], paths: list[str]) -> Iterator[_T]:
+        """Yields task(path) of every path in order, computed one after the other, or side by side where devices are."""
+        if self.sharding is None:
+            for path in paths:
+                with self.clock("cluster"):
+                    done = task(path)
+                yield done
+            return
+        devices = list(self.sharding.mesh.devices.flat)
+
+        def on(device: jax.Device, mine: list[str]) -> list[_T]:
+            with jax.default_device(device):
+                return [task(path) for path in mine]
+
+        with self.clock("cluster"), ThreadPoolExecutor(len(devices)) as pool:
+            shares = list(pool.map(on, devices, [paths[k :: len(devices)] for k in range(len(devices))]))
+        for k in range(len(paths)):
+            yield shares[k % len(devices)][k // len(devices)]
 
     def _cluster(
         self,
-        path: str,
-        weight: jax.Array,
-        rule: CompressionRule,
-        channel_weights: jax.Array | None,
+        i: int,
+        kernels: dict[str, np.ndarray],
+        rules: Mapping[str, CompressionRule],
+        weights: Mapping[str, np.ndarray],
         feedback: Feedback | None,
+        path: str,
     ) -> tuple[CodebookArray, ClusterStats]:
-        key = matrix_key(self.seed, path)
+        """Returns (the CodebookArray on the host, its error), and forgets the kernel."""
+        full = f"{self.model.blocks_path}/{i}/{path}"
         try:
-            return cluster_matrix(
-                weight, rule, self.settings, key=key, channel_weights=channel_weights, feedback=feedback
+            array, stats = cluster_matrix(
+                kernels.pop(path),
+                rules[path],
+                self.settings,
+                key=matrix_key(self.seed, full),
+                channel_weights=weights.get(path),
+                feedback=feedback,
             )
         except InputError as error:
-            raise InputError(f"{path}: {error}") from error
+            raise InputError(f"{full}: {error}") from error
+        return jax.device_get(array), stats
 
 
 def _computed(tree: _T) -> _T:

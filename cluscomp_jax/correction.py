@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 class SiteMoments(NamedTuple):
@@ -29,11 +30,11 @@ class SiteMoments(NamedTuple):
     errors: jax.Array | None = None
 
 
-def corrected(weight: jax.Array, moments: SiteMoments, *, ridge: float) -> jax.Array:
+def corrected(weight: jax.Array | np.ndarray, moments: SiteMoments, *, ridge: float) -> jax.Array:
     """Returns the kernel float32 [d_in, d_out] W + (E[x x^T] + ridge m I)^-1 E[x e^T], m the mean of E[x_i^2].
 
     Args:
-      weight: [d_in, d_out], the original W.
+      weight: [d_in, d_out], the original W; from the host it comes to the device behind the root, which needs the room.
       moments: with drift or errors.
       ridge: > 0; the larger, the nearer to W. What cannot be solved comes back as W.
     """

@@ -1,12 +1,18 @@
-"""The C allocator: kept memory for steps that take and free scratch over and over, and given back between stages."""
+"""Memory of the host: what the C allocator keeps between steps and gives back between stages, what XLA asks of it."""
 
 import ctypes
+import importlib.metadata
+import os
+import re
 import sys
 from typing import Any
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _KEPT_BYTES = 512 * 2**20
+_SCHEDULER = "xla_cpu_enable_concurrency_optimized_scheduler"
+_SCHEDULER_IN = (0, 10)
+"""The releases of jaxlib that were seen to know the flag: one that does not know it ends the process."""
 
 
 def keep_freed_memory() -> bool:
@@ -31,6 +37,24 @@ def return_freed_memory() -> bool:
     """
     libc = _glibc()
     return libc is not None and libc.malloc_trim(0) == 1
+
+
+def schedule_for_memory() -> bool:
+    """Has XLA on the CPU order a program by the memory it takes; returns whether it is told so.
+
+    Left to itself XLA orders by what could run side by side, and turns all kernels of a 16-bit block to float32 before
+    the first product: a block of Llama-2-70B takes twice its memory. Products already use all cores, and no bit of a
+    result depends on it. A setting of the whole process, in XLA_FLAGS, that counts if JAX has compiled nothing yet: the
+    command line asks for it, the library never does by itself. What XLA_FLAGS says already stays, and a version of
+    jaxlib in which the flag was not tried is left alone.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    release = re.match(r"(\d+)\.(\d+)", importlib.metadata.version("jaxlib"))
+    known = release is not None and (int(release[1]), int(release[2])) == _SCHEDULER_IN
+    if _SCHEDULER in flags or not known:
+        return False
+    os.environ["XLA_FLAGS"] = f"{flags} --{_SCHEDULER}=false".strip()
+    return True
 
 
 def _glibc() -> Any:

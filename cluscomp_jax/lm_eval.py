@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.generation import Decoder
-from cluscomp_jax.host_memory import keep_freed_memory
+from cluscomp_jax.host_memory import keep_freed_memory, schedule_for_memory
 from cluscomp_jax.io.open import open_model
 from cluscomp_jax.sampling import Sampling
 from cluscomp_jax.scoring import Continuation, Score, score_continuations
@@ -220,6 +220,7 @@ def main() -> int:
     from lm_eval.__main__ import cli_evaluate
 
     keep_freed_memory()
+    schedule_for_memory()
     try:
         cli_evaluate()
     except InputError as error:

@@ -36,7 +36,7 @@ def main() -> None:
     print("| program | arguments GiB | results GiB | temporaries GiB | also held GiB | all GiB |\n" + "|---" * 6 + "|")
     largest = 0
     place = Place(placement(target))
-    for program in fit_programs(place, **sizes, weighted=options.weighted, iterations=20, live=0, calls=1):
+    for program in fit_programs(place, **sizes, weighted=options.weighted, iterations=20, calls=1):
         memory = compile_program(program)
         parts = [memory.argument_bytes, memory.output_bytes, memory.temp_bytes, memory.held_bytes, memory.peak_bytes]
         largest = max(largest, memory.peak_bytes)

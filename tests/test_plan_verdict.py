@@ -10,16 +10,26 @@ from io_models import config_fields
 from cluscomp_jax import cli, llama
 from cluscomp_jax.config import RunConfig, load_config
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.finetune_config import FinetuneConfig
 from cluscomp_jax.model import build_model, parameter_shapes
 from cluscomp_jax.plan import PRESETS, Plan, Reserve, find_target, plan, preset_config
 from cluscomp_jax.plan import target as target_module
 from cluscomp_jax.plan.budget import forward_batch
-from cluscomp_jax.plan.host import Needs
+from cluscomp_jax.plan.host import Needs, host_needs
 from cluscomp_jax.plan.program import Memory
+from cluscomp_jax.plan.setting import kinds_of_blocks
 from cluscomp_jax.plan.shapes import Place
 from cluscomp_jax.plan.whole import finetuning_of
 from cluscomp_jax.progress import SilentReporter
-from cluscomp_jax.settings import CalibrationSettings, ClusterSettings, CompressionRule, MeshSettings, TuningSettings
+from cluscomp_jax.settings import (
+    CalibrationSettings,
+    ClusterSettings,
+    CompressionRule,
+    DataSettings,
+    MeshSettings,
+    TrainingSettings,
+    TuningSettings,
+)
 
 GIB = 2**30
 TINY = llama.LlamaConfig(
@@ -36,7 +46,7 @@ BLIND = RunConfig(
 
 def made(peaks: dict[str, int], usable: int) -> Plan:
     stages = {stage: Memory(stage, "program", peak - 6, 3, 2, 1) for stage, peak in peaks.items()}
-    return Plan("card", 2 * usable, usable, stages, tuple(stages.values()), {}, Needs(1, 2, 3))
+    return Plan("card", 2 * usable, usable, stages, tuple(stages.values()), {}, Needs(1, 2, 3, 4))
 
 
 def test_the_largest_stage_decides() -> None:
@@ -90,6 +100,29 @@ def test_a_plan_compiles_for_any_device_jax_has() -> None:
     assert done.hours.keys() == done.stages.keys() - {"generate"}
     with pytest.raises(InputError, match="context is 33"):
         plan(BLIND, card, Place(), context=33, reserve=Reserve(), reporter=SilentReporter())
+
+
+def test_the_host_holds_roots_while_compressing_and_the_whole_model_to_finetune() -> None:
+    wide = dataclasses.replace(TINY, intermediate_size=4096)
+    block = 2 * sum(math.prod(shape) for shape in build_model(wide).block_shapes(0).values())
+
+    def needs(cfg: RunConfig, training: TrainingSettings = TrainingSettings()) -> Needs:
+        model = build_model(cfg.model)
+        finetune = FinetuneConfig(data=DataSettings(length=64), training=training)
+        return host_needs(model, cfg, kinds_of_blocks(model, cfg, Place(), 1), finetune)
+
+    blind = needs(dataclasses.replace(BLIND, model=wide))
+    fed = needs(dataclasses.replace(BLIND, model=wide, cluster=ClusterSettings(rules=BLIND.cluster.rules)))
+    root, kernel = 4 * 4096**2, 4 * 4096 * 32
+    assert fed.host_bytes - blind.host_bytes == root + kernel - 2 * block
+    shallow = needs(BLIND)
+    deep = needs(dataclasses.replace(BLIND, model=dataclasses.replace(TINY, num_hidden_layers=200, layer_types=())))
+    assert deep.host_bytes == shallow.host_bytes
+    assert deep.finetune_host_bytes - shallow.finetune_host_bytes > deep.checkpoint_bytes - shallow.checkpoint_bytes
+    offloaded = TrainingSettings(offload_inputs=True, batch_size=4096, compute_dtype="bfloat16")
+    pinned = needs(BLIND, offloaded).finetune_host_bytes
+    doubled = needs(BLIND, dataclasses.replace(offloaded, batch_size=8192)).finetune_host_bytes
+    assert doubled - pinned == 2 * 2 * 4096 * 64 * 32  # blocks, bytes, rows, tokens, channels
 
 
 def test_a_memory_budget_chooses_the_batch_or_says_what_does_not_fit() -> None:

@@ -7,7 +7,7 @@ import tyro
 
 from cluscomp_jax.cli import arguments as args
 from cluscomp_jax.cli.outcome import DONE, WRONG_INPUT, Result, run
-from cluscomp_jax.host_memory import keep_freed_memory
+from cluscomp_jax.host_memory import keep_freed_memory, schedule_for_memory
 
 _MODULES: dict[type[args.Common], str] = {
     args.CompressArguments: "compress",
@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> Result:
         keep_freed_memory()
+        schedule_for_memory()
         module = importlib.import_module(f"cluscomp_jax.cli.{_MODULES[type(parsed)]}")
         result: Result = module.run(parsed)
         return result

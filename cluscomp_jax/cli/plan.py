@@ -86,8 +86,9 @@ def _text(made: Plan, model: str, reserve: Reserve) -> str:
         "",
         "arguments include results; GiB on the card, from XLA's buffer assignment ahead of time. Hours are an",
         "estimate from counted operations and bytes at published rates, the least it can take; nothing was run.",
-        f"host memory about {format_bytes(needs.host_bytes)}; disk {format_bytes(needs.scratch_bytes)} for activations "
-        f"meanwhile and {format_bytes(needs.checkpoint_bytes)} for the result",
+        f"host memory about {format_bytes(needs.host_bytes)}, to finetune {format_bytes(needs.finetune_host_bytes)}; "
+        f"disk {format_bytes(needs.scratch_bytes)} for activations meanwhile and "
+        f"{format_bytes(needs.checkpoint_bytes)} for the result",
         f"{model} {verdict} {made.target}: at most {_gib(made.peak.peak_bytes)} GiB ({made.peak.stage}) of "
         f"{_gib(made.usable_bytes)}, which is {reserve.fraction:g} of {_gib(made.memory_bytes)} "
         f"(XLA_PYTHON_CLIENT_MEM_FRACTION) less a reserve of {_gib(reserve.bytes)}",

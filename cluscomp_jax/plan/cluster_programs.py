@@ -1,6 +1,6 @@
 """The programs that cluster one block, step by step as `BlockClustering` and `cluster_matrix` call them.
 
-Statistics, correction and error feedback have stages of their own. What the run holds between them is added up here.
+Statistics, correction and error feedback have stages of their own. What the device holds beside each is added up here.
 """
 
 from collections.abc import Iterator
@@ -18,75 +18,72 @@ from cluscomp_jax.kmeans.forest import grow_forest
 from cluscomp_jax.model import run_block
 from cluscomp_jax.plan.kmeans_programs import STAGE, fit_programs
 from cluscomp_jax.plan.program import Program
-from cluscomp_jax.plan.setting import Setting
+from cluscomp_jax.plan.setting import STORED, Setting
 from cluscomp_jax.plan.shapes import nbytes
 from cluscomp_jax.statistics import Batch
 
 
 def clustering(setting: Setting) -> Iterator[Program]:
-    """Yields the programs of one block, in order."""
+    """Yields the programs of one block, in order. Between them the block, codes and roots wait on the host."""
     settings = setting.cfg.cluster
     if not settings.feedback:
         yield from _without_feedback(setting)
         return
     model, dense = setting.model, setting.dense()
-    x = setting.activations(setting.batch)
-    held, now, done = nbytes(dense), trees.flatten(dense), 0
     if settings.outlier_limit:
+        x = setting.activations(setting.batch)
         traced = run_block.trace(dense, x, model=model, kind=setting.kind)
-        yield Program("statistics", "outputs", traced, held + nbytes(x), setting.passes)
+        yield Program("statistics", "outputs", traced, nbytes((dense, x)), setting.passes)
         y = setting.place.like(traced.out_info)
         traced = _weigh.trace(y, limit=settings.outlier_limit)
-        yield Program("statistics", "position weights", traced, held + nbytes((x, y)), setting.passes)
+        yield Program("statistics", "position weights", traced, nbytes((dense, x, y)), setting.passes)
+    now = trees.flatten(dense)
     last = list(model.sites)[-1]
     for site, paths in model.sites.items():
         matched = [path for path in paths if path in setting.rules]
         if not matched:
             continue
-        copies = sum(nbytes(leaf) for path, leaf in now.items() if leaf is not trees.flatten(dense)[path])
-        sums = yield from _moments(setting, site, dense, trees.unflatten(now), held + copies + done)
+        sums = yield from _moments(setting, site, dense, now)
         if site == last:
-            now, copies = {}, 0
-        fed = yield from _solved(setting, matched, sums, held + copies + done)
-        waiting = {path: setting.place.array(*setting.shapes[path]) for path in matched}
+            now = {}
+        fed = yield from _solved(setting, matched, sums)
         for path in matched:
-            weight = waiting.pop(path)
-            live = held + copies + done + nbytes((fed, waiting))
-            array = yield from _matrix(setting, path, weight, live, fed)
-            done += nbytes(array)
+            weight = setting.place.array(*setting.shapes[path], dtype="float32" if settings.corrects else STORED)
+            array = yield from _matrix(setting, path, weight, fed)
             if settings.sequential and now:
                 traced = decode_arrays.trace(array.codebook, array.index, shape=array.shape, axis=array.axis)
-                yield Program(STAGE, "decode", traced, held + copies + done + nbytes((fed, waiting)), setting.blocks)
+                yield Program(STAGE, "decode", traced, nbytes(array), setting.blocks)
                 now[path] = setting.place.like(traced.out_info)
-                copies += nbytes(now[path])
 
 
 def _without_feedback(setting: Setting) -> Iterator[Program]:
     dense, settings = setting.dense(), setting.cfg.cluster
-    held = 0  # blind clustering takes one kernel after another from the host
     if settings.weighted:
-        held = nbytes(dense)
         x = setting.activations(setting.batch)
         fixed = {"model": setting.model, "kind": setting.kind, "block": dense}
         sums = setting.place.like(statistics._add_squares.trace(None, x, **fixed).out_info)
         traced = statistics._add_squares.trace(sums, x, **fixed)
-        yield Program("statistics", "squares", traced, held + nbytes((x, sums)), setting.passes)
+        yield Program("statistics", "squares", traced, nbytes((dense, x, sums)), setting.passes)
     for path in setting.rules:
         weight = setting.place.array(*setting.shapes[path], dtype=trees.flatten(dense)[path].dtype)
-        array = yield from _matrix(setting, path, weight, held, None)
-        held += nbytes(array)
+        yield from _matrix(setting, path, weight, None)
 
 
-def _moments(setting: Setting, site: str, dense: Any, now: Any, live: int) -> Any:
-    """Yields the statistics of a site; returns its sums, which become its means in place."""
+def _moments(setting: Setting, site: str, dense: Any, now: dict[str, Any]) -> Any:
+    """Yields the statistics of a site; returns its sums, which become its means in place.
+
+    Args:
+      now: {path: array} of the block as it is by now; what is still the same array as in `dense` is there once.
+    """
     x, positions = setting.activations(setting.batch), None
     if setting.cfg.cluster.outlier_limit:
         positions = setting.place.array(*x.shape[:2])
-    fixed = {"model": setting.model, "kind": setting.kind, "site": site, "block": now}
+    fixed = {"model": setting.model, "kind": setting.kind, "site": site, "block": trees.unflatten(now)}
     add: Any = statistics._add_products
-    batch = Batch(x, None, positions)
+    batch, live = Batch(x, None, positions), nbytes(now)
     if setting.cfg.cluster.corrects:
         add, batch, fixed = statistics._add_pair, Batch(x, x, positions), {**fixed, "original": dense}
+        live += nbytes([leaf for path, leaf in trees.flatten(dense).items() if leaf is not now[path]])
     sums = setting.place.like(add.trace(None, batch, **fixed).out_info)
     live += nbytes((batch, sums))
     yield Program("statistics", f"moments of {site}", add.trace(sums, batch, **fixed), live, setting.passes)
@@ -95,64 +92,48 @@ def _moments(setting: Setting, site: str, dense: Any, now: Any, live: int) -> An
     return sums
 
 
-def _solved(setting: Setting, paths: list[str], sums: dict[str, Any], live: int) -> Any:
+def _solved(setting: Setting, paths: list[str], sums: dict[str, Any]) -> Any:
     """Yields the correction of a site's kernels and the root for feedback; returns the Feedback."""
     moments, ratio = SiteMoments(**sums), setting.place.array()
-    live += nbytes(sums)
     if setting.cfg.cluster.corrects:
         for path in paths:
             traced = correction._ridge_root.trace(moments.inputs, ratio)
-            yield Program("correct", "root", traced, live, setting.blocks)
-            root = setting.place.like(traced.out_info)
-            weight = trees.flatten(setting.dense())[path]
+            yield Program("correct", "root", traced, nbytes(sums), setting.blocks)
+            weight, root = trees.flatten(setting.dense())[path], setting.place.like(traced.out_info)
             traced = correction._moved.trace(weight, root, moments.drift, moments.errors)
-            yield Program("correct", "kernel", traced, live + nbytes(root), setting.blocks)
-            live += nbytes(setting.place.like(traced.out_info))
-    live -= nbytes((moments.drift, moments.errors))
+            yield Program("correct", "kernel", traced, nbytes((sums, weight, root)), setting.blocks)
     traced = feedback._factorise.trace(moments.inputs, ratio)
-    yield Program("assign", "root", traced, live, setting.blocks)
+    yield Program("assign", "root", traced, nbytes(moments.inputs), setting.blocks)
     return Feedback(*setting.place.like(traced.out_info))
 
 
-def _matrix(setting: Setting, path: str, weight: Any, live: int, fed: Feedback | None) -> Any:
-    """Yields the programs of `cluster_matrix`; returns the CodebookArray.
-
-    Args:
-      live: what is held without the kernel.
-    """
+def _matrix(setting: Setting, path: str, weight: Any, fed: Feedback | None) -> Any:
+    """Yields the programs of `cluster_matrix`, kernel and feedback coming from the host; returns the CodebookArray."""
     settings, rule, place, calls = setting.cfg.cluster, setting.rules[path], setting.place, setting.blocks
     d_in, d_out = weight.shape
     g, n = rule.g, rule.num_codes
     traced = cluster.to_vectors.trace(weight, g=g, axis=rule.axis)
-    yield Program(STAGE, "vectors", traced, live + nbytes(weight), calls)
+    yield Program(STAGE, "vectors", traced, nbytes(weight), calls)
     m = traced.out_info.shape[0]
     weighted = settings.weighted and rule.axis == "out"
     if weighted:
-        vectors = nbytes(place.like(traced.out_info))
+        vectors = place.like(traced.out_info)
         traced = cluster.vector_weights.trace(place.array(d_in), d_out=d_out, g=g)
-        yield Program(STAGE, "vector weights", traced, live + nbytes(weight) + vectors, calls)
-    # A kernel that comes from the host is there only while it is read.
-    kept = nbytes(weight) if settings.calibrated else 0
-    yield from fit_programs(
-        place, m, g, n, weighted=weighted, iterations=settings.iterations, live=live + kept, calls=calls
-    )
+        yield Program(STAGE, "vector weights", traced, nbytes(vectors), calls)
+    yield from fit_programs(place, m, g, n, weighted=weighted, iterations=settings.iterations, calls=calls)
     array = place.compressed((d_in, d_out), rule, settings.codebook_dtype)
-    index = place.array(m, dtype="int32")
-    live += nbytes(index)
     if fed is not None:
-        yield from _assigned(setting, weight, array, index, live, fed)
-    mass = place.array(d_in)
+        yield from _assigned(setting, weight, array, fed)
+    index, mass = place.array(m, dtype="int32"), place.array(d_in)
     traced = cluster._energies.trace(weight, array, mass)
-    yield Program(STAGE, "error", traced, live + nbytes((weight, array, mass)), calls)
+    yield Program(STAGE, "error", traced, nbytes((index, weight, array, mass)), calls)
     return array
 
 
-def _assigned(
-    setting: Setting, weight: Any, array: CodebookArray, index: Any, live: int, fed: Feedback
-) -> Iterator[Program]:
-    """Yields the choice of codes with error feedback and its refits; `live` has the feedback and k-means' own index."""
+def _assigned(setting: Setting, weight: Any, array: CodebookArray, fed: Feedback) -> Iterator[Program]:
+    """Yields the choice of codes with error feedback and its refits."""
     refits, g, place = setting.cfg.cluster.refits, array.group_size, setting.place
-    live += nbytes((weight, array.codebook))
+    live = nbytes((weight, array.codebook, fed))
     stored, codes = array.codebook, place.array(*array.codebook.shape)
     search: dict[str, Any] = {"g": g, "forest": place.like(jax.eval_shape(plant_forest, stored, place.key()))}
     if search["forest"] is not None:

@@ -4,10 +4,12 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from cluscomp_jax.config import RunConfig
+from cluscomp_jax.finetune_config import FinetuneConfig
 from cluscomp_jax.model import Model
 from cluscomp_jax.plan.setting import STORED, Setting, width
 from cluscomp_jax.plan.shapes import Place, nbytes
@@ -24,31 +26,60 @@ class Needs:
     """Bytes beside the device.
 
     Attributes:
-      host_bytes: memory of the host, whatever the number of blocks; what it maps of activations comes on top, and the
-        kernel takes that back when it must.
+      host_bytes: memory of the host while a model is compressed, whatever the number of blocks; what it maps of
+        activations comes on top, and the kernel takes that back when it must.
       scratch_bytes: activation streams in the work folder, gone afterwards.
       checkpoint_bytes: the result.
+      finetune_host_bytes: memory of the host while the result is finetuned, saved states left out.
     """
 
     host_bytes: int
     scratch_bytes: int
     checkpoint_bytes: int
+    finetune_host_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the bytes as plain JSON values."""
         return dataclasses.asdict(self)
 
 
-def host_needs(model: Model, cfg: RunConfig, settings: list[Setting]) -> Needs:
-    """Returns what a run of `cfg` on a GPU needs of its host."""
+def host_needs(model: Model, cfg: RunConfig, settings: list[Setting], finetune: FinetuneConfig) -> Needs:
+    """Returns what a run of `cfg` on a GPU, and the finetuning of its result, need of their host."""
     rest = nbytes(Place().tree(model.rest_shapes(), STORED))
-    block = max(nbytes(setting.dense()) for setting in settings)
-    compressed = sum(setting.blocks * nbytes(setting.compressed()) for setting in settings)
-    return Needs(
-        host_bytes=_PROCESS_BYTES + max(_BLOCKS_AT_ONCE * block, 2 * rest),
-        scratch_bytes=scratch_bytes(model, cfg, (cfg.calibration.samples, cfg.calibration.length)),
-        checkpoint_bytes=compressed + rest,
+    checkpoint = rest + sum(setting.blocks * nbytes(setting.compressed()) for setting in settings)
+    largest = max(
+        setting.blocks * nbytes(leaf) for setting in settings for leaf in jax.tree.leaves(setting.compressed())
     )
+    return Needs(
+        host_bytes=_PROCESS_BYTES + max(*(_clustering_bytes(setting) for setting in settings), 2 * rest),
+        scratch_bytes=scratch_bytes(model, cfg, (cfg.calibration.samples, cfg.calibration.length)),
+        checkpoint_bytes=checkpoint,
+        # The compressed model is read whole, and stacked for the device array by array.
+        finetune_host_bytes=_PROCESS_BYTES + max(checkpoint + largest, _offloaded_bytes(model, finetune)),
+    )
+
+
+def _clustering_bytes(setting: Setting) -> int:
+    """Returns what waits on the host while a block is clustered, and at least `_BLOCKS_AT_ONCE` blocks.
+
+    With feedback that is the block as it was and as it is by now, and of the largest site the root and its kernels
+    corrected to float32.
+    """
+    block = nbytes(setting.dense())
+    if not setting.cfg.cluster.feedback:
+        return _BLOCKS_AT_ONCE * block
+    sites = []
+    for paths in setting.model.sites.values():
+        shapes = [setting.shapes[path] for path in paths if path in setting.rules]
+        sites += [4 * (shapes[0][0] ** 2 + sum(map(math.prod, shapes)))] if shapes else []
+    return max(_BLOCKS_AT_ONCE * block, 2 * block + max(sites))
+
+
+def _offloaded_bytes(model: Model, finetune: FinetuneConfig) -> int:
+    """Returns what `offload_inputs` has in pinned memory: the inputs of all blocks in one pass."""
+    training = finetune.training
+    rows = training.batch_size * finetune.data.length if training.offload_inputs else 0
+    return model.num_blocks * rows * width(model) * np.dtype(jnp.dtype(training.compute_dtype)).itemsize
 
 
 def scratch_bytes(model: Model, cfg: RunConfig, shape: tuple[int, ...]) -> int:

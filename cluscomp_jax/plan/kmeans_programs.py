@@ -17,15 +17,14 @@ STAGE = "cluster"
 
 
 def fit_programs(
-    place: Place, m: int, g: int, n: int, *, weighted: bool, iterations: int, live: int, calls: float
+    place: Place, m: int, g: int, n: int, *, weighted: bool, iterations: int, calls: float
 ) -> Iterator[Program]:
-    """Yields the programs of one fit of n codes to m vectors [m, g].
+    """Yields the programs of one fit of n codes to m vectors [m, g], which has the device to itself.
 
     Args:
       place: the device.
       weighted: whether vectors have weights.
       iterations: of k-means.
-      live: bytes that the caller holds, the vectors left out.
       calls: fits of these sizes in a whole run.
     """
     vectors = place.array(m, g)
@@ -33,7 +32,7 @@ def fit_programs(
     key, scalar = place.key(), place.array()
 
     def program(name: str, traced: Any, held: int, count: float = 1.0) -> Program:
-        return Program(STAGE, name, traced, live + held, calls * count)
+        return Program(STAGE, name, traced, held, calls * count)
 
     traced = fit._blocks.trace(vectors, weights)
     yield program("blocks", traced, nbytes((vectors, weights)))

@@ -167,7 +167,7 @@ def plan(
         stages=stages,
         programs=tuple(programs),
         hours=_hours(found, target),
-        needs=host_needs(model, cfg, settings),
+        needs=host_needs(model, cfg, settings, finetune),
     )
 
 

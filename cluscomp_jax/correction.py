@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cluscomp_jax.lower_root import lower_root
+
 
 class SiteMoments(NamedTuple):
     """Second moments of the inputs x [d_in] of a site, float32, means over positions.
@@ -47,7 +49,7 @@ def _ridge_root(inputs: jax.Array, ridge: jax.Array) -> jax.Array:
     """Returns the lower root of E[x x^T] + ridge m I, a program of its own: it needs twice its memory while it runs."""
     mean = jnp.mean(jnp.diagonal(inputs))
     damped = inputs + ridge * jnp.where(mean > 0, mean, 1.0) * jnp.eye(len(inputs))
-    return jax.lax.linalg.cholesky(damped, symmetrize_input=False)
+    return lower_root(damped)
 
 
 @jax.jit

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from cluscomp_jax.kmeans import Forest, nearest_code
+from cluscomp_jax.lower_root import lower_root
 
 _ROWS = 128
 """Channels whose errors reach the channels after them together: one product of matrices instead of many sums."""
@@ -72,7 +73,7 @@ def _factorise(moments: jax.Array, damping: jax.Array) -> Feedback:
     mean = jnp.mean(diagonal)
     added = damping * jnp.where(mean > 0, mean, 1.0)
     damped = moments[order[:, None], order[None, :]] + added * jnp.eye(len(order))
-    return Feedback(order, jax.lax.linalg.cholesky(damped, symmetrize_input=False))
+    return Feedback(order, lower_root(damped))
 
 
 @partial(jax.jit, static_argnames="g")

@@ -45,6 +45,7 @@ DEFAULT = RunConfig(
     calibration=CALIBRATION,
     tuning=TUNING,
 )
+UNCORRECTED = dataclasses.replace(DEFAULT, cluster=dataclasses.replace(DEFAULT.cluster, correction=False))
 PAPER = RunConfig(
     model=CONFIG,
     cluster=dataclasses.replace(RECIPE.cluster, rules=RULES, iterations=2),
@@ -118,7 +119,7 @@ def contains(whole: list[str], part: list[str]) -> bool:
     return True
 
 
-@pytest.mark.parametrize("cfg", [DEFAULT, PAPER], ids=["default", "paper"])
+@pytest.mark.parametrize("cfg", [DEFAULT, UNCORRECTED, PAPER], ids=["default", "uncorrected", "paper"])
 def test_a_run_compiles_what_the_plan_lists_and_holds_what_it_says(cfg, compilations, monkeypatch) -> None:
     monkeypatch.setattr(pipeline, "forward_batch", lambda *_: 1)
     params = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), llama.init_params(CONFIG, jax.random.key(0)))

@@ -72,7 +72,7 @@ def _clustering_bytes(setting: Setting) -> int:
     for paths in setting.model.sites.values():
         shapes = [setting.shapes[path] for path in paths if path in setting.rules]
         sites += [4 * (shapes[0][0] ** 2 + sum(map(math.prod, shapes)))] if shapes else []
-    return max(_BLOCKS_AT_ONCE * block, 2 * block + max(sites))
+    return max(_BLOCKS_AT_ONCE * block, 2 * block + max(sites, default=0))
 
 
 def _offloaded_bytes(model: Model, finetune: FinetuneConfig) -> int:

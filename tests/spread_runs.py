@@ -21,8 +21,14 @@ from cluscomp_jax.settings import CalibrationSettings, ClusterSettings, Compress
 from cluscomp_jax.source import DictSink, DictSource
 
 CONFIG = llama.LlamaConfig(
-    vocab_size=60, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=4, head_dim=8, initializer_range=0.3,
+    vocab_size=60,
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=8,
+    initializer_range=0.3,
 )  # fmt: skip  (all kernels of one shape: less to compile)
 MODEL = llama.build(CONFIG)
 TUNING = TuningSettings(epochs=2, batch_size=4, learning_rate=0.01, held_out=3)

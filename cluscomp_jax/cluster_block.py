@@ -5,6 +5,7 @@ Knows a Model's sites and the activation streams, not where blocks come from or 
 
 import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -24,6 +25,7 @@ from cluscomp_jax.losses import position_weights
 from cluscomp_jax.model import Model, run_block
 from cluscomp_jax.progress import Reporter
 from cluscomp_jax.settings import ClusterSettings, CompressionRule
+from cluscomp_jax.sharding import Sharding, put_samples, put_whole
 from cluscomp_jax.statistics import Batch, channel_moments, site_moments
 from cluscomp_jax.trees import Params
 from cluscomp_jax.tuning import ActivationStore
@@ -40,12 +42,14 @@ class Streams(NamedTuple):
       original: what the original model computes, or None where nothing needs it.
       batch_size: samples at a time.
       dtype: compute dtype.
+      sharding: of the samples of a batch, where several devices share them.
     """
 
     compressed: ActivationStore
     original: ActivationStore | None
     batch_size: int
     dtype: Any
+    sharding: Sharding | None = None
 
     def inputs(self) -> Iterator[jax.Array]:
         """Yields the compressed stream's inputs [b, t, d]."""
@@ -56,7 +60,8 @@ class Streams(NamedTuple):
         """Yields inputs of both streams; `weights` [samples, t] is what each position counts."""
         for where, x in self.compressed.batches(self.batch_size):
             original = None if self.original is None else self._on_device(self.original.read(where))
-            yield Batch(self._on_device(x), original, None if weights is None else jnp.asarray(weights[where]))
+            counted = None if weights is None else put_samples(weights[where], self.sharding)
+            yield Batch(self._on_device(x), original, counted)
 
     def position_weights(self, block: Callable[[jax.Array], jax.Array], limit: float) -> np.ndarray | None:
         """Returns float32 [samples, t], what each position counts by its output of the original block."""
@@ -68,8 +73,7 @@ class Streams(NamedTuple):
         )
 
     def _on_device(self, x: np.ndarray) -> jax.Array:
-        there: jax.Array = jax.device_put(x).astype(self.dtype)
-        return there
+        return put_samples(x, self.sharding).astype(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +86,7 @@ class BlockClustering:
       seed: of the run.
       clock: enters a stage by name.
       reporter: is told of each finished matrix.
+      sharding: of the devices that share the samples of a batch and the kernels of a site; None: there is one.
     """
 
     model: Model
@@ -89,6 +94,7 @@ class BlockClustering:
     seed: int
     clock: Callable[[str], AbstractContextManager[None]]
     reporter: Reporter
+    sharding: Sharding | None = None
 
     def __call__(
         self, i: int, dense: Params, rules: Mapping[str, CompressionRule], streams: Streams | None
@@ -122,13 +128,12 @@ class BlockClustering:
                 kernels, inputs = self._corrected(kernels, moments), moments.inputs
                 del moments  # the rest of them would lie beside the root, and both are large
                 feedback = self._factorised(inputs)
-                weights |= dict.fromkeys(kernels, jnp.diagonal(inputs)) if self.settings.weighted else {}
+                if self.settings.weighted:
+                    weights |= dict.fromkeys(kernels, jax.device_get(jnp.diagonal(inputs)))
                 del inputs
-            for path in list(kernels):
-                full = f"{self.model.blocks_path}/{i}/{path}"
-                with self.clock("cluster"):
-                    flat[path], stats = self._cluster(full, kernels.pop(path), rules[path], weights.get(path), feedback)
-                records.append(_record(full, flat[path], stats))
+            task = partial(self._cluster, i, kernels, rules, weights, feedback)
+            for path, (flat[path], stats) in zip(list(kernels), self._in_turn(task, list(kernels)), strict=True):
+                records.append(_record(f"{self.model.blocks_path}/{i}/{path}", flat[path], stats))
                 self.reporter.advance(note=path)
                 if self.settings.sequential and feedback is not None and now:
                     # Dense again, so that one program serves all blocks, however finely each is cut.
@@ -141,7 +146,7 @@ class BlockClustering:
         if streams is None or not self.settings.feedback:
             return None
         with self.clock("statistics"):
-            step = partial(run_block, jax.device_put(dense), model=self.model, kind=kind)
+            step = partial(run_block, put_whole(dense, self.sharding), model=self.model, kind=kind)
             return streams.position_weights(step, self.settings.outlier_limit)
 
     def _moments(
@@ -154,24 +159,22 @@ class BlockClustering:
           original: the same as it was; an array that is still the same one is put on the device once.
         """
         with self.clock("statistics"):
-            there = {path: jax.device_put(leaf) for path, leaf in now.items()}
+            there = put_whole(now, self.sharding)
             wanted = None
             if self.settings.corrects:
-                wanted = trees.unflatten(
-                    {
-                        path: there[path] if leaf is now[path] else jax.device_put(leaf)
-                        for path, leaf in original.items()
-                    }
-                )
+                changed = {path: leaf for path, leaf in original.items() if leaf is not now[path]}
+                wanted = trees.unflatten(there | put_whole(changed, self.sharding))
             block = trees.unflatten(there)
             return _computed(site_moments(self.model, kind, site, block, batches, original=wanted))
 
-    def _channel_weights(self, kind: Hashable, dense: Params, streams: Streams | None) -> dict[str, jax.Array]:
-        """Returns {path: E[x_i^2]} where they are all that is wanted."""
+    def _channel_weights(self, kind: Hashable, dense: Params, streams: Streams | None) -> dict[str, np.ndarray]:
+        """Returns {path: E[x_i^2]} where they are all that is wanted, on the host."""
         if streams is None or self.settings.feedback or not self.settings.weighted:
             return {}
         with self.clock("statistics"):
-            return _computed(channel_moments(self.model, kind, jax.device_put(dense), streams.inputs()))
+            there = put_whole(dense, self.sharding)
+            weights: dict[str, np.ndarray] = jax.device_get(channel_moments(self.model, kind, there, streams.inputs()))
+            return weights
 
     def _corrected(self, kernels: dict[str, jax.Array], moments: SiteMoments) -> dict[str, jax.Array]:
         """Returns the kernels as they should be clustered, on the host."""
@@ -187,22 +190,47 @@ class BlockClustering:
             feedback: Feedback = jax.device_get(factorise(inputs, damping=self.settings.damping))
             return feedback
 
+    def _in_turn(self, task: Callable[[str], _T], paths: list[str]) -> Iterator[_T]:
+        """Yields task(path) of every path in order, computed one after the other, or side by side where devices are."""
+        if self.sharding is None:
+            for path in paths:
+                with self.clock("cluster"):
+                    done = task(path)
+                yield done
+            return
+        devices = list(self.sharding.mesh.devices.flat)
+
+        def on(device: jax.Device, mine: list[str]) -> list[_T]:
+            with jax.default_device(device):
+                return [task(path) for path in mine]
+
+        with self.clock("cluster"), ThreadPoolExecutor(len(devices)) as pool:
+            shares = list(pool.map(on, devices, [paths[k :: len(devices)] for k in range(len(devices))]))
+        for k in range(len(paths)):
+            yield shares[k % len(devices)][k // len(devices)]
+
     def _cluster(
         self,
-        path: str,
-        weight: jax.Array,
-        rule: CompressionRule,
-        channel_weights: jax.Array | None,
+        i: int,
+        kernels: dict[str, np.ndarray],
+        rules: Mapping[str, CompressionRule],
+        weights: Mapping[str, np.ndarray],
         feedback: Feedback | None,
+        path: str,
     ) -> tuple[CodebookArray, ClusterStats]:
-        """Returns (the CodebookArray on the host, its error)."""
-        key = matrix_key(self.seed, path)
+        """Returns (the CodebookArray on the host, its error), and forgets the kernel."""
+        full = f"{self.model.blocks_path}/{i}/{path}"
         try:
             array, stats = cluster_matrix(
-                weight, rule, self.settings, key=key, channel_weights=channel_weights, feedback=feedback
+                kernels.pop(path),
+                rules[path],
+                self.settings,
+                key=matrix_key(self.seed, full),
+                channel_weights=weights.get(path),
+                feedback=feedback,
             )
         except InputError as error:
-            raise InputError(f"{path}: {error}") from error
+            raise InputError(f"{full}: {error}") from error
         return jax.device_get(array), stats
 
 

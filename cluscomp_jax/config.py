@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.settings import CalibrationSettings, ClusterSettings, TuningSettings
+from cluscomp_jax.settings import CalibrationSettings, ClusterSettings, MeshSettings, TuningSettings
 from cluscomp_jax.settings_file import overlay, read_toml
 
 Recipe = Literal["default", "paper"]
@@ -25,6 +25,8 @@ class RunConfig:
       device_memory_gib: largest device memory of compression, > 0: forward passes take as many samples together as it
         allows, and a stage that needs more is refused before any work. Bits of the result can change with the number
         of samples. None: 2,048 tokens together, and no check.
+      mesh: how many devices share the samples of a batch and the matrices to be clustered: its data axis; the others
+        are 1. Bits of the result change with it. A tuning batch that it does not divide is computed whole on each.
       zstd: codes the files of a checkpoint folder: shorter by the bits that entries of 8-bit indices do not hold.
     """
 
@@ -34,6 +36,7 @@ class RunConfig:
     tuning: TuningSettings | None = TuningSettings()
     seed: int = 42
     device_memory_gib: float | None = None
+    mesh: MeshSettings = MeshSettings()
     zstd: bool = False
 
     def __post_init__(self) -> None:
@@ -42,6 +45,11 @@ class RunConfig:
             raise InputError(f"device_memory_gib is {budget}; it must be a number above 0")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed is {self.seed}; it must be from 0 to 2**63-1")
+        if self.mesh.size != self.mesh.data:
+            raise InputError(
+                f"mesh is {self.mesh}; compression holds one block at a time and spreads samples and matrices alone: "
+                "use data, leave fsdp and tensor out"
+            )
         if self.tuning is not None:
             train = self.calibration.samples - self.tuning.held_out
             if train < 1:

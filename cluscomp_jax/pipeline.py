@@ -9,7 +9,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from cluscomp_jax.preflight import check_calibration, mixes, rules_by_block
 from cluscomp_jax.progress import Reporter, SilentReporter
 from cluscomp_jax.sensitivity import sensitivities
 from cluscomp_jax.settings import TuningSettings
+from cluscomp_jax.sharding import make_sharding, put_samples, put_whole
 from cluscomp_jax.source import BlockSink, DictSink, ParamSource, as_source, run_fingerprint
 from cluscomp_jax.stages import StageClock
 from cluscomp_jax.trees import Params
@@ -153,7 +154,8 @@ class _Run:
         self.records_dir = work_dir / "records"
         self.records_dir.mkdir(parents=True, exist_ok=True)
         self.tuning = cfg.tuning if calibration is not None else None
-        self.cluster = BlockClustering(self.model, cfg.cluster, cfg.seed, self.clock, self.reporter)
+        self.sharding = make_sharding(cfg.mesh, self.model)
+        self.cluster = BlockClustering(self.model, cfg.cluster, cfg.seed, self.clock, self.reporter, self.sharding)
         self.dtype, self.batch_size = jnp.dtype("float32"), 1
         self.original: ActivationStore | None = None
         self.compressed: ActivationStore | None = None
@@ -165,7 +167,9 @@ class _Run:
             self.rules = rules_by_block(self.model, cfg, self._sensitivities(calibration, work_dir))
         numbers = cfg.tuning or TuningSettings()
         self.dtype = jnp.dtype(numbers.compute_dtype)
-        self.batch_size = forward_batch(self.model, cfg, calibration.shape)
+        # Of as many samples as can be spread, so that only the last batch may lie whole on every device.
+        spread = max(1, len(calibration) // cfg.mesh.data)
+        self.batch_size = cfg.mesh.data * min(spread, forward_batch(self.model, cfg, calibration.shape))
         if cfg.cluster.calibrated or self.tuning:
             with self.clock("embed"):
                 self._embed(calibration, work_dir, jnp.dtype(numbers.activation_dtype))
@@ -233,7 +237,7 @@ class _Run:
         """Moves the streams behind a block that an earlier process finished."""
         kind = self.model.block_kind(i)
         with self.clock("load"):
-            dense = jax.device_put(reader.take(i))
+            dense = put_whole(reader.take(i), self.sharding)
         with self.clock("resume"):
             self._propagate_original(dense, kind)
             del dense
@@ -262,7 +266,7 @@ class _Run:
         block = jax.device_get(block)
         return_freed_memory()
         if self.original is not None or self.augmented is not None:
-            dense = jax.device_put(dense)
+            dense = put_whole(dense, self.sharding)
             self._propagate_original(dense, kind)
         del dense
         return_freed_memory()
@@ -300,7 +304,7 @@ class _Run:
     def _streams(self) -> Streams | None:
         if self.compressed is None:
             return None
-        return Streams(self.compressed, self.original, self.batch_size, self.dtype)
+        return Streams(self.compressed, self.original, self.batch_size, self.dtype, self.sharding)
 
     def _tune(self, i: int, block: Params, kind: Hashable) -> tuple[Params, BlockTuning]:
         assert self.tuning is not None
@@ -313,13 +317,26 @@ class _Run:
         rng = np.random.default_rng((self.cfg.seed, i))
         with self.clock("tune"):
             return tune_block(
-                self.model, kind, block, self.compressed, targets, self.tuning, rng=rng, reporter=self.reporter
+                self.model,
+                kind,
+                block,
+                self.compressed,
+                targets,
+                self.tuning,
+                rng=rng,
+                reporter=self.reporter,
+                sharding=self.sharding,
             )
+
+    def _through(self, step: Callable[[jax.Array], jax.Array]) -> Callable[[ActivationStore, ActivationStore], None]:
+        """Returns what passes one stream through a block into another."""
+        put = partial(put_samples, sharding=self.sharding)
+        return partial(run_through, step, batch_size=self.batch_size, dtype=self.dtype, put=put)
 
     def _propagate_original(self, dense: Params, kind: Hashable) -> None:
         with self.clock("targets"):
             step = partial(run_block, dense, model=self.model, kind=kind)
-            run = partial(run_through, step, batch_size=self.batch_size, dtype=self.dtype)
+            run = self._through(step)
             if self.augmented is not None and self.compressed is not None:
                 run(self.compressed, self.augmented)
             if self.original is not None:
@@ -331,9 +348,8 @@ class _Run:
             return {}
         with self.clock("propagate"):
             # Decoded first, so that one program serves all blocks, however finely each is cut.
-            decoded = jax.tree.map(jnp.asarray, decompress(block))
-            step = partial(run_block, decoded, model=self.model, kind=kind)
-            run_through(step, self.compressed, self.compressed, batch_size=self.batch_size, dtype=self.dtype)
+            step = partial(run_block, put_whole(decompress(block), self.sharding), model=self.model, kind=kind)
+            self._through(step)(self.compressed, self.compressed)
             if self.original is None:
                 return {}
             limit = (self.tuning or self.cfg.cluster).outlier_limit

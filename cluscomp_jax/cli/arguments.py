@@ -71,6 +71,8 @@ class CompressArguments(Common):
     """peak learning rate of tuning"""
     seed: Annotated[int | None, arg(metavar="INT")] = None
     """seed of everything random"""
+    mesh: Annotated[str | None, arg(metavar="data=INT")] = None
+    """how many devices share the samples of a batch and the matrices of a site; all that there are: data=4"""
     zstd: Flag = False
     """code the files on disk: 1 to 4% less where matrices have 256 codes, as good as nothing elsewhere"""
     evaluate: Annotated[str | None, arg(metavar="TEXT")] = None

@@ -22,6 +22,7 @@ from cluscomp_jax.preflight import Rules, check_calibration, mixes, rules_by_blo
 from cluscomp_jax.progress import Reporter
 from cluscomp_jax.report import format_bytes, format_table, stage_rows
 from cluscomp_jax.rules import describe as describe_rule
+from cluscomp_jax.sharding import make_sharding
 from cluscomp_jax.source import ParamSource
 
 
@@ -32,6 +33,7 @@ def run(arguments: CompressArguments) -> Result:
     if opened.kind in ("compressed", "aqlm"):
         raise InputError(f"{arguments.model} is already compressed; give the original model")
     cfg = dataclasses.replace(cfg, model=opened.config)
+    make_sharding(cfg.mesh, opened.model)
     by_block = rules_by_block(opened.model, cfg)
     calibration = None
     if arguments.calibration is not None:

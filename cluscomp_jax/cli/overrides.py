@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, TypeVar
 
 from cluscomp_jax.cli.arguments import CompressArguments
+from cluscomp_jax.cli.mesh import parse_mesh
 from cluscomp_jax.config import RECIPES, RunConfig, load_config
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
@@ -41,6 +42,7 @@ def run_config(arguments: CompressArguments) -> RunConfig:
         calibration=_replaced(config.calibration, arguments, "samples", "length", "starts"),
         tuning=_tuning(arguments, config.tuning),
         seed=config.seed if arguments.seed is None else arguments.seed,
+        mesh=config.mesh if arguments.mesh is None else parse_mesh(arguments.mesh),
         zstd=config.zstd or arguments.zstd,
     )
     asked = arguments.config or arguments.recipe

@@ -1,5 +1,6 @@
 """Training a whole model by next-token loss: what trains, the loss, one optimiser step."""
 
+from cluscomp_jax.sharding import AXES, Sharding, make_sharding, sharding_on
 from cluscomp_jax.training.partition import (
     Layout,
     Teacher,
@@ -9,7 +10,6 @@ from cluscomp_jax.training.partition import (
     split_params,
     split_shapes,
 )
-from cluscomp_jax.training.sharding import AXES, Sharding, make_sharding, sharding_on
 from cluscomp_jax.training.step import (
     StepMetrics,
     TrainState,

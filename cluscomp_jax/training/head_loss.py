@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from cluscomp_jax.losses import divergence, token_nll
 from cluscomp_jax.model import Model
 from cluscomp_jax.settings import DistillationSettings
+from cluscomp_jax.sharding import Sharding, gathered
 from cluscomp_jax.training.partition import join_group
-from cluscomp_jax.training.sharding import Sharding, gathered
 from cluscomp_jax.trees import Params
 
 

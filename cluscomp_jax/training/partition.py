@@ -20,8 +20,8 @@ from cluscomp_jax import trees
 from cluscomp_jax.codebook import CodebookArray, round_codebook
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.model import Model
+from cluscomp_jax.sharding import REST, Sharding
 from cluscomp_jax.source import ParamSource
-from cluscomp_jax.training.sharding import REST, Sharding
 from cluscomp_jax.trees import Params
 
 _CODEBOOK = "/codebook"

@@ -18,9 +18,9 @@ from jax.ad_checkpoint import checkpoint_name
 from cluscomp_jax import trees
 from cluscomp_jax.optimizer import make_optimizer
 from cluscomp_jax.settings import TrainingSettings
+from cluscomp_jax.sharding import REST, Sharding, gathered, hold
 from cluscomp_jax.training.head_loss import HeadLoss, TeacherHead
 from cluscomp_jax.training.partition import Layout, Teacher, join_group
-from cluscomp_jax.training.sharding import REST, Sharding, gathered, hold
 from cluscomp_jax.trees import Params
 from pallas_kernels.codebook_matmul import FAST_GRADIENTS
 

@@ -21,6 +21,7 @@ from cluscomp_jax.model import Model
 from cluscomp_jax.optimizer import make_optimizer
 from cluscomp_jax.progress import Reporter
 from cluscomp_jax.settings import TuningSettings
+from cluscomp_jax.sharding import Sharding, gathered, put_samples, put_whole
 from cluscomp_jax.trees import Params
 from cluscomp_jax.tuning.store import ActivationStore
 from pallas_kernels.codebook_matmul import FAST_GRADIENTS
@@ -91,7 +92,7 @@ def init_state(trained: Trainable, *, settings: TuningSettings, total_steps: int
     return StepState(masters, make_optimizer(settings, total_steps).init(masters), jnp.array(True))
 
 
-@partial(jax.jit, static_argnames=("model", "kind", "settings", "total_steps"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("model", "kind", "settings", "total_steps", "sharding"), donate_argnames="state")
 def tuning_step(
     state: StepState,
     frozen: dict[str, Any],
@@ -102,6 +103,7 @@ def tuning_step(
     kind: Hashable,
     settings: TuningSettings,
     total_steps: int,
+    sharding: Sharding | None = None,
 ) -> tuple[StepState, jax.Array]:
     """Returns (next state, loss before the step).
 
@@ -109,6 +111,7 @@ def tuning_step(
       x: [b, t, d], the compressed stream's input of the block.
       targets: outputs [b, t, d] of the original block to match: on the original stream, and with `aug_loss` also
         on the compressed stream.
+      sharding: of the samples, where several devices share them.
 
     A step whose loss or gradient is not finite changes nothing, nor does any step after it.
     """
@@ -116,7 +119,7 @@ def tuning_step(
     scale = float(2 ** (x.size.bit_length() - 1)) if settings.compute_dtype == "float16" else 1.0
 
     def loss_of(trained: Trainable) -> tuple[jax.Array, jax.Array]:
-        loss = block_loss(trained, frozen, x, targets, model=model, kind=kind, settings=settings)
+        loss = block_loss(trained, frozen, x, targets, model=model, kind=kind, settings=settings, sharding=sharding)
         return scale * loss, loss
 
     (_, loss), scaled = jax.value_and_grad(loss_of, has_aux=True)(state.trained)
@@ -139,15 +142,17 @@ def block_loss(
     model: Model,
     kind: Hashable,
     settings: TuningSettings,
+    sharding: Sharding | None = None,
 ) -> jax.Array:
     """Returns the sum over targets of the mean squared error of block(x), float32 scalar (paper eq. 4)."""
     with FAST_GRADIENTS(settings.fast_gradients):
-        y = model.block(join_trainable(trained, frozen), x.astype(settings.compute_dtype), kind=kind)
+        block = gathered(join_trainable(trained, frozen), sharding)
+        y = model.block(block, x.astype(settings.compute_dtype), kind=kind)
     losses = [mean_squared_error(y, target, outlier_limit=settings.outlier_limit) for target in targets]
     return jnp.sum(jnp.stack(losses))
 
 
-_evaluate = partial(jax.jit, static_argnames=("model", "kind", "settings"))(block_loss)
+_evaluate = partial(jax.jit, static_argnames=("model", "kind", "settings", "sharding"))(block_loss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,21 +166,22 @@ class _Problem:
     inputs: ActivationStore
     targets: tuple[ActivationStore, ...]
     total_steps: int
+    sharding: Sharding | None
 
-    @property
-    def _fixed(self) -> dict[str, Any]:
-        return {"model": self.model, "kind": self.kind, "settings": self.settings}
+    def _fixed(self, x: jax.Array) -> dict[str, Any]:
+        sharding = self.sharding if self.sharding is not None and self.sharding.splits(len(x)) else None
+        return {"model": self.model, "kind": self.kind, "settings": self.settings, "sharding": sharding}
 
     def batch(self, where: slice | np.ndarray) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Returns (inputs, targets) of some samples, on the device."""
-        targets = tuple(jax.device_put(store.read(where)) for store in self.targets)
-        return jax.device_put(self.inputs.read(where)), targets
+        put = partial(put_samples, sharding=self.sharding)
+        return put(self.inputs.read(where)), tuple(put(store.read(where)) for store in self.targets)
 
     def step(self, state: StepState, where: np.ndarray) -> tuple[StepState, jax.Array]:
         """Returns (next state, loss before the step)."""
         x, targets = self.batch(where)
         stepped: tuple[StepState, jax.Array] = tuning_step(
-            state, self.frozen, x, targets, total_steps=self.total_steps, **self._fixed
+            state, self.frozen, x, targets, total_steps=self.total_steps, **self._fixed(x)
         )
         return stepped
 
@@ -185,7 +191,7 @@ class _Problem:
         for begin in samples[:: self.settings.batch_size]:
             where = slice(begin, min(begin + self.settings.batch_size, samples.stop))
             x, targets = self.batch(where)
-            loss = _evaluate(trained, self.frozen, x, targets, **self._fixed)
+            loss = _evaluate(trained, self.frozen, x, targets, **self._fixed(x))
             total += (where.stop - where.start) * float(loss)
         return total / len(samples)
 
@@ -200,6 +206,7 @@ def tune_block(
     *,
     rng: np.random.Generator,
     reporter: Reporter,
+    sharding: Sharding | None = None,
 ) -> tuple[Params, BlockTuning]:
     """Returns (the block with tuned float32 codebooks, what happened).
 
@@ -211,12 +218,13 @@ def tune_block(
       inputs: the compressed stream's inputs of the block [samples, t, d].
       targets: what the block's outputs should be, see `tuning_step`.
       rng: orders the samples of each epoch.
+      sharding: of the samples of a batch, where several devices share them; the block is whole on each.
     """
-    trained, frozen = split_trainable(jax.tree.map(jnp.asarray, block), norms=settings.norms)
+    trained, frozen = split_trainable(put_whole(block, sharding), norms=settings.norms)
     stepped, held_out = range(len(inputs) - settings.held_out), range(len(inputs) - settings.held_out, len(inputs))
     steps_per_epoch = len(stepped) // settings.batch_size
     total_steps = max(settings.epochs * steps_per_epoch, 1)
-    problem = _Problem(model, kind, settings, frozen, inputs, targets, total_steps)
+    problem = _Problem(model, kind, settings, frozen, inputs, targets, total_steps, sharding)
     state = init_state(trained, settings=settings, total_steps=total_steps)
     start = jax.tree.map(jnp.copy, state.trained)
     best, chosen = start, 0

@@ -73,14 +73,15 @@ def run_through(
     *,
     batch_size: int,
     dtype: Any,
+    put: Callable[[np.ndarray], jax.Array] = jax.device_put,
 ) -> None:
     """Writes function(batch as `dtype`) of every batch of `store` to the same place of `into` (may be `store`).
 
-    The next batch is handed to the device before the last result is fetched.
+    The next batch is handed to the device, by `put`, before the last result is fetched.
     """
     pending: tuple[slice, jax.Array] | None = None
     for where, batch in store.batches(batch_size):
-        result = function(jax.device_put(batch).astype(dtype))
+        result = function(put(batch).astype(dtype))
         if pending is not None:
             into.write(*pending)
         pending = where, result

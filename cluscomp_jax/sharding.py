@@ -1,4 +1,4 @@
-"""Where the arrays and rows of a training run lie on a mesh of devices. XLA does the rest. Knows no loss and no loop.
+"""Where the arrays and rows of a run lie on a mesh of devices. XLA does the rest. Knows no loss and no loop.
 
 Rows of a batch are spread over "data" and "fsdp". Matrices, their indices and their codebooks lie in parts over "fsdp"
 and "tensor"; what "fsdp" parts is gathered block by block, where it is used. A dimension that an axis does not divide
@@ -83,6 +83,14 @@ class Sharding:
         """Returns [..., b, t] of the host, the same in every process, with b spread over the devices."""
         return _put(rows, self.rows(rows.ndim))
 
+    def splits(self, rows: int) -> bool:
+        """Returns whether so many rows can be spread equally."""
+        return rows % self.row_parts == 0
+
+    def samples(self, count: int) -> NamedSharding:
+        """Returns the place of [b, ...] with b spread over the devices; whole on each where it cannot be equally."""
+        return self._on(ROWS) if self.splits(count) else self.everywhere
+
     def by_rows(self, x: jax.Array) -> jax.Array:
         """Returns x [b, ...] with b spread over the devices and nothing else."""
         return hold(x, self._on(ROWS))
@@ -149,6 +157,18 @@ def make_sharding(settings: MeshSettings, model: Model) -> Sharding | None:
 def sharding_on(mesh: Mesh, model: Model) -> Sharding:
     """Returns how `model` lies on a mesh with the AXES."""
     return Sharding(mesh, _added_to_a_residual(model))
+
+
+def put_samples(x: np.ndarray, sharding: Sharding | None) -> jax.Array:
+    """Returns [b, ...] of the host on the devices that share its samples, or on the only one."""
+    there: jax.Array = jax.device_put(x, None if sharding is None else sharding.samples(len(x)))
+    return there
+
+
+def put_whole(tree: Params, sharding: Sharding | None) -> Params:
+    """Returns the parameters whole on every device."""
+    there: Params = jax.device_put(tree, None if sharding is None else sharding.everywhere)
+    return there
 
 
 def gathered(params: Params, sharding: Sharding | None) -> Params:

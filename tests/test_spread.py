@@ -1,0 +1,63 @@
+"""Compression on two virtual devices against one: what they share, and that only rounding differs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluscomp_jax.config import RunConfig
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.settings import MeshSettings
+
+PROGRAM = Path(__file__).with_name("spread_runs.py")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    out = tmp_path_factory.mktemp("spread") / "runs.json"
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "JAX_PLATFORMS": "cpu",
+        # Threads of XLA: with one for each device, devices that wait for different sums leave none for the others.
+        "NPROC": "64",
+        # Programs of several CPU devices that come out of the cache hang or crash now and then (jax 0.10.2).
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
+    done = subprocess.run([sys.executable, PROGRAM, out], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text())
+
+
+@pytest.mark.parametrize("kind", ["tuned", "without text"])
+def test_several_devices_make_what_one_makes(runs, kind):
+    one, two = runs[kind]["one"], runs[kind]["two"]
+    for path, kernel in one["kernels"].items():
+        # Sums are rounded otherwise, which can move a weight that lay between two codes to the other one.
+        assert np.mean(np.isclose(two["kernels"][path], kernel, rtol=0, atol=1e-3)) >= 0.99, path
+    for ours, theirs in zip(two["blocks"], one["blocks"], strict=True):
+        for name in ("loss_before", "epoch_losses", "held_out_losses", "loss_after"):
+            assert (name in ours) == (name in theirs)
+            np.testing.assert_allclose(ours.get(name, 0), theirs.get(name, 0), rtol=1e-3)
+
+
+def test_kernels_of_one_input_are_clustered_on_different_devices(runs):
+    devices = runs["tuned"]["two"]["devices"]
+    for paths in (("self_attn/q_proj", "self_attn/k_proj"), ("mlp/gate_proj", "mlp/up_proj")):
+        assert len({devices[f"1/{path}/kernel"] for path in paths}) == 2
+    assert len(set(runs["tuned"]["one"]["devices"].values())) == 1
+
+
+def test_samples_of_a_batch_are_spread_where_they_divide(runs):
+    assert runs["tuned"]["one"]["samples"] == ["None"]
+    assert runs["tuned"]["two"]["samples"] == ["P(('data', 'fsdp'),)", "P()"]  # ten samples, and the last one
+
+
+def test_an_axis_that_compression_does_not_have_is_refused():
+    with pytest.raises(InputError, match=r"mesh is data=1,fsdp=2,tensor=1; .* use data"):
+        RunConfig(mesh=MeshSettings(fsdp=2))

@@ -121,6 +121,7 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     "config of no one": ("--config {}/absent.toml", ["absent.toml"]),
     "unread key": ("--config {}/key.toml", ["key.toml", "'tuning.lr'"]),
     "rule without a match": ("--config {}/rule.toml", ["'nothing.*'", "none"]),
+    "more devices than there are": ("--mesh data=3", ["data=3", "takes 3 devices, there are 1"]),
     "another recipe": ("--config {}/rule.toml --recipe paper", ["'default'", "'paper'"]),
 }
 

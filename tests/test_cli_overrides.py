@@ -7,7 +7,7 @@ from cluscomp_jax.cli.arguments import CompressArguments
 from cluscomp_jax.cli.overrides import run_config
 from cluscomp_jax.config import PAPER, RECIPES, RunConfig
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.settings import TuningSettings
+from cluscomp_jax.settings import MeshSettings, TuningSettings
 
 
 def config_of(**options: Any) -> RunConfig:
@@ -43,8 +43,10 @@ def test_every_option_reaches_its_setting() -> None:
         g=5,
         unweighted=True,
         zstd=True,
+        mesh="data=2",
     )
     assert config.zstd
+    assert config.mesh == MeshSettings(data=2)
     assert not config_of(calibration="t").zstd
     assert config.calibration.samples == 3
     assert config.calibration.length == 9
@@ -117,6 +119,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "too large a group": ({"g": 33}, "g is 33"),
     "negative bits": ({"bits": -1.0}, "bits is -1.0"),
     "negative seed": ({"seed": -1}, "seed is -1"),
+    "mesh of parts": ({"mesh": "data=2,tensor=2"}, "mesh is data=2,fsdp=1,tensor=2; compression holds one block"),
+    "mesh without a size": ({"mesh": "data"}, "--mesh 'data': 'data' must be AXIS=SIZE"),
 }
 
 

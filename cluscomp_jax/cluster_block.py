@@ -131,13 +131,14 @@ class BlockClustering:
                 if self.settings.weighted:
                     weights |= dict.fromkeys(kernels, jax.device_get(jnp.diagonal(inputs)))
                 del inputs
-            task = partial(self._cluster, i, kernels, rules, weights, feedback)
-            for path, (flat[path], stats) in zip(list(kernels), self._in_turn(task, list(kernels)), strict=True):
-                records.append(_record(f"{self.model.blocks_path}/{i}/{path}", flat[path], stats))
+            task, matched = partial(self._cluster, i, kernels, rules, weights, feedback), list(kernels)
+            for path, (array, stats) in zip(matched, self._in_turn(task, matched), strict=True):
+                flat[path] = array
+                records.append(_record(f"{self.model.blocks_path}/{i}/{path}", array, stats))
                 self.reporter.advance(note=path)
                 if self.settings.sequential and feedback is not None and now:
                     # Dense again, so that one program serves all blocks, however finely each is cut.
-                    now[path] = jax.device_get(decode(flat[path]))
+                    now[path] = jax.device_get(decode(array))
                 return_freed_memory()
         return trees.unflatten(flat), records
 

@@ -1,13 +1,10 @@
 """Compression on two virtual devices against one: what they share, and that only rounding differs."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from virtual_devices import run_on_devices
 
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.errors import InputError
@@ -18,20 +15,7 @@ PROGRAM = Path(__file__).with_name("spread_runs.py")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    out = tmp_path_factory.mktemp("spread") / "runs.json"
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        "JAX_PLATFORMS": "cpu",
-        # Threads of XLA: with one for each device, devices that wait for different sums leave none for the others.
-        "NPROC": "64",
-        # Programs of several CPU devices that come out of the cache hang or crash now and then (jax 0.10.2).
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
-    }
-    done = subprocess.run([sys.executable, PROGRAM, out], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(out.read_text())
+    return run_on_devices(PROGRAM, 2, tmp_path_factory.mktemp("spread") / "runs.json")
 
 
 @pytest.mark.parametrize("kind", ["tuned", "without text"])

@@ -8,7 +8,7 @@ import math
 import zlib
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,20 @@ def to_vectors(weight: jax.Array, *, g: int, axis: Axis) -> jax.Array:
     return padded.reshape(-1, g, d_out).swapaxes(1, 2).reshape(-1, g)
 
 
+class SharedStart(NamedTuple):
+    """What a kernel begins with where its codebook is shared; on the host.
+
+    Attributes:
+      owner: block-relative path of the kernel that stores the codebook; None: this one.
+      codebook: [n, g], 16 bit.
+      codes: int32 [m], the code nearest to each of the kernel's vectors.
+    """
+
+    owner: str | None
+    codebook: np.ndarray
+    codes: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class ClusterStats:
     """How well a matrix was clustered.
@@ -69,6 +83,7 @@ def cluster_matrix(
     key: jax.Array,
     channel_weights: jax.Array | np.ndarray | None = None,
     feedback: Feedback | None = None,
+    shared: SharedStart | None = None,
 ) -> tuple[CodebookArray, ClusterStats]:
     """Returns the CodebookArray of a kernel [d_in, d_out] and its error; the codebook is already 16 bit.
 
@@ -81,6 +96,7 @@ def cluster_matrix(
       channel_weights: [d_in] >= 0, weight of each input channel's error (E[x_i^2]); axis "out" only.
       feedback: of the kernel's input: codes are chosen channel by channel, each making good the errors before it;
         axis "out" only.
+      shared: the codebook, not to be changed, of several kernels; None: a k-means of the kernel's own makes it.
 
     Raises:
       InputError: weights that are not finite, or channel weights or feedback for axis "in".
@@ -88,25 +104,30 @@ def cluster_matrix(
     d_in, d_out = weight.shape
     if rule.axis != "out" and (feedback is not None or channel_weights is not None):
         raise InputError(NOT_IN)
-    # No name here holds the vectors and their weights, so that k-means can let go of them.
-    codes, index, stats = kmeans.fit_codebook(
-        to_vectors(jax.device_put(weight), g=rule.g, axis=rule.axis),
-        num_codes=rule.num_codes,
-        key=key,
-        weights=None
-        if channel_weights is None
-        else vector_weights(jnp.asarray(channel_weights), d_out=d_out, g=rule.g),
-        iterations=settings.iterations,
-    )
-    rounded = cb.round_codebook(codes, settings.codebook_dtype)
+    owner, seconds = None, 0.0
+    if shared is None:
+        # No name here holds the vectors and their weights, so that k-means can let go of them.
+        codes, index, stats = kmeans.fit_codebook(
+            to_vectors(jax.device_put(weight), g=rule.g, axis=rule.axis),
+            num_codes=rule.num_codes,
+            key=key,
+            weights=None
+            if channel_weights is None
+            else vector_weights(jnp.asarray(channel_weights), d_out=d_out, g=rule.g),
+            iterations=settings.iterations,
+        )
+        rounded, seconds = cb.round_codebook(codes, settings.codebook_dtype), stats.seconds
+        del codes
+    else:
+        owner, rounded, index = shared.owner, jnp.asarray(shared.codebook), jnp.asarray(shared.codes)
     if feedback is not None:
-        del codes, index  # only their codebook counts: all are chosen anew
-        rounded, index = _with_feedback(weight, rounded, feedback, rule, settings, key)
+        del index  # all codes are chosen anew
+        rounded, index = _with_feedback(weight, rounded, feedback, rule, settings, key, shared is None)
     shape = (d_in, d_out)
     packed = index.reshape(cb.index_shape(shape, rule.g, rule.axis)).astype(cb.index_dtype(rule.num_codes))
-    array = CodebookArray(codebook=rounded, index=packed, shape=shape, axis=rule.axis)
+    array = CodebookArray(codebook=rounded, index=packed, shape=shape, axis=rule.axis, codebook_of=owner)
     plain, weighted = relative_errors(jax.device_put(weight), array, channel_weights)
-    return array, ClusterStats(plain, weighted, index_entropy(np.asarray(packed), rule.num_codes), stats.seconds)
+    return array, ClusterStats(plain, weighted, index_entropy(np.asarray(packed), rule.num_codes), seconds)
 
 
 def _with_feedback(
@@ -116,8 +137,9 @@ def _with_feedback(
     rule: CompressionRule,
     settings: ClusterSettings,
     key: jax.Array,
+    solve: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (codebook, rounded, index) chosen with feedback and refitted, both beginning at k-means' codebook."""
+    """Returns (codebook, rounded; index), chosen with feedback and refitted; `solve`: the codebook too."""
     there: jax.Array = jax.device_put(weight)
     feedback = jax.device_put(feedback)
     forest = kmeans.plant_forest(codebook, key)
@@ -129,6 +151,7 @@ def _with_feedback(
         rounds=settings.refits,
         forest=forest,
         key=key,
+        solve=solve,
     )
     return cb.round_codebook(codes, settings.codebook_dtype), index
 
@@ -144,12 +167,20 @@ def index_entropy(index: np.ndarray, num_codes: int) -> float:
 def vector_weights(channel_weights: jax.Array, *, d_out: int, g: int) -> jax.Array:
     """Returns float32 [m], the weight of every vector of axis "out", of its channel's weight [d_in] >= 0.
 
-    Scaled to mean 1, dead channels lifted to a millionth so that they keep their vectors.
+    Scaled as `channel_mass` has it.
     """
-    weights = channel_weights.astype(jnp.float32)
+    return jnp.repeat(channel_mass(channel_weights), -(-d_out // g))
+
+
+def channel_mass(weights: jax.Array) -> jax.Array:
+    """Returns float32 weights of mean 1, dead ones lifted to a millionth so that they keep their vectors; 1 if all are.
+
+    Args:
+      weights: [d_in] >= 0.
+    """
+    weights = weights.astype(jnp.float32)
     mean = jnp.mean(weights)
-    mass = jnp.where(mean > 0, jnp.maximum(weights / jnp.where(mean > 0, mean, 1.0), 1e-6), jnp.ones_like(weights))
-    return jnp.repeat(mass, -(-d_out // g))
+    return jnp.where(mean > 0, jnp.maximum(weights / jnp.where(mean > 0, mean, 1.0), 1e-6), jnp.ones_like(weights))
 
 
 def relative_errors(weight: jax.Array, array: CodebookArray, channel_weights: Any = None) -> tuple[float, float | None]:
@@ -227,9 +258,10 @@ class SizeReport:
 
 
 def matrix_size(path: str, array: CodebookArray) -> MatrixSize:
-    """Returns the stored size of one CodebookArray."""
-    bits = cb.stored_bits(array.shape, g=array.group_size, num_codes=array.num_codes, axis=array.axis)
-    return MatrixSize(path, array.shape, array.axis, array.group_size, array.num_codes, bits)
+    """Returns the stored size of one CodebookArray; a codebook counts where it is its own."""
+    own, n = array.codebook_of is None, array.num_codes
+    bits = cb.stored_bits(array.shape, g=array.group_size, num_codes=n, axis=array.axis, own=own)
+    return MatrixSize(path, array.shape, array.axis, array.group_size, n, bits)
 
 
 def size_report(params: Mapping[Any, Any]) -> SizeReport:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cluscomp_jax import trees
-from cluscomp_jax.cluster import ClusterStats, cluster_matrix, matrix_key, matrix_size
+from cluscomp_jax.cluster import ClusterStats, SharedStart, cluster_matrix, matrix_key, matrix_size
 from cluscomp_jax.codebook import CodebookArray, decode
 from cluscomp_jax.correction import SiteMoments, corrected
 from cluscomp_jax.errors import InputError
@@ -26,6 +26,7 @@ from cluscomp_jax.model import Model, run_block
 from cluscomp_jax.progress import Reporter
 from cluscomp_jax.settings import ClusterSettings, CompressionRule
 from cluscomp_jax.sharding import Sharding, put_samples, put_whole
+from cluscomp_jax.shared_codebooks import fit_shared, sharing_groups
 from cluscomp_jax.statistics import Batch, channel_moments, site_moments
 from cluscomp_jax.trees import Params
 from cluscomp_jax.tuning import ActivationStore
@@ -112,11 +113,13 @@ class BlockClustering:
         Raises:
           InputError: a kernel that is not finite, by its path.
         """
-        flat, original, now, records = trees.flatten(dense), trees.flatten(dense), trees.flatten(dense), []
+        flat, original, now = trees.flatten(dense), trees.flatten(dense), trees.flatten(dense)
+        found: dict[str, tuple[CodebookArray, ClusterStats]] = {}
         self.reporter.start(f"block {i + 1}/{self.model.num_blocks}: cluster", len(rules), "matrices")
         kind = self.model.block_kind(i)
         weights = self._channel_weights(kind, dense, streams)
         positions = self._position_weights(kind, dense, streams)
+        starts = self._shared_starts(i, dense, rules, streams, weights) if self.settings.share != "none" else {}
         last = list(self.model.sites)[-1]
         for site, paths in self.model.sites.items():
             kernels = {path: flat[path] for path in paths if path in rules}
@@ -131,16 +134,46 @@ class BlockClustering:
                 if self.settings.weighted:
                     weights |= dict.fromkeys(kernels, jax.device_get(jnp.diagonal(inputs)))
                 del inputs
-            task, matched = partial(self._cluster, i, kernels, rules, weights, feedback), list(kernels)
-            for path, (array, stats) in zip(matched, self._in_turn(task, matched), strict=True):
-                flat[path] = array
-                records.append(_record(f"{self.model.blocks_path}/{i}/{path}", array, stats))
+            task, matched = partial(self._cluster, i, kernels, rules, weights, feedback, starts), list(kernels)
+            for path, done in zip(matched, self._in_turn(task, matched), strict=True):
+                found[path] = done
                 self.reporter.advance(note=path)
-                if self.settings.sequential and feedback is not None and now:
-                    # Dense again, so that one program serves all blocks, however finely each is cut.
-                    now[path] = jax.device_get(decode(array))
                 return_freed_memory()
-        return trees.unflatten(flat), records
+            if self.settings.sequential and feedback is not None and now:
+                # Dense again, so that one program serves all blocks, however finely each is cut.
+                now |= {path: jax.device_get(decode(found[path][0])) for path in matched}
+        records = [_record(f"{self.model.blocks_path}/{i}/{path}", *done) for path, done in found.items()]
+        return trees.unflatten(flat | {path: array for path, (array, _) in found.items()}), records
+
+    def _shared_starts(
+        self,
+        i: int,
+        dense: Params,
+        rules: Mapping[str, CompressionRule],
+        streams: Streams | None,
+        weights: Mapping[str, np.ndarray],
+    ) -> dict[str, SharedStart]:
+        """Returns {path: what it begins with} of kernels that share a codebook; `weights` are E[x_i^2] if known."""
+        if streams is not None and self.settings.weighted and not weights:
+            with self.clock("statistics"):
+                there, kind = put_whole(dense, self.sharding), self.model.block_kind(i)
+                weights = jax.device_get(channel_moments(self.model, kind, there, streams.inputs()))
+                del there
+        flat, starts = trees.flatten(dense), dict[str, SharedStart]()
+        with self.clock("cluster"):
+            for group in sharing_groups(self.model.sites, rules, self.settings.share):
+                full = f"{self.model.blocks_path}/{i}/{group[0]}"
+                try:
+                    starts |= fit_shared(
+                        {path: flat[path] for path in group},
+                        rules[group[0]],
+                        self.settings,
+                        key=matrix_key(self.seed, full),
+                        channel_weights=weights,
+                    )
+                except InputError as error:
+                    raise InputError(f"{full} and those that share its codebook: {error}") from error
+        return starts
 
     def _position_weights(self, kind: Hashable, dense: Params, streams: Streams | None) -> np.ndarray | None:
         """Returns float32 [samples, t], what each position counts in second moments, or None where all count alike."""
@@ -217,6 +250,7 @@ class BlockClustering:
         rules: Mapping[str, CompressionRule],
         weights: Mapping[str, np.ndarray],
         feedback: Feedback | None,
+        starts: Mapping[str, SharedStart],
         path: str,
     ) -> tuple[CodebookArray, ClusterStats]:
         """Returns (the CodebookArray on the host, its error), and forgets the kernel."""
@@ -229,6 +263,7 @@ class BlockClustering:
                 key=matrix_key(self.seed, full),
                 channel_weights=weights.get(path),
                 feedback=feedback,
+                shared=starts.get(path),
             )
         except InputError as error:
             raise InputError(f"{full}: {error}") from error

@@ -17,7 +17,9 @@ MAX_CODES = 65536
 MAX_GROUP = 32
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["codebook", "index"], meta_fields=["shape", "axis"])
+@partial(
+    jax.tree_util.register_dataclass, data_fields=["codebook", "index"], meta_fields=["shape", "axis", "codebook_of"]
+)
 @dataclasses.dataclass(frozen=True)
 class CodebookArray:
     """A matrix W [d_in, d_out] of g-vectors drawn from n codes (paper section 3).
@@ -28,6 +30,8 @@ class CodebookArray:
       shape: (d_in, d_out).
       axis: the axis that is cut: "out": W[i, j*g+t] = codebook[index[i, j], t];
         "in": W[j*g+t, o] = codebook[index[j, o], t].
+      codebook_of: path, within the block, of the kernel whose codebook this one is; it is stored once and trains as
+        one. None: its own.
 
     Invariant: decode(w).shape == w.shape; index.max() < n. Padding lies only past the end of the cut axis.
     """
@@ -36,6 +40,7 @@ class CodebookArray:
     index: Any
     shape: tuple[int, int]
     axis: Axis = "out"
+    codebook_of: str | None = None
 
     @property
     def num_codes(self) -> int:
@@ -69,9 +74,9 @@ def index_shape(shape: tuple[int, int], g: int, axis: Axis) -> tuple[int, int]:
     return (d_in, -(-d_out // g)) if axis == "out" else (-(-d_in // g), d_out)
 
 
-def stored_bits(shape: tuple[int, int], *, g: int, num_codes: int, axis: Axis) -> int:
-    """Returns the bits a matrix takes in storage: the packed index and a 16-bit codebook."""
-    return index_bits(num_codes) * math.prod(index_shape(shape, g, axis)) + 16 * g * num_codes
+def stored_bits(shape: tuple[int, int], *, g: int, num_codes: int, axis: Axis, own: bool = True) -> int:
+    """Returns the bits a matrix takes in storage: the packed index and, where it is its own, a 16-bit codebook."""
+    return index_bits(num_codes) * math.prod(index_shape(shape, g, axis)) + (16 * g * num_codes if own else 0)
 
 
 def round_codebook(codebook: jax.Array, dtype: Any) -> jax.Array:

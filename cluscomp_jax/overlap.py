@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
+from cluscomp_jax.host_memory import return_freed_memory
 from cluscomp_jax.source import ParamSource
 from cluscomp_jax.stages import StageClock
 from cluscomp_jax.trees import Params
@@ -56,7 +57,9 @@ class BlockReader:
 
     def _read(self, i: int) -> Params:
         with self._clock.beside(AHEAD):
-            return self._source.load_block(i)
+            block = self._source.load_block(i)
+            return_freed_memory()
+            return block
 
 
 class BlockWriter:

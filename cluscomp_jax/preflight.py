@@ -1,6 +1,6 @@
 """What a run settles before any long work: which rule compresses which kernel, and whether the calibration fits."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -10,7 +10,8 @@ from cluscomp_jax.cluster import NOT_IN
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.model import Model, check_tokens, parameter_shapes
-from cluscomp_jax.settings import ClusterSettings, CompressionRule
+from cluscomp_jax.settings import ClusterSettings, CompressionRule, Share
+from cluscomp_jax.shared_codebooks import sharing_groups
 
 Rules = dict[str, CompressionRule]
 
@@ -24,7 +25,8 @@ def rules_by_block(model: Model, cfg: RunConfig, sensitivities: Mapping[str, flo
       sensitivities: {path: what an error of that kernel costs} for a budget that is spent unevenly; None: evenly.
 
     Raises:
-      InputError: a rule matches nothing or something that is no kernel of a block, or the budget cannot be met.
+      InputError: a rule matches nothing or something that is no kernel of a block, the budget cannot be met, or
+        kernels that should share a codebook are cut differently.
     """
     shapes = parameter_shapes(model)
     blocks = range(model.num_blocks)
@@ -41,7 +43,9 @@ def rules_by_block(model: Model, cfg: RunConfig, sensitivities: Mapping[str, flo
         for rule in rules:
             own = {path: shapes[path] for path, first in matched.items() if first is rule}
             if own:
-                chosen |= _within_budget(own, rule, cfg.cluster, sensitivities)
+                chosen |= _within_budget(
+                    own, rule, cfg.cluster, sensitivities, _codebooks(model, own, cfg.cluster.share)
+                )
         matched = chosen
     if cfg.cluster.export == "aqlm":
         _check_aqlm(matched, shapes)
@@ -49,6 +53,7 @@ def rules_by_block(model: Model, cfg: RunConfig, sensitivities: Mapping[str, flo
     for i in range(model.num_blocks):
         prefix = f"{model.blocks_path}/{i}/"
         by_block.append({path.removeprefix(prefix): rule for path, rule in matched.items() if path.startswith(prefix)})
+        sharing_groups(model.sites, by_block[-1], cfg.cluster.share)
     return by_block
 
 
@@ -64,13 +69,24 @@ def _within_budget(
     rule: CompressionRule,
     settings: ClusterSettings,
     sensitivities: Mapping[str, float] | None,
+    codebooks: int,
 ) -> Rules:
     assert settings.bits is not None
     if sensitivities is not None:
         by_kernel = settings.mixed == "kernel"
         return allocate_unevenly(shapes, sensitivities, settings.bits, like=rule, by_kernel=by_kernel)
     groups = rules_of.groups_for_aqlm(shapes, axis=rule.axis) if settings.export == "aqlm" else rules_of.ALL_GROUPS
-    return dict.fromkeys(shapes, rules_of.allocate(shapes, settings.bits, like=rule, groups=groups))
+    one = rules_of.allocate(shapes, settings.bits, like=rule, groups=groups, codebooks=codebooks)
+    return dict.fromkeys(shapes, one)
+
+
+def _codebooks(model: Model, paths: Collection[str], share: Share) -> int:
+    """Returns how many codebooks the kernels at these paths have, if all have one rule."""
+    count = 0
+    for i in range(model.num_blocks):
+        here = [sum(f"{model.blocks_path}/{i}/{path}" in paths for path in site) for site in model.sites.values()]
+        count += {"none": sum(here), "site": sum(map(bool, here)), "block": int(any(here))}[share]
+    return count
 
 
 def _check_aqlm(rules: Rules, shapes: Mapping[str, tuple[int, ...]]) -> None:

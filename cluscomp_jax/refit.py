@@ -51,6 +51,7 @@ def refit(
     rounds: int,
     forest: Forest | None,
     key: jax.Array,
+    solve: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (codebook float32 [n, g], index int32 [i, c]) after so many rounds of new codes and a new codebook.
 
@@ -62,16 +63,18 @@ def refit(
       rounds: >= 0; the first lowers the output error most.
       forest: of the codes as they are given.
       key: decides the trees of the codes that follow (`plant_forest`).
+      solve: False leaves the codebook as it is, for other kernels have it too.
     """
     codebook = codebook.astype(jnp.float32)
     if rounds == 0:
         return codebook, index
     curvature = curvature_of(feedback)
     for turn in range(rounds):
-        if turn:
+        if turn and solve:
             forest = plant_forest(codebook, key)
         index = improved_index(weight, codebook, index, curvature, g=codebook.shape[1], forest=forest)
-        codebook = least_squares_codebook(weight, codebook, index, curvature)
+        if solve:
+            codebook = least_squares_codebook(weight, codebook, index, curvature)
     return codebook, index
 
 

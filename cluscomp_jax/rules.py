@@ -39,9 +39,16 @@ def match(rules: Sequence[CompressionRule], shapes: Shapes) -> dict[str, Compres
     return matched
 
 
-def total_bits_per_weight(matrices: Shapes, *, g: int, num_codes: int, axis: Axis = "out") -> float:
-    """Returns the stored bits per weight, codebooks included, of all matrices at one (g, num_codes)."""
-    bits = sum(stored_bits((s[0], s[1]), g=g, num_codes=num_codes, axis=axis) for s in matrices.values())
+def total_bits_per_weight(
+    matrices: Shapes, *, g: int, num_codes: int, axis: Axis = "out", codebooks: int | None = None
+) -> float:
+    """Returns the stored bits per weight, codebooks included, of all matrices at one (g, num_codes).
+
+    Args:
+      codebooks: how many there are for all of them; None: one each.
+    """
+    bits = sum(stored_bits((s[0], s[1]), g=g, num_codes=num_codes, axis=axis, own=False) for s in matrices.values())
+    bits += 16 * g * num_codes * (len(matrices) if codebooks is None else codebooks)
     return bits / sum(s[0] * s[1] for s in matrices.values())
 
 
@@ -50,7 +57,12 @@ ALL_GROUPS = range(1, MAX_GROUP + 1)
 
 
 def allocate(
-    matrices: Shapes, bits: float, *, like: CompressionRule = _ANY, groups: Sequence[int] = ALL_GROUPS
+    matrices: Shapes,
+    bits: float,
+    *,
+    like: CompressionRule = _ANY,
+    groups: Sequence[int] = ALL_GROUPS,
+    codebooks: int | None = None,
 ) -> CompressionRule:
     """Returns the rule that spends at most `bits` stored bits per weight on `matrices` with one (g, num_codes) for all.
 
@@ -62,6 +74,7 @@ def allocate(
       bits: budget, stored bits per weight: index at ceil(log2 n) bits plus 16-bit codebooks.
       like: the rule whose pattern and axis are kept.
       groups: the g to choose from.
+      codebooks: how many there are for all of them; None: one each.
 
     Raises:
       InputError: no (g, num_codes) is that small; the least reachable is named.
@@ -70,14 +83,16 @@ def allocate(
         raise InputError("there is no matrix to spend bits on")
     best: tuple[float, CompressionRule] | None = None
     for g in groups:
-        num_codes = _largest_num_codes(matrices, bits, g=g, axis=like.axis)
+        num_codes = _largest_num_codes(matrices, bits, g=g, axis=like.axis, codebooks=codebooks)
         if num_codes is None:
             continue
         distortion = predicted_distortion(g, num_codes)
         if best is None or distortion < best[0]:
             best = distortion, CompressionRule(pattern=like.pattern, g=g, num_codes=num_codes, axis=like.axis)
     if best is None:
-        least = min(total_bits_per_weight(matrices, g=g, num_codes=2, axis=like.axis) for g in groups)
+        least = min(
+            total_bits_per_weight(matrices, g=g, num_codes=2, axis=like.axis, codebooks=codebooks) for g in groups
+        )
         raise InputError(
             f"bits is {bits}; the least that any group size and 2 codes reach on this model is {least:.3f}"
         )
@@ -90,12 +105,12 @@ def groups_for_aqlm(matrices: Shapes, *, axis: Axis) -> list[int]:
     return [g for g in ALL_GROUPS if all(side % g == 0 for side in sides)]
 
 
-def _largest_num_codes(matrices: Shapes, bits: float, *, g: int, axis: Axis) -> int | None:
+def _largest_num_codes(matrices: Shapes, bits: float, *, g: int, axis: Axis, codebooks: int | None) -> int | None:
     """Returns the largest num_codes in 2…65536 within the budget, or None. Bits grow with num_codes."""
     low, high = 1, MAX_CODES
     while low < high:
         middle = (low + high + 1) // 2
-        if total_bits_per_weight(matrices, g=g, num_codes=middle, axis=axis) <= bits:
+        if total_bits_per_weight(matrices, g=g, num_codes=middle, axis=axis, codebooks=codebooks) <= bits:
             low = middle
         else:
             high = middle - 1

@@ -10,6 +10,7 @@ from cluscomp_jax.errors import InputError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Schedule = Literal["constant", "cosine", "linear"]
+Share = Literal["none", "site", "block"]
 
 DECODER_KERNELS = r"model/layers/\d+/(self_attn/[qkvo]_proj|mlp/(gate|up|down)_proj)/kernel"
 """The seven projections of every decoder block; embeddings, norms and lm_head stay in 16 bit (paper section 4)."""
@@ -64,6 +65,9 @@ class ClusterSettings:
       mixed: how a budget is spent where calibration is given: "none": one (g, num_codes) for all; "kernel": one for
         q_proj in all blocks, one for k_proj and so on; "matrix": one for every matrix, which is compiled block by
         block. The choice is by measured sensitivity of the model's loss; so far it is no better (docs/experiments.md).
+      share: which kernels of a block have one codebook in common: "none"; "site": those that read the same input (q, k
+        and v; gate and up); "block": all. Worth its while where codebooks are large beside their matrices
+        (docs/experiments.md); not with `mixed`.
       export: the form the result is meant for: "aqlm" restricts a budget, and refuses rules, to what an AQLM
         checkpoint can hold: one (g, num_codes) and axis for all matrices, g dividing every cut axis.
       iterations: Lloyd iterations, >= 0 (paper: 20).
@@ -88,6 +92,7 @@ class ClusterSettings:
     rules: tuple[CompressionRule, ...] = (CompressionRule(),)
     bits: float | None = None
     mixed: Literal["none", "kernel", "matrix"] = "none"
+    share: Share = "none"
     export: Literal["any", "aqlm"] = "any"
     iterations: int = 20
     weighted: bool = True
@@ -103,6 +108,13 @@ class ClusterSettings:
     def __post_init__(self) -> None:
         _require(len(self.rules) > 0, "rules", self.rules, "at least one rule")
         _require(self.mixed in ("none", "kernel", "matrix"), "mixed", self.mixed, "'none', 'kernel' or 'matrix'")
+        _require(self.share in ("none", "site", "block"), "share", self.share, "'none', 'site' or 'block'")
+        _require(
+            self.share == "none" or self.mixed == "none",
+            "share",
+            self.share,
+            f"'none' where mixed is {self.mixed!r}, which cuts kernels differently",
+        )
         _require(self.export in ("any", "aqlm"), "export", self.export, "'any' or 'aqlm'")
         _require(self.iterations >= 0, "iterations", self.iterations, "0 or more")
         _require(math.isfinite(self.damping) and self.damping > 0, "damping", self.damping, "above 0")

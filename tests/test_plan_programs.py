@@ -46,6 +46,13 @@ DEFAULT = RunConfig(
     tuning=TUNING,
 )
 UNCORRECTED = dataclasses.replace(DEFAULT, cluster=dataclasses.replace(DEFAULT.cluster, correction=False))
+SHARED = dataclasses.replace(
+    DEFAULT,
+    cluster=dataclasses.replace(DEFAULT.cluster, rules=(CompressionRule(g=4, num_codes=300),), share="block"),
+)
+SHARED_BLINDLY = dataclasses.replace(
+    DEFAULT, cluster=dataclasses.replace(DEFAULT.cluster, share="site", feedback=False)
+)
 PAPER = RunConfig(
     model=CONFIG,
     cluster=dataclasses.replace(RECIPE.cluster, rules=RULES, iterations=2),
@@ -119,7 +126,11 @@ def contains(whole: list[str], part: list[str]) -> bool:
     return True
 
 
-@pytest.mark.parametrize("cfg", [DEFAULT, UNCORRECTED, PAPER], ids=["default", "uncorrected", "paper"])
+@pytest.mark.parametrize(
+    "cfg",
+    [DEFAULT, UNCORRECTED, PAPER, SHARED, SHARED_BLINDLY],
+    ids=["default", "uncorrected", "paper", "shared", "shared blindly"],
+)
 def test_a_run_compiles_what_the_plan_lists_and_holds_what_it_says(cfg, compilations, monkeypatch) -> None:
     monkeypatch.setattr(pipeline, "forward_batch", lambda *_: 1)
     params = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), llama.init_params(CONFIG, jax.random.key(0)))

@@ -53,6 +53,8 @@ class CompressArguments(Common):
     """budget in stored bits per weight, codebooks included, instead of --g and --num-codes"""
     mixed: Literal["none", "kernel", "matrix"] | None = None
     """with --bits: one setting for all (default), or by sensitivity one by kernel or matrix; no better so far"""
+    share: Literal["none", "site", "block"] | None = None
+    """kernels with one codebook: those of one input, or all of a block; for small models at 4 bits and more"""
     export: Annotated[Literal["any", "aqlm"] | None, arg(name="for")] = None
     """the form the result is meant for; aqlm: one setting for all matrices, which its checkpoints can hold"""
     g: Annotated[int | None, arg(metavar="INT")] = None

@@ -97,7 +97,7 @@ def _given(arguments: CompressArguments, name: str) -> str:
 def _cluster(arguments: CompressArguments, settings: ClusterSettings) -> ClusterSettings:
     rules = tuple(_replaced(rule, arguments, "g", "num_codes", "axis") for rule in settings.rules)
     alone: dict[str, Any] = {
-        name: getattr(arguments, name) for name in ("mixed", "export") if getattr(arguments, name) is not None
+        name: getattr(arguments, name) for name in ("mixed", "share", "export") if getattr(arguments, name) is not None
     }
     if arguments.unweighted:
         alone |= {"weighted": False, "feedback": False, "mixed": "none"}

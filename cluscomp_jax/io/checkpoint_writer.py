@@ -239,7 +239,9 @@ class CheckpointWriter:
         prefix = contents.item_prefix(self._model, folder)
         entries: dict[str, leaves.Entry] = {}
         arrays: dict[str, Any] = {}
-        for path, leaf in trees.iterate(tree):
+        flat = trees.flatten(tree)
+        leaves.check_shared(flat, self.path)
+        for path, leaf in flat.items():
             entries[prefix + path], encoded = leaves.encode(path, leaf)
             arrays.update(encoded)
         contents.check_shapes(Contents(entries, {}), self._shapes[folder], self.path)

@@ -62,6 +62,9 @@ def split(contents: Contents, model: Model, where: Path) -> dict[str, Contents]:
     shapes = model_shapes(model)
     check_shapes(contents, {path: shape for item in shapes.values() for path, shape in item.items()}, where)
     parts = {folder: Contents({path: contents.entries[path] for path in item}, {}) for folder, item in shapes.items()}
+    for folder, part in parts.items():
+        prefix = item_prefix(model, folder)
+        leaves.check_owners({path.removeprefix(prefix): entry for path, entry in part.entries.items()}, where)
     for name, entry in contents.files.items():
         depth = 2 if name.startswith(f"{BLOCKS}/") else 1
         folder = "/".join(name.split("/")[:depth])
@@ -116,6 +119,7 @@ def load_item(root: Path, folder: str, contents: Contents, *, prefix: str) -> Pa
     """
     verify(root, contents)
     entries = {path.removeprefix(prefix): entry for path, entry in contents.entries.items()}
+    leaves.check_owners(entries, root / folder)
     expected = {p: spec for path, entry in entries.items() for p, spec in leaves.stored_arrays(path, entry).items()}
     arrays = items.read_item(root / folder, expected)
     return trees.unflatten({path: leaves.decode(path, entry, arrays) for path, entry in entries.items()})

@@ -147,7 +147,15 @@ def match_tensors(
 
 def require_finite(array: np.ndarray, name: str, where: str) -> None:
     """Raises InputError naming the tensor if any value is NaN or infinite."""
-    finite = np.isfinite(array)
-    if not finite.all():
-        bad = int(finite.size - np.count_nonzero(finite))
-        raise InputError(f"{where}: tensor {name} holds {bad} NaN or infinite values of {array.size}; fetch it again")
+    require_none(count_not_finite(array), array.size, name, where)
+
+
+def count_not_finite(array: np.ndarray) -> int:
+    """Returns how many values are NaN or infinite."""
+    return int(array.size - np.count_nonzero(np.isfinite(array)))
+
+
+def require_none(bad: int, size: int, name: str, where: str) -> None:
+    """Raises InputError naming the tensor of `size` values where `bad` of them, NaN or infinite, are not 0."""
+    if bad:
+        raise InputError(f"{where}: tensor {name} holds {bad} NaN or infinite values of {size}; fetch it again")

@@ -16,7 +16,8 @@ from cluscomp_jax.errors import InputError
 from cluscomp_jax.io import json_files
 from cluscomp_jax.io.leaves import DTYPES, Entry, MatrixEntry, TensorEntry
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest; what has no shared codebook is still written in version 1."""
 MANIFEST_NAME = "manifest.json"
 CONTENT_FOLDERS = ("blocks", "rest", "tokenizer")
 """The folders of a checkpoint that hold listed files, and nothing but listed files."""
@@ -51,6 +52,11 @@ class Contents:
             "tensors": {path: e.to_dict() for path, e in self.entries.items() if isinstance(e, TensorEntry)},
             "files": {path: dataclasses.asdict(entry) for path, entry in self.files.items()},
         }
+
+    @property
+    def format_version(self) -> int:
+        """The lowest version that can say it: 2 where a codebook is another matrix's."""
+        return 2 if any(isinstance(e, MatrixEntry) and e.codebook_of for e in self.entries.values()) else 1
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -95,7 +101,7 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form, with the totals and, last, the digest of all the rest."""
         fields = {
-            "format_version": FORMAT_VERSION,
+            "format_version": self.contents.format_version,
             "package_version": self.package_version,
             "fingerprint": self.fingerprint,
             "model_config": self.model_config,
@@ -205,6 +211,7 @@ def _matrix(fields: Any, where: str) -> MatrixEntry:
         group_size=_count(fields, "group_size", MAX_GROUP, where),
         num_codes=_count(fields, "num_codes", MAX_CODES, where),
         codebook_dtype=_choice(fields, "codebook_dtype", tuple(DTYPES), where),
+        codebook_of=_field(fields, "codebook_of", str, where) if "codebook_of" in fields else None,
     )
 
 

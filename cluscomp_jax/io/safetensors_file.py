@@ -9,7 +9,9 @@ run is under way gives an error instead of a bus error, and pages read do not co
 import json
 import math
 import struct
+from collections.abc import Iterator
 from pathlib import Path
+from types import EllipsisType
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -18,6 +20,8 @@ import numpy as np
 from cluscomp_jax.errors import InputError
 
 _MAX_HEADER_BYTES = 100_000_000  # the bound of the format's own reader
+_PIECE = 2**24
+"""Bytes that are read at one time, but one row at least."""
 _DTYPES: dict[str, Any] = {
     "F64": np.float64,
     "F32": np.float32,
@@ -81,11 +85,32 @@ def read_tensor(entry: Entry) -> np.ndarray:
     Raises:
       InputError: the file has become shorter since its header was read.
     """
-    count = math.prod(entry.shape)
-    array = np.fromfile(entry.path, entry.dtype, count=count, offset=entry.offset)
-    if array.size != count:
-        raise InputError(f"{entry.path}: tensor {entry.name} ends after {array.size} of {count} values; fetch it again")
-    return array.reshape(entry.shape)
+    array = np.empty(entry.shape, entry.dtype)
+    for where, piece in read_pieces(entry):
+        array[where] = piece
+    return array
+
+
+def read_pieces(entry: Entry) -> Iterator[tuple[slice | EllipsisType, np.ndarray]]:
+    """Yields (where along the first axis, the values there) of a tensor, some megabytes at a time, in order.
+
+    Raises:
+      InputError: the file has become shorter since its header was read.
+    """
+    total, height = math.prod(entry.shape), entry.shape[0] if entry.shape else 1
+    width = math.prod(entry.shape[1:])
+    rows = max(1, _PIECE // max(1, width * entry.dtype.itemsize))
+    for first in range(0, height, rows):
+        taken = min(rows, height - first)
+        offset = entry.offset + first * width * entry.dtype.itemsize
+        values = np.fromfile(entry.path, entry.dtype, count=taken * width, offset=offset)
+        if values.size != taken * width:
+            there = first * width + values.size
+            raise InputError(f"{entry.path}: tensor {entry.name} ends after {there} of {total} values; fetch it again")
+        if entry.shape:
+            yield slice(first, first + taken), values.reshape(taken, *entry.shape[1:])
+        else:
+            yield ..., values.reshape(())
 
 
 def _entry(path: Path, name: str, fields: Any, *, data_start: int, size: int) -> Entry:

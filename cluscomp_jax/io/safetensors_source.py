@@ -15,7 +15,7 @@ from cluscomp_jax import trees
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io import layout
 from cluscomp_jax.io.json_files import read_object
-from cluscomp_jax.io.safetensors_file import Entry, read_header, read_tensor
+from cluscomp_jax.io.safetensors_file import Entry, read_header, read_pieces, read_tensor
 from cluscomp_jax.model import Model, parse_model_config
 from cluscomp_jax.trees import Params
 
@@ -137,10 +137,16 @@ class SafetensorsSource:
                 )
 
     def _load(self, path: str) -> np.ndarray:
-        entry = self._entries[path]
-        array = _read(entry)
-        layout.require_finite(array, entry.name, str(entry.path))
-        return layout.to_flax(path, array)
+        """Returns a parameter, turned and checked piece by piece: beside it lies one piece, not the stored tensor."""
+        entry, turned = self._entries[path], layout.is_transposed(path)
+        array = np.empty(entry.shape[::-1] if turned else entry.shape, _in_memory(entry.dtype))
+        stored, bad = array.T if turned else array, 0
+        for where, piece in read_pieces(entry):
+            with np.errstate(over="ignore"):
+                stored[where] = piece
+            bad += layout.count_not_finite(stored[where])
+        layout.require_none(bad, array.size, entry.name, str(entry.path))
+        return array
 
 
 def _stamp(path: Path) -> tuple[int, int]:
@@ -150,11 +156,12 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 def _read(entry: Entry) -> np.ndarray:
     """Returns the tensor in its stored dtype, float64 as float32; what is too large for float32 becomes infinite."""
-    array = read_tensor(entry)
-    if array.dtype != np.float64:
-        return array
     with np.errstate(over="ignore"):
-        return array.astype(np.float32)
+        return read_tensor(entry).astype(_in_memory(entry.dtype), copy=False)
+
+
+def _in_memory(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    return np.dtype(np.float32) if dtype == np.float64 else dtype
 
 
 def open_tensors(folder: Path) -> tuple[tuple[Path, ...], dict[str, Entry]]:

@@ -49,7 +49,8 @@ def tuning(setting: Setting) -> Iterator[Program]:
     total_steps = max(steps, 1)
     fixed = {"model": setting.model, "kind": setting.kind, "settings": settings}
     traced = blockwise.init_state.trace(trained, settings=settings, total_steps=total_steps)
-    live = nbytes(block)
+    norms = {path: leaf for path, leaf in frozen.items() if path in trained and not isinstance(leaf, CodebookArray)}
+    live = nbytes((trained, frozen)) - nbytes(norms)  # those are in both
     yield Program("tune", "start", traced, live, setting.blocks)
     state = setting.place.like(traced.out_info)
     copies = 2 if settings.held_out else 1

@@ -3,6 +3,7 @@
 Statistics, correction and error feedback have stages of their own. What the device holds beside each is added up here.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 
 from cluscomp_jax import cluster, correction, feedback, refit, statistics, trees
 from cluscomp_jax.cluster_block import _weigh
-from cluscomp_jax.codebook import CodebookArray, decode_arrays
+from cluscomp_jax.codebook import CodebookArray, decode_arrays, index_shape
 from cluscomp_jax.correction import SiteMoments
 from cluscomp_jax.feedback import Feedback
 from cluscomp_jax.kmeans import plant_forest
@@ -37,6 +38,7 @@ def clustering(setting: Setting) -> Iterator[Program]:
         y = setting.place.like(traced.out_info)
         traced = _weigh.trace(y, limit=settings.outlier_limit)
         yield Program("statistics", "position weights", traced, nbytes((dense, x, y)), setting.passes)
+    yield from _shared_fits(setting)
     now = trees.flatten(dense)
     last = list(model.sites)[-1]
     for site, paths in model.sites.items():
@@ -57,16 +59,47 @@ def clustering(setting: Setting) -> Iterator[Program]:
 
 
 def _without_feedback(setting: Setting) -> Iterator[Program]:
-    dense, settings = setting.dense(), setting.cfg.cluster
-    if settings.weighted:
-        x = setting.activations(setting.batch)
-        fixed = {"model": setting.model, "kind": setting.kind, "block": dense}
-        sums = setting.place.like(statistics._add_squares.trace(None, x, **fixed).out_info)
-        traced = statistics._add_squares.trace(sums, x, **fixed)
-        yield Program("statistics", "squares", traced, nbytes((dense, x, sums)), setting.passes)
+    dense = setting.dense()
+    if setting.cfg.cluster.weighted:
+        yield from _squares(setting)
+    yield from _shared_fits(setting, measured=True)
     for path in setting.rules:
         weight = setting.place.array(*setting.shapes[path], dtype=trees.flatten(dense)[path].dtype)
         yield from _matrix(setting, path, weight, None)
+
+
+def _squares(setting: Setting) -> Iterator[Program]:
+    """Yields the mean squares of all input channels."""
+    dense, x = setting.dense(), setting.activations(setting.batch)
+    fixed = {"model": setting.model, "kind": setting.kind, "block": dense}
+    sums = setting.place.like(statistics._add_squares.trace(None, x, **fixed).out_info)
+    traced = statistics._add_squares.trace(sums, x, **fixed)
+    yield Program("statistics", "squares", traced, nbytes((dense, x, sums)), setting.passes)
+    traced = statistics.divide.trace(sums, setting.place.array(dtype="int32"))
+    yield Program("statistics", "means of squares", traced, nbytes((dense, x, sums)), setting.blocks)
+
+
+def _shared_fits(setting: Setting, *, measured: bool = False) -> Iterator[Program]:
+    """Yields the k-means of codebooks that several kernels share, and what it needs where it is not `measured` yet."""
+    groups, settings = setting.sharing, setting.cfg.cluster
+    if groups and settings.weighted and not measured:
+        yield from _squares(setting)
+    for group in groups:
+        rule, m = setting.rules[group[0]], 0
+        for path in group:
+            weight = trees.flatten(setting.dense())[path]
+            traced = cluster.to_vectors.trace(weight, g=rule.g, axis=rule.axis)
+            yield Program(STAGE, "vectors", traced, nbytes(weight), setting.blocks)
+            m += traced.out_info.shape[0]
+        yield from fit_programs(
+            setting.place,
+            m,
+            rule.g,
+            rule.num_codes,
+            weighted=True,
+            iterations=settings.iterations,
+            calls=setting.blocks,
+        )
 
 
 def _moments(setting: Setting, site: str, dense: Any, now: dict[str, Any]) -> Any:
@@ -112,26 +145,28 @@ def _matrix(setting: Setting, path: str, weight: Any, fed: Feedback | None) -> A
     settings, rule, place, calls = setting.cfg.cluster, setting.rules[path], setting.place, setting.blocks
     d_in, d_out = weight.shape
     g, n = rule.g, rule.num_codes
-    traced = cluster.to_vectors.trace(weight, g=g, axis=rule.axis)
-    yield Program(STAGE, "vectors", traced, nbytes(weight), calls)
-    m = traced.out_info.shape[0]
-    weighted = settings.weighted and rule.axis == "out"
-    if weighted:
-        vectors = place.like(traced.out_info)
-        traced = cluster.vector_weights.trace(place.array(d_in), d_out=d_out, g=g)
-        yield Program(STAGE, "vector weights", traced, nbytes(vectors), calls)
-    yield from fit_programs(place, m, g, n, weighted=weighted, iterations=settings.iterations, calls=calls)
+    m = math.prod(index_shape((d_in, d_out), g, rule.axis))
+    shared = any(path in group for group in setting.sharing)
+    if not shared:
+        weighted = settings.weighted and rule.axis == "out"
+        traced = cluster.to_vectors.trace(weight, g=g, axis=rule.axis)
+        yield Program(STAGE, "vectors", traced, nbytes(weight), calls)
+        if weighted:
+            vectors = place.like(traced.out_info)
+            traced = cluster.vector_weights.trace(place.array(d_in), d_out=d_out, g=g)
+            yield Program(STAGE, "vector weights", traced, nbytes(vectors), calls)
+        yield from fit_programs(place, m, g, n, weighted=weighted, iterations=settings.iterations, calls=calls)
     array = place.compressed((d_in, d_out), rule, settings.codebook_dtype)
     if fed is not None:
-        yield from _assigned(setting, weight, array, fed)
+        yield from _assigned(setting, weight, array, fed, shared)
     index, mass = place.array(m, dtype="int32"), place.array(d_in)
     traced = cluster._energies.trace(weight, array, mass)
     yield Program(STAGE, "error", traced, nbytes((index, weight, array, mass)), calls)
     return array
 
 
-def _assigned(setting: Setting, weight: Any, array: CodebookArray, fed: Feedback) -> Iterator[Program]:
-    """Yields the choice of codes with error feedback and its refits."""
+def _assigned(setting: Setting, weight: Any, array: CodebookArray, fed: Feedback, shared: bool) -> Iterator[Program]:
+    """Yields the choice of codes with error feedback and its refits; a shared codebook is not solved for."""
     refits, g, place = setting.cfg.cluster.refits, array.group_size, setting.place
     live = nbytes((weight, array.codebook, fed))
     stored, codes = array.codebook, place.array(*array.codebook.shape)
@@ -151,5 +186,6 @@ def _assigned(setting: Setting, weight: Any, array: CodebookArray, fed: Feedback
         live += nbytes(curvature.moments)
         traced = refit.improved_index.trace(weight, codes, chosen, curvature, **search)
         yield Program("assign", "new codes", traced, live, setting.blocks * refits)
-        traced = refit.least_squares_codebook.trace(weight, codes, chosen, curvature)
-        yield Program("assign", "new codebook", traced, live, setting.blocks * refits)
+        if not shared:
+            traced = refit.least_squares_codebook.trace(weight, codes, chosen, curvature)
+            yield Program("assign", "new codebook", traced, live, setting.blocks * refits)

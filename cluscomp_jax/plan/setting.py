@@ -15,6 +15,7 @@ from cluscomp_jax.model import Model
 from cluscomp_jax.plan.shapes import Place
 from cluscomp_jax.preflight import Rules, rules_by_block
 from cluscomp_jax.settings import TuningSettings
+from cluscomp_jax.shared_codebooks import sharing_groups
 from cluscomp_jax.trees import Params
 
 STORED = jnp.dtype("bfloat16")
@@ -51,6 +52,11 @@ class Setting:
         return len(self.members)
 
     @property
+    def sharing(self) -> list[tuple[str, ...]]:
+        """The kernels that share a codebook, group by group, the owner first."""
+        return sharing_groups(self.model.sites, self.rules, self.cfg.cluster.share)
+
+    @property
     def numbers(self) -> TuningSettings:
         """The settings that decide dtypes, where nothing is tuned too."""
         return self.cfg.tuning or TuningSettings()
@@ -77,9 +83,11 @@ class Setting:
         """Returns the block as it is stored, or as it comes to be tuned."""
         codebook_dtype = self.cfg.cluster.codebook_dtype
         flat: dict[str, Any] = {}
+        owners = {path: group[0] for group in self.sharing for path in group[1:]}
         for path, shape in self.shapes.items():
             if path in self.rules:
-                flat[path] = self.place.compressed((shape[0], shape[1]), self.rules[path], codebook_dtype)
+                array = self.place.compressed((shape[0], shape[1]), self.rules[path], codebook_dtype)
+                flat[path] = dataclasses.replace(array, codebook_of=owners.get(path))
             else:
                 trained = tuned and len(shape) == 1 and self.cfg.tuning is not None and self.cfg.tuning.norms
                 flat[path] = self.place.array(*shape, dtype=codebook_dtype if trained else STORED)

@@ -179,16 +179,17 @@ class _Choice:
         for path, leaf in trees.iterate(tree):
             coded = isinstance(leaf, CodebookArray)
             self._compressed |= coded
-            name = path + _CODEBOOK if coded else path
+            name = (leaf.codebook_of or path) + _CODEBOOK if coded else path
             if not self._matches(prefix + name):
                 frozen[path] = leaf
                 continue
             values = leaf.codebook if coded else leaf
             if not jnp.issubdtype(values.dtype, jnp.floating):
                 raise InputError(f"{prefix + name!r} is {values.dtype}; only floating arrays can train")
-            trained[name] = values
             if coded:
                 frozen[path] = dataclasses.replace(leaf, codebook=None)
+            if not coded or leaf.codebook_of is None:
+                trained[name] = values
         return trained, frozen
 
     def _matches(self, name: str) -> bool:
@@ -223,14 +224,12 @@ def _alone(leaf: Any) -> Any:
 
 def join_group(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> Params:
     """Returns the parameters of one group, or of one block of a stacked group, as a Model takes them."""
-    joined = dict(trees.flatten(frozen))
-    for name, value in trees.iterate(trained):
-        kernel = name.removesuffix(_CODEBOOK)
-        if isinstance(whole := joined.get(kernel), CodebookArray):
-            joined[kernel] = dataclasses.replace(whole, codebook=value)
-        else:
-            joined[name] = value
-    return trees.unflatten(joined)
+    joined, masters = dict(trees.flatten(frozen)), dict(trees.iterate(trained))
+    for path, leaf in joined.items():
+        if isinstance(leaf, CodebookArray) and leaf.codebook is None:
+            joined[path] = dataclasses.replace(leaf, codebook=masters[(leaf.codebook_of or path) + _CODEBOOK])
+    # What is left are dense arrays; a codebook's own kernel is always among the frozen.
+    return trees.unflatten(joined | {n: v for n, v in masters.items() if n.removesuffix(_CODEBOOK) not in joined})
 
 
 @partial(jax.jit, static_argnames="layout")

@@ -63,6 +63,8 @@ class BlockTuning:
 def split_trainable(block: Params, *, norms: bool) -> tuple[Trainable, dict[str, Any]]:
     """Returns ({path: what is trained}, flat rest); there a CodebookArray has None for its codebook.
 
+    A codebook of several kernels stands under the path of the one that owns it.
+
     Args:
       norms: train the block's one-dimensional parameters too.
     """
@@ -70,7 +72,9 @@ def split_trainable(block: Params, *, norms: bool) -> tuple[Trainable, dict[str,
     trained: Trainable = {}
     for path, leaf in flat.items():
         if isinstance(leaf, CodebookArray):
-            trained[path], flat[path] = leaf.codebook, dataclasses.replace(leaf, codebook=None)
+            flat[path] = dataclasses.replace(leaf, codebook=None)
+            if leaf.codebook_of is None:
+                trained[path] = leaf.codebook
         elif norms and len(leaf.shape) == 1:
             trained[path] = leaf
     return trained, flat
@@ -78,11 +82,13 @@ def split_trainable(block: Params, *, norms: bool) -> tuple[Trainable, dict[str,
 
 def join_trainable(trained: Trainable, rest: dict[str, Any]) -> Params:
     """Undoes `split_trainable`."""
-    joined = dict(rest)
-    for path, value in trained.items():
-        whole = rest[path]
-        joined[path] = dataclasses.replace(whole, codebook=value) if isinstance(whole, CodebookArray) else value
-    return trees.unflatten(joined)
+
+    def joined(path: str, leaf: Any) -> Any:
+        if isinstance(leaf, CodebookArray):
+            return dataclasses.replace(leaf, codebook=trained[leaf.codebook_of or path])
+        return trained.get(path, leaf)
+
+    return trees.unflatten({path: joined(path, leaf) for path, leaf in rest.items()})
 
 
 @partial(jax.jit, static_argnames=("settings", "total_steps"))

@@ -1,0 +1,237 @@
+"""Codebooks that several kernels of a block share: who shares, what is stored once, and what trains as one."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cluscomp_jax import llama, trees
+from cluscomp_jax.cluster import size_report
+from cluscomp_jax.codebook import CodebookArray, decode
+from cluscomp_jax.config import RunConfig
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.evaluate import perplexity
+from cluscomp_jax.examples import Examples
+from cluscomp_jax.finetune_config import FinetuneConfig
+from cluscomp_jax.finetuning import finetune
+from cluscomp_jax.io.checkpoint import load_checkpoint, save_checkpoint
+from cluscomp_jax.io.json_files import digest
+from cluscomp_jax.io.open import open_model
+from cluscomp_jax.pipeline import compress
+from cluscomp_jax.settings import (
+    CalibrationSettings,
+    ClusterSettings,
+    CompressionRule,
+    DataSettings,
+    TrainingSettings,
+    TuningSettings,
+)
+from cluscomp_jax.shared_codebooks import fit_shared, sharing_groups
+from cluscomp_jax.tuning.blockwise import join_trainable, split_trainable
+
+CONFIG = llama.LlamaConfig(
+    vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=8, initializer_range=0.3,
+)  # fmt: skip
+RULE = CompressionRule(g=4, num_codes=12)
+RUN = RunConfig(
+    model=CONFIG,
+    cluster=ClusterSettings(rules=(RULE,), iterations=4, share="block"),
+    calibration=CalibrationSettings(samples=4, length=12),
+    tuning=TuningSettings(epochs=2, learning_rate=0.01),
+)
+TOKENS = np.random.default_rng(0).integers(0, 60, (4, 12))
+ATTENTION = tuple(f"self_attn/{name}_proj/kernel" for name in "qkv")
+OUT, DOWN = "self_attn/o_proj/kernel", "mlp/down_proj/kernel"
+GATES = ("mlp/gate_proj/kernel", "mlp/up_proj/kernel")
+SITES = {"a": ATTENTION, "b": (OUT,), "c": GATES, "d": (DOWN,)}
+RULES = dict.fromkeys((*ATTENTION, OUT, *GATES, DOWN), RULE)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return llama.init_params(CONFIG, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def shared(params):
+    return compress(params, RUN, calibration=TOKENS)
+
+
+def sharing(run: RunConfig, share: str, **changes) -> RunConfig:
+    return dataclasses.replace(run, cluster=dataclasses.replace(run.cluster, share=share, **changes))
+
+
+def coded(params) -> dict[str, CodebookArray]:
+    return {path: leaf for path, leaf in trees.flatten(params).items() if isinstance(leaf, CodebookArray)}
+
+
+def owner(path: str, array: CodebookArray) -> str:
+    block = "/".join(path.split("/")[:3])
+    return path if array.codebook_of is None else f"{block}/{array.codebook_of}"
+
+
+def assert_tied(params, *, codebooks: int) -> None:
+    """Asserts that there are so many codebooks, and that kernels which share one hold the same."""
+    arrays = coded(params)
+    assert len({owner(path, array) for path, array in arrays.items()}) == codebooks
+    for path, array in arrays.items():
+        np.testing.assert_array_equal(array.codebook, arrays[owner(path, array)].codebook)
+
+
+@pytest.mark.parametrize(
+    ("share", "groups"),
+    [("none", []), ("site", [ATTENTION, GATES]), ("block", [(*ATTENTION, OUT, *GATES, DOWN)])],
+)
+def test_who_shares(share, groups):
+    assert sharing_groups(SITES, RULES, share) == groups
+    few = {ATTENTION[1]: RULE, DOWN: RULE}
+    assert sharing_groups(SITES, few, share) == ([tuple(few)] if share == "block" else [])
+
+
+def test_kernels_that_are_cut_differently_cannot_share(params):
+    rules = RULES | {GATES[1]: CompressionRule(g=2, num_codes=12)}
+    with pytest.raises(InputError, match=r"up_proj/kernel and mlp/gate.* one codebook, but they have g=2, n=12"):
+        sharing_groups(SITES, rules, "site")
+    fine, coarse = CompressionRule(pattern=r".*/mlp/.*kernel", g=2, num_codes=12), RULE
+    with pytest.raises(InputError, match=r"share = 'block' gives mlp/gate_proj/kernel"):
+        compress(params, sharing(RUN, "block", rules=(fine, coarse)), calibration=TOKENS)
+    with pytest.raises(InputError, match=r"share is 'site'; it must be 'none' where mixed is 'kernel'"):
+        ClusterSettings(bits=3.0, mixed="kernel", share="site")
+
+
+@pytest.mark.parametrize(("share", "per_block"), [("site", 4), ("block", 1)])
+@pytest.mark.parametrize("how", ["tuned", "clustered", "blind", "in"])
+def test_all_of_a_group_have_one_codebook_and_it_counts_once(params, share, per_block, how):
+    run = sharing(RUN, share)
+    if how != "tuned":
+        run = dataclasses.replace(run, tuning=None)
+    if how == "in":
+        alone = {"weighted": False, "feedback": False, "rules": (dataclasses.replace(RULE, axis="in"),)}
+        run = sharing(run, share, **alone)
+    compressed = compress(params, run, calibration=None if how == "blind" else TOKENS)
+    assert_tied(compressed, codebooks=2 * per_block)
+    arrays = coded(compressed)
+    entries = sum(array.index.size for array in arrays.values())
+    assert size_report(compressed).bits_per_weight == pytest.approx(
+        (4 * entries + 2 * per_block * 12 * 4 * 16) / sum(math.prod(array.shape) for array in arrays.values())
+    )
+
+
+def test_a_budget_counts_a_shared_codebook_once(params):
+    codes_per_weight = {}
+    for share in ("none", "block"):
+        compressed = compress(params, sharing(RUN, share, bits=3.0), calibration=TOKENS)
+        assert size_report(compressed).bits_per_weight <= 3.0
+        array = next(iter(coded(compressed).values()))
+        codes_per_weight[share] = array.num_codes ** (1 / array.group_size)
+    assert codes_per_weight["block"] > codes_per_weight["none"]
+
+
+def test_no_kernel_is_lost_beside_larger_numbers():
+    rng = np.random.default_rng(1)
+    kernels = {"large": 1000 * rng.standard_normal((32, 64)), "small": rng.standard_normal((32, 64))}
+    settings = ClusterSettings(iterations=10)
+    rule = CompressionRule(g=2, num_codes=128)
+    starts = fit_shared(kernels, rule, settings, key=jax.random.key(0), channel_weights={})
+    for path, start in starts.items():
+        decoded = start.codebook.astype(np.float32)[start.codes].reshape(32, 64)
+        assert np.square(decoded - kernels[path]).sum() < 0.2 * np.square(kernels[path]).sum()
+    assert [start.owner for start in starts.values()] == [None, "large"]
+
+
+def test_the_gradient_of_a_shared_codebook_is_the_sum_of_its_kernels(shared):
+    block = shared["model"]["layers"]["0"]
+    trained, rest = split_trainable(block, norms=False)
+    assert list(trained) == [ATTENTION[0]]
+    weights = {
+        path: jax.random.normal(jax.random.key(i), array.shape) for i, (path, array) in enumerate(coded(block).items())
+    }
+
+    def loss(trained):
+        flat = trees.flatten(join_trainable(trained, rest))
+        return sum(jnp.vdot(weights[path], decode(flat[path])) for path in weights)
+
+    gradient = np.asarray(
+        jax.grad(loss)({path: jnp.asarray(v, jnp.float32) for path, v in trained.items()})[ATTENTION[0]]
+    )
+    expected = np.zeros_like(gradient)
+    for path, array in coded(block).items():
+        vectors = np.asarray(weights[path]).reshape(-1, 4)
+        np.add.at(expected, np.asarray(array.index).reshape(-1), vectors)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_finetuning_trains_it_as_one(shared):
+    settings = TrainingSettings(steps=3, learning_rate=0.05, batch_size=2)
+    cfg = FinetuneConfig(model=CONFIG, data=DataSettings(length=12), training=settings)
+    tuned = finetune(shared, Examples(TOKENS, np.ones(TOKENS.shape, bool)), cfg)
+    assert_tied(tuned, codebooks=2)
+    path = f"model/layers/0/{DOWN}"
+    assert not np.array_equal(coded(tuned)[path].codebook, coded(shared)[path].codebook)
+    np.testing.assert_array_equal(coded(tuned)[path].index, coded(shared)[path].index)
+
+
+def test_it_is_stored_once_and_comes_back(shared, params, tmp_path):
+    save_checkpoint(tmp_path / "shared", shared, RUN)
+    back, _ = load_checkpoint(tmp_path / "shared")
+    for path, array in coded(shared).items():
+        assert coded(back)[path].codebook_of == array.codebook_of
+        np.testing.assert_array_equal(coded(back)[path].index, array.index)
+    assert_tied(back, codebooks=2)
+    manifest = json.loads((tmp_path / "shared/manifest.json").read_text())
+    assert manifest["format_version"] == 2
+    assert manifest["matrices"][f"model/layers/1/{DOWN}"]["codebook_of"] == ATTENTION[0]
+    assert manifest["totals"]["bits_per_weight"] == size_report(shared).bits_per_weight
+    stored = {name.split("/")[2] for name in manifest["files"] if name.startswith("blocks/00001/")}
+    assert [name for name in stored if name.endswith(".codebook")] == ["self_attn.q_proj.kernel.codebook"]
+    save_checkpoint(tmp_path / "own", compress(params, sharing(RUN, "none"), calibration=TOKENS), RUN)
+    assert json.loads((tmp_path / "own/manifest.json").read_text())["format_version"] == 1
+
+
+def test_codebooks_that_are_said_to_be_one_and_are_not_are_refused(shared, tmp_path):
+    flat = trees.flatten(shared)
+    path = f"model/layers/1/{DOWN}"
+    flat[path] = dataclasses.replace(flat[path], codebook=flat[path].codebook + 1)
+    with pytest.raises(InputError, match=rf"codebook of {DOWN} is not that of {ATTENTION[0]}"):
+        save_checkpoint(tmp_path / "out", trees.unflatten(flat), RUN)
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+@pytest.mark.parametrize("owner", [DOWN, OUT, "mlp/none/kernel", 7, "input_layernorm/weight"])
+def test_a_manifest_that_names_no_stored_codebook_is_refused(shared, tmp_path, owner):
+    save_checkpoint(tmp_path / "out", shared, RUN)
+    path = tmp_path / "out/manifest.json"
+    fields = json.loads(path.read_text())
+    fields["matrices"][f"model/layers/1/{DOWN}"]["codebook_of"] = owner
+    fields["sha256"] = digest({name: value for name, value in fields.items() if name != "sha256"})
+    path.write_text(json.dumps(fields))
+    expected = (
+        "codebook_of is 7; it must be a str" if owner == 7 else f"has the codebook of {owner!r}, which stores none"
+    )
+    with pytest.raises(InputError, match=expected):
+        load_checkpoint(tmp_path / "out")
+
+
+def test_sharing_buys_quality_on_held_out_text(tiny_model, tiny_train_tokens, tiny_test_tokens):
+    """At 4.1 bits, where codebooks are large beside kernels as small as these."""
+    opened = open_model(tiny_model)
+    tokens = tiny_train_tokens[: 8 * 128].reshape(8, 128)
+    losses, bits = {}, {}
+    for share in ("none", "block"):
+        run = RunConfig(
+            model=opened.config,
+            cluster=ClusterSettings(bits=4.1, share=share, iterations=10),
+            calibration=CalibrationSettings(samples=8, length=128),
+            tuning=None,
+        )
+        compressed = compress(opened.source, run, calibration=tokens)
+        bits[share] = size_report(compressed).bits_per_weight
+        losses[share] = np.log(perplexity(compressed, tiny_test_tokens[:8192], opened.config, context=256).perplexity)
+    original = np.log(perplexity(opened.source, tiny_test_tokens[:8192], opened.config, context=256).perplexity)
+    assert max(bits.values()) <= 4.1
+    assert losses["block"] - original < 0.9 * (losses["none"] - original)

@@ -11,7 +11,6 @@ from cluscomp_jax.config import RunConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.model import Model, check_tokens, parameter_shapes
 from cluscomp_jax.settings import ClusterSettings, CompressionRule, Share
-from cluscomp_jax.shared_codebooks import sharing_groups
 
 Rules = dict[str, CompressionRule]
 
@@ -25,8 +24,7 @@ def rules_by_block(model: Model, cfg: RunConfig, sensitivities: Mapping[str, flo
       sensitivities: {path: what an error of that kernel costs} for a budget that is spent unevenly; None: evenly.
 
     Raises:
-      InputError: a rule matches nothing or something that is no kernel of a block, the budget cannot be met, or
-        kernels that should share a codebook are cut differently.
+      InputError: a rule matches nothing or something that is no kernel of a block, or the budget cannot be met.
     """
     shapes = parameter_shapes(model)
     blocks = range(model.num_blocks)
@@ -53,7 +51,6 @@ def rules_by_block(model: Model, cfg: RunConfig, sensitivities: Mapping[str, flo
     for i in range(model.num_blocks):
         prefix = f"{model.blocks_path}/{i}/"
         by_block.append({path.removeprefix(prefix): rule for path, rule in matched.items() if path.startswith(prefix)})
-        sharing_groups(model.sites, by_block[-1], cfg.cluster.share)
     return by_block
 
 

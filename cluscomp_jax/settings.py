@@ -66,8 +66,8 @@ class ClusterSettings:
         q_proj in all blocks, one for k_proj and so on; "matrix": one for every matrix, which is compiled block by
         block. The choice is by measured sensitivity of the model's loss; so far it is no better (docs/experiments.md).
       share: which kernels of a block have one codebook in common: "none"; "site": those that read the same input (q, k
-        and v; gate and up); "block": all. Worth its while where codebooks are large beside their matrices
-        (docs/experiments.md); not with `mixed`.
+        and v; gate and up); "block": all; as far as their rules give them one (g, num_codes, axis). Worth its while
+        where codebooks are large beside their matrices (docs/experiments.md); not with `mixed`.
       export: the form the result is meant for: "aqlm" restricts a budget, and refuses rules, to what an AQLM
         checkpoint can hold: one (g, num_codes) and axis for all matrices, g dividing every cut axis.
       iterations: Lloyd iterations, >= 0 (paper: 20).

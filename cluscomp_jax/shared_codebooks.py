@@ -14,7 +14,6 @@ import numpy as np
 from cluscomp_jax import codebook as cb
 from cluscomp_jax import kmeans
 from cluscomp_jax.cluster import SharedStart, channel_mass, to_vectors
-from cluscomp_jax.errors import InputError
 from cluscomp_jax.settings import ClusterSettings, CompressionRule, Share
 
 Rules = Mapping[str, CompressionRule]
@@ -23,26 +22,22 @@ Rules = Mapping[str, CompressionRule]
 def sharing_groups(sites: Mapping[str, Sequence[str]], rules: Rules, share: Share) -> list[tuple[str, ...]]:
     """Returns the paths of a block's kernels with a codebook in common, two or more each, the owner first.
 
+    Kernels that are cut differently (g, num_codes, axis) do not share, whatever stands between them.
+
     Args:
       sites: {site: block-relative paths of its kernels}.
       rules: {block-relative path: rule} of what is compressed.
       share: "none", "site" or "block".
-
-    Raises:
-      InputError: kernels that should share are cut differently.
     """
-    by_site = [tuple(path for path in paths if path in rules) for paths in sites.values()]
-    groups = {"none": [], "site": by_site, "block": [tuple(path for paths in by_site for path in paths)]}[share]
-    for group in groups:
-        for path in group[1:]:
-            first, own = (dataclasses.replace(rules[p], pattern="") for p in (group[0], path))
-            if first != own:
-                raise InputError(
-                    f"share = {share!r} gives {path} and {group[0]} one codebook, but they have g={own.g}, "
-                    f"n={own.num_codes}, axis {own.axis!r} and g={first.g}, n={first.num_codes}, axis {first.axis!r}; "
-                    "give them one rule, or share less"
-                )
-    return [group for group in groups if len(group) > 1]
+    if share == "none":
+        return []
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for site, paths in sites.items():
+        for path in paths:
+            if path in rules:
+                cut = dataclasses.astuple(dataclasses.replace(rules[path], pattern=""))
+                groups.setdefault((site if share == "site" else None, *cut), []).append(path)
+    return [tuple(paths) for paths in groups.values() if len(paths) > 1]
 
 
 def fit_shared(

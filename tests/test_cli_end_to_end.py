@@ -17,6 +17,7 @@ from cluscomp_jax.cli import main
 from cluscomp_jax.io import items
 from cluscomp_jax.io.checkpoint import open_checkpoint
 from cluscomp_jax.io.checkpoint_writer import CheckpointWriter
+from cluscomp_jax.io.manifest import FORMAT_VERSION
 from cluscomp_jax.overlap import AHEAD, BEHIND
 
 OPTIONS = ["--samples", "4", "--length", "16", "--epochs", "1", "--g", "4", "--num-codes", "8", "--seed", "3"]
@@ -244,7 +245,7 @@ def test_a_newer_format_is_refused_by_name(
     copy = tmp_path / "copy"
     shutil.copytree(compressed, copy)
     manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["format_version"] += 1
+    manifest["format_version"] = FORMAT_VERSION + 1
     (copy / "manifest.json").write_text(json.dumps(manifest))
     line = fail(capsys, evaluate_argv(folder, copy), 2)
     assert f"format version {manifest['format_version']}" in line

@@ -57,6 +57,8 @@ def test_every_option_reaches_its_setting() -> None:
     assert config_of(bits=2.0, calibration="t").cluster.mixed == "none"
     assert config_of(bits=2.0, mixed="kernel", calibration="t").cluster.mixed == "kernel"
     assert config_of(bits=2.0, unweighted=True, calibration="t").cluster.mixed == "none"
+    assert config_of(share="site").cluster.share == "site"
+    assert config_of().cluster.share == "none"
 
 
 def test_a_recipe_alone_is_that_recipe() -> None:

@@ -1,5 +1,6 @@
 """The configs that ship load, and cost the bits that their first line says."""
 
+import math
 import re
 from pathlib import Path
 
@@ -25,7 +26,8 @@ SMOLLM2 = {"q": (576, 576), "k": (576, 192), "v": (576, 192), "o": (576, 576),
 
 def test_every_shipped_config_is_tested_here() -> None:
     llamas = {f"{name}_{bits}bit" for name in PRESETS for bits in (4, 3, 2, 1)}
-    assert {path.stem for path in CONFIGS.glob("*.toml")} == {*llamas, "paper", "smollm2_135m_3bit"}
+    own = {"paper", "smollm2_135m_3bit", "smollm2_135m_4bit"}
+    assert {path.stem for path in CONFIGS.glob("*.toml")} == llamas | own
 
 
 def test_the_demos_config_costs_the_bits_it_says() -> None:
@@ -33,6 +35,19 @@ def test_the_demos_config_costs_the_bits_it_says() -> None:
     (rule,) = load_config(path).cluster.rules
     assert round(total_bits_per_weight(SMOLLM2, g=rule.g, num_codes=rule.num_codes), 2) == 3.05
     assert "3.05 bits per weight" in path.read_text()
+
+
+def test_shared_codebooks_cost_the_bits_the_config_says() -> None:
+    cfg = load_config(CONFIGS / "smollm2_135m_4bit.toml")
+    v, rest = cfg.cluster.rules
+    assert re.fullmatch(v.pattern, "model/layers/3/self_attn/v_proj/kernel")
+    assert not re.fullmatch(v.pattern, "model/layers/3/self_attn/k_proj/kernel")
+    own = total_bits_per_weight({"v": SMOLLM2["v"]}, g=v.g, num_codes=v.num_codes) * math.prod(SMOLLM2["v"])
+    others = {name: shape for name, shape in SMOLLM2.items() if name != "v"}
+    shared = total_bits_per_weight(others, g=rest.g, num_codes=rest.num_codes, codebooks=1)
+    bits = own + shared * sum(map(math.prod, others.values()))
+    assert cfg.cluster.share == "block"
+    assert round(bits / sum(map(math.prod, SMOLLM2.values())), 2) == 4.10
 
 
 @pytest.mark.parametrize("path", COMPRESSING, ids=lambda path: path.stem)

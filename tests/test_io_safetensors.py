@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 
 from cluscomp_jax import trees
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.io import safetensors_file
 from cluscomp_jax.io.safetensors_source import SafetensorsSource, read_config
 from cluscomp_jax.model import build_model, parse_model_config
 from cluscomp_jax.source import ParamSource, load_all
@@ -46,9 +47,11 @@ def assert_equals_tensors(params, tensors):
             assert flat[f"{path}/kernel"].flags.c_contiguous
 
 
+@pytest.mark.parametrize("piece", [1, 100, 2**24])
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-def test_every_tensor_arrives_in_its_stored_dtype(tmp_path, shards, dtype):
+def test_every_tensor_arrives_in_its_stored_dtype(tmp_path, monkeypatch, shards, dtype, piece):
+    monkeypatch.setattr(safetensors_file, "_PIECE", piece)
     tensors = hf_tensors(dtype=dtype)
     source = open_source(write_hf(tmp_path, config_fields(), tensors, shards=shards))
     assert isinstance(source, ParamSource)

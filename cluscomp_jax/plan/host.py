@@ -63,16 +63,17 @@ def _clustering_bytes(setting: Setting) -> int:
     """Returns what waits on the host while a block is clustered, and at least `_BLOCKS_AT_ONCE` blocks.
 
     With feedback that is the block as it was and as it is by now, and of the largest site the root and its kernels
-    corrected to float32.
+    corrected to float32. The vectors of kernels that share a codebook are joined there, float32.
     """
     block = nbytes(setting.dense())
+    joined = max((8 * sum(math.prod(setting.shapes[p]) for p in group) for group in setting.sharing), default=0)
     if not setting.cfg.cluster.feedback:
-        return _BLOCKS_AT_ONCE * block
+        return max(_BLOCKS_AT_ONCE * block, 2 * block + joined)
     sites = []
     for paths in setting.model.sites.values():
         shapes = [setting.shapes[path] for path in paths if path in setting.rules]
         sites += [4 * (shapes[0][0] ** 2 + sum(map(math.prod, shapes)))] if shapes else []
-    return max(_BLOCKS_AT_ONCE * block, 2 * block + max(sites, default=0))
+    return max(_BLOCKS_AT_ONCE * block, 2 * block + max(joined, *sites))
 
 
 def _offloaded_bytes(model: Model, finetune: FinetuneConfig) -> int:

@@ -57,6 +57,10 @@ class CodebookArray:
         """The codebook's dtype, which is that of the decoded matrix."""
         return self.codebook.dtype
 
+    def owner(self, path: str) -> str:
+        """Returns the path of the kernel whose codebook this one is, `path` being its own."""
+        return self.codebook_of or path
+
 
 def index_dtype(num_codes: int) -> Any:
     """Returns the dtype of an index into `num_codes` codes: uint8 up to 256, else uint16."""
@@ -74,9 +78,21 @@ def index_shape(shape: tuple[int, int], g: int, axis: Axis) -> tuple[int, int]:
     return (d_in, -(-d_out // g)) if axis == "out" else (-(-d_in // g), d_out)
 
 
-def stored_bits(shape: tuple[int, int], *, g: int, num_codes: int, axis: Axis, own: bool = True) -> int:
-    """Returns the bits a matrix takes in storage: the packed index and, where it is its own, a 16-bit codebook."""
-    return index_bits(num_codes) * math.prod(index_shape(shape, g, axis)) + (16 * g * num_codes if own else 0)
+def stored_bits(
+    shape: tuple[int, int], *, g: int, num_codes: int, axis: Axis, own: bool = True, codebook_bits: int = 16
+) -> int:
+    """Returns the bits a matrix takes in storage: the index (its last byte not rounded up) and a codebook of its own.
+
+    Args:
+      shape: (d_in, d_out).
+      g: weights per code.
+      num_codes: of the codebook.
+      axis: the axis that is cut.
+      own: False where another kernel stores the codebook.
+      codebook_bits: of one number of the codebook.
+    """
+    codes = codebook_bits * g * num_codes if own else 0
+    return index_bits(num_codes) * math.prod(index_shape(shape, g, axis)) + codes
 
 
 def round_codebook(codebook: jax.Array, dtype: Any) -> jax.Array:

@@ -1,13 +1,13 @@
-import json
 import os
 import shutil
 
 import numpy as np
 import pytest
+from forgery import forge
 from toy_checkpoint import ToyConfig, ToyRun, toy_params
 
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.io import items, json_files
+from cluscomp_jax.io import items
 from cluscomp_jax.io.checkpoint import describe, load_checkpoint, open_checkpoint, save_checkpoint
 
 CONFIG = ToyConfig(num_blocks=2)
@@ -114,15 +114,6 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(InputError, match=r"format_version is None; this is not a checkpoint"):
         open_checkpoint(tmp_path)
-
-
-def forge(root, change):
-    """Rewrites the manifest with its own checksum made right again."""
-    fields = json.loads((root / "manifest.json").read_text())
-    change(fields)
-    fields.pop("sha256")
-    fields["sha256"] = json_files.digest(fields)
-    (root / "manifest.json").write_text(json.dumps(fields))
 
 
 def test_a_newer_format_is_refused_by_name(saved):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forgery import forge
 
 from cluscomp_jax import llama, trees
 from cluscomp_jax.cluster import size_report
@@ -19,7 +20,6 @@ from cluscomp_jax.examples import Examples
 from cluscomp_jax.finetune_config import FinetuneConfig
 from cluscomp_jax.finetuning import finetune
 from cluscomp_jax.io.checkpoint import load_checkpoint, save_checkpoint
-from cluscomp_jax.io.json_files import digest
 from cluscomp_jax.io.open import open_model
 from cluscomp_jax.model import build_model
 from cluscomp_jax.pipeline import compress
@@ -211,11 +211,7 @@ def test_codebooks_that_are_said_to_be_one_and_are_not_are_refused(shared, tmp_p
 @pytest.mark.parametrize("owner", [DOWN, OUT, "mlp/none/kernel", 7, "input_layernorm/weight"])
 def test_a_manifest_that_names_no_stored_codebook_is_refused(shared, tmp_path, owner):
     save_checkpoint(tmp_path / "out", shared, RUN)
-    path = tmp_path / "out/manifest.json"
-    fields = json.loads(path.read_text())
-    fields["matrices"][f"model/layers/1/{DOWN}"]["codebook_of"] = owner
-    fields["sha256"] = digest({name: value for name, value in fields.items() if name != "sha256"})
-    path.write_text(json.dumps(fields))
+    forge(tmp_path / "out", lambda f: f["matrices"][f"model/layers/1/{DOWN}"].update(codebook_of=owner))
     expected = (
         "codebook_of is 7; it must be a str" if owner == 7 else f"has the codebook of {owner!r}, which stores none"
     )

@@ -62,9 +62,15 @@ class MatrixEntry:
 
     @property
     def stored_bits(self) -> int:
-        """The bits of the packed index (its last byte not rounded up) and of the codebook, where it is stored here."""
-        codes = 8 * DTYPES[self.codebook_dtype].itemsize * self.group_size * self.num_codes
-        return self.index_bits * math.prod(self.index_shape) + (codes if self.codebook_of is None else 0)
+        """The bits of the index and of the codebook, where it is stored here (`codebook.stored_bits`)."""
+        return codebook.stored_bits(
+            self.shape,
+            g=self.group_size,
+            num_codes=self.num_codes,
+            axis=self.axis,
+            own=self.codebook_of is None,
+            codebook_bits=8 * DTYPES[self.codebook_dtype].itemsize,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form; `bits_per_weight` and `index_bits` are there to be read by people and other tools."""

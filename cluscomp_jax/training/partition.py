@@ -179,7 +179,7 @@ class _Choice:
         for path, leaf in trees.iterate(tree):
             coded = isinstance(leaf, CodebookArray)
             self._compressed |= coded
-            name = (leaf.codebook_of or path) + _CODEBOOK if coded else path
+            name = leaf.owner(path) + _CODEBOOK if coded else path
             if not self._matches(prefix + name):
                 frozen[path] = leaf
                 continue
@@ -227,7 +227,7 @@ def join_group(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> Params:
     joined, masters = dict(trees.flatten(frozen)), dict(trees.iterate(trained))
     for path, leaf in joined.items():
         if isinstance(leaf, CodebookArray) and leaf.codebook is None:
-            joined[path] = dataclasses.replace(leaf, codebook=masters[(leaf.codebook_of or path) + _CODEBOOK])
+            joined[path] = dataclasses.replace(leaf, codebook=masters[leaf.owner(path) + _CODEBOOK])
     # What is left are dense arrays; a codebook's own kernel is always among the frozen.
     return trees.unflatten(joined | {n: v for n, v in masters.items() if n.removesuffix(_CODEBOOK) not in joined})
 

@@ -85,7 +85,7 @@ def join_trainable(trained: Trainable, rest: dict[str, Any]) -> Params:
 
     def joined(path: str, leaf: Any) -> Any:
         if isinstance(leaf, CodebookArray):
-            return dataclasses.replace(leaf, codebook=trained[leaf.codebook_of or path])
+            return dataclasses.replace(leaf, codebook=trained[leaf.owner(path)])
         return trained.get(path, leaf)
 
     return trees.unflatten({path: joined(path, leaf) for path, leaf in rest.items()})

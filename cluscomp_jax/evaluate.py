@@ -90,6 +90,7 @@ def perplexity(
             block = jax.tree.map(jnp.asarray, decompress(source.load_block(i)))
             step = partial(run_block, block, model=model, kind=model.block_kind(i))
             run_through(step, stream, stream, batch_size=batch_size, dtype=jnp.dtype(dtype))
+            del block, step  # or two blocks would be on the device
             reporter.advance(windows.size)
         nll = _mean_nll(model, rest, stream, windows)
     scored = len(windows) * (context - 1)

@@ -168,19 +168,6 @@ def test_a_file_cut_short_while_open_is_refused_by_tensor(tmp_path):
         [source.load_block(i) for i in range(LAYERS)]
 
 
-def test_a_file_changed_or_gone_while_open_is_refused(tmp_path):
-    file = write_hf(tmp_path, config_fields(), hf_tensors()) / "model.safetensors"
-    source, data = open_source(tmp_path), file.read_bytes()
-    source.load_block(0)
-    file.write_bytes(data[:-4] + bytes(4))
-    os.utime(file, (1, 1))
-    with pytest.raises(InputError, match=r"model.safetensors was changed since it was opened"):
-        source.load_block(1)
-    file.unlink()
-    with pytest.raises(InputError, match=r"model.safetensors has gone since it was opened"):
-        source.load_rest()
-
-
 @pytest.mark.parametrize(
     ("entry", "expected"),
     [

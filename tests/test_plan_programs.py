@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cluscomp_jax import finetuning, llama, pipeline
+from cluscomp_jax import evaluate, finetuning, llama, pipeline
 from cluscomp_jax.config import PAPER as RECIPE
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.examples import Examples
@@ -155,6 +155,21 @@ def test_finetuning_compiles_what_the_plan_lists_and_holds_what_it_says(compilat
     compilations.seen.clear()
     finetuning.finetune(compressed, rows, cfg, evaluation=Examples(rows[:1], np.ones((1, 24), bool)))
     hold_to([p for p in planned(blind, cfg) if p.stage == "finetune"], compilations.seen, before)
+
+
+def test_evaluation_compiles_what_the_plan_lists_and_holds_what_it_says(compilations) -> None:
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), llama.init_params(CONFIG, jax.random.key(0)))
+    blind = dataclasses.replace(PAPER, tuning=None)
+    compressed = jax.tree.map(np.asarray, pipeline.compress(params, blind))
+    jax.clear_caches()
+    gc.collect()
+    before = bytes_alive()
+    compilations.seen.clear()
+    length = CALIBRATION.length
+    evaluate.perplexity(compressed, TOKENS.reshape(-1), CONFIG, context=length)
+    programs = [p for p in planned(blind, FinetuneConfig()) if p.stage == "evaluate"]
+    seen = [entry for entry in compilations.seen if entry[0] != "run_embed"]  # the plan has it in another stage
+    hold_to(programs, seen, before)
 
 
 def hold_to(programs: list[Program], seen: list[tuple[str, list[str], int]], before: int) -> None:

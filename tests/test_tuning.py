@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from cluscomp_jax import llama, trees
+from cluscomp_jax import llama, statistics, trees
 from cluscomp_jax.cluster import cluster_matrix
 from cluscomp_jax.codebook import CodebookArray, decode
 from cluscomp_jax.losses import mean_squared_error, position_weights
@@ -18,7 +18,7 @@ from cluscomp_jax.optimizer import make_optimizer
 from cluscomp_jax.progress import SilentReporter
 from cluscomp_jax.settings import ClusterSettings, CompressionRule, TuningSettings
 from cluscomp_jax.statistics import Batch, channel_moments, site_moments
-from cluscomp_jax.tuning import ActivationStore, run_through, tune_block
+from cluscomp_jax.tuning import ActivationStore, blockwise, run_through, tune_block
 from cluscomp_jax.tuning.blockwise import (
     block_loss,
     init_state,
@@ -207,6 +207,44 @@ def test_tuning_lowers_the_loss_and_leaves_indices_and_dense_leaves_alone(compre
             assert not np.array_equal(after[path].codebook, leaf.codebook)
         else:
             assert np.array_equal(after[path], leaf) == (not norms or leaf.ndim != 1)
+
+
+@jax.jit
+def takes_a_while(x):
+    """Zero, after some 20 ms of work."""
+    square = jnp.full((256, 256), x)
+    return jax.lax.fori_loop(0, 30, lambda _, m: m @ square, square)[0, 0] * 0.0
+
+
+def test_a_step_is_not_begun_before_the_last_but_one_is_done(compressed, streams, monkeypatch):
+    step, losses = blockwise._Problem.step, []
+
+    def slow_step(problem, state, where):
+        assert all(loss.is_ready() for loss in losses[:-1]), "batches pile up on the device"
+        state, loss = step(problem, state, where)
+        losses.append(loss + takes_a_while(0.0 * loss))
+        return state, losses[-1]
+
+    monkeypatch.setattr(blockwise._Problem, "step", slow_step)
+    settings = dataclasses.replace(FAST, epochs=1)
+    tune_block(
+        MODEL, KIND, compressed, *_stores(streams), settings, rng=np.random.default_rng(0), reporter=SilentReporter()
+    )
+    assert len(losses) == 6
+
+
+def test_a_batch_of_statistics_is_not_added_before_the_last_is(streams):
+    added = []
+
+    def add(sums, x):
+        assert all(total.is_ready() for total in added), "batches pile up on the device"
+        total = jnp.sum(x) + takes_a_while(0.0 * x[0, 0, 0])
+        added.append(total if sums is None else sums["inputs"] + total)
+        return {"inputs": jnp.copy(added[-1])}
+
+    batches = [jnp.asarray(x) for _, x in streams[0].batches(1)]
+    means = statistics._means(batches, add)
+    np.testing.assert_allclose(means["inputs"], np.sum(np.asarray(batches)) / 60, rtol=1e-5)
 
 
 def test_vectors_take_a_tenth_of_the_step_of_codebooks(compressed, streams):

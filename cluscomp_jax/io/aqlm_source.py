@@ -17,6 +17,7 @@ from cluscomp_jax import codebook, trees
 from cluscomp_jax.codebook import MAX_GROUP, Axis, CodebookArray
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io import bitpack, layout
+from cluscomp_jax.io.file_stamps import FileStamps
 from cluscomp_jax.io.json_files import read_object
 from cluscomp_jax.io.leaves import DTYPES
 from cluscomp_jax.io.safetensors_file import Entry, read_tensor
@@ -70,20 +71,24 @@ class AqlmSource:
         self.model_config = parse_folder_config(self._folder, plain)
         self.model: Model = build_model(self.model_config)
         self.files, self._entries = open_tensors(self._folder)
+        self._stamps = FileStamps(self.files)
         self._check_tensors()
 
     def load_block(self, i: int) -> Params:
         """Returns block i's tree: CodebookArrays, and dense arrays in their stored dtype.
 
         Raises:
-          InputError: scales that differ where `allow_dense` is off, a damaged tensor, NaN or infinity.
+          InputError: scales that differ where `allow_dense` is off, a damaged tensor, NaN or infinity; or a file was
+            changed since it was opened.
         """
         prefix = f"{self.model.blocks_path}/{i}/"
-        return trees.unflatten({path: self._load(prefix + path) for path in self.model.block_shapes(i)})
+        with self._stamps.held():
+            return trees.unflatten({path: self._load(prefix + path) for path in self.model.block_shapes(i)})
 
     def load_rest(self) -> Params:
         """Returns what stands outside the blocks, by full paths. Raises as `load_block` does."""
-        return trees.unflatten({path: self._load(path) for path in self.model.rest_shapes()})
+        with self._stamps.held():
+            return trees.unflatten({path: self._load(path) for path in self.model.rest_shapes()})
 
     def fingerprint(self) -> str:
         """Returns a digest of config.json and of the files' names, sizes and modification times."""

@@ -14,6 +14,7 @@ import numpy as np
 from cluscomp_jax import trees
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io import gguf_config, layout
+from cluscomp_jax.io.file_stamps import FileStamps
 from cluscomp_jax.model import build_model, parse_model_config
 from cluscomp_jax.trees import Params
 
@@ -50,6 +51,8 @@ class GgufSource:
     def __init__(self, path: str | Path, *, dtype: Any = ml_dtypes.bfloat16):
         self.path = Path(path)
         self._dtype = np.dtype(dtype)
+        _require_file(self.path)
+        self._stamps = FileStamps([self.path])
         reader, self.metadata = _open(self.path)
         parts = self.metadata.get("split.count", 1)
         if parts > 1:
@@ -69,13 +72,19 @@ class GgufSource:
         self._names, _ = layout.match_tensors(shapes, self.model, layout.GGUF, str(self.path))
 
     def load_block(self, i: int) -> Params:
-        """Returns block i's tree; kernels [d_in, d_out]. Raises InputError on NaN or infinity."""
+        """Returns block i's tree; kernels [d_in, d_out].
+
+        Raises:
+          InputError: NaN or infinity, or the file was changed since it was opened.
+        """
         prefix = f"{self.model.blocks_path}/{i}/"
-        return trees.unflatten({p: self._load(prefix + p) for p in self.model.block_shapes(i)})
+        with self._stamps.held():
+            return trees.unflatten({p: self._load(prefix + p) for p in self.model.block_shapes(i)})
 
     def load_rest(self) -> Params:
-        """Returns embedding, last norm and, unless tied, the output head. Raises InputError on NaN or infinity."""
-        return trees.unflatten({path: self._load(path) for path in self.model.rest_shapes()})
+        """Returns embedding, last norm and, unless tied, the output head. Raises as `load_block` does."""
+        with self._stamps.held():
+            return trees.unflatten({path: self._load(path) for path in self.model.rest_shapes()})
 
     def fingerprint(self) -> str:
         """Returns a digest of the file's name, size, modification time and header, not of its data."""
@@ -125,9 +134,13 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     return _open(Path(path))[1]
 
 
-def _open(path: Path) -> tuple[_CheckedReader, dict[str, Any]]:
+def _require_file(path: Path) -> None:
     if not path.is_file():
         raise InputError(f"{path} is not a file")
+
+
+def _open(path: Path) -> tuple[_CheckedReader, dict[str, Any]]:
+    _require_file(path)
     try:
         reader = _CheckedReader(path)
         return reader, {key: field.contents() for key, field in reader.fields.items()}

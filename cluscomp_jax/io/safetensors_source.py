@@ -14,6 +14,7 @@ import numpy as np
 from cluscomp_jax import trees
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io import layout
+from cluscomp_jax.io.file_stamps import FileStamps
 from cluscomp_jax.io.json_files import read_object
 from cluscomp_jax.io.safetensors_file import Entry, read_header, read_pieces, read_tensor
 from cluscomp_jax.model import Model, parse_model_config
@@ -79,7 +80,7 @@ class SafetensorsSource:
         self._folder = Path(folder)
         self._model = model
         self.files, entries = open_tensors(self._folder)
-        self._stamps = {path: _stamp(path) for path in self.files}
+        self._stamps = FileStamps(self.files)
         shapes = {name: entry.shape for name, entry in entries.items()}
         names, tied_head = layout.match_tensors(shapes, model, layout.HUGGING_FACE, str(self._folder))
         self._entries = {path: entries[name] for path, name in names.items()}
@@ -97,9 +98,9 @@ class SafetensorsSource:
         Raises:
           InputError: NaN or infinity, or a float64 beyond float32; or a file was changed since it was opened.
         """
-        self._require_unchanged()
         prefix = f"{self._model.blocks_path}/{i}/"
-        return trees.unflatten({path: self._load(prefix + path) for path in self._model.block_shapes(i)})
+        with self._stamps.held():
+            return trees.unflatten({path: self._load(prefix + path) for path in self._model.block_shapes(i)})
 
     def load_rest(self) -> Params:
         """Returns embedding, last norm and, unless tied, the output head, in the dtypes of `load_block`.
@@ -107,13 +108,13 @@ class SafetensorsSource:
         Raises:
           InputError: as `load_block`; or the config ties the output head, but the file has another one.
         """
-        self._require_unchanged()
-        rest = {path: self._load(path) for path in self._model.rest_shapes()}
-        if self._tied_head and not np.array_equal(_read(self._tied_head), rest[layout.EMBEDDING]):
-            raise InputError(
-                f"{self._folder}: config.json says tie_word_embeddings, but {self._tied_head.name} differs from "
-                f"{self._entries[layout.EMBEDDING].name}; correct the config"
-            )
+        with self._stamps.held():
+            rest = {path: self._load(path) for path in self._model.rest_shapes()}
+            if self._tied_head and not np.array_equal(_read(self._tied_head), rest[layout.EMBEDDING]):
+                raise InputError(
+                    f"{self._folder}: config.json says tie_word_embeddings, but {self._tied_head.name} differs from "
+                    f"{self._entries[layout.EMBEDDING].name}; correct the config"
+                )
         return trees.unflatten(rest)
 
     def fingerprint(self) -> str:
@@ -126,16 +127,6 @@ class SafetensorsSource:
             digest.update(f"{path_name} {entry.dtype} {entry.shape} {entry.path.name} {entry.offset}\n".encode())
         return digest.hexdigest()
 
-    def _require_unchanged(self) -> None:
-        """Half of one model and half of another would load, and be wrong."""
-        for path, stamp in self._stamps.items():
-            if not path.is_file():
-                raise InputError(f"{path} has gone since it was opened; put it back and give the same command again")
-            if _stamp(path) != stamp:
-                raise InputError(
-                    f"{path} was changed since it was opened; fetch it again, or begin anew with what it is"
-                )
-
     def _load(self, path: str) -> np.ndarray:
         """Returns a parameter, turned and checked piece by piece: beside it lies one piece, not the stored tensor."""
         entry, turned = self._entries[path], layout.is_transposed(path)
@@ -147,11 +138,6 @@ class SafetensorsSource:
             bad += layout.count_not_finite(stored[where])
         layout.require_none(bad, array.size, entry.name, str(entry.path))
         return array
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
 
 
 def _read(entry: Entry) -> np.ndarray:

@@ -62,4 +62,5 @@ def tuning(setting: Setting) -> Iterator[Program]:
     scores = samples // settings.batch_size + (settings.epochs + 1) * settings.held_out / settings.batch_size
     yield Program("tune", "score", traced, live, setting.blocks * scores)
     traced = blockwise.tuning_step.trace(state, frozen, x, wanted, total_steps=total_steps, **fixed)
-    yield Program("tune", "step", traced, live, setting.blocks * steps)
+    # Beside the batch of a step lies the one of the step before, or of the next.
+    yield Program("tune", "step", traced, live + nbytes((x, wanted)), setting.blocks * steps)

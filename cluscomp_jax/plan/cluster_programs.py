@@ -118,7 +118,7 @@ def _moments(setting: Setting, site: str, dense: Any, now: dict[str, Any]) -> An
         add, batch, fixed = statistics._add_pair, Batch(x, x, positions), {**fixed, "original": dense}
         live += nbytes([leaf for path, leaf in trees.flatten(dense).items() if leaf is not now[path]])
     sums = setting.place.like(add.trace(None, batch, **fixed).out_info)
-    live += nbytes((batch, sums))
+    live += nbytes((batch, batch, sums))  # the next batch is on its way
     yield Program("statistics", f"moments of {site}", add.trace(sums, batch, **fixed), live, setting.passes)
     count = setting.place.array(dtype="int32")
     yield Program("statistics", f"means of {site}", statistics.divide.trace(sums, count), live, setting.blocks)

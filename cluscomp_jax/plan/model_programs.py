@@ -33,8 +33,7 @@ def evaluation(setting: Setting) -> Iterator[Program]:
     part = setting.place.array(1, length, x.shape[-1], dtype=x.dtype)
     wanted = setting.place.array(1, length, dtype="int32")
     traced = evaluate._losses.trace(rest, part, wanted, model=setting.model)
-    # The last block is still referred to while its outputs are scored.
-    yield Program("evaluate", "head", traced, nbytes((rest, block, part, wanted)), x.shape[1] / length)
+    yield Program("evaluate", "head", traced, nbytes((rest, part, wanted)), x.shape[1] / length)
 
 
 def generating(settings: Sequence[Setting], *, context: int) -> Iterator[Program]:

@@ -242,6 +242,8 @@ def tune_block(
         losses = []
         for where in np.split(order, steps_per_epoch):
             state, loss = problem.step(state, np.sort(where))
+            if losses:
+                losses[-1].block_until_ready()  # else batches of steps that have not begun would fill the device
             losses.append(loss)
             reporter.advance()
         epoch_losses.append(float(np.mean(jax.device_get(losses))))

@@ -22,7 +22,7 @@ from cluscomp_jax.io.train_states import TrainStates
 from cluscomp_jax.model import Model, build_model, check_tokens
 from cluscomp_jax.optimizer import make_schedule
 from cluscomp_jax.progress import Reporter, SilentReporter
-from cluscomp_jax.source import BlockSink, DictSink, ParamSource, as_source, run_fingerprint
+from cluscomp_jax.source import BlockSink, DictSink, Fingerprint, ParamSource, as_source, run_fingerprint
 from cluscomp_jax.training import (
     Layout,
     Teacher,
@@ -159,7 +159,7 @@ def finetune_stream(
         states = None
         if state_dir is not None:
             identity = fingerprint(source, cfg, batches, evaluation, teacher)
-            states = stack.enter_context(TrainStates(state_dir, keep=cfg.keep, fingerprint=identity))
+            states = stack.enter_context(TrainStates(state_dir, keep=cfg.keep, fingerprint=identity.digest))
         run = _Run(cfg, layout, frozen, batches, evaluation, followed, states, reporter or SilentReporter())
         state = run.resume(state)
         first = int(state.step)
@@ -232,8 +232,8 @@ def fingerprint(
     batches: Batches,
     evaluation: Examples | None,
     teacher: TeacherSource | None = None,
-) -> str:
-    """Returns the hex digest of everything the result depends on; on the mesh, only its rounding does."""
+) -> Fingerprint:
+    """Returns everything the result depends on; on the mesh, only its rounding does."""
     inputs = {
         "batches": batches.fingerprint,
         "evaluation": None if evaluation is None else evaluation.fingerprint,

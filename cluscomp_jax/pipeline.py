@@ -35,7 +35,7 @@ from cluscomp_jax.progress import Reporter, SilentReporter
 from cluscomp_jax.sensitivity import sensitivities
 from cluscomp_jax.settings import TuningSettings
 from cluscomp_jax.sharding import make_sharding, put_samples, put_whole
-from cluscomp_jax.source import BlockSink, DictSink, ParamSource, as_source, run_fingerprint
+from cluscomp_jax.source import BlockSink, DictSink, Fingerprint, ParamSource, as_source, run_fingerprint
 from cluscomp_jax.stages import StageClock
 from cluscomp_jax.trees import Params
 from cluscomp_jax.tuning import ActivationStore, BlockTuning, run_through, split_trainable, tune_block
@@ -129,8 +129,8 @@ def compress_stream(
     return CompressionSummary(matrices, tuple(records), run.clock.to_dict(), bits / weights, total_bytes)
 
 
-def fingerprint(source: ParamSource, cfg: RunConfig, calibration: np.ndarray | None) -> str:
-    """Returns the hex digest of everything the result's bytes depend on."""
+def fingerprint(source: ParamSource, cfg: RunConfig, calibration: np.ndarray | None) -> Fingerprint:
+    """Returns everything the result's bytes depend on."""
     digest = None if calibration is None else hashlib.sha256(calibration.astype("<i4").tobytes()).hexdigest()
     return run_fingerprint(source, cfg.to_dict(), cfg.model, calibration=digest)
 

@@ -1,5 +1,6 @@
 """Where parameters come from and go to, one block at a time: two small protocols and their in-memory forms."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -32,8 +33,30 @@ class ParamSource(Protocol):
         ...
 
 
-def run_fingerprint(source: ParamSource, config: Mapping[str, Any], model_config: Any, **inputs: str | None) -> str:
-    """Returns the hex digest of everything that the bytes of a run's result depend on.
+@dataclasses.dataclass(frozen=True)
+class Fingerprint:
+    """Everything that the bytes of a run's result depend on.
+
+    Attributes:
+      parts: {what it is: its digest, or its value where that is short}, for telling what differs.
+    """
+
+    parts: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        """The hex digest of all of it."""
+        return _digest(dict(self.parts))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def run_fingerprint(
+    source: ParamSource, config: Mapping[str, Any], model_config: Any, **inputs: str | None
+) -> Fingerprint:
+    """Returns what the bytes of a run's result depend on.
 
     Args:
       source: of the parameters.
@@ -42,14 +65,14 @@ def run_fingerprint(source: ParamSource, config: Mapping[str, Any], model_config
       **inputs: digests of what else is read, by name.
     """
     parts = {
-        "config": config,
-        "model": repr(model_config),
-        "source": source.fingerprint(),
-        "versions": version.versions(),
+        "settings": _digest(config),
+        "model": _digest(repr(model_config)),
+        "weights": source.fingerprint(),
         "device": jax.devices()[0].device_kind,
-        **inputs,
+        **{f"version of {name}": number for name, number in version.versions().items()},
+        **{name: "none" if digest is None else digest for name, digest in inputs.items()},
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return Fingerprint(parts)
 
 
 class BlockSink(Protocol):

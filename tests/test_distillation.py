@@ -134,7 +134,7 @@ def test_the_fingerprint_knows_the_teacher_and_how_it_is_followed():
 
     def digest(cfg=CFG, teacher=TEACHER, model=TEACHER_MODEL):
         followed = TeacherSource(DictSource(teacher, model), model)
-        return fingerprint(source, cfg, as_batches(ROWS, cfg, MODEL), None, followed)
+        return fingerprint(source, cfg, as_batches(ROWS, cfg, MODEL), None, followed).digest
 
     other = trees.map_by_path(lambda _, leaf: leaf * 1.5, TEACHER)
     hotter = dataclasses.replace(CFG.training, distillation=DistillationSettings(weight=0.8, temperature=3.0))

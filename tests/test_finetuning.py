@@ -199,9 +199,12 @@ def test_the_fingerprint_knows_everything_the_result_depends_on(params):
 
     source = DictSource(params, MODEL)
 
-    def digest(cfg=CFG, examples=ROWS, evaluation=None):
+    def digest(cfg=CFG, examples=ROWS, evaluation=None, source=source):
         batches = finetuning.as_batches(examples, cfg, MODEL)
-        return finetuning.fingerprint(source, cfg, batches, evaluation)
+        return finetuning.fingerprint(source, cfg, batches, evaluation).digest
+
+    def other_codes(_, leaf):
+        return dataclasses.replace(leaf, index=leaf.index ^ 1) if isinstance(leaf, CodebookArray) else leaf
 
     flipped = ROWS.scored.copy()
     flipped[0, 3] = False
@@ -211,6 +214,7 @@ def test_the_fingerprint_knows_everything_the_result_depends_on(params):
         digest(examples=Examples(ROWS.tokens, flipped)),
         digest(examples=ROWS.take(np.array([1, 0]))),
         digest(evaluation=HELD_OUT),
+        digest(source=DictSource(trees.map_by_path(other_codes, params), MODEL)),
     ]
-    assert len({digest(), *others}) == 6
+    assert len({digest(), *others}) == 7
     assert digest() == digest()

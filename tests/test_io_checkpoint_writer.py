@@ -14,7 +14,7 @@ from test_io_checkpoint import assert_same
 from toy_checkpoint import ToyConfig, ToyRun, toy_block, toy_params, toy_rest
 
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.io import atomic, items
+from cluscomp_jax.io import atomic, items, run_folder
 from cluscomp_jax.io.checkpoint import CheckpointWriter, load_checkpoint, open_checkpoint, save_checkpoint
 from cluscomp_jax.io.run_folder import AlreadyFinished
 
@@ -278,6 +278,50 @@ def test_a_second_process_is_locked_out(unfinished):
         writer(unfinished)
     first.close()
     writer(unfinished).close()
+
+
+def finishing_meanwhile(monkeypatch, out, *, before):
+    """Lets another process finish the run in `out` between the look at the folder and the lock on it."""
+    real, calls = run_folder._lock, []
+
+    def lock(path, folder):
+        calls.append(path)
+        if len(calls) > 1:
+            return real(path, folder)
+        monkeypatch.setattr(run_folder, "_lock", real)
+        if before:
+            run(out)
+            out.joinpath("work").mkdir()
+            return real(path, folder)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+        run(out)  # the lock it had is gone, and its file is no longer in the folder
+        monkeypatch.setattr(os, "open", lambda *args, real=os.open: given.pop() if given else real(*args))
+        given = [descriptor]
+        return real(path, folder)
+
+    monkeypatch.setattr(run_folder, "_lock", lock)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before the file is opened", "behind it"])
+def test_a_process_that_finishes_while_another_looks_is_not_run_again(unfinished, monkeypatch, before):
+    finishing_meanwhile(monkeypatch, unfinished, before=before)
+    with pytest.raises(AlreadyFinished, match="already finished there"):
+        writer(unfinished)
+    assert_whole(unfinished)
+
+
+def test_what_differs_is_named(tmp_path):
+    def begin(**inputs):
+        digest = json.dumps(inputs)
+        run_config = ToyRun(seed=42).to_dict()
+        with CheckpointWriter(
+            tmp_path / "out", model_config=CONFIG, run_config=run_config, fingerprint=digest, inputs=inputs
+        ) as begun:
+            begun.store_block(0, toy_block(CONFIG, 0))
+
+    begin(weights="a" * 64, device="cpu")
+    with pytest.raises(InputError, match=r"\(same settings, but other weights, device is cpu there, NVIDIA here\)"):
+        begin(weights="b" * 64, device="NVIDIA")
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "work/notes.txt", "blocks/00000/x"])

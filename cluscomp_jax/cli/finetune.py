@@ -90,7 +90,13 @@ def _write(task: _Task, rows: int, provenance: dict[str, Any]) -> FinetuneSummar
     with processes.decided_by_first():
         identity = fingerprint(opened.source, cfg, task.batches, task.evaluation, task.teacher)
         tokenizer = tokenizer_files(opened)
-        claim = CheckpointWriter(out, model_config=opened.model, run_config=cfg.to_dict(), fingerprint=identity)
+        claim = CheckpointWriter(
+            out,
+            model_config=opened.model,
+            run_config=cfg.to_dict(),
+            fingerprint=identity.digest,
+            inputs=identity.parts,
+        )
     with claim as writer, console_reporter(out / METRICS_NAME) as reporter:
         tokens = cfg.training.steps * cfg.training.batch_size * cfg.training.accumulation * cfg.data.length
         note(f"{opened.name}: {cfg.training.steps} steps, {tokens:,} tokens of {rows} rows of {cfg.data.length}")

@@ -97,10 +97,15 @@ def compress_to_folder(
     """
     course = _Course(measure)
     with course.before("prepare"):
-        digest = fingerprint(opened.source, cfg, calibration)
+        identity = fingerprint(opened.source, cfg, calibration)
         tokenizer = tokenizer_files(opened)
         claim = CheckpointWriter(
-            out, model_config=opened.model, run_config=cfg.to_dict(), fingerprint=digest, zstd=cfg.zstd
+            out,
+            model_config=opened.model,
+            run_config=cfg.to_dict(),
+            fingerprint=identity.digest,
+            inputs=identity.parts,
+            zstd=cfg.zstd,
         )
     with claim as writer, console_reporter(out / METRICS_NAME) as reporter:
         if writer.finished_blocks:

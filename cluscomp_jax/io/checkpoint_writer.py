@@ -59,6 +59,7 @@ class CheckpointWriter:
         model_config: Any,
         run_config: Mapping[str, Any],
         fingerprint: str,
+        inputs: Mapping[str, str] | None = None,
         zstd: bool = False,
     ):
         """Claims the folder: creates it, or resumes the unfinished run in it if that is the same run.
@@ -68,6 +69,7 @@ class CheckpointWriter:
           model_config: a family's config (LlamaConfig, say), or a Model.
           run_config: the settings of the run, plain values as `RunConfig.to_dict()` gives them.
           fingerprint: changes with everything that decides the result and is not in the configs.
+          inputs: {what the fingerprint is made of: digest or value}, by which a refusal names what differs.
           zstd: as for `write_item`.
 
         Raises:
@@ -78,6 +80,7 @@ class CheckpointWriter:
         self._model, self._zstd = build_model(model_config), zstd
         self._identity = Identity(
             fingerprint=fingerprint,
+            inputs=dict(inputs or {}),
             model_config=json_files.plain(model_config_to_dict(self._model.config), "model_config"),
             run_config=json_files.plain(run_config, "run_config"),
         )

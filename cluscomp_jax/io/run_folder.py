@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ RUN_NAME = "run.json"
 WORK_NAME = "work"
 _LOCK_NAME = "lock"
 _SHOWN_DIFFERENCES = 5
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 class AlreadyFinished(InputError):
@@ -32,11 +34,16 @@ class AlreadyFinished(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What makes two runs the same: the fingerprint of their inputs, and both configs as JSON values."""
+    """What makes two runs the same: the fingerprint of their inputs, and both configs as JSON values.
+
+    Attributes:
+      inputs: {what the fingerprint is made of: digest or value}, for naming what differs; {} where that is not known.
+    """
 
     fingerprint: str
     model_config: dict[str, Any]
     run_config: dict[str, Any]
+    inputs: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 class RunFolder:
@@ -61,11 +68,12 @@ class RunFolder:
         self._made = [folder for folder in (path, *path.parents) if not _exists(folder)]
         self._lock: int | None = None
         try:
-            _refuse_others(path, identity)
-            self.work.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self.work / _LOCK_NAME, path)
+            while self._lock is None:  # again if the process that had the lock finished and removed it
+                _refuse_others(path, identity, locked=False)
+                self.work.mkdir(parents=True, exist_ok=True)
+                self._lock = _lock(self.work / _LOCK_NAME, path)
             try:
-                _refuse_others(path, identity)  # the other process may have finished between the look and the lock
+                _refuse_others(path, identity, locked=True)  # of what was done between the look and the lock
                 self.resumed = _exists(path / RUN_NAME)
                 if not self.resumed:
                     _clear(self.work)
@@ -117,10 +125,16 @@ def _exists(path: Path) -> bool:
     return os.path.lexists(path)
 
 
-def _lock(lock: Path, folder: Path) -> int:
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+def _lock(lock: Path, folder: Path) -> int | None:
+    """Returns the descriptor that holds the lock, None if the file or its folder went before it was held."""
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError:
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_file_of(descriptor, lock):
+            return descriptor
     except BlockingIOError as error:
         os.close(descriptor)
         raise InputError(
@@ -129,7 +143,16 @@ def _lock(lock: Path, folder: Path) -> int:
     except OSError:
         os.close(descriptor)
         raise
-    return descriptor
+    os.close(descriptor)  # of a file that has been removed: another process may hold one of the same name
+    return None
+
+
+def _is_file_of(descriptor: int, path: Path) -> bool:
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(descriptor), there)
 
 
 def _clear(work: Path) -> None:
@@ -148,14 +171,20 @@ def _remove_leftovers(folder: Path) -> None:
     atomic.sync(folder)
 
 
-def _refuse_others(folder: Path, identity: Identity) -> None:
-    """Returns if the folder may be claimed: absent, empty, or the unfinished output of the same run."""
+def _refuse_others(folder: Path, identity: Identity, *, locked: bool) -> None:
+    """Returns if the folder may be claimed: absent, empty, or the unfinished output of the same run.
+
+    Args:
+      folder: the output folder.
+      identity: of the run that wants it.
+      locked: whether this process holds the lock on it.
+    """
     if not _exists(folder):
         return
     if not folder.is_dir():
         raise InputError(f"{folder}: is not a folder; choose another name")
     if _exists(folder / MANIFEST_NAME):
-        _refuse_finished(folder, identity)
+        _refuse_finished(folder, identity, locked=locked)
     elif _exists(folder / RUN_NAME):
         differences = _differences(_read_identity(folder / RUN_NAME), identity)
         if differences:
@@ -165,7 +194,7 @@ def _refuse_others(folder: Path, identity: Identity) -> None:
         raise InputError(f"{folder}: is not empty and not an unfinished run (it holds {names}); choose another folder")
 
 
-def _refuse_finished(folder: Path, identity: Identity) -> None:
+def _refuse_finished(folder: Path, identity: Identity, *, locked: bool) -> None:
     manifest = read_manifest(folder / MANIFEST_NAME)
     there = Identity(manifest.fingerprint, manifest.model_config, manifest.run_config)
     differences = _differences(there, identity)
@@ -173,10 +202,13 @@ def _refuse_finished(folder: Path, identity: Identity) -> None:
         raise InputError(
             f"{folder}: holds the finished checkpoint of another run ({differences}); choose another folder"
         )
-    if _exists(folder / WORK_NAME):  # killed between the manifest and the removal
-        lock = _lock(folder / WORK_NAME / _LOCK_NAME, folder)
+    if locked:
         _remove_leftovers(folder)
-        os.close(lock)
+    elif _exists(folder / WORK_NAME):  # killed between the manifest and the removal
+        lock = _lock(folder / WORK_NAME / _LOCK_NAME, folder)
+        if lock is not None:  # else another process has just removed them
+            _remove_leftovers(folder)
+            os.close(lock)
     raise AlreadyFinished(f"{folder}: this very run is already finished there; use it, or choose another folder")
 
 
@@ -195,10 +227,15 @@ def _read_identity(path: Path) -> Identity:
         raise InputError(
             f"{path}: format_version is {fields.get('format_version')!r}; this cluscomp_jax writes {FORMAT_VERSION}"
         )
-    fingerprint, model_config, run_config = (fields.get(f.name) for f in dataclasses.fields(Identity))
-    if not (isinstance(fingerprint, str) and isinstance(model_config, dict) and isinstance(run_config, dict)):
+    fingerprint, model_config, run_config, inputs = (fields.get(f.name) for f in dataclasses.fields(Identity))
+    if not (
+        isinstance(fingerprint, str)
+        and isinstance(model_config, dict)
+        and isinstance(run_config, dict)
+        and isinstance(inputs, dict)
+    ):
         raise InputError(f"{path}: lacks the fingerprint or the configs of its run; choose another folder")
-    return Identity(fingerprint, model_config, run_config)
+    return Identity(fingerprint, model_config, run_config, {name: str(value) for name, value in inputs.items()})
 
 
 def _differences(there: Identity, now: Identity) -> str:
@@ -210,7 +247,17 @@ def _differences(there: Identity, now: Identity) -> str:
         shown = [f"{key} is {old.get(key)!r} there, {new.get(key)!r} here" for key in keys[:_SHOWN_DIFFERENCES]]
         more = f", and {len(keys) - _SHOWN_DIFFERENCES} more" if len(keys) > _SHOWN_DIFFERENCES else ""
         return "; ".join(shown) + more
-    return "" if there.fingerprint == now.fingerprint else "same settings, but other weights, calibration or code"
+    if there.fingerprint == now.fingerprint:
+        return ""
+    if not (there.inputs and now.inputs):
+        return "same settings, but other weights, data, versions or device"
+    names = [name for name in {**there.inputs, **now.inputs} if there.inputs.get(name) != now.inputs.get(name)]
+    return "same settings, but " + ", ".join(_in_words(name, there.inputs, now.inputs) for name in names)
+
+
+def _in_words(name: str, there: Mapping[str, str], now: Mapping[str, str]) -> str:
+    old, new = there.get(name, "none"), now.get(name, "none")
+    return f"other {name}" if _DIGEST.fullmatch(old) or _DIGEST.fullmatch(new) else f"{name} is {old} there, {new} here"
 
 
 def _leaves(value: Any, name: str) -> dict[str, Any]:

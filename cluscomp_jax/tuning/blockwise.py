@@ -239,7 +239,7 @@ def tune_block(
     epoch_losses: list[float] = []
     while len(epoch_losses) < settings.epochs and bool(state.alive):
         order = rng.permutation(len(stepped))[: steps_per_epoch * settings.batch_size]
-        losses = []
+        losses: list[jax.Array] = []
         for where in np.split(order, steps_per_epoch):
             state, loss = problem.step(state, np.sort(where))
             if losses:

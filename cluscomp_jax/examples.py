@@ -142,9 +142,8 @@ class ShuffledBatches:
     def describe(self, step: int) -> str:
         """Returns the numbers of a step's rows in words."""
         numbers = ", ".join(map(str, self.rows(step)[:_SHOWN_ROWS]))
-        return f"rows {numbers}" + (
-            f" and {self.rows_per_step - _SHOWN_ROWS} more" * (self.rows_per_step > _SHOWN_ROWS)
-        )
+        more = f" and {self.rows_per_step - _SHOWN_ROWS} more" * (self.rows_per_step > _SHOWN_ROWS)
+        return f"rows {numbers}{more} of those that were read, from 0"
 
     @property
     def fingerprint(self) -> str:

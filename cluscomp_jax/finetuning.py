@@ -78,7 +78,7 @@ def finetune(
     batches: Batches | Examples | np.ndarray,
     cfg: FinetuneConfig,
     *,
-    evaluation: Examples | None = None,
+    evaluation: Examples | np.ndarray | None = None,
     teacher: Mapping[Any, Any] | ParamSource | None = None,
     teacher_config: Any = None,
     state_dir: str | Path | None = None,
@@ -131,7 +131,7 @@ def finetune_stream(
     batches: Batches | Examples | np.ndarray,
     cfg: FinetuneConfig,
     *,
-    evaluation: Examples | None = None,
+    evaluation: Examples | np.ndarray | None = None,
     teacher: TeacherSource | None = None,
     state_dir: Path | None = None,
     reporter: Reporter | None = None,
@@ -145,8 +145,10 @@ def finetune_stream(
     model = build_model(cfg.model)
     batches = as_batches(batches, cfg, model)
     if evaluation is not None:
+        evaluation = evaluation if isinstance(evaluation, Examples) else _all_scored(np.asarray(evaluation))
         check_tokens(evaluation.tokens, model, "evaluation tokens")
-    _checked(batches, 0, cfg, model)
+        check_length(evaluation.tokens.shape[1], cfg)
+    check_length(_checked(batches, 0, cfg, model).tokens.shape[1], cfg)
     check_teacher(cfg, model, teacher)
     if cfg.result == "best" and evaluation is None:
         raise InputError("result is 'best', but there are no evaluation rows to judge by; give some, or take the last")
@@ -212,6 +214,13 @@ def as_batches(batches: Batches | Examples | np.ndarray, cfg: FinetuneConfig, mo
 
 def _all_scored(tokens: np.ndarray) -> Examples:
     return Examples(tokens, np.ones(tokens.shape, bool))
+
+
+def check_length(length: int, cfg: FinetuneConfig) -> None:
+    """Returns if rows of so many tokens lie within the model's context. Raises InputError if they do not."""
+    context = getattr(cfg.model, "max_position_embeddings", None)
+    if context is not None and length > context:
+        raise InputError(f"rows of {length} tokens exceed the model's context of {context}; shorten them")
 
 
 def _checked(batches: Batches, step: int, cfg: FinetuneConfig, model: Model) -> Examples:
@@ -304,10 +313,11 @@ class _Run:
         loss, norm = float(metrics.loss), float(metrics.gradient_norm)
         if not bool(metrics.finite):
             self._save(state, step)
+            kept = f"the state behind step {step} is kept" if self.saved else "there is no state before it to keep"
             raise DivergedError(
                 f"step {step + 1}: the loss is {loss}, the norm of its gradient {norm}; its batch was "
-                f"{self.batches.describe(step)}; the state behind step {step} is kept; lower the learning rate, or "
-                "look at these rows"
+                f"{self.batches.describe(step)}; {kept}; look at these rows, or lower the learning rate, for which "
+                "another output folder is needed"
             )
         self._record(
             "step",

@@ -71,7 +71,8 @@ def _means(batches: Iterable[Any], add: Callable[[Any, Any], dict[str, jax.Array
     sums: dict[str, jax.Array] | None = None
     positions = 0
     for batch in batches:
-        jax.block_until_ready(sums)  # type: ignore[no-untyped-call]  # else batches that nothing has begun to add would fill the device
+        # Else batches that nothing has begun to add would fill the device.
+        jax.block_until_ready(sums)  # type: ignore[no-untyped-call]
         sums = add(sums, batch)
         x = batch.x if isinstance(batch, Batch) else batch
         positions += x.shape[0] * x.shape[1]

@@ -23,6 +23,7 @@ import transformers
 from cluscomp_jax import trees
 from cluscomp_jax.cli.demo import find_model
 from cluscomp_jax.examples import Examples, ShuffledBatches
+from cluscomp_jax.finetune_config import FinetuneConfig
 from cluscomp_jax.io.open import OpenedModel, open_model
 from cluscomp_jax.llama.hf_config import to_hf_dict
 from cluscomp_jax.optimizer import make_schedule
@@ -30,7 +31,7 @@ from cluscomp_jax.progress import to_json
 from cluscomp_jax.settings import TrainingSettings
 from cluscomp_jax.source import load_all
 
-SEED = 0
+SEED = FinetuneConfig().seed
 IGNORED = -100
 
 

@@ -7,7 +7,7 @@
 # OUT    folder of the result; needs room for it and, meanwhile, for the activations (the plan says how much)
 # BITS   4, 3, 2 or 1 (default 2)
 #
-# Needs pip install "cluscomp-jax[cuda12,hf]", and "[aot]" for the plan, which takes minutes and no GPU.
+# Needs pip install ".[cuda12,hf]", and "[aot]" for the plan, which takes minutes and no GPU.
 # FAMILY=llama3 for Llama-3; RECIPE=paper for the official recipe, which needs less memory.
 set -euo pipefail
 
@@ -24,5 +24,7 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/clusc
 
 JAX_PLATFORMS=cpu cluscomp plan "$preset" --target a6000 --config "$config" --recipe "$recipe" \
   --memory-fraction "$XLA_PYTHON_CLIENT_MEM_FRACTION"
-cluscomp compress "$model" --out "$out" --config "$config" --recipe "$recipe" --calibration wikitext2
+# A finished result is not made again: the last run may have been stopped in the evaluation.
+[ -f "$out/manifest.json" ] ||
+  cluscomp compress "$model" --out "$out" --config "$config" --recipe "$recipe" --calibration wikitext2
 cluscomp evaluate "$out" --text wikitext2 --context 2048 --dtype bfloat16

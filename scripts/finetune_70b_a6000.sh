@@ -9,7 +9,7 @@
 # NEW    folder of the result
 # BITS   of MODEL: 4, 3, 2 or 1 (default 2); decides what the plan reckons with
 #
-# Needs pip install "cluscomp-jax[cuda12,hf]", and "[aot]" for the plan, which takes minutes and no GPU; and host memory
+# Needs pip install ".[cuda12,hf]", and "[aot]" for the plan, which takes minutes and no GPU; and host memory
 # for the compressed model, of which a copy lies there while it is read. FAMILY=llama3 for Llama-3; STEPS (default 1000).
 set -euo pipefail
 
@@ -26,5 +26,7 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/clusc
 
 JAX_PLATFORMS=cpu cluscomp plan "$preset" --target a6000 --config "$here/configs/${family}_70b_${bits}bit.toml" \
   --finetune-config "$settings" --memory-fraction "$XLA_PYTHON_CLIENT_MEM_FRACTION"
-cluscomp finetune "$model" --data "$data" --out "$new" --config "$settings" --steps "$steps"
+# A finished result is not made again: the last run may have been stopped in the evaluation.
+[ -f "$new/manifest.json" ] ||
+  cluscomp finetune "$model" --data "$data" --out "$new" --config "$settings" --steps "$steps"
 cluscomp evaluate "$new" --text wikitext2 --context 2048 --dtype bfloat16

@@ -35,7 +35,7 @@ def test_passes_and_seeds_differ():
 def test_a_step_is_described_by_its_first_rows():
     batches = ShuffledBatches(numbered(20), 10, 3)
     first = ", ".join(str(row) for row in batches.rows(5)[:8])
-    assert batches.describe(5) == f"rows {first} and 2 more"
+    assert batches.describe(5) == f"rows {first} and 2 more of those that were read, from 0"
 
 
 def test_pack_drops_a_shorter_last_row():

@@ -143,6 +143,29 @@ def test_a_run_that_diverges_says_where_and_keeps_the_state_before(params, tmp_p
     assert "step 2: the loss is nan" in str(raised.value)
     assert rows.describe(1) in str(raised.value)
     assert [path.name for path in (tmp_path / "s").iterdir()] == ["1"]
+    assert "the state behind step 1 is kept" in str(raised.value)
+
+
+def test_a_run_that_diverges_at_once_has_no_state_to_keep(params, tmp_path):
+    broken = trees.map_by_path(lambda path, leaf: leaf * np.inf if path == "model/norm/weight" else leaf, params)
+    with pytest.raises(DivergedError, match=r"step 1: the loss is .*; there is no state before it to keep; look at"):
+        finetune(broken, ROWS, CFG, state_dir=tmp_path / "s")
+    assert not any((tmp_path / "s").iterdir())
+
+
+def test_rows_beyond_the_context_are_refused(params):
+    short = dataclasses.replace(CFG, model=dataclasses.replace(CFG.model, max_position_embeddings=LENGTH - 1))
+    for rows, evaluation in ((ROWS, None), (ROWS.tokens, None), (ROWS, HELD_OUT)):
+        with pytest.raises(InputError, match="exceed the model's context of"):
+            finetune(params, rows, short, evaluation=evaluation)
+
+
+def test_evaluation_rows_may_be_an_array(params):
+    cfg = dataclasses.replace(CFG, training=dataclasses.replace(CFG.training, steps=1))
+    array, examples = Recorder(), Recorder()
+    finetune(params, ROWS, cfg, evaluation=HELD_OUT.tokens, reporter=array)
+    finetune(params, ROWS, cfg, evaluation=HELD_OUT, reporter=examples)  # all of them scored
+    assert array.records == examples.records
 
 
 def test_the_caller_may_hand_out_the_batches(params, whole):

@@ -131,6 +131,7 @@ GOOD = {"text": "abcdefghijklmnop"}
         ([{"text": "a", "messages": []}], "line 1: has the keys messages, text"),
         ([GOOD, {"messages": []}], "line 2: holds 'messages', the first line 'text'"),
         ([GOOD, {"text": 3}], "line 2: 'text' is a int"),
+        ([GOOD, '{"text": "a\\ud800"}'], "line 2: holds half a surrogate pair"),
         ([{"text": "a"}], "has 2 tokens, one row takes 8"),
         ([{"messages": []}], "line 1: 'messages' must be a list of at least one"),
         ([{"messages": [{"role": "user"}]}], "line 1: message 1 must be an object with the strings"),
@@ -141,6 +142,22 @@ GOOD = {"text": "abcdefghijklmnop"}
 def test_a_broken_file_is_refused_by_the_number_of_the_line(plain, tmp_path, lines, text):
     with pytest.raises(InputError, match=text):
         read_examples(write(tmp_path / "a.jsonl", *lines), plain, DataSettings(length=8), vocab_size=VOCAB)
+
+
+def test_half_a_character_in_a_message_is_refused_by_the_number_of_the_line(chat, tmp_path):
+    path = write(tmp_path / "a.jsonl", said(("user", "hi"), ("assistant", "a")), said(("user", "\ud800")))
+    with pytest.raises(InputError, match="line 2: holds half a surrogate pair"):
+        read_examples(path, chat, DataSettings(length=40), vocab_size=VOCAB)
+
+
+def test_what_is_json_by_its_name_is_not_trained_on_as_text(plain, tmp_path):
+    for name in ("a.json", "a.JSON", "a.json.gz"):
+        (tmp_path / name).write_text('[{"instruction": "a", "output": "b"}]' * 9)
+        with pytest.raises(InputError, match=r"is JSON; give JSON lines \(.jsonl\)"):
+            read_examples(tmp_path / name, plain, DataSettings(length=8), vocab_size=VOCAB)
+    lines = {name: write(tmp_path / name, {"text": "abcdefgh" * 4}) for name in ("a.jsonl", "A.JSONL")}
+    read = [read_examples(path, plain, DataSettings(length=8), vocab_size=VOCAB) for path in lines.values()]
+    np.testing.assert_array_equal(read[0].tokens, read[1].tokens)
 
 
 def test_conversations_with_nothing_to_score_are_refused(chat, tmp_path):

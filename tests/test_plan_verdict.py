@@ -26,6 +26,7 @@ from cluscomp_jax.settings import (
     ClusterSettings,
     CompressionRule,
     DataSettings,
+    DistillationSettings,
     MeshSettings,
     TrainingSettings,
     TuningSettings,
@@ -100,6 +101,9 @@ def test_a_plan_compiles_for_any_device_jax_has() -> None:
     assert done.hours.keys() == done.stages.keys() - {"generate"}
     with pytest.raises(InputError, match="context is 33"):
         plan(BLIND, card, Place(), context=33, reserve=Reserve(), reporter=SilentReporter())
+    behind = FinetuneConfig(training=TrainingSettings(distillation=DistillationSettings()))
+    with pytest.raises(InputError, match="finetuning behind a teacher is not planned"):
+        plan(BLIND, card, Place(), context=32, reserve=Reserve(), reporter=SilentReporter(), finetune=behind)
 
 
 def test_the_host_holds_roots_while_compressing_and_the_whole_model_to_finetune() -> None:

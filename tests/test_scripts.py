@@ -1,5 +1,6 @@
 """The Makefile's list of targets, and the script that makes the environments, short of making one."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -36,3 +37,29 @@ def test_a_python_that_cannot_install_pip_is_told_what_to_install(tmp_path):
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.endswith("apt install python3-venv")
+
+
+RECORDER = """#!/usr/bin/env bash
+echo "$1" >> "$CALLS"
+case "$1" in
+  compress | finetune) while [ "$1" != --out ]; do shift; done; mkdir -p "$2"; touch "$2/manifest.json";;
+  evaluate) [ ! -f "$CALLS.stop" ];;
+esac
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+@pytest.mark.parametrize(("name", "work"), [("compress", "compress"), ("finetune", "finetune")])
+def test_the_scripts_of_a_card_go_on_where_they_were_stopped(tmp_path, name, work):
+    fake, calls, stop = tmp_path / "cluscomp", tmp_path / "calls", tmp_path / "calls.stop"
+    fake.write_text(RECORDER)
+    fake.chmod(0o755)
+    stop.touch()
+    out = str(tmp_path / "out")
+    data = [] if name == "compress" else ["data.jsonl"]
+    command = ["bash", str(ROOT / f"scripts/{name}_70b_a6000.sh"), "model", *data, out]
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "CALLS": str(calls)}
+    assert subprocess.run(command, env=env, check=False).returncode != 0  # stopped while it evaluates
+    stop.unlink()
+    assert subprocess.run(command, env=env, check=False).returncode == 0
+    assert calls.read_text().split() == ["plan", work, "evaluate", "plan", "evaluate"]

@@ -21,6 +21,7 @@ from cluscomp_jax.finetuning import (
     FinetuneSummary,
     TeacherSource,
     as_batches,
+    check_length,
     check_teacher,
     finetune_stream,
     fingerprint,
@@ -43,7 +44,7 @@ def run(arguments: FinetuneArguments) -> Result:
     cfg = finetune_config(arguments)
     opened = open_model(arguments.model)
     cfg = dataclasses.replace(cfg, model=opened.config)
-    _check_length(cfg)
+    check_length(cfg.data.length, cfg)
     make_sharding(cfg.mesh, opened.model)
     rows = _read(opened, cfg, arguments.data)
     evaluation = None if arguments.evaluation is None else _read(opened, cfg, arguments.evaluation)
@@ -147,12 +148,6 @@ def finetune_config(arguments: FinetuneArguments) -> FinetuneConfig:
 
 def _given(arguments: FinetuneArguments, *names: str) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-
-
-def _check_length(cfg: FinetuneConfig) -> None:
-    context = getattr(cfg.model, "max_position_embeddings", None)
-    if context is not None and cfg.data.length > context:
-        raise InputError(f"rows of {cfg.data.length} tokens exceed the model's context of {context}; lower --length")
 
 
 def _read(opened: OpenedModel, cfg: FinetuneConfig, spec: str) -> Examples:

@@ -61,7 +61,10 @@ def read_examples(
         missing or fails, too little text, nothing to score, or a tokenizer of another model.
     """
     path = Path(spec)
-    if path.suffixes[-1:] == [".jsonl"] or path.suffixes[-2:] == [".jsonl", ".gz"]:
+    name = path.name.lower()
+    if name.endswith((".json", ".json.gz")):
+        raise InputError(f"{path}: is JSON; give JSON lines (.jsonl), one object a line")
+    if name.endswith((".jsonl", ".jsonl.gz")):
         examples = _read_lines(path, tokenizer, settings)
     else:
         _refuse_responses(settings, path)
@@ -142,7 +145,7 @@ def _objects(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yields (the line's name, its object) of every line that is not blank."""
     try:
         raw = path.read_bytes()
-        lines = (gzip.decompress(raw) if path.suffix == ".gz" else raw).split(b"\n")
+        lines = (gzip.decompress(raw) if path.suffix.lower() == ".gz" else raw).split(b"\n")
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     for number, line in enumerate(lines, 1):
@@ -173,7 +176,15 @@ def _string(where: str, fields: Mapping[str, Any], key: str) -> str:
     value = fields[key]
     if not isinstance(value, str):
         raise InputError(f"{where}: {key!r} is a {type(value).__name__}; it must be a string")
+    _require_unicode(where, value)
     return value
+
+
+def _require_unicode(where: str, value: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: holds half a surrogate pair ({value[error.start]!r}), which is no text") from None
 
 
 def _row(
@@ -268,6 +279,7 @@ def _check_messages(where: str, messages: Any) -> None:
         fine = isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
         if not fine:
             raise InputError(f"{where}: message {i} must be an object with the strings 'role' and 'content'")
+        _require_unicode(where, message["role"] + message["content"])
 
 
 def _apply(where: str, tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool) -> str:

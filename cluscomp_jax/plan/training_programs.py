@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from cluscomp_jax.errors import InputError
 from cluscomp_jax.finetune_config import FinetuneConfig
 from cluscomp_jax.plan.program import Program
 from cluscomp_jax.plan.setting import STORED, Setting
@@ -28,7 +29,15 @@ def finetuning(settings: Sequence[Setting], cfg: FinetuneConfig, sharding: Shard
       settings: the kinds of blocks, together all of the model.
       cfg: the finetuning; its model is not read.
       sharding: on several devices, of which bytes are then those of one; None: on the device of the settings.
+
+    Raises:
+      InputError: a teacher is followed, of which the settings know nothing.
     """
+    if cfg.training.distillation is not None:
+        raise InputError(
+            "finetuning behind a teacher is not planned; leave out [training.distillation] here, and add the teacher's "
+            "parameters and one forward pass to the finetune stage"
+        )
     training, model, place = cfg.training, settings[0].model, settings[0].place
     members = {i: setting for setting in settings for i in setting.members}
     blocks = (members[i].compressed() for i in range(model.num_blocks))
@@ -58,4 +67,5 @@ def finetuning(settings: Sequence[Setting], cfg: FinetuneConfig, sharding: Shard
     yield Program(STAGE, "score", traced, held + nbytes((trained, batch)), 0)
     batches = rows(training.accumulation, training.batch_size, cfg.data.length)
     traced = train_step.trace(state, frozen, *batches, **fixed)
-    yield Program(STAGE, "step", traced, held + nbytes(batches), training.steps)
+    best = nbytes(trained) if cfg.result == "best" else 0
+    yield Program(STAGE, "step", traced, held + best + nbytes(batches), training.steps)

@@ -28,6 +28,8 @@ ADVICE = {
     "assign": "set feedback = false",
     "tune": 'choose a smaller batch_size or length, or compute_dtype = "bfloat16"',
     "targets": 'choose a smaller length, or compute_dtype = "bfloat16"',
+    "propagate": 'choose a smaller length, or compute_dtype = "bfloat16"',
+    "evaluate": "choose a smaller length",
     "finetune": "set offload_inputs = true, or choose a smaller batch_size or length, or fewer bits",
     "generate": "choose a shorter --context or fewer bits",
 }

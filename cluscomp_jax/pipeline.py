@@ -183,7 +183,8 @@ class _Run:
                 measured = sensitivities(
                     self.model, self.source, calibration, damping=damping, work_dir=work_dir, reporter=self.reporter
                 )
-            atomic.write_text(path, json.dumps(measured, indent=1), aside=path.with_suffix(".tmp"))
+            with atomic.writing(path):
+                atomic.write_text(path, json.dumps(measured, indent=1), aside=path.with_suffix(".tmp"))
         known: dict[str, float] = json.loads(path.read_text())
         return known
 
@@ -246,7 +247,8 @@ class _Run:
 
     def _store(self, i: int, block: Params, record: dict[str, Any]) -> None:
         path = self._record_path(i)
-        atomic.write_text(path, json.dumps(record), aside=path.with_suffix(".tmp"))
+        with atomic.writing(path):
+            atomic.write_text(path, json.dumps(record), aside=path.with_suffix(".tmp"))
         self.sink.store_block(i, block)
 
     def _compress(self, i: int, reader: BlockReader) -> tuple[Params, dict[str, Any]]:

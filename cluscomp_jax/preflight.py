@@ -56,9 +56,7 @@ def rules_by_block(model: Model, cfg: RunConfig, sensitivities: Mapping[str, flo
 
 def mixes(cfg: RunConfig, calibration: np.ndarray | None) -> bool:
     """Returns whether a budget is spent unevenly, by sensitivities that calibration tells."""
-    settings = cfg.cluster
-    uneven = settings.bits is not None and settings.mixed != "none" and settings.export == "any"
-    return uneven and calibration is not None
+    return cfg.cluster.uneven and calibration is not None
 
 
 def _within_budget(

@@ -80,6 +80,18 @@ def sensitivities(
     return {path: value * kept.get(path, 1.0) for path, value in sorted(result.items())}
 
 
+def scratch_bytes(num_blocks: int, shape: tuple[int, ...], width: int) -> int:
+    """Returns the bytes that `sensitivities` has on the disk meanwhile: the inputs of all blocks, and their outputs.
+
+    Args:
+      num_blocks: of the model.
+      shape: (samples, length) of the tokens.
+      width: channels between blocks.
+    """
+    samples, length = shape
+    return (num_blocks + 1) * min(samples, _SAMPLES) * length * width * 4
+
+
 def _store(work_dir: Path, i: int, shape: tuple[int, ...]) -> ActivationStore:
     return ActivationStore(work_dir / f"sensitivity-{i}.bin", (shape[0], shape[1], shape[2]), np.float32)
 

@@ -136,6 +136,11 @@ class ClusterSettings:
         return self.weighted or self.feedback
 
     @property
+    def uneven(self) -> bool:
+        """Whether a budget is spent by sensitivities, where calibration tells them."""
+        return self.bits is not None and self.mixed != "none" and self.export == "any"
+
+    @property
     def corrects(self) -> bool:
         """Whether kernels are corrected for drifted inputs."""
         return self.feedback and self.correction

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_io_checkpoint import assert_same
 from test_io_checkpoint_writer import CONFIG, assert_whole, run, writer
@@ -14,6 +15,7 @@ from toy_checkpoint import ToyConfig, ToyRun, toy_block, toy_params
 from cluscomp_jax.errors import InputError, RunError
 from cluscomp_jax.io import atomic, items
 from cluscomp_jax.io.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
+from cluscomp_jax.tuning import ActivationStore
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.EPERM])
@@ -47,7 +49,7 @@ def test_a_full_disk_ends_the_run_so_that_it_resumes(tmp_path, monkeypatch, erro
                 w.store_block(0, toy_block(CONFIG, 0))
             with monkeypatch.context() as patched:
                 patched.setattr(*step, full)
-                with pytest.raises(RunError, match="disk is full; make room and repeat the same command"):
+                with pytest.raises(RunError, match="disk is full; make room"):
                     w.store_block(1, toy_block(CONFIG, 1))
         with pytest.raises(InputError):
             open_checkpoint(out)
@@ -89,6 +91,10 @@ def test_on_a_disk_that_is_really_full_and_really_read_only(small_disk):
     remount(small_disk, "size=10m")
     save_checkpoint(out, toy_params(config), ToyRun(config))
     assert_same(load_checkpoint(out).params, toy_params(config))
+    remount(small_disk, "size=1m")
+    with pytest.raises(OSError, match=r"No space left on device: 64.0 MiB of activations are needed"):
+        ActivationStore(small_disk / "stream.bin", (4, 1024, 4096), np.float32)
+    assert not (small_disk / "stream.bin").exists()
     remount(small_disk, "ro")
     with pytest.raises(InputError, match="cannot be written to: Read-only file system"):
         writer(small_disk / "other")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from test_llama_model import MIXED, random_params, random_tokens
 
-from cluscomp_jax import trees
+from cluscomp_jax import sensitivity, trees
 from cluscomp_jax.llama.model import build
 from cluscomp_jax.losses import token_nll
 from cluscomp_jax.progress import SilentReporter
@@ -44,6 +44,20 @@ def test_it_is_half_the_squared_gradients_of_single_samples(problem, tmp_path):
         expected = sum(float(square) for square in squares) * float(jnp.mean(flat[path] ** 2)) / (2 * tokens.size)
         assert found[path] == pytest.approx(expected, rel=1e-3)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_it_has_on_the_disk_is_what_it_says(problem, tmp_path, monkeypatch):
+    model, params, tokens = problem
+    sizes = []
+
+    class Watched(sensitivity.ActivationStore):
+        def delete(self):
+            sizes.append(sum(file.stat().st_size for file in tmp_path.iterdir()))
+            super().delete()
+
+    monkeypatch.setattr(sensitivity, "ActivationStore", Watched)
+    sensitivities(model, as_source(params, model), tokens, damping=None, work_dir=tmp_path, reporter=SilentReporter())
+    assert max(sizes) == sensitivity.scratch_bytes(model.num_blocks, tokens.shape, MIXED.hidden_size)
 
 
 def test_feedback_leaves_a_share_of_it(problem, tmp_path):

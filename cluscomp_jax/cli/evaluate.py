@@ -2,10 +2,14 @@
 
 import dataclasses
 import math
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
 
 from cluscomp_jax.cli.arguments import EvaluateArguments
 from cluscomp_jax.cli.generate import stop_tokens
@@ -19,9 +23,12 @@ from cluscomp_jax.io.checkpoint import describe as describe_checkpoint
 from cluscomp_jax.io.evaluations import add_evaluation, stage_of
 from cluscomp_jax.io.open import OpenedModel, open_model
 from cluscomp_jax.io.training_data import read_questions
+from cluscomp_jax.plan.setting import width
 from cluscomp_jax.progress import console_reporter
+from cluscomp_jax.report import format_bytes
 
 _ANSWER_TOKENS = 256
+_MUCH = 2**28
 
 
 def run(arguments: EvaluateArguments) -> Result:
@@ -50,6 +57,7 @@ def _run_perplexity(arguments: EvaluateArguments) -> Result:
     most = getattr(opened.config, "max_position_embeddings", None)
     if most is not None and arguments.context > most:
         note(f"--context {arguments.context} is more than the model's own context of {most}; it may do badly there")
+    note_scratch(len(tokens) // arguments.context, arguments.context, opened, arguments.dtype)
     with console_reporter() as reporter:
         measured = perplexity(
             opened.source,
@@ -69,6 +77,14 @@ def _run_perplexity(arguments: EvaluateArguments) -> Result:
         file = add_evaluation(Path(arguments.record), {"stage": stage, **fields, "finished": finished})
         lines.append(f"noted as {stage!r} in {file}")
     return Result("\n".join(lines), {**fields, "stage": stage})
+
+
+def note_scratch(windows: int, context: int, opened: OpenedModel, dtype: str) -> None:
+    """Says what an evaluation will have on the disk, where that is much: it is not beside the model, where room is."""
+    size = windows * context * width(opened.model) * np.dtype(jnp.dtype(dtype)).itemsize
+    if size >= _MUCH:
+        folder = tempfile.gettempdir()
+        note(f"{folder}: {format_bytes(size)} of activations until it ends; TMPDIR chooses another folder")
 
 
 def _stage(opened: OpenedModel, folder: Path) -> str:

@@ -95,8 +95,8 @@ def writing(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         if is_full(error):
-            raise RunError(f"{path}: the disk is full; make room and repeat the same command, which resumes") from error
+            raise RunError(f"{path}: the disk is full; make room") from error
         if isinstance(error, OSError):
             reason = error.strerror or error
-            raise RunError(f"{path}: writing failed: {reason}; repeat the same command to resume") from error
+            raise RunError(f"{path}: writing failed: {reason}") from error
         raise

@@ -84,7 +84,7 @@ class RunFolder:
                 raise
         except OSError as error:
             if atomic.is_full(error):
-                raise RunError(f"{path}: the disk is full; make room and repeat the same command") from error
+                raise RunError(f"{path}: the disk is full; make room") from error
             raise InputError(
                 f"{path}: cannot be written to: {error.strerror or error}; choose another folder"
             ) from error

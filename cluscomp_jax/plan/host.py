@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cluscomp_jax import sensitivity
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.finetune_config import FinetuneConfig
 from cluscomp_jax.model import Model
@@ -84,11 +85,13 @@ def _offloaded_bytes(model: Model, finetune: FinetuneConfig) -> int:
 
 
 def scratch_bytes(model: Model, cfg: RunConfig, shape: tuple[int, ...]) -> int:
-    """Returns the bytes of the activation streams of a run on calibration tokens [samples, length]."""
+    """Returns the most bytes of activations that a run on calibration tokens [samples, length] has on the disk."""
     streams = 1 if cfg.cluster.calibrated or cfg.tuning else 0
     if cfg.tuning or cfg.cluster.corrects:
         streams += 1
     if cfg.tuning and cfg.tuning.aug_loss:
         streams += 1
     dtype = np.dtype(jnp.dtype((cfg.tuning or TuningSettings()).activation_dtype))
-    return streams * math.prod(shape) * width(model) * dtype.itemsize
+    during = streams * math.prod(shape) * width(model) * dtype.itemsize
+    before = sensitivity.scratch_bytes(model.num_blocks, shape, width(model)) if cfg.cluster.uneven else 0
+    return max(before, during)

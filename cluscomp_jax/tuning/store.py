@@ -28,8 +28,13 @@ class ActivationStore:
         self.dtype = np.dtype(dtype)
         path.parent.mkdir(parents=True, exist_ok=True)
         size = int(np.prod(shape)) * self.dtype.itemsize
-        with path.open("wb") as file:
-            _reserve(file.fileno(), size)
+        try:
+            with path.open("wb") as file:
+                _reserve(file.fileno(), size)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            reason = f"{error.strerror}: {size / 2**20:,.1f} MiB of activations are needed for the time of the run"
+            raise OSError(error.errno, reason, str(path)) from error
         self._path = path
         # numpy cannot map bfloat16 by name; its bytes can be viewed as it.
         self._map = np.memmap(path, np.uint8, "r+", shape=(size,)).view(self.dtype).reshape(shape)

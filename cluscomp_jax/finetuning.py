@@ -5,6 +5,7 @@ Sees a Model, a ParamSource and a sink; knows no file format but that states lie
 
 import contextlib
 import dataclasses
+import hashlib
 import math
 import time
 from collections.abc import Mapping
@@ -246,9 +247,13 @@ def fingerprint(
     inputs = {
         "batches": batches.fingerprint,
         "evaluation": None if evaluation is None else evaluation.fingerprint,
-        "teacher": None if teacher is None else f"{teacher.source.fingerprint()} {teacher.model.config!r}",
+        "teacher": None if teacher is None else _identity(teacher),
     }
     return run_fingerprint(source, cfg.to_dict(), cfg.model, **inputs)
+
+
+def _identity(teacher: TeacherSource) -> str:
+    return hashlib.sha256(f"{teacher.source.fingerprint()} {teacher.model.config!r}".encode()).hexdigest()
 
 
 class _Run:

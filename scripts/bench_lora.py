@@ -122,19 +122,23 @@ def contestants(options: argparse.Namespace) -> Iterator[tuple[str, Params, Any,
         yield "LoRA, int3 group 64", with_adapters(copy, adapted, 0), adapted, ".*/lora_[ab]", options.lora_rates
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--compressed", type=Path, required=True)
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--test", type=Path, required=True)
-    parser.add_argument("--methods", nargs="+", default=["codebooks", "lora", "lora3"])
-    parser.add_argument("--rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--lora-rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2])
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--batch-size", type=int, default=2)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--test-rows", type=int, default=64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--compressed", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", default=["codebooks", "lora", "lora3"])
+    parser.add_argument("--rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3])
+    add_common_arguments(parser)
     options = parser.parse_args()
     keep_freed_memory()
     opened = open_model(options.compressed)

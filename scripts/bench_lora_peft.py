@@ -10,7 +10,6 @@ projections as peft draws them, no dropout, alpha equal to the rank. A line for 
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 import bench_lora
@@ -87,14 +86,7 @@ def train(opened: OpenedModel, rows: Examples, test: Examples, rank: int, settin
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--test", type=Path, required=True)
-    parser.add_argument("--lora-rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2])
-    parser.add_argument("--rank", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--test-rows", type=int, default=64)
+    bench_lora.add_common_arguments(parser)
     options = parser.parse_args()
     opened = open_model(find_model())
     rows, test = (bench_lora.rows(opened, path, options) for path in (options.data, options.test))

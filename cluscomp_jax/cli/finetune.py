@@ -11,7 +11,7 @@ from cluscomp_jax import _version as version
 from cluscomp_jax import processes
 from cluscomp_jax.cli.arguments import FinetuneArguments
 from cluscomp_jax.cli.command_line import command_line
-from cluscomp_jax.cli.folder import METRICS_NAME, tokenizer_files
+from cluscomp_jax.cli.folder import METRICS_NAME, claim_folder, tokenizer_files
 from cluscomp_jax.cli.mesh import parse_mesh
 from cluscomp_jax.cli.outcome import Result, note
 from cluscomp_jax.errors import InputError
@@ -27,7 +27,7 @@ from cluscomp_jax.finetuning import (
     fingerprint,
 )
 from cluscomp_jax.io.checkpoint import describe
-from cluscomp_jax.io.checkpoint_writer import CheckpointWriter, run_work_path
+from cluscomp_jax.io.checkpoint_writer import run_work_path
 from cluscomp_jax.io.open import OpenedModel, open_model
 from cluscomp_jax.io.training_data import read_examples
 from cluscomp_jax.progress import console_reporter
@@ -91,13 +91,7 @@ def _write(task: _Task, rows: int, provenance: dict[str, Any]) -> FinetuneSummar
     with processes.decided_by_first():
         identity = fingerprint(opened.source, cfg, task.batches, task.evaluation, task.teacher)
         tokenizer = tokenizer_files(opened)
-        claim = CheckpointWriter(
-            out,
-            model_config=opened.model,
-            run_config=cfg.to_dict(),
-            fingerprint=identity.digest,
-            inputs=identity.parts,
-        )
+        claim = claim_folder(out, opened, cfg, identity)
     with claim as writer, console_reporter(out / METRICS_NAME) as reporter:
         tokens = cfg.training.steps * cfg.training.batch_size * cfg.training.accumulation * cfg.data.length
         note(f"{opened.name}: {cfg.training.steps} steps, {tokens:,} tokens of {rows} rows of {cfg.data.length}")

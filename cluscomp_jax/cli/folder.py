@@ -18,6 +18,7 @@ from cluscomp_jax.cli.outcome import note
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.evaluate import Perplexity
+from cluscomp_jax.finetune_config import FinetuneConfig
 from cluscomp_jax.host_memory import return_freed_memory
 from cluscomp_jax.io.checkpoint import CheckpointSource
 from cluscomp_jax.io.checkpoint_writer import CheckpointWriter
@@ -26,7 +27,7 @@ from cluscomp_jax.pipeline import CompressionSummary, compress_stream, fingerpri
 from cluscomp_jax.plan.host import scratch_bytes
 from cluscomp_jax.progress import Reporter, console_reporter
 from cluscomp_jax.report import format_bytes
-from cluscomp_jax.source import ParamSource
+from cluscomp_jax.source import Fingerprint, ParamSource
 from cluscomp_jax.stages import StageClock, process_peak_rss_bytes
 from cluscomp_jax.trees import Params
 
@@ -99,14 +100,7 @@ def compress_to_folder(
     with course.before("prepare"):
         identity = fingerprint(opened.source, cfg, calibration)
         tokenizer = tokenizer_files(opened)
-        claim = CheckpointWriter(
-            out,
-            model_config=opened.model,
-            run_config=cfg.to_dict(),
-            fingerprint=identity.digest,
-            inputs=identity.parts,
-            zstd=cfg.zstd,
-        )
+        claim = claim_folder(out, opened, cfg, identity, zstd=cfg.zstd)
     with claim as writer, console_reporter(out / METRICS_NAME) as reporter:
         if writer.finished_blocks:
             note(f"{out}: resuming behind {writer.finished_blocks} of {opened.model.num_blocks} finished blocks")
@@ -152,6 +146,20 @@ class _Course:
         stages = {**self.before.to_dict(), **summary.stages, **self.after.to_dict()}
         seconds = time.monotonic() - self._began
         return Compressed(summary, self._perplexity, stages, seconds, process_peak_rss_bytes())
+
+
+def claim_folder(
+    out: Path, opened: OpenedModel, cfg: RunConfig | FinetuneConfig, identity: Fingerprint, *, zstd: bool = False
+) -> CheckpointWriter:
+    """Returns the writer of `out`, claimed for this run or resumed. Raises as `CheckpointWriter` does."""
+    return CheckpointWriter(
+        out,
+        model_config=opened.model,
+        run_config=cfg.to_dict(),
+        fingerprint=identity.digest,
+        inputs=identity.parts,
+        zstd=zstd,
+    )
 
 
 def _note_scratch(opened: OpenedModel, cfg: RunConfig, calibration: np.ndarray | None, work_path: Path) -> None:

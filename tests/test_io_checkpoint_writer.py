@@ -282,13 +282,10 @@ def test_a_second_process_is_locked_out(unfinished):
 
 def finishing_meanwhile(monkeypatch, out, *, before):
     """Lets another process finish the run in `out` between the look at the folder and the lock on it."""
-    real, calls = run_folder._lock, []
+    real = run_folder._lock
 
     def lock(path, folder):
-        calls.append(path)
-        if len(calls) > 1:
-            return real(path, folder)
-        monkeypatch.setattr(run_folder, "_lock", real)
+        monkeypatch.setattr(run_folder, "_lock", real)  # the other process and all later claims have the real one
         if before:
             run(out)
             out.joinpath("work").mkdir()

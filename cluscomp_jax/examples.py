@@ -24,6 +24,7 @@ class Examples:
     Attributes:
       tokens: int32 [n, t], n >= 1, t >= 2.
       scored: bool [n, t]; every row has one that is true behind its first position, of which nothing predicts.
+      lines: int [n], the line from 1 of the file that each row comes from; None where rows have no line of their own.
 
     Raises:
       InputError: these do not hold; a row is named by its number from 0.
@@ -31,6 +32,7 @@ class Examples:
 
     tokens: np.ndarray
     scored: np.ndarray
+    lines: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 2 or not np.issubdtype(self.tokens.dtype, np.integer):
@@ -42,6 +44,8 @@ class Examples:
             raise InputError(
                 f"scored is {self.scored.dtype} {list(self.scored.shape)}; it must be bool {list(self.tokens.shape)}"
             )
+        if self.lines is not None and self.lines.shape != self.tokens.shape[:1]:
+            raise InputError(f"lines are {list(self.lines.shape)}; there are {len(self.tokens)} rows")
         unscored = np.flatnonzero(~self.scored[:, 1:].any(axis=1))
         if len(unscored):
             raise InputError(f"row {unscored[0]} has no scored token behind its first; leave it out")
@@ -51,7 +55,14 @@ class Examples:
 
     def take(self, rows: np.ndarray) -> "Examples":
         """Returns the rows of these numbers, in that order."""
-        return Examples(self.tokens[rows], self.scored[rows])
+        return Examples(self.tokens[rows], self.scored[rows], None if self.lines is None else self.lines[rows])
+
+    def describe(self, rows: np.ndarray) -> str:
+        """Returns in words where the rows of these numbers come from; of many, the first few."""
+        what, numbers = ("rows", rows) if self.lines is None else ("lines", self.lines[rows])
+        shown = ", ".join(map(str, numbers[:_SHOWN_ROWS]))
+        more = f" and {len(rows) - _SHOWN_ROWS} more" * (len(rows) > _SHOWN_ROWS)
+        return f"{what} {shown}{more} of " + ("those that were read, from 0" if what == "rows" else "the file")
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -87,14 +98,20 @@ def pack(tokens: np.ndarray, length: int) -> Examples:
     return Examples(packed, np.ones_like(packed, bool))
 
 
-def pad(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], length: int) -> Examples:
-    """Returns (tokens, scored) pairs of at most `length` as rows; behind their ends stands token 0, not scored."""
+def pad(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], length: int, lines: np.ndarray | None = None) -> Examples:
+    """Returns (tokens, scored) pairs of at most `length` as rows; behind their ends stands token 0, not scored.
+
+    Args:
+      rows: at least one.
+      length: tokens per row.
+      lines: as in Examples.
+    """
     tokens = np.zeros((len(rows), length), np.int32)
     scored = np.zeros((len(rows), length), bool)
     for i, (ids, counts) in enumerate(rows):
         tokens[i, : len(ids)] = ids
         scored[i, : len(ids)] = counts
-    return Examples(tokens, scored)
+    return Examples(tokens, scored, lines)
 
 
 @runtime_checkable
@@ -140,10 +157,8 @@ class ShuffledBatches:
         return self.examples.take(self.rows(step))
 
     def describe(self, step: int) -> str:
-        """Returns the numbers of a step's rows in words."""
-        numbers = ", ".join(map(str, self.rows(step)[:_SHOWN_ROWS]))
-        more = f" and {self.rows_per_step - _SHOWN_ROWS} more" * (self.rows_per_step > _SHOWN_ROWS)
-        return f"rows {numbers}{more} of those that were read, from 0"
+        """Returns in words where the rows of a step come from."""
+        return self.examples.describe(self.rows(step))
 
     @property
     def fingerprint(self) -> str:

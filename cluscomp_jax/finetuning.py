@@ -318,7 +318,7 @@ class _Run:
         loss, norm = float(metrics.loss), float(metrics.gradient_norm)
         if not bool(metrics.finite):
             self._save(state, step)
-            kept = f"the state behind step {step} is kept" if self.saved else "there is no state before it to keep"
+            kept = f"the state behind step {step} is kept" if self.saved else "no state before it is kept"
             raise DivergedError(
                 f"step {step + 1}: the loss is {loss}, the norm of its gradient {norm}; its batch was "
                 f"{self.batches.describe(step)}; {kept}; look at these rows, or lower the learning rate, for which "

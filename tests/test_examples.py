@@ -38,6 +38,16 @@ def test_a_step_is_described_by_its_first_rows():
     assert batches.describe(5) == f"rows {first} and 2 more of those that were read, from 0"
 
 
+def test_a_step_of_rows_with_lines_is_described_by_these():
+    twenty = numbered(20)
+    batches = ShuffledBatches(Examples(twenty.tokens, twenty.scored, 100 + np.arange(20)), 2, 3)
+    first, second = batches.rows(5)
+    assert batches.describe(5) == f"lines {100 + first}, {100 + second} of the file"
+    assert batches.batch(5).lines.tolist() == [100 + first, 100 + second]
+    with pytest.raises(InputError, match=r"lines are \[3\]; there are 20 rows"):
+        Examples(twenty.tokens, twenty.scored, np.arange(3))
+
+
 def test_pack_drops_a_shorter_last_row():
     np.testing.assert_array_equal(pack(np.arange(7), 3).tokens, [[0, 1, 2], [3, 4, 5]])
     with pytest.raises(InputError, match="has 2 tokens, one row takes 3"):

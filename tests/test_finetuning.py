@@ -148,7 +148,7 @@ def test_a_run_that_diverges_says_where_and_keeps_the_state_before(params, tmp_p
 
 def test_a_run_that_diverges_at_once_has_no_state_to_keep(params, tmp_path):
     broken = trees.map_by_path(lambda path, leaf: leaf * np.inf if path == "model/norm/weight" else leaf, params)
-    with pytest.raises(DivergedError, match=r"step 1: the loss is .*; there is no state before it to keep; look at"):
+    with pytest.raises(DivergedError, match=r"step 1: the loss is .*; no state before it is kept; look at"):
         finetune(broken, ROWS, CFG, state_dir=tmp_path / "s")
     assert not any((tmp_path / "s").iterdir())
 

@@ -160,6 +160,15 @@ def test_what_is_json_by_its_name_is_not_trained_on_as_text(plain, tmp_path):
     np.testing.assert_array_equal(read[0].tokens, read[1].tokens)
 
 
+def test_rows_know_the_lines_they_come_from(chat, tmp_path):
+    short, long = said(("user", "hi"), ("assistant", "ho")), said(("user", "h" * 99), ("assistant", "ho"))
+    path = write(tmp_path / "said.jsonl", "", short, long, "", short)
+    examples = read_examples(path, chat, DataSettings(length=40, too_long="skip"), vocab_size=VOCAB)
+    assert examples.lines.tolist() == [2, 5]
+    path = write(tmp_path / "text.jsonl", {"text": "abcdefgh"})
+    assert read_examples(path, chat, DataSettings(length=4), vocab_size=VOCAB).lines is None
+
+
 def test_conversations_with_nothing_to_score_are_refused(chat, tmp_path):
     path = write(tmp_path / "a.jsonl", said(("user", "hi"), ("assistant", "a")), said(("user", "hi")))
     with pytest.raises(InputError, match="line 2: none of its first 40 tokens is a response"):

@@ -7,10 +7,23 @@ import jax
 import pytest
 from jax.experimental import topologies
 
+from cluscomp_jax import llama
+from cluscomp_jax.config import RunConfig
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.model import build_model
 from cluscomp_jax.plan.program import Program, compile_program
+from cluscomp_jax.plan.setting import kinds_of_blocks
 from cluscomp_jax.plan.shapes import Place
-from cluscomp_jax.plan.target import find_target, placement, shipped_targets
+from cluscomp_jax.plan.target import card_mesh, find_target, placement, shipped_targets
+from cluscomp_jax.plan.training_programs import finetuning
+from cluscomp_jax.plan.whole import finetuning_of
+from cluscomp_jax.settings import ClusterSettings, CompressionRule, MeshSettings
+from cluscomp_jax.training import AXES, sharding_on
+
+WIDE = llama.LlamaConfig(
+    vocab_size=4096, hidden_size=512, intermediate_size=1024, num_hidden_layers=1, num_attention_heads=8,
+    num_key_value_heads=8, head_dim=64,
+)  # fmt: skip
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda12_plugin") is None, reason="JAX's CUDA compiler is not installed (extra aot)"
@@ -88,6 +101,25 @@ def test_programs_compile_for_every_shipped_card(name: str) -> None:
     assert (memory.argument_bytes, memory.output_bytes) == ((256 + 512) * 512 * 4, 256 * 512 * 4)
     assert memory.held_bytes == 100
     assert memory.peak_bytes >= memory.argument_bytes + memory.output_bytes + 100
+
+
+@needs_compiler
+def test_what_a_mesh_shares_out_is_missing_on_each_card() -> None:
+    """Of rows alone the whole model stays on every card; by fsdp and tensor a card holds its part of it."""
+    cfg = RunConfig(model=WIDE, cluster=ClusterSettings(rules=(CompressionRule(g=4, num_codes=16),)))
+    model, card = build_model(WIDE), find_target("h100")
+    settings = kinds_of_blocks(model, cfg, Place(placement(card)), 1)
+    held = {}
+    for axis in AXES:
+        for parts in (1, 8):
+            finetune = finetuning_of(cfg, MeshSettings(**{axis: parts}))
+            sharding = sharding_on(card_mesh(card, finetune.mesh.sizes, AXES), model)
+            (step,) = (p for p in finetuning(settings, finetune, sharding) if p.name == "step")
+            held[axis, parts] = compile_program(step).argument_bytes
+    assert len({held[axis, 1] for axis in AXES}) == 1
+    assert held["data", 8] == pytest.approx(held["data", 1], rel=0.01)
+    assert held["fsdp", 8] < 0.2 * held["fsdp", 1]
+    assert held["tensor", 8] < 0.2 * held["tensor", 1]
 
 
 @needs_compiler

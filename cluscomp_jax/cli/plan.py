@@ -33,6 +33,7 @@ def run(arguments: PlanArguments) -> Result:
     reserve = Reserve(arguments.memory_fraction, round(arguments.reserve_gib * GIB))
     settings: Any = jax.config
     settings.update("jax_platforms", "cpu")  # the compiler for CUDA is there all the same, and nothing runs
+    settings.update("jax_enable_compilation_cache", False)  # it can store programs of absent cards, not read them
     place = Place(placement(target))
     with console_reporter() as reporter:
         made = plan(

@@ -93,9 +93,7 @@ class AqlmSource:
     def fingerprint(self) -> str:
         """Returns a digest of config.json and of the files' names, sizes and modification times."""
         digest = hashlib.sha256(json.dumps(read_object(self._folder / "config.json"), sort_keys=True).encode())
-        for path in self.files:
-            stat = path.stat()
-            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        digest.update(self._stamps.fingerprint())
         return digest.hexdigest()
 
     def _check_tensors(self) -> None:

@@ -13,6 +13,11 @@ class FileStamps:
     def __init__(self, files: Iterable[Path]):
         self._stamps = {path: _stamp(path) for path in files}
 
+    def fingerprint(self) -> bytes:
+        """Returns a line of name, size and modification time for each file, as they were, not as they are."""
+        lines = (f"{path.name} {size} {changed}\n" for path, (size, changed) in self._stamps.items())
+        return "".join(lines).encode()
+
     def require_unchanged(self) -> None:
         """Returns if the files are the same. Half of one model and half of another would load, and be wrong.
 

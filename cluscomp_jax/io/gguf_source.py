@@ -88,8 +88,7 @@ class GgufSource:
 
     def fingerprint(self) -> str:
         """Returns a digest of the file's name, size, modification time and header, not of its data."""
-        stat = self.path.stat()
-        digest = hashlib.sha256(f"{self.path.name} {stat.st_size} {stat.st_mtime_ns} {self._dtype}".encode())
+        digest = hashlib.sha256(self._stamps.fingerprint() + str(self._dtype).encode())
         with self.path.open("rb") as file:
             digest.update(file.read(self._header_bytes))
         return digest.hexdigest()

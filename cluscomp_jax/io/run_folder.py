@@ -133,17 +133,16 @@ def _lock(lock: Path, folder: Path) -> int | None:
         return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _is_file_of(descriptor, lock):
-            return descriptor
-    except BlockingIOError as error:
+        held = _is_file_of(descriptor, lock)  # not of one that was removed: another process may hold its successor
+    except BaseException as error:
         os.close(descriptor)
-        raise InputError(
-            f"{folder}: another process is writing there; wait for it, or choose another folder"
-        ) from error
-    except OSError:
-        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            message = f"{folder}: another process is writing there; wait for it, or choose another folder"
+            raise InputError(message) from error
         raise
-    os.close(descriptor)  # of a file that has been removed: another process may hold one of the same name
+    if held:
+        return descriptor
+    os.close(descriptor)
     return None
 
 

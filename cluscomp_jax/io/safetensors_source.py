@@ -119,10 +119,7 @@ class SafetensorsSource:
 
     def fingerprint(self) -> str:
         """Returns a digest of the files' names, sizes, modification times and headers, not of their data."""
-        digest = hashlib.sha256()
-        for path in self.files:
-            stat = path.stat()
-            digest.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+        digest = hashlib.sha256(self._stamps.fingerprint())
         for path_name, entry in sorted(self._entries.items()):
             digest.update(f"{path_name} {entry.dtype} {entry.shape} {entry.path.name} {entry.offset}\n".encode())
         return digest.hexdigest()

@@ -30,6 +30,14 @@ _HEADINGS = {"instruction": "### Instruction:\n", "input": "### Input:\n", "outp
 """What stands before the parts of an instruction where the tokenizer has no chat template."""
 
 
+class _Line(NamedTuple):
+    """One line of a file: its number from 1, its name in messages, the object it holds."""
+
+    number: int
+    where: str
+    fields: Mapping[str, Any]
+
+
 class _Conversation(NamedTuple):
     """A conversation as one text.
 
@@ -79,21 +87,22 @@ def _read_lines(path: Path, tokenizer: Any, settings: DataSettings) -> Examples:
     if form == "text":
         _refuse_responses(settings, path)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        texts = [[*encode_text(tokenizer, _string(where, fields, "text")), *end] for where, fields in lines]
+        texts = [[*encode_text(tokenizer, _string(where, fields, "text")), *end] for _, where, fields in lines]
         return _packed(np.concatenate([np.asarray(text, np.int32) for text in texts]), settings.length, path)
-    rows = [row for line in lines if (row := _row(line, tokenizer, settings, _RENDERERS[form])) is not None]
-    if not rows:
+    rows = {line.number: _row(line, tokenizer, settings, _RENDERERS[form]) for line in lines}
+    kept = {number: row for number, row in rows.items() if row is not None}
+    if not kept:
         raise InputError(f"{path}: every conversation is longer than {settings.length} tokens; raise the length")
-    return pad(rows, settings.length)
+    return pad(list(kept.values()), settings.length, np.fromiter(kept, np.int64))
 
 
-def _uniform_lines(path: Path) -> tuple[str, list[tuple[str, Mapping[str, Any]]]]:
+def _uniform_lines(path: Path) -> tuple[str, list[_Line]]:
     """Returns the form of all lines of a file, and the lines."""
     lines = list(_objects(path))
     if not lines:
         raise InputError(f"{path} holds no lines; give one JSON object a line")
-    form = _form(*lines[0])
-    for where, fields in lines:
+    form = _form(lines[0].where, lines[0].fields)
+    for _, where, fields in lines:
         if (other := _form(where, fields)) != form:
             raise InputError(f"{where}: holds {other!r}, the first line {form!r}; keep one form in a file")
     return form, lines
@@ -114,7 +123,7 @@ def read_questions(path: str | Path, tokenizer: Any, *, vocab_size: int) -> list
     if form == "text":
         raise InputError(f"{path} is running text, which asks nothing; give instructions, questions or messages")
     questions = []
-    for where, fields in lines:
+    for _, where, fields in lines:
         conversation = _RENDERERS[form](where, fields, tokenizer, with_spans=True)
         if form == "messages" and fields["messages"][-1]["role"] != "assistant":
             raise InputError(
@@ -141,8 +150,8 @@ def _packed(tokens: np.ndarray, length: int, path: Path) -> Examples:
         raise InputError(f"{path}: {error}") from None
 
 
-def _objects(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yields (the line's name, its object) of every line that is not blank."""
+def _objects(path: Path) -> Iterator[_Line]:
+    """Yields every line that is not blank."""
     try:
         raw = path.read_bytes()
         lines = (gzip.decompress(raw) if path.suffix.lower() == ".gz" else raw).split(b"\n")
@@ -158,7 +167,7 @@ def _objects(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
             raise InputError(f"{where}: is not JSON: {error}") from None
         if not isinstance(fields, dict):
             raise InputError(f"{where}: is a {type(fields).__name__}; it must be an object")
-        yield where, fields
+        yield _Line(number, where, fields)
 
 
 def _form(where: str, fields: Mapping[str, Any]) -> str:
@@ -188,14 +197,14 @@ def _require_unicode(where: str, value: str) -> None:
 
 
 def _row(
-    line: tuple[str, Mapping[str, Any]],
+    line: _Line,
     tokenizer: Any,
     settings: DataSettings,
     render: Callable[..., _Conversation],
 ) -> tuple[list[int], list[bool]] | None:
     """Returns (tokens, scored) of a conversation; None where it is skipped."""
-    where, fields = line
-    conversation = render(where, fields, tokenizer, with_spans=settings.responses_only)
+    where = line.where
+    conversation = render(where, line.fields, tokenizer, with_spans=settings.responses_only)
     ids, scored = _encode(where, conversation, tokenizer, responses_only=settings.responses_only)
     if len(ids) > settings.length:
         if settings.too_long == "skip":

@@ -1,10 +1,10 @@
-"""Progress bars with rate and time left, and the metrics.jsonl log. Knows nothing of what is being counted."""
+"""Progress bars with rate and time left, and logs of records. Knows nothing of what is being counted."""
 
 import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,17 +63,47 @@ class SilentReporter:
         """Says nothing."""
 
 
-class ConsoleReporter:
-    """A Reporter that shows a bar, or lines where there is no terminal, and writes records to a metrics file.
+class RecordLog(Protocol):
+    """Where records go."""
 
-    Made by `console_reporter`. The first record begins the metrics file anew, in place of one that a killed process
-    may have left incomplete.
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Adds one record: plain JSON values, `event` and `time` among them."""
+        ...
+
+    def close(self) -> None:
+        """Returns when all records are where they go."""
+        ...
+
+
+class JsonLinesLog:
+    """A file with one line of strict JSON for each record.
+
+    The first begins the file anew, in place of one that a killed process may have left incomplete.
     """
 
-    def __init__(self, progress: Progress, metrics_path: Path | None):
+    def __init__(self, path: Path):
+        self._path = path
+        self._mode = "w"
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Adds one line."""
+        with self._path.open(self._mode, encoding="utf-8") as file:
+            self._mode = "a"
+            file.write(to_json(record) + "\n")
+
+    def close(self) -> None:
+        """Returns at once: no file is open between records."""
+
+
+class ConsoleReporter:
+    """A Reporter that shows a bar, or lines where there is no terminal, and hands records to logs.
+
+    Made by `console_reporter`.
+    """
+
+    def __init__(self, progress: Progress, logs: Sequence[RecordLog]):
         self._progress = progress
-        self._metrics_path = metrics_path
-        self._metrics_mode = "w"
+        self._logs = logs
         self._task: TaskID | None = None
         self._stage, self._unit = "", ""
         self._done, self._total = 0, 0
@@ -104,11 +134,9 @@ class ConsoleReporter:
             self._last_line = now
 
     def record(self, event: str, **fields: Any) -> None:
-        """Adds one line of JSON to the metrics file, if there is one."""
-        if self._metrics_path is not None:
-            with self._metrics_path.open(self._metrics_mode, encoding="utf-8") as file:
-                self._metrics_mode = "a"
-                file.write(to_json({"event": event, "time": time.time(), **fields}) + "\n")
+        """Adds the record to every log."""
+        for log in self._logs:
+            log.write({"event": event, "time": time.time(), **fields})
 
     def warn(self, text: str) -> None:
         """Prints the line on standard error, above the bar."""
@@ -116,8 +144,8 @@ class ConsoleReporter:
 
 
 @contextmanager
-def console_reporter(metrics_path: Path | None = None) -> Iterator[ConsoleReporter]:
-    """Yields a ConsoleReporter whose bar lives on standard error for the length of the block."""
+def console_reporter(*logs: RecordLog) -> Iterator[ConsoleReporter]:
+    """Yields a ConsoleReporter whose bar lives on standard error for the length of the block; then closes the logs."""
     console = Console(file=sys.stderr)
     columns = (
         TextColumn("{task.description}"),
@@ -129,7 +157,11 @@ def console_reporter(metrics_path: Path | None = None) -> Iterator[ConsoleReport
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield ConsoleReporter(progress, metrics_path)
+        try:
+            yield ConsoleReporter(progress, logs)
+        finally:
+            for log in logs:
+                log.close()
 
 
 def to_json(fields: Mapping[str, Any]) -> str:

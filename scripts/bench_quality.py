@@ -20,13 +20,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cluscomp_jax import data
 from cluscomp_jax.cli.demo import find_model
+from cluscomp_jax.io.open import open_model
+from cluscomp_jax.io.text import calibration_samples, load_tokens, read_starts
 
 TEXT, TEST, STARTS = data.path("wiki_train"), data.path("wiki_test"), data.path("calibration_starts")
-FOUR_BITS = Path(__file__).resolve().parent.parent / "configs/smollm2_135m_4bit.toml"
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+FOUR_BITS, FOLLOW = CONFIGS / "smollm2_135m_4bit.toml", CONFIGS / "finetune/follow.toml"
 UNTUNED = "tuning = false"
 EVEN = "g = 4\nnum_codes = 1024"
+
+FOLLOWED = "-followed"
+"""Ends the name of a row that goes on from the row before the ending: one more pass over its samples, behind the
+original (configs/finetune/follow.toml)."""
 
 Setting = tuple[str, int, int]
 """(TOML, samples, tokens per sample)."""
@@ -50,6 +59,10 @@ TABLES: dict[str, dict[str, Setting]] = {
         "3.3-tuned-64": (budget(3.3, mixed="kernel"), 64, 512),  # one (g, n) reaches only 3.05
         "4.02-tuned-64": (budget(4.1), 64, 512),  # a codebook for every kernel; g=3 would be 4.39
         "4.1-tuned-64": (FOUR_BITS.read_text(), 64, 512),
+        "2.63-tuned-64-followed": (budget(2.63), 64, 512),
+        "2.1-tuned-64-followed": (budget(2.1), 64, 512),
+        "3.3-tuned-64-followed": (budget(3.3, mixed="kernel"), 64, 512),
+        "4.1-tuned-64-followed": (FOUR_BITS.read_text(), 64, 512),
     },
     "parts": {
         "blind": (even("weighted = false\nfeedback = false", top=f'recipe = "paper"\n{UNTUNED}'), 16, 512),
@@ -75,24 +88,47 @@ def measure(name: str, setting: Setting, seed: int, out: Path) -> dict[str, Any]
     """Returns {"perplexity", "bits_per_weight", "seconds"} of one run, from its file if it is there already."""
     done = out / f"{name}-{seed}.json"
     if not done.exists():
-        config, samples, length = setting
-        folder, toml = out / f"{name}-{seed}", out / f"{name}-{seed}.toml"
-        toml.write_text(config + "\n")
-        text = _code(out) if name.startswith("code") else TEXT
-        options = ["--config", str(toml), "--seed", str(seed), "--samples", str(samples), "--length", str(length)]
-        starts = [] if name.startswith("code") else ["--starts", str(_starts(out, samples))]
-        began = time.monotonic()
-        if 'recipe = "paper"' in config and UNTUNED in config:
-            options = ["--config", str(toml), "--seed", str(seed)]  # blind clustering reads no text
-        else:
-            options += ["--calibration", str(text), *starts]
-        made = _cluscomp("compress", str(find_model()), *options, "--out", str(folder))
-        seconds = time.monotonic() - began
-        score = _cluscomp("evaluate", str(folder), "--text", str(TEST), "--tokens", "8192", "--context", "512")
-        result = {"perplexity": score["perplexity"], "bits_per_weight": made["bits_per_weight"], "seconds": seconds}
-        done.write_text(json.dumps(result))
+        make = _follow if name.endswith(FOLLOWED) else _compress
+        result = make(name, setting, seed, out)
+        folder = str(out / f"{name}-{seed}")
+        score = _cluscomp("evaluate", folder, "--text", str(TEST), "--tokens", "8192", "--context", "512")
+        done.write_text(json.dumps({"perplexity": score["perplexity"], **result}))
     known: dict[str, Any] = json.loads(done.read_text())
     return known
+
+
+def _compress(name: str, setting: Setting, seed: int, out: Path) -> dict[str, float]:
+    config, samples, length = setting
+    toml = out / f"{name}-{seed}.toml"
+    toml.write_text(config + "\n")
+    options = ["--config", str(toml), "--seed", str(seed)]
+    if 'recipe = "paper"' not in config or UNTUNED not in config:  # blind clustering reads no text
+        options += ["--samples", str(samples), "--length", str(length)]
+        code = name.startswith("code")
+        options += ["--calibration", str(_code(out) if code else TEXT)]
+        options += [] if code else ["--starts", str(_starts(out, samples))]
+    began = time.monotonic()
+    made = _cluscomp("compress", str(find_model()), *options, "--out", str(out / f"{name}-{seed}"))
+    return {"bits_per_weight": made["bits_per_weight"], "seconds": time.monotonic() - began}
+
+
+def _follow(name: str, setting: Setting, seed: int, out: Path) -> dict[str, float]:
+    """One pass behind the original over the samples that the model was compressed with, no others."""
+    base, (_, samples, length) = name.removesuffix(FOLLOWED), setting
+    before = measure(base, setting, seed, out)
+    rows = out / f"samples-{samples}x{length}.npy"
+    if not rows.exists():
+        tokens = load_tokens(TEXT, open_model(find_model()).load_tokenizer())
+        starts = read_starts(_starts(out, samples))
+        np.save(rows, calibration_samples(tokens, samples=samples, length=length, seed=seed, starts=starts).ravel())
+    options = ["--config", str(FOLLOW), "--teacher", str(find_model()), "--data", str(rows), "--steps", str(samples)]
+    began = time.monotonic()
+    _cluscomp(
+        "finetune", str(out / f"{base}-{seed}"), *options, "--length", str(length), "--seed", str(seed),
+        "--out", str(out / f"{name}-{seed}"),
+    )  # fmt: skip
+    seconds = before["seconds"] + time.monotonic() - began
+    return {"bits_per_weight": before["bits_per_weight"], "seconds": seconds}
 
 
 def _cluscomp(*arguments: str) -> dict[str, Any]:

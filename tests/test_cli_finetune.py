@@ -53,6 +53,24 @@ def test_the_result_is_a_checkpoint_whose_codebooks_have_moved(folder: Path, who
     assert open_checkpoint(whole, verify=True).tokenizer_path is not None
 
 
+def test_a_token_cache_and_tensorboard_change_nothing_of_the_result(
+    capsys: pytest.CaptureFixture[str], folder: Path, whole: Path
+) -> None:
+    out, cache = folder / "watched", folder / "cache"
+    options = ["--tensorboard", "--token-cache", str(cache)]
+    assert main(argv(folder, out, *options)) == 0
+    assert [file.suffix for file in cache.iterdir()] == [".safetensors"] * 2
+    found, wanted = (trees.flatten(load_checkpoint(path).params) for path in (out, whole))
+    for path, leaf in wanted.items():
+        if isinstance(leaf, CodebookArray):
+            np.testing.assert_array_equal(found[path].codebook, leaf.codebook)
+    assert (out / "tensorboard").is_dir()
+    assert open_checkpoint(out, verify=True).tokenizer_path is not None
+    capsys.readouterr()
+    assert main(argv(folder, out, *options)) == 2
+    assert "already finished" in capsys.readouterr().err
+
+
 def test_losses_are_recorded_and_the_last_evaluation_is_that_of_the_checkpoint(
     capsys: pytest.CaptureFixture[str], folder: Path, whole: Path
 ) -> None:

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from cluscomp_jax import progress
-from cluscomp_jax.progress import SilentReporter, console_reporter, to_json
+from cluscomp_jax.progress import JsonLinesLog, SilentReporter, console_reporter, to_json
 
 
 def test_records_are_lines_of_strict_json_and_the_file_comes_with_the_first(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    with console_reporter(path) as reporter:
+    with console_reporter(JsonLinesLog(path)) as reporter:
         assert not path.exists()
         reporter.record("block", loss=math.nan, errors=(1.0, 2.0))
         reporter.record("block", loss=0.5)
@@ -24,7 +24,7 @@ def test_a_new_reporter_begins_the_file_anew_and_a_time_given_stands(tmp_path: P
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"event": "block", "los')
     for _ in range(2):
-        with console_reporter(path) as reporter:
+        with console_reporter(JsonLinesLog(path)) as reporter:
             reporter.record("block", time=1.5)
             reporter.record("block", time=2.5)
         assert [json.loads(line)["time"] for line in path.read_text().splitlines()] == [1.5, 2.5]
@@ -57,7 +57,7 @@ def test_stages_follow_each_other_and_silence_is_silent(capsys: pytest.CaptureFi
         for stage in ("one", "two"):
             reporter.start(stage, 1, "steps")
             reporter.advance(note="x")
-        reporter.record("nothing is written without a path")
+        reporter.record("nothing is written without a log")
     silent = SilentReporter()
     silent.start("one", 1, "steps")
     silent.advance()

@@ -114,6 +114,8 @@ class FinetuneArguments(Common):
     """peak learning rate"""
     trainable: Annotated[tuple[str, ...] | None, arg(metavar="REGEX [REGEX ...]")] = None
     """what trains, by its whole path; default: every codebook, '.*/codebook'; also '.*norm/weight', 'lm_head/kernel'"""
+    token_cache: Annotated[str | None, arg(metavar="FOLDER")] = None
+    """keep the tokens of --data and --evaluation there, and find them again; made if absent"""
     responses_only: Flag = False
     """score only what the assistant says"""
     too_long: Literal["refuse", "cut", "skip"] | None = None
@@ -133,6 +135,8 @@ class FinetuneArguments(Common):
     table [training.distillation] says how closely, by default it counts alone"""
     save_every: Annotated[int | None, arg(metavar="INT")] = None
     """steps between two saved states"""
+    tensorboard: Flag = False
+    """also write what metrics.jsonl gets as TensorBoard's scalars, into NEW/tensorboard (extra "tensorboard")"""
     mesh: Annotated[str | None, arg(metavar="AXIS=INT[,...]")] = None
     """how many devices share the rows of a batch (data), share these and store arrays in parts (fsdp), compute every
     matrix in parts (tensor); their product is all devices: data=2,fsdp=2,tensor=2"""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,14 @@ from cluscomp_jax.finetuning import (
 )
 from cluscomp_jax.io.checkpoint import describe
 from cluscomp_jax.io.checkpoint_writer import run_work_path
+from cluscomp_jax.io.examples_cache import read_cached_examples
 from cluscomp_jax.io.open import OpenedModel, open_model
 from cluscomp_jax.io.training_data import read_examples
-from cluscomp_jax.progress import console_reporter
+from cluscomp_jax.progress import JsonLinesLog, RecordLog, console_reporter
 from cluscomp_jax.settings import DistillationSettings
 from cluscomp_jax.source import BlockSink
+from cluscomp_jax.tensorboard import FOLDER_NAME as TENSORBOARD_FOLDER
+from cluscomp_jax.tensorboard import TensorBoardLog
 from cluscomp_jax.training import make_sharding
 
 _STATES = "states"
@@ -46,12 +50,14 @@ def run(arguments: FinetuneArguments) -> Result:
     cfg = dataclasses.replace(cfg, model=opened.config)
     check_length(cfg.data.length, cfg)
     make_sharding(cfg.mesh, opened.model)
-    rows = _read(opened, cfg, arguments.data)
-    evaluation = None if arguments.evaluation is None else _read(opened, cfg, arguments.evaluation)
+    cache = arguments.token_cache
+    rows = _read(opened, cfg, arguments.data, cache)
+    evaluation = None if arguments.evaluation is None else _read(opened, cfg, arguments.evaluation, cache)
     shown = None if arguments.teacher is None else open_model(arguments.teacher)
     teacher = None if shown is None else TeacherSource(shown.source, shown.model)
     check_teacher(cfg, opened.model, teacher)
-    task = _Task(opened, cfg, as_batches(rows, cfg, opened.model), evaluation, teacher, Path(arguments.out))
+    batches, out = as_batches(rows, cfg, opened.model), Path(arguments.out)
+    task = _Task(opened, cfg, batches, evaluation, teacher, out, tuple(_logs(arguments)))
     if not processes.is_first():
         summary = _assist(task)
         return Result("", {"out": arguments.out, **summary.to_dict()})
@@ -70,6 +76,7 @@ class _Task:
     evaluation: Examples | None
     teacher: TeacherSource | None
     out: Path
+    logs: tuple[RecordLog, ...]
 
     def work(self, sink: BlockSink | None, **progress: Any) -> FinetuneSummary:
         """Trains into the sink; in a run of several processes they all do."""
@@ -92,7 +99,7 @@ def _write(task: _Task, rows: int, provenance: dict[str, Any]) -> FinetuneSummar
         identity = fingerprint(opened.source, cfg, task.batches, task.evaluation, task.teacher)
         tokenizer = tokenizer_files(opened)
         claim = claim_folder(out, opened, cfg, identity)
-    with claim as writer, console_reporter(out / METRICS_NAME) as reporter:
+    with claim as writer, console_reporter(*task.logs) as reporter:
         tokens = cfg.training.steps * cfg.training.batch_size * cfg.training.accumulation * cfg.data.length
         note(f"{opened.name}: {cfg.training.steps} steps, {tokens:,} tokens of {rows} rows of {cfg.data.length}")
         summary = task.work(writer, reporter=reporter, finished_blocks=writer.finished_blocks)
@@ -144,9 +151,18 @@ def _given(arguments: FinetuneArguments, *names: str) -> dict[str, Any]:
     return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
 
 
-def _read(opened: OpenedModel, cfg: FinetuneConfig, spec: str) -> Examples:
+def _logs(arguments: FinetuneArguments) -> Iterator[RecordLog]:
+    yield JsonLinesLog(Path(arguments.out) / METRICS_NAME)
+    if arguments.tensorboard:
+        yield TensorBoardLog(Path(arguments.out) / TENSORBOARD_FOLDER)
+
+
+def _read(opened: OpenedModel, cfg: FinetuneConfig, spec: str, cache: str | None) -> Examples:
     tokenizer: Any = None if Path(spec).suffix == ".npy" else opened.load_tokenizer()
-    return read_examples(spec, tokenizer, cfg.data, vocab_size=opened.config.vocab_size)
+    vocab_size = opened.config.vocab_size
+    if cache is None:
+        return read_examples(spec, tokenizer, cfg.data, vocab_size=vocab_size)
+    return read_cached_examples(cache, spec, tokenizer, cfg.data, vocab_size=vocab_size)
 
 
 def _provenance(

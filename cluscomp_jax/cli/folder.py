@@ -25,7 +25,7 @@ from cluscomp_jax.io.checkpoint_writer import CheckpointWriter
 from cluscomp_jax.io.open import OpenedModel
 from cluscomp_jax.pipeline import CompressionSummary, compress_stream, fingerprint
 from cluscomp_jax.plan.host import scratch_bytes
-from cluscomp_jax.progress import Reporter, console_reporter
+from cluscomp_jax.progress import JsonLinesLog, Reporter, console_reporter
 from cluscomp_jax.report import format_bytes
 from cluscomp_jax.source import Fingerprint, ParamSource
 from cluscomp_jax.stages import StageClock, process_peak_rss_bytes
@@ -101,7 +101,7 @@ def compress_to_folder(
         identity = fingerprint(opened.source, cfg, calibration)
         tokenizer = tokenizer_files(opened)
         claim = claim_folder(out, opened, cfg, identity, zstd=cfg.zstd)
-    with claim as writer, console_reporter(out / METRICS_NAME) as reporter:
+    with claim as writer, console_reporter(JsonLinesLog(out / METRICS_NAME)) as reporter:
         if writer.finished_blocks:
             note(f"{out}: resuming behind {writer.finished_blocks} of {opened.model.num_blocks} finished blocks")
         _note_scratch(opened, cfg, calibration, writer.work_path)

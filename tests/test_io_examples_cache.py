@@ -1,0 +1,135 @@
+"""Rows of training files that are kept on disk: found again, and only where they would be the same."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from cli_models import CHARACTERS, write_tokenizer
+from tokenizers import AddedToken
+
+from cluscomp_jax.errors import InputError, RunError
+from cluscomp_jax.io import examples_cache
+from cluscomp_jax.io.examples_cache import read_cached_examples
+from cluscomp_jax.io.tokenizer import load_tokenizer
+from cluscomp_jax.io.training_data import read_examples
+from cluscomp_jax.settings import DataSettings
+
+VOCAB = 3 + len(CHARACTERS)
+SETTINGS = DataSettings(length=24)
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    (tmp_path / "tokenizer").mkdir()
+    write_tokenizer(tmp_path / "tokenizer")
+    return load_tokenizer(tmp_path / "tokenizer")
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The files that were tokenised."""
+    found = []
+
+    def reading(spec, *arguments, **options):
+        found.append(spec)
+        return read_examples(spec, *arguments, **options)
+
+    monkeypatch.setattr(examples_cache, "read_examples", reading)
+    return found
+
+
+def write_questions(path):
+    lines = [{"question": "what is it?", "answer": answer} for answer in ("a cat", "a dog", "a" * 99)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def assert_same(found, wanted):
+    for field in dataclasses.fields(wanted):
+        value = getattr(wanted, field.name)
+        assert (getattr(found, field.name) is None) == (value is None)
+        if value is not None:
+            np.testing.assert_array_equal(getattr(found, field.name), value, strict=True)
+    assert found.fingerprint == wanted.fingerprint
+
+
+@pytest.mark.parametrize("form", ["text.txt", "said.jsonl"])
+def test_what_is_read_again_is_the_same_and_not_tokenised(tokenizer, tmp_path, reads, form):
+    path = tmp_path / form
+    if form == "text.txt":
+        path.write_text("the cat sat on the mat. " * 9)
+        settings = SETTINGS
+    else:
+        write_questions(path)
+        settings = DataSettings(length=90, responses_only=True, too_long="skip")
+    wanted = read_examples(path, tokenizer, settings, vocab_size=VOCAB)
+    for _ in range(3):
+        assert_same(read_cached_examples(tmp_path / "a/b", path, tokenizer, settings, vocab_size=VOCAB), wanted)
+    again = path.rename(tmp_path / f"again.{form}")
+    assert_same(read_cached_examples(tmp_path / "a/b", again, tokenizer, settings, vocab_size=VOCAB), wanted)
+    assert reads == [path]
+    assert len(list((tmp_path / "a/b").iterdir())) == 1
+
+
+def test_whatever_changes_the_rows_is_tokenised_anew(tokenizer, tmp_path, reads):
+    path = write_questions(tmp_path / "said.jsonl")
+    settings = DataSettings(length=90, too_long="cut")
+
+    def read():
+        return read_cached_examples(tmp_path / "cache", path, tokenizer, settings, vocab_size=VOCAB)
+
+    for count, change in enumerate(("nothing", "settings", "template", "tokenizer", "end", "file"), 1):
+        if change == "settings":
+            settings = dataclasses.replace(settings, length=89)
+        elif change == "template":
+            tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+        elif change == "tokenizer":
+            tokenizer.add_tokens(AddedToken("cat"))
+        elif change == "end":
+            tokenizer.eos_token = "a"
+        elif change == "file":
+            path.write_text(path.read_text().replace("dog", "cow"))
+        assert_same(read(), read_examples(path, tokenizer, settings, vocab_size=VOCAB))
+        assert_same(read(), read())
+        assert len(reads) == count, change
+
+
+def test_a_damaged_file_of_the_cache_is_named(tokenizer, tmp_path):
+    (path := tmp_path / "text.txt").write_text("the cat sat on the mat. " * 9)
+    read_cached_examples(tmp_path / "cache", path, tokenizer, SETTINGS, vocab_size=VOCAB)
+    (kept,) = (tmp_path / "cache").iterdir()
+    good = kept.read_bytes()
+    for at, message in ((len(good) - 230, "are not those that were stored"), (3, "is damaged")):
+        kept.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        with pytest.raises(InputError, match=f"{kept.name}: .*{message}.*; remove it"):
+            read_cached_examples(tmp_path / "cache", path, tokenizer, SETTINGS, vocab_size=VOCAB)
+
+
+def test_a_smaller_vocabulary_is_refused_from_the_cache_too(tokenizer, tmp_path):
+    (path := tmp_path / "text.txt").write_text("the cat sat on the mat. " * 9)
+    for _ in range(2):
+        read_cached_examples(tmp_path / "cache", path, tokenizer, SETTINGS, vocab_size=VOCAB)
+    with pytest.raises(InputError, match="use the model's tokenizer"):
+        read_cached_examples(tmp_path / "cache", path, tokenizer, SETTINGS, vocab_size=9)
+
+
+def test_arrays_and_missing_files_are_read_as_ever(tokenizer, tmp_path):
+    np.save(tmp_path / "tokens.npy", np.arange(24, dtype=np.int32))
+    found = read_cached_examples(tmp_path / "cache", tmp_path / "tokens.npy", None, SETTINGS, vocab_size=VOCAB)
+    assert found.tokens.tolist() == [list(range(24))]
+    with pytest.raises(InputError, match="nowhere"):
+        read_cached_examples(tmp_path / "cache", tmp_path / "nowhere.txt", tokenizer, SETTINGS, vocab_size=VOCAB)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_cannot_be_written_to_is_named(tokenizer, tmp_path):
+    (path := tmp_path / "text.txt").write_text("the cat sat on the mat. " * 9)
+    with pytest.raises(RunError, match=r"text\.txt/.*: writing failed: File exists"):
+        read_cached_examples(path, path, tokenizer, SETTINGS, vocab_size=VOCAB)
+
+
+def test_a_tokenizer_without_contents_is_refused(tmp_path):
+    (path := tmp_path / "text.txt").write_text("the cat")
+    with pytest.raises(InputError, match="leave the cache of tokens out"):
+        read_cached_examples(tmp_path / "cache", path, object(), SETTINGS, vocab_size=VOCAB)

@@ -44,8 +44,11 @@ class Examples:
             raise InputError(
                 f"scored is {self.scored.dtype} {list(self.scored.shape)}; it must be bool {list(self.tokens.shape)}"
             )
-        if self.lines is not None and self.lines.shape != self.tokens.shape[:1]:
-            raise InputError(f"lines are {list(self.lines.shape)}; there are {len(self.tokens)} rows")
+        if self.lines is not None:
+            integers = np.issubdtype(self.lines.dtype, np.integer)
+            if self.lines.shape != self.tokens.shape[:1] or not integers:
+                found = f"{self.lines.dtype} {list(self.lines.shape)}"
+                raise InputError(f"lines are {found}; they must be integers, one to each of {len(self.tokens)} rows")
         unscored = np.flatnonzero(~self.scored[:, 1:].any(axis=1))
         if len(unscored):
             raise InputError(f"row {unscored[0]} has no scored token behind its first; leave it out")

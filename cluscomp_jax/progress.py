@@ -1,11 +1,11 @@
 """Progress bars with rate and time left, and logs of records. Knows nothing of what is being counted."""
 
+import contextlib
 import json
 import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+from cluscomp_jax.errors import RunError
 
 _LINE_EVERY_S = 30.0
 """Where standard error is a file, a line of progress is written at most this often."""
@@ -143,7 +145,7 @@ class ConsoleReporter:
         self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def console_reporter(*logs: RecordLog) -> Iterator[ConsoleReporter]:
     """Yields a ConsoleReporter whose bar lives on standard error for the length of the block; then closes the logs."""
     console = Console(file=sys.stderr)
@@ -159,9 +161,13 @@ def console_reporter(*logs: RecordLog) -> Iterator[ConsoleReporter]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         try:
             yield ConsoleReporter(progress, logs)
-        finally:
+        except BaseException:
             for log in logs:
-                log.close()
+                with contextlib.suppress(RunError):  # what ended the work counts, not what followed from it
+                    log.close()
+            raise
+        for log in logs:
+            log.close()
 
 
 def to_json(fields: Mapping[str, Any]) -> str:

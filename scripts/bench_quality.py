@@ -120,7 +120,9 @@ def _follow(name: str, setting: Setting, seed: int, out: Path) -> dict[str, floa
     if not rows.exists():
         tokens = load_tokens(TEXT, open_model(find_model()).load_tokenizer())
         starts = read_starts(_starts(out, samples))
-        np.save(rows, calibration_samples(tokens, samples=samples, length=length, seed=seed, starts=starts).ravel())
+        crops = calibration_samples(tokens, samples=samples, length=length, seed=seed, starts=starts)
+        np.save(rows.with_suffix(".part.npy"), crops.ravel())
+        rows.with_suffix(".part.npy").replace(rows)
     options = ["--config", str(FOLLOW), "--teacher", str(find_model()), "--data", str(rows), "--steps", str(samples)]
     began = time.monotonic()
     _cluscomp(

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from event_files import scalars
 from finetune_runs import finetune_argv, write_inputs
 
 from cluscomp_jax import finetuning, trees
@@ -53,22 +54,41 @@ def test_the_result_is_a_checkpoint_whose_codebooks_have_moved(folder: Path, who
     assert open_checkpoint(whole, verify=True).tokenizer_path is not None
 
 
-def test_a_token_cache_and_tensorboard_change_nothing_of_the_result(
-    capsys: pytest.CaptureFixture[str], folder: Path, whole: Path
-) -> None:
-    out, cache = folder / "watched", folder / "cache"
-    options = ["--tensorboard", "--token-cache", str(cache)]
-    assert main(argv(folder, out, *options)) == 0
-    assert [file.suffix for file in cache.iterdir()] == [".safetensors"] * 2
-    found, wanted = (trees.flatten(load_checkpoint(path).params) for path in (out, whole))
-    for path, leaf in wanted.items():
-        if isinstance(leaf, CodebookArray):
-            np.testing.assert_array_equal(found[path].codebook, leaf.codebook)
-    assert (out / "tensorboard").is_dir()
-    assert open_checkpoint(out, verify=True).tokenizer_path is not None
-    capsys.readouterr()
-    assert main(argv(folder, out, *options)) == 2
-    assert "already finished" in capsys.readouterr().err
+def test_a_token_cache_changes_nothing_of_the_result(folder: Path, whole: Path) -> None:
+    cache, wanted = folder / "cache", trees.flatten(load_checkpoint(whole).params)
+    stored = []
+    for name in ("stored", "found"):
+        assert main(argv(folder, folder / name, "--token-cache", str(cache))) == 0
+        stored.append(sorted((file.name, file.stat().st_mtime_ns) for file in cache.iterdir()))
+        found = trees.flatten(load_checkpoint(folder / name).params)
+        for path, leaf in wanted.items():
+            if isinstance(leaf, CodebookArray):
+                np.testing.assert_array_equal(found[path].codebook, leaf.codebook)
+    assert stored[0] == stored[1]
+    assert len(stored[0]) == 2
+
+
+def test_a_run_that_goes_on_has_all_its_scalars_or_none(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for name, options in (("scalars", ["--tensorboard"]), ("none", [])):
+        out = folder / name
+        with monkeypatch.context() as patch:
+            patch.setattr(finetuning, "train_step", lambda *a, **k: stop())
+            assert main(argv(folder, out, "--tensorboard")) != 0
+        assert scalars(out / "tensorboard").keys() == {
+            (f"evaluation/{key}", 0) for key in ("nll", "perplexity", "tokens")
+        }
+        assert main(argv(folder, out, *options)) == 0
+        records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        if options:
+            found = scalars(out / "tensorboard")
+            losses = {("step/loss", record["step"]): record["loss"] for record in records if record["event"] == "step"}
+            assert losses == {key: pytest.approx(value[0]) for key, value in found.items() if key[0] == "step/loss"}
+        else:
+            assert not (out / "tensorboard").exists()
+        assert open_checkpoint(out, verify=True).tokenizer_path is not None
 
 
 def test_losses_are_recorded_and_the_last_evaluation_is_that_of_the_checkpoint(

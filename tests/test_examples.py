@@ -44,7 +44,7 @@ def test_a_step_of_rows_with_lines_is_described_by_these():
     first, second = batches.rows(5)
     assert batches.describe(5) == f"lines {100 + first}, {100 + second} of the file"
     assert batches.batch(5).lines.tolist() == [100 + first, 100 + second]
-    with pytest.raises(InputError, match=r"lines are \[3\]; there are 20 rows"):
+    with pytest.raises(InputError, match=r"lines are int64 \[3\]; they must be integers, one to each of 20 rows"):
         Examples(twenty.tokens, twenty.scored, np.arange(3))
 
 

@@ -1,7 +1,9 @@
 """Rows of training files that are kept on disk: found again, and only where they would be the same."""
 
 import dataclasses
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from cli_models import CHARACTERS, write_tokenizer
 from tokenizers import AddedToken
 
 from cluscomp_jax.errors import InputError, RunError
-from cluscomp_jax.io import examples_cache
+from cluscomp_jax.io import atomic, examples_cache
 from cluscomp_jax.io.examples_cache import read_cached_examples
 from cluscomp_jax.io.tokenizer import load_tokenizer
 from cluscomp_jax.io.training_data import read_examples
@@ -95,15 +97,92 @@ def test_whatever_changes_the_rows_is_tokenised_anew(tokenizer, tmp_path, reads)
         assert len(reads) == count, change
 
 
-def test_a_damaged_file_of_the_cache_is_named(tokenizer, tmp_path):
+@pytest.mark.parametrize("special", ["bos_token", "eos_token"])
+def test_a_special_token_that_becomes_another_is_another_tokenizer(tmp_path, reads, special):
+    path = write_questions(tmp_path / "said.jsonl")
+    found = []
+    for token in ("<unk>", "</s>"):
+        (folder := tmp_path / token.strip("</>")).mkdir()
+        write_tokenizer(folder)
+        fields = json.loads((folder / "tokenizer_config.json").read_text()) | {special: token}
+        (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+        tokenizer = load_tokenizer(folder)
+        tokenizer.chat_template = "{{ SPECIAL }}{% for m in messages %}{{ m['content'] }}{% endfor %}".replace(
+            "SPECIAL", special
+        )
+        settings = DataSettings(length=90, too_long="cut")
+        found.append(read_cached_examples(tmp_path / "cache", path, tokenizer, settings, vocab_size=VOCAB))
+    assert [examples.tokens[0, 0] for examples in found] == [0, 1]
+    assert len(reads) == 2
+
+
+def test_the_same_bytes_under_a_name_of_another_form_are_read_as_that(tokenizer, tmp_path, reads):
+    path = write_questions(tmp_path / "said.jsonl")
+    settings = DataSettings(length=90, too_long="cut")
+    for name in ("said.jsonl", "said.jsonl.txt", "said.txt"):
+        path = path.rename(tmp_path / name)
+        found = read_cached_examples(tmp_path / "cache", path, tokenizer, settings, vocab_size=VOCAB)
+        assert (found.lines is None) == (name != "said.jsonl")
+    assert len(reads) == 2
+    with pytest.raises(InputError, match="give JSON lines"):
+        read_cached_examples(
+            tmp_path / "cache", path.rename(tmp_path / "said.json"), tokenizer, settings, vocab_size=VOCAB
+        )
+
+
+def test_a_newer_tokenizer_package_tokenises_anew(tokenizer, tmp_path, reads, monkeypatch):
+    path = write_questions(tmp_path / "said.jsonl")
+    for newer in (False, True):
+        if newer:
+            monkeypatch.setattr(examples_cache, "version", lambda name: "99")
+        settings = DataSettings(length=90, too_long="cut")
+        read_cached_examples(tmp_path / "cache", path, tokenizer, settings, vocab_size=VOCAB)
+    assert len(reads) == 2
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_kept(tokenizer, tmp_path, monkeypatch):
     (path := tmp_path / "text.txt").write_text("the cat sat on the mat. " * 9)
-    read_cached_examples(tmp_path / "cache", path, tokenizer, SETTINGS, vocab_size=VOCAB)
+
+    def changed_behind(*arguments, **options):
+        found = read_examples(*arguments, **options)
+        path.write_text("a dog")
+        return found
+
+    monkeypatch.setattr(examples_cache, "read_examples", changed_behind)
+    with pytest.raises(InputError, match=r"text\.txt was changed"):
+        read_cached_examples(tmp_path / "cache", path, tokenizer, SETTINGS, vocab_size=VOCAB)
+    assert not any((tmp_path / "cache").iterdir())
+
+
+def test_a_full_disk_leaves_nothing(tokenizer, tmp_path, monkeypatch):
+    (path := tmp_path / "text.txt").write_text("the cat sat on the mat. " * 9)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(atomic, "sync", full)
+    with pytest.raises(RunError, match="the disk is full"):
+        read_cached_examples(tmp_path / "cache", path, tokenizer, SETTINGS, vocab_size=VOCAB)
+    assert not any((tmp_path / "cache").iterdir())
+
+
+def test_of_several_processes_one_stores(tokenizer, tmp_path):
+    (path := tmp_path / "text.txt").write_text("the cat sat on the mat. " * 9)
+    read_cached_examples(tmp_path / "cache", path, tokenizer, SETTINGS, vocab_size=VOCAB, store=False)
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("part", ["tokens", "scored", "lines", "header"])
+def test_a_damaged_file_of_the_cache_is_named(tokenizer, tmp_path, part):
+    path, settings = write_questions(tmp_path / "said.jsonl"), DataSettings(length=90, too_long="cut")
+    examples = read_cached_examples(tmp_path / "cache", path, tokenizer, settings, vocab_size=VOCAB)
     (kept,) = (tmp_path / "cache").iterdir()
     good = kept.read_bytes()
-    for at, message in ((len(good) - 230, "are not those that were stored"), (3, "is damaged")):
-        kept.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
-        with pytest.raises(InputError, match=f"{kept.name}: .*{message}.*; remove it"):
-            read_cached_examples(tmp_path / "cache", path, tokenizer, SETTINGS, vocab_size=VOCAB)
+    at = 3 if part == "header" else good.index(getattr(examples, part).tobytes())
+    message = "is damaged" if part == "header" else "are not those that were stored"
+    kept.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+    with pytest.raises(InputError, match=f"{kept.name}: .*{message}.*; remove it"):
+        read_cached_examples(tmp_path / "cache", path, tokenizer, settings, vocab_size=VOCAB)
 
 
 def test_a_smaller_vocabulary_is_refused_from_the_cache_too(tokenizer, tmp_path):
@@ -125,11 +204,11 @@ def test_arrays_and_missing_files_are_read_as_ever(tokenizer, tmp_path):
 
 def test_a_cache_that_cannot_be_written_to_is_named(tokenizer, tmp_path):
     (path := tmp_path / "text.txt").write_text("the cat sat on the mat. " * 9)
-    with pytest.raises(RunError, match=r"text\.txt/.*: writing failed: File exists"):
+    with pytest.raises(InputError, match=r"text\.txt: cannot be made: File exists; choose another folder"):
         read_cached_examples(path, path, tokenizer, SETTINGS, vocab_size=VOCAB)
 
 
 def test_a_tokenizer_without_contents_is_refused(tmp_path):
     (path := tmp_path / "text.txt").write_text("the cat")
-    with pytest.raises(InputError, match="leave the cache of tokens out"):
+    with pytest.raises(InputError, match=r"leave out the cache \(--token-cache\)"):
         read_cached_examples(tmp_path / "cache", path, object(), SETTINGS, vocab_size=VOCAB)

@@ -1,27 +1,16 @@
-"""Records as TensorBoard's scalars, read back from the event file by its published framing."""
+"""Records as TensorBoard's scalars."""
 
-import struct
+import errno
+import os
 import sys
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+from event_files import scalars
+from tensorboardX.event_file_writer import EventsWriter
 
-from cluscomp_jax.errors import InputError
+from cluscomp_jax.errors import InputError, RunError
 from cluscomp_jax.progress import console_reporter
-from cluscomp_jax.tensorboard import TensorBoardLog
-
-
-def scalars(folder):
-    """{(tag, step): (value, wall time)} of the one file in a folder: length, its checksum, an Event, its checksum."""
-    (file,) = folder.iterdir()
-    raw, at, found = file.read_bytes(), 0, {}
-    while at < len(raw):
-        (length,) = struct.unpack_from("<Q", raw, at)
-        event = Event.FromString(raw[at + 12 : at + 12 + length])
-        at += 12 + length + 4
-        for value in event.summary.value:
-            found[value.tag, event.step] = (value.simple_value, event.wall_time)
-    return found
+from cluscomp_jax.tensorboard import TensorBoardLog, remove_scalars
 
 
 def test_numbers_of_records_with_a_step_are_scalars_of_the_last_writer(tmp_path):
@@ -36,6 +25,55 @@ def test_numbers_of_records_with_a_step_are_scalars_of_the_last_writer(tmp_path)
         assert scalars(folder) == {**wanted, ("evaluation/nll", 2): (1.5, 200.0)}
 
 
+def test_what_is_not_ours_stays(tmp_path):
+    folder = tmp_path / "tensorboard"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    (folder / "events.out.tfevents.1.host").write_text("half")
+    remove_scalars(folder)
+    assert [file.name for file in folder.iterdir()] == ["notes.txt"]
+    with console_reporter(TensorBoardLog(folder)) as reporter:
+        reporter.record("step", step=1, loss=1.0)
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("call", ["write_event", "flush"])
+def test_a_full_disk_ends_the_run_with_one_line(tmp_path, monkeypatch, call):
+    def full(*_):
+        monkeypatch.undo()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def run():
+        with console_reporter(TensorBoardLog(tmp_path / "tensorboard")) as reporter:
+            reporter.record("step", step=0, loss=1.0)
+            monkeypatch.setattr(EventsWriter, call, full)
+            for step in range(1, 100):
+                reporter.record("step", step=step, loss=1.0)
+
+    with pytest.raises(RunError, match="tensorboard: the disk is full"):
+        run()
+    assert len(scalars(tmp_path / "tensorboard")) < 3
+
+
+@pytest.mark.parametrize("error", [ValueError("the work"), None])
+def test_a_log_that_cannot_be_closed_hides_nothing(error):
+    closed = []
+
+    class Log:
+        def close(self):
+            closed.append(self)
+            raise RunError("the log")
+
+    def run():
+        with console_reporter(Log(), Log()):
+            if error is not None:
+                raise error
+
+    with pytest.raises((ValueError, RunError), match="the work" if error else "the log"):
+        run()
+    assert len(closed) == (2 if error else 1)
+
+
 def test_nothing_is_made_before_there_is_something_to_write(tmp_path):
     with console_reporter(TensorBoardLog(tmp_path / "tensorboard")) as reporter:
         reporter.record("note", text="no step")
@@ -43,6 +81,6 @@ def test_nothing_is_made_before_there_is_something_to_write(tmp_path):
 
 
 def test_the_extra_is_named_where_the_package_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    monkeypatch.setitem(sys.modules, "tensorboardX.event_file_writer", None)
     with pytest.raises(InputError, match=r"pip install 'cluscomp-jax\[tensorboard\]'"):
         TensorBoardLog(tmp_path)

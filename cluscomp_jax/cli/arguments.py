@@ -115,7 +115,8 @@ class FinetuneArguments(Common):
     trainable: Annotated[tuple[str, ...] | None, arg(metavar="REGEX [REGEX ...]")] = None
     """what trains, by its whole path; default: every codebook, '.*/codebook'; also '.*norm/weight', 'lm_head/kernel'"""
     token_cache: Annotated[str | None, arg(metavar="FOLDER")] = None
-    """keep the tokens of --data and --evaluation there, and find them again; made if absent"""
+    """keep the tokens of --data and --evaluation there, and find them again; made if absent; not of .npy, wikitext2, c4
+    or ptb"""
     responses_only: Flag = False
     """score only what the assistant says"""
     too_long: Literal["refuse", "cut", "skip"] | None = None

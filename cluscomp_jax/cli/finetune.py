@@ -36,7 +36,7 @@ from cluscomp_jax.progress import JsonLinesLog, RecordLog, console_reporter
 from cluscomp_jax.settings import DistillationSettings
 from cluscomp_jax.source import BlockSink
 from cluscomp_jax.tensorboard import FOLDER_NAME as TENSORBOARD_FOLDER
-from cluscomp_jax.tensorboard import TensorBoardLog
+from cluscomp_jax.tensorboard import TensorBoardLog, remove_scalars
 from cluscomp_jax.training import make_sharding
 
 _STATES = "states"
@@ -46,6 +46,7 @@ def run(arguments: FinetuneArguments) -> Result:
     """Returns what the run did."""
     processes.join(arguments.coordinator, arguments.num_processes, arguments.process_id)
     cfg = finetune_config(arguments)
+    logs = tuple(_logs(arguments)) if processes.is_first() else ()
     opened = open_model(arguments.model)
     cfg = dataclasses.replace(cfg, model=opened.config)
     check_length(cfg.data.length, cfg)
@@ -57,7 +58,7 @@ def run(arguments: FinetuneArguments) -> Result:
     teacher = None if shown is None else TeacherSource(shown.source, shown.model)
     check_teacher(cfg, opened.model, teacher)
     batches, out = as_batches(rows, cfg, opened.model), Path(arguments.out)
-    task = _Task(opened, cfg, batches, evaluation, teacher, out, tuple(_logs(arguments)))
+    task = _Task(opened, cfg, batches, evaluation, teacher, out, logs)
     if not processes.is_first():
         summary = _assist(task)
         return Result("", {"out": arguments.out, **summary.to_dict()})
@@ -99,10 +100,12 @@ def _write(task: _Task, rows: int, provenance: dict[str, Any]) -> FinetuneSummar
         identity = fingerprint(opened.source, cfg, task.batches, task.evaluation, task.teacher)
         tokenizer = tokenizer_files(opened)
         claim = claim_folder(out, opened, cfg, identity)
-    with claim as writer, console_reporter(*task.logs) as reporter:
+    with claim as writer:
+        remove_scalars(out / TENSORBOARD_FOLDER)  # of a process that was stopped, whose run may go on without any
         tokens = cfg.training.steps * cfg.training.batch_size * cfg.training.accumulation * cfg.data.length
         note(f"{opened.name}: {cfg.training.steps} steps, {tokens:,} tokens of {rows} rows of {cfg.data.length}")
-        summary = task.work(writer, reporter=reporter, finished_blocks=writer.finished_blocks)
+        with console_reporter(*task.logs) as reporter:
+            summary = task.work(writer, reporter=reporter, finished_blocks=writer.finished_blocks)
         if tokenizer is not None:
             writer.store_tokenizer(tokenizer)
         provenance = {**provenance, "mesh": str(cfg.mesh), "processes": jax.process_count()}
@@ -162,7 +165,8 @@ def _read(opened: OpenedModel, cfg: FinetuneConfig, spec: str, cache: str | None
     vocab_size = opened.config.vocab_size
     if cache is None:
         return read_examples(spec, tokenizer, cfg.data, vocab_size=vocab_size)
-    return read_cached_examples(cache, spec, tokenizer, cfg.data, vocab_size=vocab_size)
+    store = processes.is_first()
+    return read_cached_examples(cache, spec, tokenizer, cfg.data, vocab_size=vocab_size, store=store)
 
 
 def _provenance(

@@ -69,10 +69,7 @@ def read_examples(
         missing or fails, too little text, nothing to score, or a tokenizer of another model.
     """
     path = Path(spec)
-    name = path.name.lower()
-    if name.endswith((".json", ".json.gz")):
-        raise InputError(f"{path}: is JSON; give JSON lines (.jsonl), one object a line")
-    if name.endswith((".jsonl", ".jsonl.gz")):
+    if holds_json_lines(path):
         examples = _read_lines(path, tokenizer, settings)
     else:
         _refuse_responses(settings, path)
@@ -80,6 +77,18 @@ def read_examples(
         examples = _packed(tokens, settings.length, path)
     check_vocabulary(examples.tokens, vocab_size, where=str(spec))
     return examples
+
+
+def holds_json_lines(path: Path) -> bool:
+    """Returns whether a file is read as JSON lines, by its name; else it is running text.
+
+    Raises:
+      InputError: by its name it is JSON of another kind.
+    """
+    name = path.name.lower()
+    if name.endswith((".json", ".json.gz")):
+        raise InputError(f"{path}: is JSON; give JSON lines (.jsonl), one object a line")
+    return name.endswith((".jsonl", ".jsonl.gz"))
 
 
 def _read_lines(path: Path, tokenizer: Any, settings: DataSettings) -> Examples:

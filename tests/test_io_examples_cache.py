@@ -151,7 +151,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(tokenizer, tmp_path, m
     monkeypatch.setattr(examples_cache, "read_examples", changed_behind)
     with pytest.raises(InputError, match=r"text\.txt was changed"):
         read_cached_examples(tmp_path / "cache", path, tokenizer, SETTINGS, vocab_size=VOCAB)
-    assert not any((tmp_path / "cache").iterdir())
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_full_disk_leaves_nothing(tokenizer, tmp_path, monkeypatch):
@@ -202,10 +202,19 @@ def test_arrays_and_missing_files_are_read_as_ever(tokenizer, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_cache_that_cannot_be_written_to_is_named(tokenizer, tmp_path):
+@pytest.mark.parametrize("below", ["", "a/b"])
+def test_a_cache_that_cannot_be_written_to_is_named_before_the_work(tokenizer, tmp_path, reads, below):
     (path := tmp_path / "text.txt").write_text("the cat sat on the mat. " * 9)
-    with pytest.raises(InputError, match=r"text\.txt: cannot be made: File exists; choose another folder"):
-        read_cached_examples(path, path, tokenizer, SETTINGS, vocab_size=VOCAB)
+    with pytest.raises(InputError, match=r"text\.txt is no folder that can be written to; choose another folder"):
+        read_cached_examples(path / below, path, tokenizer, SETTINGS, vocab_size=VOCAB)
+    assert not reads
+
+
+def test_a_file_that_is_refused_leaves_no_folder(tokenizer, tmp_path):
+    (path := tmp_path / "text.txt").write_text("the cat")
+    with pytest.raises(InputError, match="one row takes 24"):
+        read_cached_examples(tmp_path / "cache", path, tokenizer, SETTINGS, vocab_size=VOCAB)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_tokenizer_without_contents_is_refused(tmp_path):

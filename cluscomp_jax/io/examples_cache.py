@@ -98,12 +98,9 @@ def _digest(path: Path, tokenizer: Any, settings: DataSettings) -> str:
 
 def _require_writable(folder: Path) -> None:
     """Tokenising takes minutes; what can never be stored is said before."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made: {error.strerror}; choose another folder") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"{folder}: cannot be written to; choose another folder")
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"{folder}: {there} is no folder that can be written to; choose another folder")
 
 
 def _store(examples: Examples, path: Path) -> None:
@@ -113,6 +110,7 @@ def _store(examples: Examples, path: Path) -> None:
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     aside = path.with_suffix(f".{uuid.uuid4().hex}")
     with atomic.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             aside.write_bytes(save(arrays, _checksum(arrays)))
             atomic.sync(aside)

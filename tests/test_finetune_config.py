@@ -29,7 +29,11 @@ def test_the_defaults_in_the_documentation_are_the_defaults() -> None:
 def test_the_shipped_configs_load(path: Path) -> None:
     cfg = load_finetune_config(path)
     assert f"configs/finetune/{path.name}" in path.read_text().split("\n\n")[0]
-    expected = {"recovery": ("cheap", False, 512), "llama2_70b": ("all", True, 2048)}
+    expected = {
+        "recovery": ("cheap", False, 512),
+        "follow": ("cheap", False, 512),
+        "llama2_70b": ("all", True, 2048),
+    }
     assert (cfg.training.recompute, cfg.training.offload_inputs, cfg.data.length) == expected[path.stem]
 
 

@@ -137,8 +137,9 @@ class ConsoleReporter:
 
     def record(self, event: str, **fields: Any) -> None:
         """Adds the record to every log."""
+        record = {"event": event, "time": time.time(), **fields}
         for log in self._logs:
-            log.write({"event": event, "time": time.time(), **fields})
+            log.write(record)
 
     def warn(self, text: str) -> None:
         """Prints the line on standard error, above the bar."""

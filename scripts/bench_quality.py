@@ -59,10 +59,6 @@ TABLES: dict[str, dict[str, Setting]] = {
         "3.3-tuned-64": (budget(3.3, mixed="kernel"), 64, 512),  # one (g, n) reaches only 3.05
         "4.02-tuned-64": (budget(4.1), 64, 512),  # a codebook for every kernel; g=3 would be 4.39
         "4.1-tuned-64": (FOUR_BITS.read_text(), 64, 512),
-        "2.63-tuned-64-followed": (budget(2.63), 64, 512),
-        "2.1-tuned-64-followed": (budget(2.1), 64, 512),
-        "3.3-tuned-64-followed": (budget(3.3, mixed="kernel"), 64, 512),
-        "4.1-tuned-64-followed": (FOUR_BITS.read_text(), 64, 512),
     },
     "parts": {
         "blind": (even("weighted = false\nfeedback = false", top=f'recipe = "paper"\n{UNTUNED}'), 16, 512),
@@ -81,6 +77,10 @@ TABLES: dict[str, dict[str, Setting]] = {
         f"{samples}x{length}": (even(), samples, length) for length in (256, 512) for samples in (8, 16, 64, 128)
     }
     | {"code-64x512": (even(), 64, 512)},
+}
+TABLES["budgets"] |= {
+    f"{name}{FOLLOWED}": TABLES["budgets"][name]
+    for name in ("2.63-tuned-64", "2.1-tuned-64", "3.3-tuned-64", "4.1-tuned-64")
 }
 
 

@@ -7,7 +7,6 @@ packages that make rows. A file is found again under another name of the same fo
 changed. A chat template that writes today's date keeps the date of the first run.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -116,8 +115,7 @@ def _store(examples: Examples, path: Path) -> None:
             atomic.sync(aside)
             atomic.publish(aside, path)
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                aside.unlink()
+            aside.unlink(missing_ok=True)
 
 
 def _load(path: Path) -> Examples:

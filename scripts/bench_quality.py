@@ -15,7 +15,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import numpy as np
 
 from cluscomp_jax import data
 from cluscomp_jax.cli.demo import find_model
+from cluscomp_jax.io.checkpoint import open_checkpoint
 from cluscomp_jax.io.open import open_model
 from cluscomp_jax.io.text import calibration_samples, load_tokens, read_starts
 
@@ -86,18 +86,24 @@ TABLES["budgets"] |= {
 
 def measure(name: str, setting: Setting, seed: int, out: Path) -> dict[str, Any]:
     """Returns {"perplexity", "bits_per_weight", "seconds"} of one run, from its file if it is there already."""
-    done = out / f"{name}-{seed}.json"
+    done, folder = out / f"{name}-{seed}.json", out / f"{name}-{seed}"
     if not done.exists():
-        make = _follow if name.endswith(FOLLOWED) else _compress
-        result = make(name, setting, seed, out)
-        folder = str(out / f"{name}-{seed}")
-        score = _cluscomp("evaluate", folder, "--text", str(TEST), "--tokens", "8192", "--context", "512")
-        done.write_text(json.dumps({"perplexity": score["perplexity"], **result}))
+        followed = name.endswith(FOLLOWED)
+        base = measure(name.removesuffix(FOLLOWED), setting, seed, out)["seconds"] if followed else 0.0
+        if not (folder / "manifest.json").exists():  # else killed before its result was written
+            (_follow if followed else _compress)(name, setting, seed, out)
+        manifest = open_checkpoint(folder).manifest
+        spent: Any = (manifest.metrics["finetune"] if followed else manifest.metrics)["seconds"]
+        score = _cluscomp("evaluate", str(folder), "--text", str(TEST), "--tokens", "8192", "--context", "512")
+        bits = manifest.contents.totals["bits_per_weight"]
+        result = {"perplexity": score["perplexity"], "bits_per_weight": bits, "seconds": base + spent}
+        done.with_suffix(".part").write_text(json.dumps(result))
+        done.with_suffix(".part").replace(done)
     known: dict[str, Any] = json.loads(done.read_text())
     return known
 
 
-def _compress(name: str, setting: Setting, seed: int, out: Path) -> dict[str, float]:
+def _compress(name: str, setting: Setting, seed: int, out: Path) -> None:
     config, samples, length = setting
     toml = out / f"{name}-{seed}.toml"
     toml.write_text(config + "\n")
@@ -107,15 +113,12 @@ def _compress(name: str, setting: Setting, seed: int, out: Path) -> dict[str, fl
         code = name.startswith("code")
         options += ["--calibration", str(_code(out) if code else TEXT)]
         options += [] if code else ["--starts", str(_starts(out, samples))]
-    began = time.monotonic()
-    made = _cluscomp("compress", str(find_model()), *options, "--out", str(out / f"{name}-{seed}"))
-    return {"bits_per_weight": made["bits_per_weight"], "seconds": time.monotonic() - began}
+    _cluscomp("compress", str(find_model()), *options, "--out", str(out / f"{name}-{seed}"))
 
 
-def _follow(name: str, setting: Setting, seed: int, out: Path) -> dict[str, float]:
+def _follow(name: str, setting: Setting, seed: int, out: Path) -> None:
     """One pass behind the original over the samples that the model was compressed with, no others."""
-    base, (_, samples, length) = name.removesuffix(FOLLOWED), setting
-    before = measure(base, setting, seed, out)
+    _, samples, length = setting
     rows = out / f"samples-{samples}x{length}.npy"
     if not rows.exists():
         tokens = load_tokens(TEXT, open_model(find_model()).load_tokenizer())
@@ -124,13 +127,8 @@ def _follow(name: str, setting: Setting, seed: int, out: Path) -> dict[str, floa
         np.save(rows.with_suffix(".part.npy"), crops.ravel())
         rows.with_suffix(".part.npy").replace(rows)
     options = ["--config", str(FOLLOW), "--teacher", str(find_model()), "--data", str(rows), "--steps", str(samples)]
-    began = time.monotonic()
-    _cluscomp(
-        "finetune", str(out / f"{base}-{seed}"), *options, "--length", str(length), "--seed", str(seed),
-        "--out", str(out / f"{name}-{seed}"),
-    )  # fmt: skip
-    seconds = before["seconds"] + time.monotonic() - began
-    return {"bits_per_weight": before["bits_per_weight"], "seconds": seconds}
+    options += ["--length", str(length), "--seed", str(seed), "--out", str(out / f"{name}-{seed}")]
+    _cluscomp("finetune", str(out / f"{name.removesuffix(FOLLOWED)}-{seed}"), *options)
 
 
 def _cluscomp(*arguments: str) -> dict[str, Any]:

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 from io_models import config_fields
@@ -168,14 +171,38 @@ def any_device(monkeypatch) -> None:
     monkeypatch.setattr("cluscomp_jax.cli.plan.placement", lambda target: None)
 
 
-def test_the_command_says_no_with_exit_code_1_and_json_on_its_last_line(tmp_path, capsys, any_device) -> None:
+@pytest.fixture
+def blind_run(tmp_path) -> list[str]:
+    """The line that plans a small run without its last options."""
     (tmp_path / "config.json").write_text(json.dumps(config_fields()))
     settings = tmp_path / "run.toml"
     settings.write_text(
         "tuning = false\n[cluster]\nweighted = false\nfeedback = false\n[calibration]\nsamples = 2\nlength = 8"
     )
-    line = ["plan", str(tmp_path / "config.json"), "--target", "a6000", "--config", str(settings), "--context", "32"]
-    assert cli.main([*line, "--json"]) == 0
+    return ["plan", str(tmp_path / "config.json"), "--target", "a6000", "--config", str(settings), "--context", "32"]
+
+
+CPU_PLAN = """
+import sys
+from cluscomp_jax import cli
+import cluscomp_jax.cli.plan as command
+command.placement = lambda target: None
+raise SystemExit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_the_command_leaves_the_persistent_compilation_cache_alone(tmp_path, blind_run) -> None:
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [sys.executable, "-c", CPU_PLAN, *blind_run]
+    done = subprocess.run(command, env=os.environ | cache, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.glob("cache/*"))
+
+
+def test_the_command_says_no_with_exit_code_1_and_json_on_its_last_line(
+    tmp_path, capsys, any_device, blind_run
+) -> None:
+    assert cli.main([*blind_run, "--json"]) == 0
     out = capsys.readouterr().out
     fields = json.loads(out.splitlines()[-1])
     assert fields["fits"] is True
@@ -183,11 +210,11 @@ def test_the_command_says_no_with_exit_code_1_and_json_on_its_last_line(tmp_path
     assert "fits a6000: at most" in out
     finetune = tmp_path / "finetune.toml"
     finetune.write_text("[data]\nlength = 4096\n[training]\nbatch_size = 64\n")
-    assert cli.main([*line, "--json", "--finetune-config", str(finetune)]) == 0
+    assert cli.main([*blind_run, "--json", "--finetune-config", str(finetune)]) == 0
     larger = json.loads(capsys.readouterr().out.splitlines()[-1])["stages"]
     assert larger.pop("finetune")["peak_bytes"] > fields["stages"].pop("finetune")["peak_bytes"]
     assert larger == fields["stages"]
-    assert cli.main([*line, "--memory-fraction", "0.001"]) == 1
+    assert cli.main([*blind_run, "--memory-fraction", "0.001"]) == 1
     assert "does NOT fit a6000" in capsys.readouterr().out
 
 

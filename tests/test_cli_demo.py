@@ -51,7 +51,9 @@ def test_the_report_holds_every_column_and_the_table_every_number(
     assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
     (out / "report.json").unlink()
+    assert "whole demo" in result.text
     again = demo.run_demo(inputs, out)
+    assert "demo, since it was resumed" in again.text
     assert capsys.readouterr().err.count("is already finished") == 2
     assert again.fields["perplexity"]["tuned"]["perplexity"] == fields["perplexity"]["tuned"]["perplexity"]
     with pytest.raises(InputError, match="finished demo"):

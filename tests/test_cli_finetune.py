@@ -281,6 +281,7 @@ def unknown_key(folder: Path) -> list[str]:
         (lambda folder: ["--coordinator", "a:1"], "--coordinator a:1 needs --num-processes and --process-id"),
         (lambda folder: ["--coordinator", "a:1", "--num-processes", "2", "--process-id", "2"], "--process-id is 2"),
         (lambda folder: ["--coordinator", "a", "--num-processes", "2", "--process-id", "1"], "must be HOST:PORT"),
+        (lambda folder: ["--out", str(folder / "small")], "is the model that is to be finetuned"),
         (lambda folder: ["--responses-only"], "is running text, which has no responses"),
     ],
 )
@@ -298,3 +299,5 @@ def test_an_option_without_effect_is_refused(capsys: pytest.CaptureFixture[str],
     command = ["finetune", str(folder / "small"), "--data", str(folder / "text.txt"), "--out", str(tmp_path / "o")]
     assert main([*command, "--evaluate-every", "3"]) == 2
     assert "--evaluate-every 3 has no effect without --evaluation" in capsys.readouterr().err
+    assert main([*command, "--result", "best"]) == 2
+    assert "the best state is judged by --evaluation FILE" in capsys.readouterr().err

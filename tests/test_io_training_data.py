@@ -125,7 +125,7 @@ GOOD = {"text": "abcdefghijklmnop"}
     [
         ([], "holds no lines"),
         (["", " "], "holds no lines"),
-        ([GOOD, "{'text'"], "line 2: is not JSON"),
+        ([GOOD, "{'text'"], r"line 2: is not JSON: [^:]* \(column 2\)$"),
         ([GOOD, "3"], "line 2: is a int; it must be an object"),
         ([GOOD, {"txt": "a"}], "line 2: has the keys txt; it must have one of"),
         ([{"text": "a", "messages": []}], "line 1: has the keys messages, text"),
@@ -150,10 +150,14 @@ def test_half_a_character_in_a_message_is_refused_by_the_number_of_the_line(chat
         read_examples(path, chat, DataSettings(length=40), vocab_size=VOCAB)
 
 
-def test_what_is_json_by_its_name_is_not_trained_on_as_text(plain, tmp_path):
+def test_what_is_json_or_a_table_by_its_name_is_not_trained_on_as_text(plain, tmp_path):
     for name in ("a.json", "a.JSON", "a.json.gz"):
         (tmp_path / name).write_text('[{"instruction": "a", "output": "b"}]' * 9)
         with pytest.raises(InputError, match=r"is JSON; give JSON lines \(.jsonl\)"):
+            read_examples(tmp_path / name, plain, DataSettings(length=8), vocab_size=VOCAB)
+    for name in ("a.csv", "a.TSV.gz", "a.parquet"):
+        (tmp_path / name).write_text("instruction,output\n" * 9)
+        with pytest.raises(InputError, match="is a table; give text"):
             read_examples(tmp_path / name, plain, DataSettings(length=8), vocab_size=VOCAB)
     lines = {name: write(tmp_path / name, {"text": "abcdefgh" * 4}) for name in ("a.jsonl", "A.JSONL")}
     read = [read_examples(path, plain, DataSettings(length=8), vocab_size=VOCAB) for path in lines.values()]

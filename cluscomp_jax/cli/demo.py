@@ -118,7 +118,7 @@ def refuse_occupied(out: Path) -> None:
 
 def run_demo(inputs: Inputs, out: Path) -> Result:
     """Runs all stages into `out`, resuming what an earlier demo there has finished, and returns the report."""
-    began = time.monotonic()
+    began, resumed = time.monotonic(), (out / "clustered").exists()
     opened, clock = inputs.opened, StageClock()
 
     def measure(source: ParamSource, reporter: Reporter) -> Perplexity:
@@ -154,6 +154,7 @@ def run_demo(inputs: Inputs, out: Path) -> Result:
         stages=clock.to_dict(),
         sentences=sentences,
         seconds=time.monotonic() - began,
+        resumed=resumed,
         process_peak_rss_bytes=process_peak_rss_bytes(),
     )
     return _write_report(demo, opened.model.blocks_path, out)

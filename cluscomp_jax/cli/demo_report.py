@@ -19,7 +19,8 @@ class Demo:
       manifests: of the checkpoints "clustered" and "tuned".
       perplexity, sentences: of all three COLUMNS.
       stages: {stage: {"seconds", "peak_rss_bytes"}} outside the two compressions.
-      seconds: wall time in all.
+      seconds: wall time of the process that wrote the report.
+      resumed: whether an earlier process began it; seconds are those of the last process to work on a stage.
       process_peak_rss_bytes: largest resident set of the process that wrote the report.
     """
 
@@ -29,6 +30,7 @@ class Demo:
     stages: dict[str, dict[str, Any]]
     sentences: dict[str, str]
     seconds: float
+    resumed: bool
     process_peak_rss_bytes: int
 
     def matrix_bytes(self, column: str) -> float:
@@ -69,6 +71,7 @@ class Demo:
             "sentences": self.sentences,
             "stages": {**self.stages, **{column: self.compression_stages(column) for column in self.manifests}},
             "seconds": self.seconds,
+            "resumed": self.resumed,
             "peak_rss_bytes": self.peak_rss_bytes,
             "run_config": tuned["run_config"],
             "blocks": tuned["metrics"]["blocks"],
@@ -94,7 +97,8 @@ def demo_table(demo: Demo) -> str:
     for name in names:
         cells = [_cell(demo.compression_stages(column).get(name)) for column in demo.manifests]
         rows.append((f"{name}, again" if name in demo.stages else name, "", *cells))
-    rows.append(("whole demo", "", "", _cell({"seconds": demo.seconds, "peak_rss_bytes": demo.peak_rss_bytes})))
+    whole = "demo, since it was resumed" if demo.resumed else "whole demo"
+    rows.append((whole, "", "", _cell({"seconds": demo.seconds, "peak_rss_bytes": demo.peak_rss_bytes})))
     return format_table((demo.model, *COLUMNS), rows)
 
 

@@ -48,6 +48,8 @@ def run(arguments: FinetuneArguments) -> Result:
     cfg = finetune_config(arguments)
     logs = tuple(_logs(arguments)) if processes.is_first() else ()
     opened = open_model(arguments.model)
+    if Path(arguments.out).resolve() == Path(arguments.model).resolve():
+        raise InputError(f"--out {arguments.out} is the model that is to be finetuned; choose another folder")
     cfg = dataclasses.replace(cfg, model=opened.config)
     check_length(cfg.data.length, cfg)
     make_sharding(cfg.mesh, opened.model)
@@ -141,13 +143,16 @@ def finetune_config(arguments: FinetuneArguments) -> FinetuneConfig:
         training["compute_dtype"] = arguments.dtype
     if arguments.teacher is not None and config.training.distillation is None:
         training["distillation"] = DistillationSettings()
-    return dataclasses.replace(
+    config = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, **data),
         training=dataclasses.replace(config.training, **training),
         **_given(arguments, "seed", "evaluate_every", "save_every", "result"),
         mesh=config.mesh if arguments.mesh is None else parse_mesh(arguments.mesh),
     )
+    if config.result == "best" and arguments.evaluation is None:
+        raise InputError("the best state is judged by --evaluation FILE; add that, or take the last (--result last)")
+    return config
 
 
 def _given(arguments: FinetuneArguments, *names: str) -> dict[str, Any]:

@@ -26,6 +26,7 @@ _FORMS = {
     "instruction": ("instruction", "output"),
     "question": ("question", "answer"),
 }
+_TABLES = (".csv", ".tsv", ".parquet")
 _HEADINGS = {"instruction": "### Instruction:\n", "input": "### Input:\n", "output": "### Response:\n"}
 """What stands before the parts of an instruction where the tokenizer has no chat template."""
 
@@ -83,11 +84,13 @@ def holds_json_lines(path: Path) -> bool:
     """Returns whether a file is read as JSON lines, by its name; else it is running text.
 
     Raises:
-      InputError: by its name it is JSON of another kind.
+      InputError: by its name it is JSON of another kind, or a table.
     """
     name = path.name.lower()
     if name.endswith((".json", ".json.gz")):
         raise InputError(f"{path}: is JSON; give JSON lines (.jsonl), one object a line")
+    if name.removesuffix(".gz").endswith(_TABLES):
+        raise InputError(f"{path}: is a table; give text, or JSON lines (.jsonl), one object a line")
     return name.endswith((".jsonl", ".jsonl.gz"))
 
 
@@ -159,6 +162,10 @@ def _packed(tokens: np.ndarray, length: int, path: Path) -> Examples:
         raise InputError(f"{path}: {error}") from None
 
 
+def _column(error: Exception) -> str:
+    return f" (column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
+
+
 def _objects(path: Path) -> Iterator[_Line]:
     """Yields every line that is not blank."""
     try:
@@ -173,7 +180,7 @@ def _objects(path: Path) -> Iterator[_Line]:
         try:
             fields = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{where}: is not JSON: {error}") from None
+            raise InputError(f"{where}: is not JSON: {getattr(error, 'msg', error)}{_column(error)}") from None
         if not isinstance(fields, dict):
             raise InputError(f"{where}: is a {type(fields).__name__}; it must be an object")
         yield _Line(number, where, fields)

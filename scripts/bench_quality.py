@@ -11,6 +11,8 @@ The baselines beside it, round-to-nearest and scalar GPTQ, are in scripts/bench_
 """
 
 import argparse
+import bisect
+import itertools
 import json
 import statistics
 import subprocess
@@ -140,13 +142,16 @@ def _cluscomp(*arguments: str) -> dict[str, Any]:
 
 
 def _starts(out: Path, samples: int) -> Path:
-    """Returns the fixed starts, and for more samples than it has positions between them."""
+    """Returns the fixed starts, and for more samples than it has, the middle of the widest gap left, again and again."""
     fixed = [int(line) for line in STARTS.read_text().split()]
     if samples <= len(fixed):
         return STARTS
     more = out / f"starts-{samples}.txt"
-    between = [(a + b) // 2 for a, b in zip(sorted(fixed), sorted(fixed)[1:], strict=False)]
-    more.write_text("\n".join(map(str, (fixed + between)[:samples])))
+    starts = sorted(fixed)
+    while len(starts) < samples:
+        gap, left = max((b - a, a) for a, b in itertools.pairwise(starts))
+        bisect.insort(starts, left + gap // 2)
+    more.write_text("".join(f"{start}\n" for start in starts))
     return more
 
 

@@ -142,7 +142,7 @@ def _cluscomp(*arguments: str) -> dict[str, Any]:
 
 
 def _starts(out: Path, samples: int) -> Path:
-    """Returns the fixed starts, and for more samples than it has, the middle of the widest gap left, again and again."""
+    """Returns the fixed starts, and for more samples than it has, the middle of the widest gap, again and again."""
     fixed = [int(line) for line in STARTS.read_text().split()]
     if samples <= len(fixed):
         return STARTS

@@ -5,6 +5,7 @@ Knows matrices and trees, no models.
 
 import dataclasses
 import math
+import time
 import zlib
 from collections.abc import Mapping
 from functools import partial
@@ -51,11 +52,13 @@ class SharedStart(NamedTuple):
       owner: block-relative path of the kernel that stores the codebook; None: this one.
       codebook: [n, g], 16 bit.
       codes: int32 [m], the code nearest to each of the kernel's vectors.
+      seconds: that the codebook took, where it is this kernel's; else 0.
     """
 
     owner: str | None
     codebook: np.ndarray
     codes: np.ndarray
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +69,7 @@ class ClusterStats:
       relative_error: ||W - decode||^2 / ||W||^2, W the kernel as it was given.
       weighted_error: the same with each input channel weighted, or None without weights.
       index_entropy: bits that an entry of the index holds; stored are ceil(log2 n).
-      seconds: wall time.
+      seconds: wall time, compilation included.
     """
 
     relative_error: float
@@ -104,10 +107,10 @@ def cluster_matrix(
     d_in, d_out = weight.shape
     if rule.axis != "out" and (feedback is not None or channel_weights is not None):
         raise InputError(NOT_IN)
-    owner, seconds = None, 0.0
+    began, owner = time.monotonic(), None
     if shared is None:
         # No name here holds the vectors and their weights, so that k-means can let go of them.
-        codes, index, stats = kmeans.fit_codebook(
+        codes, index, _ = kmeans.fit_codebook(
             to_vectors(jax.device_put(weight), g=rule.g, axis=rule.axis),
             num_codes=rule.num_codes,
             key=key,
@@ -116,9 +119,10 @@ def cluster_matrix(
             else vector_weights(jnp.asarray(channel_weights), d_out=d_out, g=rule.g),
             iterations=settings.iterations,
         )
-        rounded, seconds = cb.round_codebook(codes, settings.codebook_dtype), stats.seconds
+        rounded = cb.round_codebook(codes, settings.codebook_dtype)
         del codes
     else:
+        began -= shared.seconds
         owner, rounded, index = shared.owner, jnp.asarray(shared.codebook), jnp.asarray(shared.codes)
     if feedback is not None:
         del index  # all codes are chosen anew
@@ -127,7 +131,8 @@ def cluster_matrix(
     packed = index.reshape(cb.index_shape(shape, rule.g, rule.axis)).astype(cb.index_dtype(rule.num_codes))
     array = CodebookArray(codebook=rounded, index=packed, shape=shape, axis=rule.axis, codebook_of=owner)
     plain, weighted = relative_errors(jax.device_put(weight), array, channel_weights)
-    return array, ClusterStats(plain, weighted, index_entropy(np.asarray(packed), rule.num_codes), seconds)
+    entropy = index_entropy(np.asarray(packed), rule.num_codes)
+    return array, ClusterStats(plain, weighted, entropy, time.monotonic() - began)
 
 
 def _with_feedback(
@@ -187,10 +192,10 @@ def relative_errors(weight: jax.Array, array: CodebookArray, channel_weights: An
     """Returns (relative squared error, the same weighted by input channel or None)."""
     mass = jnp.ones((weight.shape[0],)) if channel_weights is None else jnp.asarray(channel_weights)
     error, energy, weighted_error, weighted_energy = jax.device_get(_energies(weight, array, mass))
-    plain = float(error / energy) if energy > 0 else 0.0
+    plain = 0.0 if energy == 0 else float(error / energy)
     if channel_weights is None:
         return plain, None
-    return plain, float(weighted_error / weighted_energy) if weighted_energy > 0 else 0.0
+    return plain, 0.0 if weighted_energy == 0 else float(weighted_error / weighted_energy)
 
 
 @jax.jit

@@ -52,15 +52,14 @@ class Streams(NamedTuple):
     dtype: Any
     sharding: Sharding | None = None
 
-    def inputs(self) -> Iterator[jax.Array]:
-        """Yields the compressed stream's inputs [b, t, d]."""
-        for _, x in self.compressed.batches(self.batch_size):
-            yield self._on_device(x)
+    def batches(self, weights: np.ndarray | None, *, both: bool = False) -> Iterator[Batch]:
+        """Yields inputs of the compressed stream; `weights` [samples, t] is what each position counts.
 
-    def batches(self, weights: np.ndarray | None) -> Iterator[Batch]:
-        """Yields inputs of both streams; `weights` [samples, t] is what each position counts."""
+        Args:
+          both: of the original stream too.
+        """
         for where, x in self.compressed.batches(self.batch_size):
-            original = None if self.original is None else self._on_device(self.original.read(where))
+            original = self._on_device(self.original.read(where)) if both and self.original is not None else None
             counted = None if weights is None else put_samples(weights[where], self.sharding)
             yield Batch(self._on_device(x), original, counted)
 
@@ -111,21 +110,25 @@ class BlockClustering:
           streams: inputs of the block; None: clustering without calibration.
 
         Raises:
-          InputError: a kernel that is not finite, by its path.
+          InputError: a kernel that is compressed already or not finite, by its path.
+          FloatingPointError: activations that are not finite.
         """
-        flat, original, now = trees.flatten(dense), trees.flatten(dense), trees.flatten(dense)
+        original, now = trees.flatten(dense), trees.flatten(dense)
+        self._check_kernels(i, original, rules)
         found: dict[str, tuple[CodebookArray, ClusterStats]] = {}
         self.reporter.start(f"block {i + 1}/{self.model.num_blocks}: cluster", len(rules), "matrices")
         kind = self.model.block_kind(i)
-        weights = self._channel_weights(kind, dense, streams)
         positions = self._position_weights(kind, dense, streams)
-        starts = self._shared_starts(i, dense, rules, streams, weights) if self.settings.share != "none" else {}
+        weights = self._channel_weights(i, dense, streams, positions)
+        starts = self._shared_starts(i, original, rules, weights) if self.settings.share != "none" else {}
         last = list(self.model.sites)[-1]
         for site, paths in self.model.sites.items():
-            kernels = {path: flat[path] for path in paths if path in rules}
+            kernels = {path: original[path] for path in paths if path in rules}
             feedback = None
             if kernels and streams is not None and self.settings.feedback:
-                moments = self._moments(kind, site, now, original, streams.batches(positions))
+                batches = streams.batches(positions, both=self.settings.corrects)
+                moments = self._moments(kind, site, now, original, batches)
+                self._check_activations(i, site, jnp.diagonal(moments.inputs), streams)
                 if site == last:
                     now.clear()  # nothing reads it any more, and the roots of the moments are large
                 kernels, inputs = self._corrected(kernels, moments), moments.inputs
@@ -143,23 +146,32 @@ class BlockClustering:
                 # Dense again, so that one program serves all blocks, however finely each is cut.
                 now |= {path: jax.device_get(decode(found[path][0])) for path in matched}
         records = [_record(f"{self.model.blocks_path}/{i}/{path}", *done) for path, done in found.items()]
-        return trees.unflatten(flat | {path: array for path, (array, _) in found.items()}), records
+        return trees.unflatten(original | {path: array for path, (array, _) in found.items()}), records
+
+    def _check_kernels(self, i: int, flat: Mapping[str, Any], rules: Mapping[str, CompressionRule]) -> None:
+        for path in rules:
+            full = f"{self.model.blocks_path}/{i}/{path}"
+            if isinstance(flat[path], CodebookArray):
+                raise InputError(f"{full} is compressed already; begin with the original model")
+            if not np.isfinite(np.asarray(flat[path])).all():
+                raise InputError(f"{full} holds NaN or Inf; only finite weights can be compressed")
+
+    def _check_activations(self, i: int, site: str, squares: jax.Array, streams: Streams) -> None:
+        if not bool(jnp.isfinite(squares).all()):
+            raise FloatingPointError(
+                f"block {i}: the inputs of {site} are not finite in {jnp.dtype(streams.dtype).name}; "
+                "compute in bfloat16 or float32 (tuning.compute_dtype, tuning.activation_dtype)"
+            )
 
     def _shared_starts(
         self,
         i: int,
-        dense: Params,
+        flat: Mapping[str, Any],
         rules: Mapping[str, CompressionRule],
-        streams: Streams | None,
         weights: Mapping[str, np.ndarray],
     ) -> dict[str, SharedStart]:
-        """Returns {path: what it begins with} of kernels that share a codebook; `weights` are E[x_i^2] if known."""
-        if streams is not None and self.settings.weighted and not weights:
-            with self.clock("statistics"):
-                there, kind = put_whole(dense, self.sharding), self.model.block_kind(i)
-                weights = jax.device_get(channel_moments(self.model, kind, there, streams.inputs()))
-                del there
-        flat, starts = trees.flatten(dense), dict[str, SharedStart]()
+        """Returns {path: what it begins with} of kernels that share a codebook; `weights` are E[x_i^2] where wanted."""
+        starts = dict[str, SharedStart]()
         with self.clock("cluster"):
             for group in sharing_groups(self.model.sites, rules, self.settings.share):
                 full = f"{self.model.blocks_path}/{i}/{group[0]}"
@@ -201,13 +213,18 @@ class BlockClustering:
             block = trees.unflatten(there)
             return _computed(site_moments(self.model, kind, site, block, batches, original=wanted))
 
-    def _channel_weights(self, kind: Hashable, dense: Params, streams: Streams | None) -> dict[str, np.ndarray]:
-        """Returns {path: E[x_i^2]} where they are all that is wanted, on the host."""
-        if streams is None or self.settings.feedback or not self.settings.weighted:
+    def _channel_weights(
+        self, i: int, dense: Params, streams: Streams | None, positions: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
+        """Returns {path: E[x_i^2]} on the host, where all of a block's are wanted before any kernel is clustered."""
+        if streams is None or not self.settings.weighted or (self.settings.feedback and self.settings.share == "none"):
             return {}
         with self.clock("statistics"):
-            there = put_whole(dense, self.sharding)
-            weights: dict[str, np.ndarray] = jax.device_get(channel_moments(self.model, kind, there, streams.inputs()))
+            there, batches = put_whole(dense, self.sharding), streams.batches(positions)
+            found = channel_moments(self.model, self.model.block_kind(i), there, batches)
+            for site, paths in self.model.sites.items():
+                self._check_activations(i, site, found[paths[0]], streams)
+            weights: dict[str, np.ndarray] = jax.device_get(found)
             return weights
 
     def _corrected(self, kernels: dict[str, jax.Array], moments: SiteMoments) -> dict[str, jax.Array]:

@@ -23,8 +23,9 @@ class RunConfig:
       tuning: None leaves the clustered codebooks as they are (the paper's ClusComp-minus).
       seed: non-negative; with the same inputs it fixes every bit of the result.
       device_memory_gib: largest device memory of compression, > 0: forward passes take as many samples together as it
-        allows, and a stage that needs more is refused before any work. Bits of the result can change with the number
-        of samples. None: 2,048 tokens together, and no check.
+        allows, and a stage that needs more is refused before any work; nothing is checked without calibration, and the
+        measure of sensitivities (`cluster.mixed`) is not counted. Bits of the result can change with the number of
+        samples. None: 2,048 tokens together, and no check.
       mesh: how many devices share the samples of a batch and the matrices to be clustered: its data axis; the others
         are 1. Bits of the result change with it. A tuning batch that it does not divide is computed whole on each.
       zstd: codes the files of a checkpoint folder: shorter by the bits that entries of 8-bit indices do not hold.
@@ -43,8 +44,8 @@ class RunConfig:
         budget = self.device_memory_gib
         if budget is not None and not 0 < budget < math.inf:
             raise InputError(f"device_memory_gib is {budget}; it must be a number above 0")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed is {self.seed}; it must be from 0 to 2**63-1")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed is {self.seed}; it must be from 0 to 2**32-1")
         if self.mesh.size != self.mesh.data:
             raise InputError(
                 f"mesh is {self.mesh}; compression holds one block at a time and spreads samples and matrices alone: "

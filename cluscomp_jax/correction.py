@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cluscomp_jax.lower_root import lower_root
+from cluscomp_jax.lower_root import TRIES, lower_root
 
 
 class SiteMoments(NamedTuple):
@@ -38,10 +38,20 @@ def corrected(weight: jax.Array | np.ndarray, moments: SiteMoments, *, ridge: fl
     Args:
       weight: [d_in, d_out], the original W; from the host it comes to the device behind the root, which needs the room.
       moments: with drift or errors.
-      ridge: > 0; the larger, the nearer to W. What cannot be solved comes back as W.
+      ridge: > 0; the larger, the nearer to W; tenfold, up to four times, if it is too little to solve with.
+
+    Raises:
+      FloatingPointError: the moments cannot be factorised.
     """
-    moved: jax.Array = _moved(weight, _ridge_root(moments.inputs, ridge), moments.drift, moments.errors)
-    return moved
+    for retry in range(TRIES):
+        root = _ridge_root(moments.inputs, ridge * 10.0**retry)
+        if bool(jnp.isfinite(jnp.diagonal(root)).all()):
+            moved: jax.Array = _moved(weight, root, moments.drift, moments.errors)
+            return moved
+    raise FloatingPointError(
+        f"second moments of {moments.inputs.shape[0]} channels cannot be factorised even with a ridge of "
+        f"{ridge * 10.0 ** (TRIES - 1)} times their mean"
+    )
 
 
 @jax.jit
@@ -60,5 +70,4 @@ def _moved(weight: jax.Array, root: jax.Array, drift: jax.Array | None, errors: 
         errors = jnp.dot(drift, weight, precision="highest")
     # Solved from the right, transposed: GPU solvers want columns side by side, and that is what rows become.
     solve = partial(jax.lax.linalg.triangular_solve, root.T, left_side=False, lower=False)
-    moved = weight + solve(solve(errors.T), transpose_a=True).T
-    return jnp.where(jnp.isfinite(moved).all(), moved, weight)
+    return weight + solve(solve(errors.T), transpose_a=True).T

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -74,9 +74,13 @@ def perplexity(
       dtype: compute dtype; softmax, norms and losses are float32.
 
     Raises:
-      InputError: fewer than `context` tokens, or a token outside the vocabulary.
+      InputError: fewer than `context` tokens, a token outside the vocabulary, or an argument out of its range.
     """
     began = time.monotonic()
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it must be 1 or more")
+    if dtype not in get_args(Dtype):
+        raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(get_args(Dtype))}")
     model = build_model(model_config)
     source = as_source(params, model)
     windows = _windows(tokens, context, model)

@@ -19,12 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from cluscomp_jax.kmeans import Forest, nearest_code
-from cluscomp_jax.lower_root import lower_root
+from cluscomp_jax.lower_root import TRIES, lower_root
 
 _ROWS = 128
 """Channels whose errors reach the channels after them together: one product of matrices instead of many sums."""
-_TRIES = 5
-"""A factorisation that fails is tried again with ten times the damping."""
 
 
 class Feedback(NamedTuple):
@@ -56,13 +54,13 @@ def factorise(moments: jax.Array, *, damping: float = 0.01) -> Feedback:
     Raises:
       FloatingPointError: the moments cannot be factorised.
     """
-    for retry in range(_TRIES):
+    for retry in range(TRIES):
         feedback: Feedback = _factorise(moments, damping * 10.0**retry)
         if bool(jnp.isfinite(jnp.diagonal(feedback.root)).all()):
             return feedback
     raise FloatingPointError(
         f"second moments of {moments.shape[0]} channels cannot be factorised even with a damping of "
-        f"{damping * 10.0 ** (_TRIES - 1)} times their mean"
+        f"{damping * 10.0 ** (TRIES - 1)} times their mean"
     )
 
 
@@ -106,7 +104,7 @@ def assign_with_feedback(
 
         def code_row(own: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
             target = block[i] + (before[i] + jnp.dot(within[:, i], own, precision="highest")) / scale[i]
-            index = nearest_code(target.reshape(-1, g), codebook, forest)
+            index = nearest_to_row(target, codebook, forest, outputs=outputs)
             error = jnp.where(real, block[i] - codebook[index].reshape(-1), 0.0)
             return own.at[i].set(error), index
 
@@ -116,3 +114,24 @@ def assign_with_feedback(
     firsts = jnp.arange(0, spare + channels, rows)
     _, index = jax.lax.scan(code_rows, jnp.zeros_like(ordered), firsts, reverse=True)
     return index.reshape(spare + channels, -1)[jnp.argsort(feedback.order) + spare]
+
+
+def nearest_to_row(
+    target: jax.Array, codebook: jax.Array, forest: Forest | None, known: jax.Array | None = None, *, outputs: int
+) -> jax.Array:
+    """Returns the index int32 [c] of the codes nearest to what one channel should be.
+
+    Args:
+      target: float32 [c * g], of which the first `outputs` count.
+      codebook: float32 [n, g].
+      forest: of the codes; None: every vector is compared with all of them.
+      known: int32 [c], a code for each vector that is kept unless a nearer one is found.
+      outputs: a last vector that reaches beyond them is compared with all codes, by its weights within them.
+    """
+    g = codebook.shape[1]
+    index = nearest_code(target.reshape(-1, g), codebook, forest, known)
+    within = outputs % g
+    if not within:
+        return index
+    distances = jnp.sum(jnp.square(codebook[:, :within] - target[-g:][:within]), axis=1)
+    return index.at[-1].set(jnp.argmin(distances).astype(index.dtype))

@@ -44,8 +44,8 @@ class FinetuneConfig:
                 raise InputError(f"{name} is {value}; it must be 1 or more")
         if self.result not in ("last", "best"):
             raise InputError(f"result is {self.result!r}; it must be 'last' or 'best'")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"seed is {self.seed}; it must be from 0 to 2**63-1")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed is {self.seed}; it must be from 0 to 2**32-1")
         parts = self.mesh.row_parts
         if self.training.batch_size % parts:
             raise InputError(

@@ -9,6 +9,9 @@ _WHOLE = 16384
 """Rows that one call of the backend's own factorisation takes."""
 _PANEL = 4096
 
+TRIES = 5
+"""How often a factorisation is begun, each time with ten times as much added to the diagonal."""
+
 
 def lower_root(matrix: jax.Array) -> jax.Array:
     """Returns the lower triangular L of L L^T = matrix, float32 [i, i]; NaN where it is not positive definite.

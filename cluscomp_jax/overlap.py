@@ -17,16 +17,15 @@ AHEAD, BEHIND = "load ahead", "store behind"
 
 
 class BlockReader:
-    """Hands out the blocks of a source from first to last, and reads the next one when it is told to.
+    """Hands out the blocks of a source from `first` to the last, and reads the next one when it is told to.
 
     Holds at most one block that has not been asked for, and none before `read_next`: where memory is short, the work
     first lets go of the block it has. Use as a context manager.
     """
 
-    def __init__(self, source: ParamSource, num_blocks: int, clock: StageClock):
-        self._source, self._num_blocks, self._clock = source, num_blocks, clock
+    def __init__(self, source: ParamSource, num_blocks: int, clock: StageClock, first: int = 0):
+        self._source, self._num_blocks, self._clock, self._taken = source, num_blocks, clock, first
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read")
-        self._taken = 0
         self._next: Future[Params] | None = None
 
     def __enter__(self) -> "BlockReader":
@@ -36,7 +35,7 @@ class BlockReader:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def take(self, i: int) -> Params:
-        """Returns block i, host arrays by block-relative paths, and forgets it; i counts up from 0, one by one.
+        """Returns block i, host arrays by block-relative paths, and forgets it; i counts up from the first, one by one.
 
         Waits for it, and reads it first if `read_next` was not called.
 

@@ -163,13 +163,13 @@ class _Run:
         if calibration is None:
             return
         check_calibration(self.model, cfg, calibration, self.rules)
+        # Of as many samples as can be spread, so that only the last batch may lie whole on every device.
+        spread = max(1, len(calibration) // cfg.mesh.data)
+        self.batch_size = cfg.mesh.data * min(spread, forward_batch(self.model, cfg, calibration.shape))
         if mixes(cfg, calibration):
             self.rules = rules_by_block(self.model, cfg, self._sensitivities(calibration, work_dir))
         numbers = cfg.tuning or TuningSettings()
         self.dtype = jnp.dtype(numbers.compute_dtype)
-        # Of as many samples as can be spread, so that only the last batch may lie whole on every device.
-        spread = max(1, len(calibration) // cfg.mesh.data)
-        self.batch_size = cfg.mesh.data * min(spread, forward_batch(self.model, cfg, calibration.shape))
         if cfg.cluster.calibrated or self.tuning:
             with self.clock("embed"):
                 self._embed(calibration, work_dir, jnp.dtype(numbers.activation_dtype))
@@ -215,9 +215,9 @@ class _Run:
         """Compresses all blocks but the first `finished`, which the sink has, and returns the record of each."""
         for i in range(finished):
             self.report(i)
-        count = self.model.num_blocks
-        with BlockReader(self.source, count, self.clock) as reader, BlockWriter(self.clock) as writer:
-            for i in range(count):
+        count, first = self.model.num_blocks, 0 if self.compressed is not None else finished
+        with BlockReader(self.source, count, self.clock, first) as reader, BlockWriter(self.clock) as writer:
+            for i in range(first, count):
                 if i < finished:
                     self._resume(i, reader)
                     continue
@@ -381,5 +381,5 @@ def _rounded(block: Params, trained: Collection[str], dtype: str) -> Params:
 
 def _check_finite(params: Mapping[Any, Any]) -> None:
     for path, leaf in trees.flatten(params).items():
-        if not bool(jnp.isfinite(jnp.asarray(leaf)).all()):
+        if not isinstance(leaf, CodebookArray) and not bool(jnp.isfinite(jnp.asarray(leaf)).all()):
             raise InputError(f"{path!r} holds NaN or Inf; only finite weights can be compressed")

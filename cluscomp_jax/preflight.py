@@ -5,12 +5,14 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from cluscomp_jax import rules as rules_of
-from cluscomp_jax.allocation import allocate_unevenly
+from cluscomp_jax.allocation import allocate_unevenly, check_reachable, tempered
 from cluscomp_jax.cluster import NOT_IN
+from cluscomp_jax.codebook import stored_bits
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.model import Model, check_tokens, parameter_shapes
 from cluscomp_jax.settings import ClusterSettings, CompressionRule, Share
+from cluscomp_jax.shared_codebooks import sharing_groups
 
 Rules = dict[str, CompressionRule]
 
@@ -41,9 +43,7 @@ def rules_by_block(model: Model, cfg: RunConfig, sensitivities: Mapping[str, flo
         for rule in rules:
             own = {path: shapes[path] for path, first in matched.items() if first is rule}
             if own:
-                chosen |= _within_budget(
-                    own, rule, cfg.cluster, sensitivities, _codebooks(model, own, cfg.cluster.share)
-                )
+                chosen |= _within_budget(own, rule, cfg.cluster, sensitivities, _pools(model, own, cfg.cluster.share))
         matched = chosen
     if cfg.cluster.export == "aqlm":
         _check_aqlm(matched, shapes)
@@ -52,6 +52,19 @@ def rules_by_block(model: Model, cfg: RunConfig, sensitivities: Mapping[str, flo
         prefix = f"{model.blocks_path}/{i}/"
         by_block.append({path.removeprefix(prefix): rule for path, rule in matched.items() if path.startswith(prefix)})
     return by_block
+
+
+def bits_per_weight(model: Model, cfg: RunConfig, by_block: list[Rules]) -> float:
+    """Returns the stored bits per weight of all matrices that rules compress, shared codebooks counted once."""
+    bits, weights = 0, 0
+    for i, rules in enumerate(by_block):
+        shapes = model.block_shapes(i)
+        shared = {path for group in sharing_groups(model.sites, rules, cfg.cluster.share) for path in group[1:]}
+        for path, rule in rules.items():
+            shape = (shapes[path][0], shapes[path][1])
+            bits += stored_bits(shape, g=rule.g, num_codes=rule.num_codes, axis=rule.axis, own=path not in shared)
+            weights += shape[0] * shape[1]
+    return bits / weights
 
 
 def mixes(cfg: RunConfig, calibration: np.ndarray | None) -> bool:
@@ -64,24 +77,29 @@ def _within_budget(
     rule: CompressionRule,
     settings: ClusterSettings,
     sensitivities: Mapping[str, float] | None,
-    codebooks: int,
+    pools: Mapping[str, str],
 ) -> Rules:
     assert settings.bits is not None
+    if settings.uneven:
+        check_reachable(shapes, settings.bits, axis=rule.axis, pools=pools)
     if sensitivities is not None:
-        by_kernel = settings.mixed == "kernel"
-        return allocate_unevenly(shapes, sensitivities, settings.bits, like=rule, by_kernel=by_kernel)
+        costs, by_kernel = tempered(sensitivities, shapes), settings.mixed == "kernel"
+        return allocate_unevenly(shapes, costs, settings.bits, like=rule, by_kernel=by_kernel, pools=pools)
     groups = rules_of.groups_for_aqlm(shapes, axis=rule.axis) if settings.export == "aqlm" else rules_of.ALL_GROUPS
+    codebooks = len(set(pools.values()))
     one = rules_of.allocate(shapes, settings.bits, like=rule, groups=groups, codebooks=codebooks)
     return dict.fromkeys(shapes, one)
 
 
-def _codebooks(model: Model, paths: Collection[str], share: Share) -> int:
-    """Returns how many codebooks the kernels at these paths have, if all have one rule."""
-    count = 0
+def _pools(model: Model, paths: Collection[str], share: Share) -> dict[str, str]:
+    """Returns {path: pool}, the same for kernels that have one codebook in common where they are cut alike."""
+    pools = {}
     for i in range(model.num_blocks):
-        here = [sum(f"{model.blocks_path}/{i}/{path}" in paths for path in site) for site in model.sites.values()]
-        count += {"none": sum(here), "site": sum(map(bool, here)), "block": int(any(here))}[share]
-    return count
+        for site, kernels in model.sites.items():
+            for path in (f"{model.blocks_path}/{i}/{kernel}" for kernel in kernels):
+                if path in paths:
+                    pools[path] = {"none": path, "site": f"{i}/{site}", "block": str(i)}[share]
+    return pools
 
 
 def _check_aqlm(rules: Rules, shapes: Mapping[str, tuple[int, ...]]) -> None:

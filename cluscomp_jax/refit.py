@@ -16,8 +16,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cluscomp_jax.feedback import Feedback
-from cluscomp_jax.kmeans import Forest, nearest_code, plant_forest
+from cluscomp_jax.feedback import Feedback, nearest_to_row
+from cluscomp_jax.kmeans import Forest, plant_forest
 
 _ROWS = 128
 """Channels whose changes reach the others together."""
@@ -114,14 +114,14 @@ def improved_index(
         moments = jax.lax.dynamic_slice_in_dim(padded, first, rows)
         slopes = jnp.dot(moments, errors, precision="highest")
         within = jax.lax.dynamic_slice_in_dim(moments, first, rows, axis=1)
-        curvature = jnp.where(jnp.diagonal(within) > 0, jnp.diagonal(within), 1.0)  # 0 where channels are spare
+        own = jnp.where(jnp.diagonal(within) > 0, jnp.diagonal(within), 1.0)  # 0 where channels are spare
         before = jax.lax.dynamic_slice_in_dim(errors, first, rows)
         block, used, held = (jax.lax.dynamic_slice_in_dim(a, first, rows) for a in (ordered, real, index))
 
         def choose_row(now: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
             slope = slopes[i] + jnp.dot(within[i], now - before, precision="highest")
-            target = jnp.where(used[i], block[i] - before[i] + slope / curvature[i], 0.0)
-            chosen = nearest_code(target.reshape(-1, g), codebook, forest, held[i])
+            target = jnp.where(used[i], block[i] - before[i] + slope / own[i], 0.0)
+            chosen = nearest_to_row(target, codebook, forest, held[i], outputs=outputs)
             return now.at[i].set(jnp.where(used[i], block[i] - codebook[chosen].reshape(-1), 0.0)), chosen
 
         now, chosen = jax.lax.scan(choose_row, before, jnp.arange(rows), reverse=True)

@@ -15,8 +15,8 @@ def match(rules: Sequence[CompressionRule], shapes: Shapes) -> dict[str, Compres
     """Returns {path: first rule whose pattern matches the whole path}; what no rule matches is left out.
 
     Raises:
-      InputError: a pattern is no regular expression, a rule matches no path at all, or it matches something
-        that is no matrix.
+      InputError: a pattern is no regular expression, a rule matches no path at all, or none that the rules before it
+        left, or it matches something that is no matrix.
     """
     compiled = []
     for rule in rules:
@@ -36,6 +36,11 @@ def match(rules: Sequence[CompressionRule], shapes: Shapes) -> dict[str, Compres
                     f"rule {rule.pattern!r} matches {path!r} of shape {shapes[path]}; only matrices are compressed"
                 )
             matched.setdefault(path, rule)
+        if not any(matched[path] is rule for path in paths):
+            raise InputError(
+                f"rule {rule.pattern!r} decides nothing: rules before it match all its {len(paths)} paths; "
+                "put it before them, or leave it out"
+            )
     return matched
 
 

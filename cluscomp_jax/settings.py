@@ -64,10 +64,10 @@ class ClusterSettings:
         and (g, num_codes) are chosen to meet the budget. None: the rules stand as they are.
       mixed: how a budget is spent where calibration is given: "none": one (g, num_codes) for all; "kernel": one for
         q_proj in all blocks, one for k_proj and so on; "matrix": one for every matrix, which is compiled block by
-        block. The choice is by measured sensitivity of the model's loss; so far it is no better (docs/experiments.md).
+        block. The choice is by measured sensitivity of the model's loss.
       share: which kernels of a block have one codebook in common: "none"; "site": those that read the same input (q, k
         and v; gate and up); "block": all; as far as their rules give them one (g, num_codes, axis). Worth its while
-        where codebooks are large beside their matrices (docs/experiments.md); not with `mixed`.
+        where codebooks are large beside their matrices (docs/experiments.md).
       export: the form the result is meant for: "aqlm" restricts a budget, and refuses rules, to what an AQLM
         checkpoint can hold: one (g, num_codes) and axis for all matrices, g dividing every cut axis.
       iterations: Lloyd iterations, >= 0 (paper: 20).
@@ -109,13 +109,10 @@ class ClusterSettings:
         _require(len(self.rules) > 0, "rules", self.rules, "at least one rule")
         _require(self.mixed in ("none", "kernel", "matrix"), "mixed", self.mixed, "'none', 'kernel' or 'matrix'")
         _require(self.share in ("none", "site", "block"), "share", self.share, "'none', 'site' or 'block'")
-        _require(
-            self.share == "none" or self.mixed == "none",
-            "share",
-            self.share,
-            f"'none' where mixed is {self.mixed!r}, which cuts kernels differently",
-        )
         _require(self.export in ("any", "aqlm"), "export", self.export, "'any' or 'aqlm'")
+        if self.mixed != "none":
+            _require(self.bits is not None, "mixed", self.mixed, "'none' without a budget to spend (bits)")
+            _require(self.export == "any", "mixed", self.mixed, "'none' where export is 'aqlm', which has one setting")
         _require(self.iterations >= 0, "iterations", self.iterations, "0 or more")
         _require(math.isfinite(self.damping) and self.damping > 0, "damping", self.damping, "above 0")
         _require_finite("outlier_limit", self.outlier_limit, low=0.0)
@@ -138,7 +135,7 @@ class ClusterSettings:
     @property
     def uneven(self) -> bool:
         """Whether a budget is spent by sensitivities, where calibration tells them."""
-        return self.bits is not None and self.mixed != "none" and self.export == "any"
+        return self.mixed != "none"
 
     @property
     def corrects(self) -> bool:

@@ -4,6 +4,7 @@ A codebook of many codes costs a small model more than its indices gain; kernels
 """
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,7 +51,8 @@ def fit_shared(
 ) -> dict[str, SharedStart]:
     """Returns {path: what it begins with} of kernels that share a codebook, the first of which owns it.
 
-    An error counts as a share of its own kernel's weighted energy, so that no kernel is lost among larger numbers.
+    An error counts as a share of its own kernel's mean weighted square, so that no kernel is lost among larger numbers
+    and every weight counts alike.
 
     Args:
       kernels: {path: [d_in, d_out]}, the owner first.
@@ -62,6 +64,7 @@ def fit_shared(
     Raises:
       InputError: weights that are not finite.
     """
+    began = time.monotonic()
     vectors, weights = [], []  # on the host: on the device lies one kernel, and later all that k-means needs
     for path, kernel in kernels.items():
         own = np.array(to_vectors(jnp.asarray(kernel), g=rule.g, axis=rule.axis))
@@ -82,7 +85,5 @@ def fit_shared(
     codebook = np.array(cb.round_codebook(codes, settings.codebook_dtype))
     first = next(iter(kernels))
     parts = np.split(np.array(index), np.cumsum(sizes)[:-1])
-    return {
-        path: SharedStart(None if path == first else first, codebook, part)
-        for path, part in zip(kernels, parts, strict=True)
-    }
+    starts = {path: SharedStart(first, codebook, part, 0.0) for path, part in zip(kernels, parts, strict=True)}
+    return starts | {first: starts[first]._replace(owner=None, seconds=time.monotonic() - began)}

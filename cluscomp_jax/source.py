@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -69,10 +70,19 @@ def run_fingerprint(
         "model": _digest(repr(model_config)),
         "weights": source.fingerprint(),
         "device": jax.devices()[0].device_kind,
+        "number of CPU threads": str(_cpu_threads()),
         **{f"version of {name}": number for name, number in version.versions().items()},
         **{name: "none" if digest is None else digest for name, digest in inputs.items()},
     }
     return Fingerprint(parts)
+
+
+def _cpu_threads() -> int:
+    """Returns in how many parts XLA cuts its work on a CPU, by which sums are rounded; 0 for other devices."""
+    if jax.default_backend() != "cpu":
+        return 0
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(os.environ.get("NPROC") or usable)
 
 
 class BlockSink(Protocol):

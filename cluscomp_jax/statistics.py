@@ -26,12 +26,12 @@ class Batch(NamedTuple):
     weights: jax.Array | None = None
 
 
-def channel_moments(model: Model, kind: Hashable, block: Params, batches: Iterable[jax.Array]) -> dict[str, jax.Array]:
+def channel_moments(model: Model, kind: Hashable, block: Params, batches: Iterable[Batch]) -> dict[str, jax.Array]:
     """Returns {block-relative kernel path: E[x_i^2] float32 [d_in]} over all positions of all batches.
 
     Args:
       block: parameters of the block, block-relative paths.
-      batches: inputs [b, t, d] of the block, the stream whose moments are wanted.
+      batches: inputs of the block, of which the compressed stream's count.
 
     Raises:
       ValueError: no batch.
@@ -66,7 +66,7 @@ def site_moments(
     return SiteMoments(**_means(batches, partial(_add_pair, original=original, **fixed)))
 
 
-def _means(batches: Iterable[Any], add: Callable[[Any, Any], dict[str, jax.Array]]) -> dict[str, jax.Array]:
+def _means(batches: Iterable[Batch], add: Callable[[Any, Batch], dict[str, jax.Array]]) -> dict[str, jax.Array]:
     """Returns the sums that `add(sums or None, batch)` makes over all batches, divided by the number of positions."""
     sums: dict[str, jax.Array] | None = None
     positions = 0
@@ -74,8 +74,7 @@ def _means(batches: Iterable[Any], add: Callable[[Any, Any], dict[str, jax.Array
         # Else batches that nothing has begun to add would fill the device.
         jax.block_until_ready(sums)  # type: ignore[no-untyped-call]
         sums = add(sums, batch)
-        x = batch.x if isinstance(batch, Batch) else batch
-        positions += x.shape[0] * x.shape[1]
+        positions += batch.x.shape[0] * batch.x.shape[1]
     if sums is None:
         raise ValueError("no batches to take the moments of")
     means: dict[str, jax.Array] = divide(sums, positions)
@@ -90,13 +89,14 @@ def divide(sums: dict[str, jax.Array], count: jax.Array) -> dict[str, jax.Array]
 
 @partial(jax.jit, static_argnames=("model", "kind"), donate_argnames="sums")
 def _add_squares(
-    sums: dict[str, jax.Array] | None, x: jax.Array, *, model: Model, kind: Hashable, block: Params
+    sums: dict[str, jax.Array] | None, batch: Batch, *, model: Model, kind: Hashable, block: Params
 ) -> dict[str, jax.Array]:
     def tap(site: str, value: jax.Array, residual: jax.Array | None) -> jax.Array:
-        total = jnp.sum(jnp.square(_rows(value)), axis=0)
+        rows = _rows(value)
+        total = jnp.sum(_weighted(rows, batch.weights) * rows, axis=0)
         return total if sums is None else sums[site] + total
 
-    return dict(model.block(block, x, kind=kind, tap=tap)[1])
+    return dict(model.block(block, batch.x, kind=kind, tap=tap)[1])
 
 
 @partial(jax.jit, static_argnames=("model", "kind", "site"), donate_argnames="sums")

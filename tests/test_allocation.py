@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluscomp_jax import allocation
-from cluscomp_jax.allocation import allocate_unevenly
+from cluscomp_jax.allocation import allocate_unevenly, check_reachable, tempered
 from cluscomp_jax.codebook import stored_bits
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.rules import allocate, predicted_distortion
@@ -24,12 +24,17 @@ LARGE = {
     f"layers/{i}/{name}/kernel": shape for i in range(4) for name, shape in (("q", (512, 512)), ("up", (512, 2048)))
 }
 ANY = CompressionRule()
+POOLS = (None, {path: path.split("/")[1] for path in SHAPES})
 
 
-def spent(shapes, rules):
-    bits = sum(
-        stored_bits(shapes[path], g=rule.g, num_codes=rule.num_codes, axis=rule.axis) for path, rule in rules.items()
-    )
+def spent(shapes, rules, pools=None):
+    """Bits per weight, a codebook counted once for all of a pool that are cut alike."""
+    bits, seen = 0, set()
+    for path, rule in rules.items():
+        codebook = (path if pools is None else pools[path], rule.g, rule.num_codes)
+        cut = {"g": rule.g, "num_codes": rule.num_codes, "axis": rule.axis}
+        bits += stored_bits(shapes[path], **cut, own=codebook not in seen)
+        seen.add(codebook)
     return bits / sum(math.prod(shape) for shape in shapes.values())
 
 
@@ -37,29 +42,59 @@ def predicted(rules, sensitivities):
     return sum(sensitivities[path] * predicted_distortion(rule.g, rule.num_codes) for path, rule in rules.items())
 
 
+@pytest.mark.parametrize("pools", POOLS, ids=["own", "shared"])
 @pytest.mark.parametrize("bits", [1.3, 2.0, 3.1])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_no_other_choice_within_the_budget_predicts_less(monkeypatch, bits, seed):
+def test_no_other_choice_within_the_budget_predicts_less(monkeypatch, bits, seed, pools):
     """Every combination of a few settings, tried out."""
     monkeypatch.setattr(allocation, "_BY_HEART", 0.0)
     monkeypatch.setattr(allocation, "_GROUPS", (1, 2, 3, 4))
     monkeypatch.setattr(allocation, "_INDEX_BITS", range(2, 6))
-    sensitivities = {path: 10.0 ** ((i * 7 + seed * 3) % 5) for i, path in enumerate(SHAPES)}
-    found = allocate_unevenly(SHAPES, sensitivities, bits, like=ANY, by_kernel=False)
-    assert spent(SHAPES, found) <= bits
+    monkeypatch.setattr(allocation, "_LEAST", 0.0)
+    monkeypatch.setattr(allocation, "_ABOVE", math.inf)
+    costs = {path: 10.0 ** ((i * 7 + seed * 3) % 5) for i, path in enumerate(SHAPES)}
+    found = allocate_unevenly(SHAPES, costs, bits, like=ANY, by_kernel=False, pools=pools)
+    assert spent(SHAPES, found, pools) <= bits
     offers = [CompressionRule(g=g, num_codes=2**width) for g in range(1, 5) for width in range(2, 6)]
     least = math.inf
     for rules in itertools.product(offers, repeat=len(SHAPES)):
         chosen = dict(zip(SHAPES, rules, strict=True))
-        if spent(SHAPES, chosen) <= bits:
-            least = min(least, predicted(chosen, sensitivities))
-    assert predicted(found, sensitivities) == pytest.approx(least, rel=1e-5)
+        if spent(SHAPES, chosen, pools) <= bits:
+            least = min(least, predicted(chosen, costs))
+    assert predicted(found, costs) == pytest.approx(least, rel=1e-4)
+
+
+def test_sharing_leaves_more_of_a_budget_for_indices():
+    costs = {path: float(math.prod(shape)) for path, shape in SHAPES.items()}
+    own, shared = (allocate_unevenly(SHAPES, costs, 3.0, like=ANY, by_kernel=False, pools=pools) for pools in POOLS)
+    assert predicted(shared, costs) < 0.98 * predicted(own, costs)
+    assert spent(SHAPES, shared, POOLS[1]) <= 3.0 < spent(SHAPES, shared, None)
 
 
 def test_many_codes_for_few_vectors_are_worth_more_than_theory_says():
-    few, many = (allocation._on_matrices([(64, side)], 4, 256) for side in (256, 65536))
-    assert few < 0.9 * many
-    assert many == pytest.approx(predicted_distortion(4, 256), rel=1e-2)
+    """Two matrices of the same cost: the small one gains by codes what the large one does not."""
+    shapes = {"a/kernel": (64, 64), "b/kernel": (64, 65536)}
+
+    def predicted_loss(path, num_codes):
+        problem = allocation._Problem(shapes, dict.fromkeys(shapes, 1.0), [], {}, "out")
+        return allocation._predicted_loss(problem, [path], 4, num_codes)
+
+    assert predicted_loss("a/kernel", 256) < 0.9 * predicted_loss("b/kernel", 256)
+    assert predicted_loss("b/kernel", 256) == pytest.approx(predicted_distortion(4, 256), rel=1e-2)
+
+
+def test_no_matrix_gets_less_than_half_the_budget_or_much_more():
+    """Whatever it costs: there the prediction fails."""
+    costs = {path: 10.0 ** (8 * i) for i, path in enumerate(LARGE)}
+    found = allocate_unevenly(LARGE, costs, 2.6, like=ANY, by_kernel=False)
+    rates = [math.log2(rule.num_codes) / rule.g for rule in found.values()]
+    assert 1.3 <= min(rates) < 1.5
+    assert 3.5 < max(rates) <= 4.1
+
+
+def test_costs_are_roots_of_sensitivities_per_weight():
+    found = tempered({"a": 4.0, "b": 4.0, "c": 0.0}, {"a": (2, 8), "b": (32, 32), "c": (3, 3)})
+    assert found == {"a": 16 * math.sqrt(4 / 16), "b": 1024 * math.sqrt(4 / 1024), "c": 0.0}
 
 
 @given(bits=st.floats(0.6, 9.0), seed=st.integers(0, 1000), by_kernel=st.booleans())
@@ -89,4 +124,7 @@ def test_what_counts_more_gets_more_bits_and_kernels_stay_together():
 
 def test_a_budget_that_nothing_reaches_names_the_least():
     with pytest.raises(InputError, match=r"bits is 0\.1; the least that mixed settings reach on this model is 0\.2"):
-        allocate_unevenly(LARGE, dict.fromkeys(LARGE, 1.0), 0.1, like=ANY, by_kernel=False)
+        check_reachable(LARGE, 0.1, axis="out", pools={path: path for path in LARGE})
+    check_reachable(LARGE, 0.27, axis="out", pools={path: path for path in LARGE})
+    found = allocate_unevenly(LARGE, dict.fromkeys(LARGE, 1.0), 0.27, like=ANY, by_kernel=False)
+    assert spent(LARGE, found) <= 0.27

@@ -1,6 +1,7 @@
 """Every wrong input ends with one line that names it, exit code 2, and nothing written."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,6 +188,24 @@ def test_windows_beyond_the_context_are_measured_and_said(
     assert "--context 48 is more than the model's own context of 32" in capsys.readouterr().err
     assert main([*argv, "--context", "24"]) == 0
     assert "own context" not in capsys.readouterr().err
+
+
+def test_what_a_compression_will_be_like_is_said_before_it_begins(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    """More codes than the matrices are worth; samples and windows beyond the context."""
+    model = write_model(tmp_path / "short", max_position_embeddings=32)
+    text = str(folder / "text.txt")
+    argv = ["compress", str(model), "--no-tuning", "--g", "4", "--evaluate", text, "--context", "48"]
+    assert main([*argv, "--num-codes", "4000", "--tokens", "48", "--out", str(tmp_path / "o")]) == 0
+    said = capsys.readouterr().err
+    assert re.search(r"\d\d\.\d bits per weight: the codebooks weigh more than the matrices", said)
+    assert "--context 48 is more than the model's own context of 32" in said
+    few = ["--num-codes", "4", "--calibration", text, "--samples", "1", "--length", "40"]
+    assert main(["compress", str(model), "--no-tuning", "--g", "4", *few, "--out", str(tmp_path / "p")]) == 0
+    said = capsys.readouterr().err
+    assert "--length 40 is more than the model's own context of 32" in said
+    assert "weigh more" not in said
 
 
 def test_an_empty_prompt(capsys: pytest.CaptureFixture[str], folder: Path) -> None:

@@ -104,6 +104,17 @@ def test_one_scale_of_all_rows_goes_into_the_codebook(
     np.testing.assert_array_equal(kernel.index, original.index)
 
 
+def test_a_scale_that_codes_do_not_bear_is_refused(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    model = rescaled(folder / "aqlm", tmp_path / "m", lambda scales: scales * 0 + np.float16(6.5e4))
+    large = load_file(model / "model.safetensors")
+    large |= {name: array * np.float16(20) for name, array in large.items() if name.endswith(".codebooks")}
+    save_file(large, model / "model.safetensors")
+    assert "beyond the range of float16" in refuse(capsys, ["import", str(model), "--out", str(tmp_path / "back")])
+    assert not (tmp_path / "back").exists()
+
+
 def test_scales_of_single_rows_are_refused_or_stored_decoded(
     capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
 ) -> None:

@@ -92,7 +92,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "mixed without text": ({"mixed": "matrix", "bits": 2.0}, "--mixed matrix has no effect without --calibration"),
     "mixed without a budget": (
         {"mixed": "matrix", "calibration": "t"},
-        "--mixed matrix has no effect without a budget",
+        "mixed is 'matrix'; it must be 'none' without a budget",
     ),
     "mixed and unweighted": (
         {"mixed": "kernel", "bits": 2.0, "calibration": "t", "unweighted": True},
@@ -100,7 +100,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "mixed for aqlm": (
         {"mixed": "kernel", "bits": 2.0, "calibration": "t", "export": "aqlm"},
-        "--mixed kernel, but AQLM has one setting",
+        "mixed is 'kernel'; it must be 'none' where export is 'aqlm'",
     ),
     "text that nothing reads": (
         {"calibration": "t", "unweighted": True, "no_tuning": True},

@@ -50,5 +50,15 @@ def test_dead_inputs_keep_the_weights() -> None:
     weight = drifted(residual=False)[0]
     nothing = SiteMoments(jnp.zeros((12, 12)), drift=jnp.zeros((12, 12)))
     np.testing.assert_array_equal(corrected(jnp.asarray(weight), nothing, ridge=0.3), weight)
+
+
+def test_a_ridge_that_is_too_little_is_raised_and_moments_that_are_none_are_refused() -> None:
+    weight = drifted(residual=False)[0]
+    few = np.random.default_rng(1).standard_normal((3, 12)).astype(np.float32) * 1e3  # of rank 3
+    moments = SiteMoments(jnp.asarray(few.T @ few / 3), drift=jnp.asarray(-0.5 * few.T @ few / 3))
+    moved, expected = (corrected(jnp.asarray(weight), moments, ridge=ridge) for ridge in (1e-9, 1e-4))
+    assert np.linalg.norm(moved - weight) > 0.1
+    np.testing.assert_allclose(few @ moved, few @ expected, rtol=1e-2, atol=1.0)
     broken = SiteMoments(jnp.full((12, 12), jnp.nan), errors=jnp.zeros((12, 7)))
-    np.testing.assert_array_equal(corrected(jnp.asarray(weight), broken, ridge=0.3), weight)
+    with pytest.raises(FloatingPointError, match=r"12 channels cannot be factorised even with a ridge of 3000\.0"):
+        corrected(jnp.asarray(weight), broken, ridge=0.3)

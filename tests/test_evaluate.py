@@ -76,6 +76,12 @@ def test_bad_input_is_named(params, tokens, context, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"batch_size": -1}, {"dtype": "int32"}])
+def test_an_argument_out_of_its_range_is_named(params, tokens, wrong):
+    with pytest.raises(InputError, match=f"{next(iter(wrong))} is "):
+        perplexity(params, tokens, CONFIG, context=100, **wrong)
+
+
 def test_a_tree_with_the_wrong_number_of_blocks_is_refused(params, tokens):
     deeper = dataclasses.replace(CONFIG, num_hidden_layers=3, layer_types=())
     with pytest.raises(InputError, match="2 blocks, the model config says 3"):

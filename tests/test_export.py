@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from export_models import coded, decoded, make_params, save
+from export_models import Run, coded, decoded, make_params, save
 from flax.serialization import msgpack_restore
+from io_models import config_fields
 from safetensors import safe_open
 
 from cluscomp_jax import trees
@@ -17,7 +18,8 @@ from cluscomp_jax.codebook import CodebookArray
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.export import export_checkpoint, flax_trees
 from cluscomp_jax.io.aqlm_source import AqlmSource
-from cluscomp_jax.io.checkpoint import CheckpointSource, open_checkpoint
+from cluscomp_jax.io.checkpoint import CheckpointSource, open_checkpoint, save_checkpoint
+from cluscomp_jax.llama import parse_config
 from cluscomp_jax.source import load_all
 
 COMPANIONS = {"README.md", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -286,6 +288,27 @@ def test_a_folder_that_holds_anything_is_left_alone(divisible: CheckpointSource,
     with pytest.raises(InputError, match="not empty"):
         export_checkpoint(divisible, tmp_path, "dense")
     assert [entry.name for entry in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("form", ["dense", "flax"])
+def test_of_a_tokenizers_folder_only_its_files_are_taken(tmp_path: Path, form: Any) -> None:
+    def tokenizer(folder: Path) -> None:
+        for name in ("tokenizer.json", "config.json", "model.safetensors", "README.md"):
+            (folder / name).write_text("not ours")
+
+    params, run = make_params(), Run(parse_config(config_fields()))
+    save_checkpoint(tmp_path / "c", params, run, tokenizer=tokenizer)
+    export_checkpoint(open_checkpoint(tmp_path / "c"), tmp_path / "e", form)
+    held = {path.name for path in (tmp_path / "e").rglob("*") if path.read_bytes() == b"not ours"}
+    assert held == {"tokenizer.json"}
+
+
+def test_what_is_not_finite_is_not_exported(tmp_path: Path) -> None:
+    params = make_params()
+    params["model"]["norm"]["weight"] = np.full_like(params["model"]["norm"]["weight"], np.nan)
+    with pytest.raises(InputError, match="model/norm/weight: holds NaN or Inf"):
+        export_checkpoint(save(tmp_path / "c", params), tmp_path / "e", "dense")
+    assert not (tmp_path / "e").exists()
 
 
 def test_a_damaged_checkpoint_leaves_no_export(tmp_path: Path) -> None:

@@ -34,8 +34,8 @@ def brain_quantise(weight: np.ndarray, codes: np.ndarray, moments: np.ndarray, o
     inverse = np.linalg.inv(moments + 0.01 * np.mean(np.diag(moments)) * np.eye(len(order)))
     left, index = weight.astype(np.float64)[order], []
     for k in range(len(order)):
-        vectors = np.pad(left[k], (0, -len(left[k]) % g)).reshape(-1, g)
-        index.append(((vectors[:, None] - codes) ** 2).sum(-1).argmin(1))
+        pieces = [left[k, j : j + g] for j in range(0, len(left[k]), g)]
+        index.append(np.array([((piece - codes[:, : len(piece)]) ** 2).sum(-1).argmin() for piece in pieces]))
         error = left[k] - codes[index[-1]].reshape(-1)[: len(left[k])]
         left[k + 1 :] -= np.outer(inverse[1:, 0] / inverse[0, 0], error)
         inverse = inverse[1:, 1:] - np.outer(inverse[1:, 0], inverse[0, 1:]) / inverse[0, 0]

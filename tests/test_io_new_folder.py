@@ -97,3 +97,27 @@ def test_a_folder_filled_meanwhile_is_left_alone(tmp_path: Path) -> None:
         write()
     assert names(final) == ["theirs"]
     assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("marker", ["manifest.json", "run.json"])
+def test_no_folder_is_made_inside_a_checkpoint(tmp_path: Path, marker: str) -> None:
+    (tmp_path / "model/blocks").mkdir(parents=True)
+    (tmp_path / "model" / marker).write_text("{}")
+    with pytest.raises(InputError, match="lies in the checkpoint"), new_folder(tmp_path / "model/blocks/out"):
+        pass
+    assert names(tmp_path / "model/blocks") == []
+
+
+def test_a_link_is_followed_and_the_working_folder_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with new_folder(tmp_path / "link") as folder:
+        (folder / "a").write_text("whole")
+    assert names(tmp_path / "real") == ["a"]
+    assert names(tmp_path) == ["link", "real"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(InputError, match="is the folder you are in"), new_folder(Path(".")):
+        pass

@@ -69,7 +69,10 @@ def test_the_origin_names_sizes_and_digests(tmp_path, monkeypatch):
     expected = {"name": "tiny.gguf", "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
     assert open_model(path).origin == {"name": "tiny.gguf", "kind": "gguf", "files": [expected]}
     monkeypatch.setattr(opening, "_HASHED_BYTES", len(raw))
-    assert "sha256" not in open_model(path).origin["files"][0]
+    (sampled,) = open_model(path).origin["files"]
+    assert sampled.keys() == {"name", "bytes", "sampled_sha256"}
+    path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))  # another model of the same name and size
+    assert open_model(path).origin["files"] != [sampled]
 
 
 def test_a_hub_id_is_downloaded_without_pickles_and_code(tmp_path, monkeypatch):

@@ -28,6 +28,13 @@ def test_a_file_is_read_as_it_is(tmp_path, name):
     np.testing.assert_array_equal(text.load_tokens(tmp_path / name, Letters()), [ord(c) for c in words])
 
 
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    (tmp_path / "a.txt").write_text("words", encoding="utf-8-sig")
+    (tmp_path / "s.txt").write_text("12\n", encoding="utf-8-sig")
+    assert text.read_text(tmp_path / "a.txt") == "words"
+    assert text.read_starts(tmp_path / "s.txt").tolist() == [12]
+
+
 @pytest.mark.parametrize(
     ("name", "raw", "expected"),
     [
@@ -113,6 +120,13 @@ def test_a_bad_token_array_is_refused(tmp_path, array, expected):
         text.load_tokens(tmp_path / "t.npy", None, vocab_size=50)
 
 
+def test_an_archive_of_arrays_is_refused(tmp_path):
+    np.savez(tmp_path / "t.npz", a=np.arange(3))
+    (tmp_path / "t.npz").rename(tmp_path / "t.npy")
+    with pytest.raises(InputError, match="an archive of several arrays"):
+        text.load_tokens(tmp_path / "t.npy", None)
+
+
 @pytest.mark.parametrize("raw", [b"", b"no array", b"\x93NUMPY\x01\x00"])
 def test_a_damaged_token_array_is_refused(tmp_path, raw):
     (tmp_path / "t.npy").write_bytes(raw)
@@ -182,7 +196,13 @@ def test_starts_out_of_range_but_unused_do_not_matter():
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [("1\n2.5\n", "line 2: '2.5'"), ("-3\n", "line 1: '-3'"), ("\n\n", "holds no positions"), ("a b", "line 1")],
+    [
+        ("1\n2.5\n", "line 2: '2.5'"),
+        ("-3\n", "line 1: '-3'"),
+        ("9" * 30, "line 1: '9999"),
+        ("\n\n", "holds no positions"),
+        ("a b", "line 1"),
+    ],
 )
 def test_a_bad_starts_file_is_refused_by_line(tmp_path, content, expected):
     (tmp_path / "starts.txt").write_text(content)

@@ -114,7 +114,7 @@ def test_work_that_fails_still_waits_for_the_write_under_way() -> None:
 class InTurn:
     """Reads and writes in the thread of the work, as if there were no other."""
 
-    def __init__(self, source, _count=None, _clock=None):
+    def __init__(self, source, _count=None, _clock=None, _first=0):
         self.source = source
 
     def __enter__(self):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from functools import partial
+from typing import NamedTuple
 
 import chex
 import jax
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 import cluscomp_jax
-from cluscomp_jax import llama, trees
+from cluscomp_jax import llama, pipeline, trees
 from cluscomp_jax.cluster import cluster_matrix, matrix_key
 from cluscomp_jax.codebook import CodebookArray, validate
 from cluscomp_jax.config import RunConfig
@@ -18,7 +20,8 @@ from cluscomp_jax.model import build_model
 from cluscomp_jax.pipeline import compress, compress_stream, fingerprint
 from cluscomp_jax.preflight import rules_by_block
 from cluscomp_jax.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
-from cluscomp_jax.source import DictSink, as_source
+from cluscomp_jax.source import DictSink, DictSource, as_source, load_all
+from cluscomp_jax.trees import Params
 
 CONFIG = llama.LlamaConfig(
     vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
@@ -219,29 +222,36 @@ def test_the_fingerprint_changes_with_everything_the_result_depends_on(params):
     assert prints[0] == fingerprint(as_source(params, model), RUN, TOKENS.copy())
 
 
+class Judge(NamedTuple):
+    """The trained fixture, text to calibrate on and text that it never saw."""
+
+    config: llama.LlamaConfig
+    params: Params
+    tokens: np.ndarray
+    unseen: np.ndarray
+
+    def compress(self, cluster, tuning=None):
+        samples = CalibrationSettings(samples=32, length=128)
+        cfg = RunConfig(model=self.config, cluster=cluster, tuning=tuning, calibration=samples)
+        return compress(self.params, cfg, calibration=self.tokens)
+
+    def perplexity(self, params):
+        return cluscomp_jax.perplexity(params, self.unseen, self.config, context=128, batch_size=8).perplexity
+
+
 @pytest.fixture(scope="module")
-def trained(tiny_model):
+def judge(tiny_model, tiny_train_tokens, tiny_test_tokens):
     opened = cluscomp_jax.open_model(str(tiny_model))
-    from cluscomp_jax.source import load_all
-
-    return opened.config, load_all(opened.source, opened.model)
-
-
-def test_claims_on_held_out_text(trained, tiny_train_tokens, tiny_test_tokens):
-    """Each part of the method is worth its time: at equal bits, on text never seen, perplexity falls step by step."""
-    config, params = trained
-    rng = np.random.default_rng(0)
-    starts = rng.integers(0, len(tiny_train_tokens) - 128, 32)
+    starts = np.random.default_rng(0).integers(0, len(tiny_train_tokens) - 128, 32)
     tokens = np.stack([tiny_train_tokens[start : start + 128] for start in starts])
-    samples = CalibrationSettings(samples=32, length=128)
+    return Judge(opened.config, load_all(opened.source, opened.model), tokens, tiny_test_tokens[:8192])
 
-    def perplexity_of(params):
-        return cluscomp_jax.perplexity(params, tiny_test_tokens[:8192], config, context=128, batch_size=8).perplexity
+
+def test_claims_on_held_out_text(judge):
+    """Each part of the method is worth its time: at equal bits, on text never seen, perplexity falls step by step."""
 
     def score(cluster, tuning=None):
-        cfg = RunConfig(model=config, cluster=cluster, tuning=tuning, calibration=samples)
-        compressed = compress(params, cfg, calibration=tokens)
-        return perplexity_of(compressed)
+        return judge.perplexity(judge.compress(cluster, tuning))
 
     rule = CompressionRule(g=4, num_codes=64)
     alone = {"rules": (rule,), "iterations": 10, "correction": False, "sequential": False}
@@ -251,23 +261,85 @@ def test_claims_on_held_out_text(trained, tiny_train_tokens, tiny_test_tokens):
     refitted = score(ClusterSettings(**alone))
     corrected = score(ClusterSettings(rules=(rule,), iterations=10))
     tuned = score(ClusterSettings(rules=(rule,), iterations=10), TuningSettings())
-    assert perplexity_of(params) < tuned < corrected < refitted < fed_back < weighted < blind
+    assert judge.perplexity(judge.params) < tuned < corrected < refitted < fed_back < weighted < blind
 
 
-@pytest.mark.parametrize("mixed", ["kernel", "matrix"])
-def test_a_budget_spent_unevenly_is_kept_and_resumes_with_the_same_choice(params, tmp_path, mixed):
-    cluster = ClusterSettings(bits=4.0, mixed=mixed, iterations=2)
+def test_bits_spent_where_they_count_beat_even_ones_on_held_out_text(judge):
+    even = ClusterSettings(rules=(CompressionRule(g=4, num_codes=64),), iterations=10)
+    bits, perplexity = {}, {"original": judge.perplexity(judge.params)}
+    for name, cluster in (("even", even), ("mixed", ClusterSettings(bits=1.573, mixed="matrix", iterations=10))):
+        compressed = judge.compress(cluster)
+        bits[name] = cluscomp_jax.size_report(compressed).bits_per_weight
+        perplexity[name] = judge.perplexity(compressed)
+    assert bits["mixed"] <= 1.573
+    assert bits["even"] == pytest.approx(1.573, abs=1e-3)
+    excess = {name: np.log(perplexity[name] / perplexity["original"]) for name in bits}
+    assert 0 < excess["mixed"] < 0.85 * excess["even"]
+
+
+@pytest.mark.parametrize(("mixed", "share"), [("kernel", "none"), ("matrix", "block")])
+def test_a_budget_spent_unevenly_is_kept_and_resumes_with_the_same_choice(params, tmp_path, monkeypatch, mixed, share):
+    cluster = ClusterSettings(bits=4.4, mixed=mixed, share=share, iterations=2, refits=1)
     cfg = dataclasses.replace(RUN, cluster=cluster, tuning=None)
-    model, sink = build_model(CONFIG), DictSink()
-    summary = compress_stream(as_source(params, model), sink, cfg, calibration=TOKENS, work_dir=tmp_path)
-    assert summary.bits_per_weight <= 4.0
+    model, sink = build_model(CONFIG), FoldersSink(fail_at=2)
+    go = partial(compress_stream, as_source(params, model), cfg=cfg, calibration=TOKENS)
+    whole = DictSink()
+    summary = go(whole, work_dir=tmp_path / "whole")
+    assert 4.0 < summary.bits_per_weight <= 4.4
     settings = {m["path"]: (m["g"], m["num_codes"]) for m in summary.matrices}
     of_q = {setting for path, setting in settings.items() if "q_proj" in path}
     assert len(set(settings.values())) > 1
     assert mixed == "matrix" or len(of_q) == 1
-    known = json.loads((tmp_path / "records" / "sensitivities.json").read_text())
+    known = json.loads((tmp_path / "whole" / "records" / "sensitivities.json").read_text())
     assert known.keys() == settings.keys()
     assert all(value > 0 for value in known.values())
+    with pytest.raises(KeyboardInterrupt):
+        go(sink, work_dir=tmp_path / "broken")
+    sink.fail_at = None
+    monkeypatch.setattr(pipeline, "sensitivities", None)  # they are not measured again
+    go(sink, work_dir=tmp_path / "broken", finished_blocks=2)
+    chex.assert_trees_all_equal(sink.params(model), whole.params(model))
+
+
+def test_a_mixed_budget_that_nothing_meets_is_told_before_sensitivities_are_measured(params, monkeypatch):
+    monkeypatch.setattr(pipeline, "sensitivities", None)
+    cfg = dataclasses.replace(RUN, cluster=ClusterSettings(bits=0.75, mixed="kernel"))
+    with pytest.raises(InputError, match=r"bits is 0\.75; the least that mixed settings reach on this model is"):
+        compress(params, cfg, calibration=TOKENS)
+
+
+def test_a_blind_run_is_resumed_without_reading_what_is_finished(params, tmp_path):
+    model, sink, read = build_model(CONFIG), FoldersSink(fail_at=1), []
+
+    class Source(DictSource):
+        def load_block(self, i):
+            read.append(i)
+            return super().load_block(i)
+
+    with pytest.raises(KeyboardInterrupt):
+        compress_stream(Source(params, model), sink, RUN, calibration=None, work_dir=tmp_path)
+    sink.fail_at = None
+    read.clear()
+    compress_stream(Source(params, model), sink, RUN, calibration=None, work_dir=tmp_path, finished_blocks=1)
+    assert read == [1, 2]
+    chex.assert_trees_all_equal(sink.params(model), compress(params, RUN))
+
+
+def test_what_cannot_be_clustered_is_named(params):
+    """Compressed or not finite kernels, and activations that leave the range of float16."""
+    model, path = build_model(CONFIG), "model/layers/1/mlp/up_proj/kernel"
+    flat = trees.flatten(params)
+    with pytest.raises(InputError, match=f"{path} is compressed already"):
+        compress(trees.unflatten(flat | {path: trees.flatten(compress(params, RUN))[path]}), RUN, calibration=TOKENS)
+    broken = DictSource(trees.unflatten(flat | {path: np.full((16, 24), np.nan)}), model)
+    with pytest.raises(InputError, match=f"{path} holds NaN or Inf"):
+        compress(broken, RUN, calibration=TOKENS)
+    large = trees.unflatten(flat | {path: 1e5 * np.asarray(flat[path])})
+    narrow = dataclasses.replace(RUN.tuning, compute_dtype="float16", activation_dtype="float16")
+    for feedback in (True, False):
+        cfg = dataclasses.replace(RUN, tuning=narrow, cluster=dataclasses.replace(RUN.cluster, feedback=feedback))
+        with pytest.raises(FloatingPointError, match=r"block 1: the inputs of .* are not finite in float16"):
+            compress(large, cfg, calibration=TOKENS)
 
 
 @pytest.mark.parametrize(

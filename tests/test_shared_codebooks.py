@@ -104,8 +104,23 @@ def test_kernels_that_are_cut_differently_do_not_share(params):
     by_path = dataclasses.replace(fine, pattern=r".*/mlp/(gate|up).*kernel")
     compressed = compress(params, sharing(dataclasses.replace(RUN, tuning=None), "block", rules=(by_path, RULE)))
     assert_tied(compressed, codebooks=4)
-    with pytest.raises(InputError, match=r"share is 'site'; it must be 'none' where mixed is 'kernel'"):
-        ClusterSettings(bits=3.0, mixed="kernel", share="site")
+
+
+def test_a_mixed_budget_counts_a_shared_codebook_once(params):
+    """What is chosen shares where it is cut alike, and is within a budget that codebooks of their own would exceed."""
+    run = dataclasses.replace(RUN, tuning=None)
+    compressed = compress(params, sharing(run, "block", bits=4.5, mixed="matrix"), calibration=TOKENS)
+    sizes = size_report(compressed)
+    assert 4.2 < sizes.bits_per_weight <= 4.5
+    owners = {owner(path, array) for path, array in coded(compressed).items()}
+    assert 2 <= len(owners) < 14  # of two blocks of seven kernels
+    assert_tied(compressed, codebooks=len(owners))
+    alone = compress(params, sharing(run, "none", bits=4.5, mixed="matrix"), calibration=TOKENS)
+    assert index_bits_of(alone) < index_bits_of(compressed)
+
+
+def index_bits_of(params) -> int:
+    return sum(array.index.size * index_bits(array.num_codes) for array in coded(params).values())
 
 
 @pytest.mark.parametrize(("share", "per_block"), [("site", 4), ("block", 1)])

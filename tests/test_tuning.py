@@ -66,7 +66,7 @@ def streams(tmp_path, dense):
 
 def test_moments_are_the_mean_squares_of_what_each_kernel_reads(dense, streams):
     inputs, _ = streams
-    moments = channel_moments(MODEL, KIND, dense, (jnp.asarray(x) for _, x in inputs.batches(4)))
+    moments = channel_moments(MODEL, KIND, dense, (Batch(jnp.asarray(x)) for _, x in inputs.batches(4)))
     seen = {}
     MODEL.block(dense, jnp.asarray(inputs.read(slice(0, 6))), kind=KIND, tap=lambda site, x, _: seen.update({site: x}))
     for site, paths in MODEL.sites.items():
@@ -236,15 +236,15 @@ def test_a_step_is_not_begun_before_the_last_but_one_is_done(compressed, streams
 def test_a_batch_of_statistics_is_not_added_before_the_last_is(streams):
     added = []
 
-    def add(sums, x):
+    def add(sums, batch):
         assert all(total.is_ready() for total in added), "batches pile up on the device"
-        total = jnp.sum(x) + takes_a_while(0.0 * x[0, 0, 0])
+        total = jnp.sum(batch.x) + takes_a_while(0.0 * batch.x[0, 0, 0])
         added.append(total if sums is None else sums["inputs"] + total)
         return {"inputs": jnp.copy(added[-1])}
 
-    batches = [jnp.asarray(x) for _, x in streams[0].batches(1)]
+    batches = [Batch(jnp.asarray(x)) for _, x in streams[0].batches(1)]
     means = statistics._means(batches, add)
-    np.testing.assert_allclose(means["inputs"], np.sum(np.asarray(batches)) / 60, rtol=1e-5)
+    np.testing.assert_allclose(means["inputs"], np.sum([batch.x for batch in batches]) / 60, rtol=1e-5)
 
 
 def test_vectors_take_a_tenth_of_the_step_of_codebooks(compressed, streams):

@@ -8,7 +8,7 @@ import numpy as np
 
 from cluscomp_jax.cli.arguments import DEFAULT_CONTEXT, CompressArguments
 from cluscomp_jax.cli.command_line import command_line
-from cluscomp_jax.cli.evaluate import describe, note_scratch
+from cluscomp_jax.cli.evaluate import describe, note_context, note_scratch
 from cluscomp_jax.cli.folder import Compressed, Measure, compress_to_folder
 from cluscomp_jax.cli.inputs import read_tokens, require_windows
 from cluscomp_jax.cli.outcome import Result, note
@@ -18,12 +18,14 @@ from cluscomp_jax.errors import InputError
 from cluscomp_jax.evaluate import perplexity
 from cluscomp_jax.io.open import OpenedModel, open_model
 from cluscomp_jax.io.text import calibration_samples, read_starts
-from cluscomp_jax.preflight import Rules, check_calibration, mixes, rules_by_block
+from cluscomp_jax.preflight import Rules, bits_per_weight, check_calibration, mixes, rules_by_block
 from cluscomp_jax.progress import Reporter
 from cluscomp_jax.report import format_bytes, format_table, stage_rows
 from cluscomp_jax.rules import describe as describe_rule
 from cluscomp_jax.sharding import make_sharding
 from cluscomp_jax.source import ParamSource
+
+_BITS_OF_THE_ORIGINAL = 16.0
 
 
 def run(arguments: CompressArguments) -> Result:
@@ -39,6 +41,11 @@ def run(arguments: CompressArguments) -> Result:
     if arguments.calibration is not None:
         calibration = read_calibration(opened, cfg, arguments.calibration)
         check_calibration(opened.model, cfg, calibration, by_block)
+    bits = bits_per_weight(opened.model, cfg, by_block)
+    if bits >= _BITS_OF_THE_ORIGINAL:
+        note(
+            f"{bits:.1f} bits per weight: the codebooks weigh more than the matrices; fewer codes, or --bits, save room"
+        )
     measure = None if arguments.evaluate is None else _measure(opened, arguments)
     note(f"{opened.name}: {_describe_rules(cfg, by_block, calibration)}; {_describe_stages(cfg, calibration)}")
     done = compress_to_folder(
@@ -60,6 +67,7 @@ def read_calibration(opened: OpenedModel, cfg: RunConfig, spec: str) -> np.ndarr
       InputError: the text or the starts cannot be read, or there are too few of either.
     """
     settings = cfg.calibration
+    note_context("--length", settings.length, opened)
     starts = None if settings.starts is None else read_starts(settings.starts)
     tokens = read_tokens(opened, spec, split="train")
     return calibration_samples(tokens, samples=settings.samples, length=settings.length, seed=cfg.seed, starts=starts)
@@ -70,6 +78,7 @@ def _measure(opened: OpenedModel, arguments: CompressArguments) -> Measure:
     tokens = read_tokens(opened, arguments.evaluate, first=arguments.tokens)
     context = DEFAULT_CONTEXT if arguments.context is None else arguments.context
     require_windows(arguments.evaluate, tokens, context)
+    note_context("--context", context, opened)
     note_scratch(len(tokens) // context, context, opened, "float32")
 
     def measure(source: ParamSource, reporter: Reporter) -> Any:

@@ -14,13 +14,13 @@ import numpy as np
 from cluscomp_jax.cli.arguments import EvaluateArguments
 from cluscomp_jax.cli.generate import stop_tokens
 from cluscomp_jax.cli.inputs import read_tokens, require_windows
-from cluscomp_jax.cli.outcome import Result, note
+from cluscomp_jax.cli.outcome import DONE, FAILED, Result, note
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.evaluate import Perplexity, perplexity
 from cluscomp_jax.exact_match import GSM8K_ANSWER, answer_pattern, exact_match
 from cluscomp_jax.generation import Decoder
 from cluscomp_jax.io.checkpoint import describe as describe_checkpoint
-from cluscomp_jax.io.evaluations import add_evaluation, stage_of
+from cluscomp_jax.io.evaluations import add_evaluation, read_evaluations, stage_of
 from cluscomp_jax.io.open import OpenedModel, open_model
 from cluscomp_jax.io.training_data import read_questions
 from cluscomp_jax.plan.setting import width
@@ -52,11 +52,11 @@ def _run_perplexity(arguments: EvaluateArguments) -> Result:
         )
     opened = open_model(arguments.model)
     stage = None if arguments.record is None else _stage(opened, Path(arguments.record))
+    if arguments.record is not None:
+        read_evaluations(Path(arguments.record))  # what cannot be added to is told before the work
     tokens = read_tokens(opened, arguments.text, first=arguments.tokens)
     require_windows(arguments.text, tokens, arguments.context)
-    most = getattr(opened.config, "max_position_embeddings", None)
-    if most is not None and arguments.context > most:
-        note(f"--context {arguments.context} is more than the model's own context of {most}; it may do badly there")
+    note_context("--context", arguments.context, opened)
     note_scratch(len(tokens) // arguments.context, arguments.context, opened, arguments.dtype)
     with console_reporter() as reporter:
         measured = perplexity(
@@ -76,7 +76,14 @@ def _run_perplexity(arguments: EvaluateArguments) -> Result:
         finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         file = add_evaluation(Path(arguments.record), {"stage": stage, **fields, "finished": finished})
         lines.append(f"noted as {stage!r} in {file}")
-    return Result("\n".join(lines), {**fields, "stage": stage})
+    return Result("\n".join(lines), {**fields, "stage": stage}, DONE if math.isfinite(measured.perplexity) else FAILED)
+
+
+def note_context(what: str, length: int, opened: OpenedModel) -> None:
+    """Says where windows or samples are longer than what the model was made for."""
+    most = getattr(opened.config, "max_position_embeddings", None)
+    if most is not None and length > most:
+        note(f"{what} {length} is more than the model's own context of {most}; it may do badly there")
 
 
 def note_scratch(windows: int, context: int, opened: OpenedModel, dtype: str) -> None:

@@ -63,8 +63,8 @@ def run(arguments: GenerateArguments) -> Result:
 def _refuse(arguments: GenerateArguments) -> None:
     if arguments.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {arguments.max_new_tokens}: it must be 1 or more")
-    if not 0 <= arguments.seed < 2**63:
-        raise InputError(f"--seed {arguments.seed}: it must be from 0 to 2**63-1")
+    if not 0 <= arguments.seed < 2**32:
+        raise InputError(f"--seed {arguments.seed}: it must be from 0 to 2**32-1")
     if not arguments.prompt:
         raise InputError("--prompt is empty; give at least one")
     if arguments.stream and len(arguments.prompt) > 1:

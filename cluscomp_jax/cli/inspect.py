@@ -51,7 +51,8 @@ def _summary(manifest: dict[str, Any], folder: Path) -> list[str]:
             f"entropy:    coding the indices would save at most {entropy_saving(recorded):.1%} of the matrices"
         )
     for name, measured in manifest["metrics"].get("perplexity", {}).items():
-        lines.append(f"perplexity: {measured['perplexity']:.4f} {name}")
+        value = measured["perplexity"]
+        lines.append(f"perplexity: {'not finite' if value is None else format(value, '.4f')} {name}")
     lines += [
         f"perplexity: {noted['perplexity']:.4f} {noted['stage']}, noted from {noted['text']} "
         f"in {noted['windows']} windows of {noted['context']}"

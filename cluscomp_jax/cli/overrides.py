@@ -11,7 +11,7 @@ from cluscomp_jax.settings import CalibrationSettings, ClusterSettings, Compress
 
 Settings = TypeVar("Settings", CompressionRule, CalibrationSettings, TuningSettings)
 _NEEDED_BY = {
-    "calibration": ("samples", "length", "starts", "epochs", "learning_rate", "unweighted", "mixed"),
+    "calibration": ("samples", "length", "starts", "epochs", "learning_rate", "unweighted"),
     "evaluate": ("context", "tokens"),
 }
 _NEED_TUNING = ("epochs", "learning_rate")
@@ -46,12 +46,11 @@ def run_config(arguments: CompressArguments) -> RunConfig:
         zstd=config.zstd or arguments.zstd,
     )
     asked = arguments.config or arguments.recipe
-    if arguments.mixed not in (None, "none") and changed.cluster.export == "aqlm":
+    if changed.cluster.uneven and arguments.calibration is None:
         raise InputError(
-            f"{_given(arguments, 'mixed')}, but AQLM has one setting for all matrices; leave one of them out"
+            f"{asked} spends a budget by measured sensitivity (mixed), which needs --calibration TEXT; --mixed none "
+            "for an even budget"
         )
-    if arguments.mixed is not None and changed.cluster.bits is None:
-        raise InputError(f"{_given(arguments, 'mixed')} has no effect without a budget; add --bits, or leave it out")
     if changed.tuning is not None and arguments.calibration is None:
         if asked is not None:
             raise InputError(
@@ -72,6 +71,10 @@ def _refuse_contradictions(arguments: CompressArguments) -> None:
             raise InputError(
                 f"{_given(arguments, name)} and --bits {arguments.bits}: the budget chooses both; leave one out"
             )
+    if arguments.mixed not in (None, "none") and arguments.calibration is None:
+        raise InputError(
+            f"{_given(arguments, 'mixed')} has no effect without --calibration TEXT; add that, or leave it out"
+        )
     if arguments.mixed not in (None, "none") and arguments.unweighted:
         raise InputError(f"{_given(arguments, 'mixed')} and --unweighted contradict each other; leave one out")
     for name in _NEED_TUNING:
@@ -101,13 +104,11 @@ def _cluster(arguments: CompressArguments, settings: ClusterSettings) -> Cluster
     }
     if arguments.unweighted:
         alone |= {"weighted": False, "feedback": False, "mixed": "none"}
-    own_codes = arguments.g is not None or arguments.num_codes is not None
-    return dataclasses.replace(
-        settings,
-        rules=rules,
-        bits=None if own_codes else settings.bits if arguments.bits is None else arguments.bits,
-        **alone,
-    )
+    if arguments.bits is not None:
+        alone["bits"] = arguments.bits
+    elif arguments.g is not None or arguments.num_codes is not None:
+        alone = {"mixed": "none", **alone, "bits": None}
+    return dataclasses.replace(settings, rules=rules, **alone)
 
 
 def _tuning(arguments: CompressArguments, settings: TuningSettings | None) -> TuningSettings | None:

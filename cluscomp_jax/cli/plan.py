@@ -1,6 +1,7 @@
 """`cluscomp plan`: what a run would need of a card that is not here, and whether it has it."""
 
 import dataclasses
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def run(arguments: PlanArguments) -> Result:
     cfg = dataclasses.replace(_settings(arguments), model=_model_config(arguments.model))
     finetune = _finetune(arguments, cfg)
     target = find_target(arguments.target)
+    if not 0 <= arguments.reserve_gib < math.inf:
+        raise InputError(f"--reserve-gib {arguments.reserve_gib}: it must be a number from 0")
     reserve = Reserve(arguments.memory_fraction, round(arguments.reserve_gib * GIB))
     settings: Any = jax.config
     settings.update("jax_platforms", "cpu")  # the compiler for CUDA is there all the same, and nothing runs

@@ -17,7 +17,7 @@ import numpy as np
 
 from cluscomp_jax.codebook import CodebookArray
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.export.walk import dense_array, ordered_entries, walk
+from cluscomp_jax.export.walk import copy_tokenizer, dense_array, ordered_entries, walk
 from cluscomp_jax.io import atomic, items, json_files
 from cluscomp_jax.io.checkpoint import CheckpointSource
 from cluscomp_jax.io.leaves import DTYPES, Entry, MatrixEntry
@@ -181,9 +181,7 @@ def _decoded_entries(
 
 def _write_config(source: CheckpointSource, folder: Path) -> None:
     (folder / "config.json").write_text(json_files.dumps(source.manifest.model_config), encoding="utf-8")
-    if source.tokenizer_path is not None:
-        for file in source.tokenizer_path.iterdir():
-            shutil.copyfile(file, folder / file.name)
+    copy_tokenizer(source, folder)
 
 
 def _dense_bytes(entry: Entry, dtype: np.dtype[Any] | None) -> int:

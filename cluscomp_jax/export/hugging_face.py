@@ -3,7 +3,6 @@
 Knows the folder's files and their order; the AQLM scheme is `aqlm`'s.
 """
 
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 
 from cluscomp_jax.codebook import CodebookArray
 from cluscomp_jax.export import aqlm
-from cluscomp_jax.export.walk import dense_array, ordered_entries, walk
+from cluscomp_jax.export.walk import copy_tokenizer, dense_array, ordered_entries, walk
 from cluscomp_jax.io import atomic, json_files, layout
 from cluscomp_jax.io.checkpoint import CheckpointSource
 from cluscomp_jax.io.leaves import DTYPES, Entry, MatrixEntry, TensorEntry
@@ -96,9 +95,7 @@ def _write_companions(source: CheckpointSource, folder: Path, fields: dict[str, 
     """Writes config.json, the tokenizer's files and generation_config.json."""
     config = {**source.manifest.model_config, **fields}
     (folder / "config.json").write_text(json_files.dumps(config), encoding="utf-8")
-    if source.tokenizer_path is not None:
-        for file in source.tokenizer_path.iterdir():
-            shutil.copyfile(file, folder / file.name)
+    copy_tokenizer(source, folder)
     if not (folder / _GENERATION_CONFIG).exists():
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         stops = {name: config[name] for name in names if config.get(name) is not None}

@@ -1,6 +1,8 @@
 """The parameters of a checkpoint one after the other, with one block in memory. Knows no format of export."""
 
+import shutil
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ from cluscomp_jax import codebook, trees
 from cluscomp_jax.codebook import CodebookArray
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.checkpoint import CheckpointSource
+from cluscomp_jax.io.checkpoint_writer import TOKENIZER_FILES
 from cluscomp_jax.io.leaves import Entry
 from cluscomp_jax.model import build_model
 
@@ -36,13 +39,23 @@ def walk(source: CheckpointSource, entries: Mapping[str, Entry]) -> Iterator[tup
         yield path, item.pop(name)
 
 
+def copy_tokenizer(source: CheckpointSource, folder: Path) -> None:
+    """Copies the files of the checkpoint's tokenizer, and nothing else that may lie beside them."""
+    if source.tokenizer_path is not None:
+        for name in TOKENIZER_FILES:
+            if (source.tokenizer_path / name).is_file():
+                shutil.copyfile(source.tokenizer_path / name, folder / name)
+
+
 def dense_array(path: str, leaf: Any, dtype: np.dtype[Any] | None) -> np.ndarray:
     """Returns a parameter as a plain array, decoded where it is compressed, in `dtype` (None: its own).
 
     Raises:
-      InputError: a value is beyond the range of `dtype`.
+      InputError: a value is not finite, or beyond the range of `dtype`.
     """
     array = np.asarray(codebook.decode(leaf) if isinstance(leaf, CodebookArray) else leaf)
+    if not np.isfinite(array).all():
+        raise InputError(f"{path}: holds NaN or Inf, which no export is made of")
     if dtype is None or array.dtype == dtype:
         return array
     with np.errstate(over="ignore"):

@@ -140,7 +140,9 @@ class AqlmSource:
         table = table[: int(unsigned.max()) + 1]  # what lies behind the last code in use is padding
         index = np.ascontiguousarray(unsigned.astype(codebook.index_dtype(len(table))))
         if (scales == scales[0]).all():
-            scaled = table if scales[0] == 1 else (table.astype(np.float32) * np.float32(scales[0])).astype(table.dtype)
+            scaled = (
+                table if scales[0] == 1 else _cast(table.astype(np.float32) * np.float32(scales[0]), table.dtype, path)
+            )
             return codebook.validate(CodebookArray(scaled, index, shape, self._scheme.axis), path)
         if not self._allow_dense:
             raise InputError(
@@ -149,7 +151,7 @@ class AqlmSource:
             )
         decoded = np.asarray(codebook.decode(CodebookArray(table, index, shape, self._scheme.axis)))
         rows = np.repeat(scales.astype(np.float32), groups[0])
-        return (decoded.astype(np.float32) * rows).astype(table.dtype)
+        return _cast(decoded.astype(np.float32) * rows, table.dtype, path)
 
     def _read(self, entry: Entry) -> np.ndarray:
         array = read_tensor(entry)
@@ -173,3 +175,13 @@ def _read_scheme(fields: Any, folder: Path) -> _Scheme:
             f"{folder}: groups of {out_group} x {in_group} weights; one side must be 1, the other at most {MAX_GROUP}"
         )
     return _Scheme("out" if out_group > 1 else "in", max(in_group, out_group), bits)
+
+
+def _cast(values: np.ndarray, dtype: np.dtype[Any], path: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        cast = values.astype(dtype)
+    if not np.isfinite(cast).all():
+        raise InputError(
+            f"{path}: scales take its weights to {np.abs(values).max():g}, beyond the range of {dtype.name}"
+        )
+    return cast

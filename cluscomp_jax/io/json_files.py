@@ -64,7 +64,9 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise InputError(f"{path}: {path.stat().st_size} bytes; at most {MAX_JSON_BYTES} are read")
-        fields = json.loads(path.read_bytes(), object_pairs_hook=_distinct, parse_constant=_refuse_constant)
+        fields = json.loads(
+            path.read_bytes(), object_pairs_hook=_distinct, parse_constant=_refuse_constant, parse_float=_finite
+        )
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -81,6 +83,13 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) != len(pairs):
         raise ValueError(f"a key appears twice among {sorted(key for key, _ in pairs)[:8]}")
     return fields
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{digits} is beyond the range of a double")
+    return value
 
 
 def _refuse_constant(name: str) -> Any:

@@ -12,10 +12,19 @@ from pathlib import Path
 
 from cluscomp_jax.errors import InputError, RunError
 from cluscomp_jax.io import atomic
+from cluscomp_jax.io.manifest import MANIFEST_NAME
+from cluscomp_jax.io.run_folder import RUN_NAME
+
+_OF_A_CHECKPOINT = (MANIFEST_NAME, RUN_NAME)
 
 
 def require_free(final: Path) -> None:
-    """Raises InputError unless `final` is absent or an empty folder whose parent is a folder."""
+    """Raises InputError unless `final` is absent or an empty folder, in a folder that is no part of a checkpoint."""
+    inside = next((p for p in final.absolute().parents if any((p / name).exists() for name in _OF_A_CHECKPOINT)), None)
+    if inside is not None:
+        raise InputError(
+            f"{final}: lies in the checkpoint {inside}, which has no room for other files; choose another folder"
+        )
     if os.path.lexists(final):
         if not final.is_dir():
             raise InputError(f"{final}: is not a folder; choose another name")
@@ -35,11 +44,14 @@ def new_folder(final: Path) -> Iterator[Path]:
       final: absent, or an empty folder.
 
     Raises:
-      InputError: `final` is taken, cannot be written to, or is being written by another process.
+      InputError: `final` is taken or the working folder, cannot be written to, or is being written by another process.
       RunError: the disk is full or fails.
     """
     require_free(final)
-    aside = final.absolute().parent / f".{final.name}.partial"
+    final = final.resolve()
+    if Path.cwd().is_relative_to(final):
+        raise InputError(f"{final}: is the folder you are in, which would be replaced; name a folder inside it")
+    aside = final.parent / f".{final.name}.partial"
     try:
         lock = _claim(aside, final)
     except OSError as error:
@@ -48,7 +60,7 @@ def new_folder(final: Path) -> Iterator[Path]:
         yield aside
         atomic.sync_tree(aside)
         require_free(final)
-        atomic.publish(aside, final.absolute())
+        atomic.publish(aside, final)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
         if isinstance(error, InputError | RunError):

@@ -83,7 +83,7 @@ def read_text(spec: str | Path, *, split: Split = "test") -> str:
         raise InputError(f"text {str(spec)!r} is neither a file nor one of the data sets {', '.join(DATA_SETS)}")
     try:
         raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
     except (OSError, EOFError, zlib.error) as error:
@@ -146,6 +146,8 @@ def _read_token_array(path: Path) -> np.ndarray:
         array = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise InputError(f"{path} is not a whole .npy file: {error}") from None
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{path} is an archive of several arrays; token ids come as one .npy")
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         raise InputError(f"{path} holds {array.dtype} {list(array.shape)}; token ids are integers of one axis")
     if array.size and not 0 <= int(array.min()) <= int(array.max()) < 2**31:
@@ -167,14 +169,14 @@ def read_starts(path: str | Path) -> np.ndarray:
       InputError: no such file, a line that is no integer from 0 up, or no line at all.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"starts file {path} cannot be read: {error}") from None
     starts = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        if not line.strip().isdecimal():
+        if not line.strip().isdecimal() or len(line.strip()) > 18:
             raise InputError(f"{path} line {number}: {line.strip()[:40]!r} is no start position (an integer from 0)")
         starts.append(int(line))
     if not starts:

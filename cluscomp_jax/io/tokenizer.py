@@ -39,7 +39,7 @@ def _of_folder(spec: Path | str) -> Any:
     local = isinstance(spec, Path)
     try:
         return transformers().AutoTokenizer.from_pretrained(str(spec), trust_remote_code=False, local_files_only=local)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{spec}: no tokenizer could be loaded: {reason}") from None
 

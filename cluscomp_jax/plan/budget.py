@@ -1,5 +1,6 @@
 """How many samples pass through a block together: by tokens, or as many as a budget of device memory allows."""
 
+import dataclasses
 from collections.abc import Iterable
 
 from cluscomp_jax.config import RunConfig
@@ -37,6 +38,9 @@ def forward_batch(model: Model, cfg: RunConfig, shape: tuple[int, ...], place: P
     samples, length = shape
     if cfg.device_memory_gib is None:
         return max(1, _FORWARD_TOKENS // length)
+    # The tokens that there are, not those that a config would have cut from a text.
+    cfg = dataclasses.replace(cfg, calibration=dataclasses.replace(cfg.calibration, samples=samples, length=length))
+    assert cfg.device_memory_gib is not None
     usable = int(cfg.device_memory_gib * GIB)
     place = place or Place()
     batch = 1 << max(0, min(samples, max(1, _MOST_TOKENS // length)).bit_length() - 1)

@@ -70,13 +70,20 @@ def _without_feedback(setting: Setting) -> Iterator[Program]:
 
 def _squares(setting: Setting) -> Iterator[Program]:
     """Yields the mean squares of all input channels."""
-    dense, x = setting.dense(), setting.activations(setting.batch)
+    dense, batch = setting.dense(), _batch(setting)
     fixed = {"model": setting.model, "kind": setting.kind, "block": dense}
-    sums = setting.place.like(statistics._add_squares.trace(None, x, **fixed).out_info)
-    traced = statistics._add_squares.trace(sums, x, **fixed)
-    yield Program("statistics", "squares", traced, nbytes((dense, x, sums)), setting.passes)
+    sums = setting.place.like(statistics._add_squares.trace(None, batch, **fixed).out_info)
+    traced = statistics._add_squares.trace(sums, batch, **fixed)
+    yield Program("statistics", "squares", traced, nbytes((dense, batch, sums)), setting.passes)
     traced = statistics.divide.trace(sums, setting.place.array(dtype="int32"))
-    yield Program("statistics", "means of squares", traced, nbytes((dense, x, sums)), setting.blocks)
+    yield Program("statistics", "means of squares", traced, nbytes((dense, batch, sums)), setting.blocks)
+
+
+def _batch(setting: Setting, *, original: bool = False) -> Batch:
+    """Returns what statistics read at one time, `original`: of both streams."""
+    x, cluster_settings = setting.activations(setting.batch), setting.cfg.cluster
+    counted = cluster_settings.feedback and cluster_settings.outlier_limit > 0
+    return Batch(x, x if original else None, setting.place.array(*x.shape[:2]) if counted else None)
 
 
 def _shared_fits(setting: Setting, *, measured: bool = False) -> Iterator[Program]:
@@ -108,14 +115,11 @@ def _moments(setting: Setting, site: str, dense: Any, now: dict[str, Any]) -> An
     Args:
       now: {path: array} of the block as it is by now; what is still the same array as in `dense` is there once.
     """
-    x, positions = setting.activations(setting.batch), None
-    if setting.cfg.cluster.outlier_limit:
-        positions = setting.place.array(*x.shape[:2])
     fixed = {"model": setting.model, "kind": setting.kind, "site": site, "block": trees.unflatten(now)}
     add: Any = statistics._add_products
-    batch, live = Batch(x, None, positions), nbytes(now)
+    batch, live = _batch(setting, original=setting.cfg.cluster.corrects), nbytes(now)
     if setting.cfg.cluster.corrects:
-        add, batch, fixed = statistics._add_pair, Batch(x, x, positions), {**fixed, "original": dense}
+        add, fixed = statistics._add_pair, {**fixed, "original": dense}
         live += nbytes([leaf for path, leaf in trees.flatten(dense).items() if leaf is not now[path]])
     sums = setting.place.like(add.trace(None, batch, **fixed).out_info)
     live += nbytes((batch, batch, sums))  # the next batch is on its way

@@ -23,8 +23,8 @@ _GROUPS = (1, 2, 3, 4, 6, 8)
 """Weights per code that are offered: what lies between them or beyond buys less than half a percent."""
 _INDEX_BITS = range(2, 17)
 _LEAST, _ABOVE = 0.5, 1.5
-"""Index bits per weight that are offered: from this share of the budget to so many above it. With fewer, errors are as
-large as weights, of which a prediction to second order knows nothing (docs/experiments.md)."""
+"""Index bits per weight that are offered: from this share of the budget, unless codebooks leave less, to so many above.
+With fewer, errors are as large as weights, of which a prediction to second order knows nothing."""
 _BY_HEART = 2.0
 """Share of the error that is saved for every code per vector; measured: 2 to 4."""
 _ENOUGH = {"mip_rel_gap": 1e-3, "node_limit": 200}
@@ -71,38 +71,33 @@ def allocate_unevenly(
     Raises:
       ArithmeticError: no choice is within the budget; `check_reachable` tells before.
     """
-    units: dict[str, list[str]] = {}
-    for path in matrices:
-        units.setdefault(re.sub(r"(?<=/)\d+(?=/)", "*", path) if by_kernel else path, []).append(path)
-    problem = _Problem(matrices, costs, list(units.values()), pools or {path: path for path in matrices}, like.axis)
+    problem = _problem(matrices, by_kernel, pools, like.axis)
     return {
         path: CompressionRule(pattern=like.pattern, g=g, num_codes=num_codes, axis=like.axis)
-        for paths, (g, num_codes) in zip(problem.units, _least_cost(problem, bits), strict=True)
+        for paths, (g, num_codes) in zip(problem.units, _least_cost(problem, costs, bits), strict=True)
         for path in paths
     }
 
 
-def check_reachable(matrices: Shapes, bits: float, *, axis: Axis, pools: Mapping[str, str]) -> None:
+def check_reachable(
+    matrices: Shapes, bits: float, *, axis: Axis, by_kernel: bool, pools: Mapping[str, str] | None = None
+) -> None:
     """Raises InputError where `allocate_unevenly` has nothing to offer that is within the budget, whatever the costs.
 
     Args:
-      matrices, bits, pools: as there.
+      matrices, bits, by_kernel, pools: as there.
       axis: that is cut.
     """
-    offers = _offers(bits)
-    weights = sum(math.prod(shape) for shape in matrices.values())
-    problem = _Problem(matrices, {}, [[path] for path in matrices], pools, axis)
-    least = sum(min(_index_bits(problem, paths, *offer) for offer in offers) for paths in problem.units)
-    least += len(set(pools.values())) * min(16 * g * num_codes for g, num_codes in offers)
-    if least > bits * weights * (1.0 - _TOLERANCE):
-        reached = math.ceil(1000 * least / weights) / 1000
+    problem = _problem(matrices, by_kernel, pools, axis)
+    least = _least_bits(_system(problem, _offers(bits, least=0.0))) / _weights(matrices)
+    if least > bits * (1.0 - _TOLERANCE):
+        reached = math.ceil(1000 * least / (1.0 - 2 * _TOLERANCE)) / 1000
         raise InputError(f"bits is {bits}; the least that mixed settings reach on this model is {reached}")
 
 
-def _offers(bits: float) -> list[tuple[int, int]]:
-    """Returns every (g, num_codes) that is offered for a budget of so many bits per weight."""
-    least, most = _LEAST * min(bits, 8.0), bits + _ABOVE
-    return [(g, 2**width) for g in _GROUPS for width in _INDEX_BITS if least <= width / g <= most]
+def _offers(bits: float, *, least: float) -> list[tuple[int, int]]:
+    """Returns every (g, num_codes) with index bits per weight from `least` to the most for a budget of `bits`."""
+    return [(g, 2**width) for g in _GROUPS for width in _INDEX_BITS if least <= width / g <= bits + _ABOVE]
 
 
 class _Problem(NamedTuple):
@@ -110,55 +105,93 @@ class _Problem(NamedTuple):
 
     Attributes:
       matrices: {path: (d_in, d_out)}.
-      costs: {path: cost of an error}.
       units: the paths of those that get one choice, for every choice.
       pools: {path: pool} of those that share the codebook where they are given the same choice.
       axis: that is cut.
     """
 
     matrices: Shapes
-    costs: Mapping[str, float]
     units: Sequence[Sequence[str]]
     pools: Mapping[str, str]
     axis: Axis
 
 
-def _least_cost(problem: _Problem, bits: float) -> list[tuple[int, int]]:
-    """Returns (g, num_codes) of each unit: a multiple-choice knapsack, solved by branch and bound.
+def _problem(matrices: Shapes, by_kernel: bool, pools: Mapping[str, str] | None, axis: Axis) -> _Problem:
+    units: dict[str, list[str]] = {}
+    for path in matrices:
+        units.setdefault(re.sub(r"(?<=/)\d+(?=/)", "*", path) if by_kernel else path, []).append(path)
+    return _Problem(matrices, list(units.values()), pools or {path: path for path in matrices}, axis)
 
-    The unknowns, each 0 or 1: whether a unit takes an offer, unit by unit, then whether a pool has the codebook of an
-    offer, pool by pool. A unit takes one, and its pools have that codebook.
+
+class _System(NamedTuple):
+    """The problem in unknowns that are 0 or 1: whether a unit takes an offer, unit by unit; then whether a pool has the
+    codebook of an offer, pool by pool.
+
+    Attributes:
+      bits: of each unknown that is 1.
+      rules: a unit takes one offer, and its pools have that codebook.
     """
-    offers = _offers(bits)
+
+    bits: np.ndarray
+    rules: Sequence[LinearConstraint]
+
+
+def _system(problem: _Problem, offers: Sequence[tuple[int, int]]) -> _System:
     units, names = problem.units, list(dict.fromkeys(problem.pools[path] for path in problem.matrices))
-    loss = np.array([[_predicted_loss(problem, paths, *offer) for offer in offers] for paths in units])
-    index = np.array([[_index_bits(problem, paths, *offer) for offer in offers] for paths in units])
-    codebooks = np.tile([16 * g * num_codes for g, num_codes in offers], len(names))
-    needs = np.array(sorted({(u, names.index(problem.pools[path])) for u, paths in enumerate(units) for path in paths}))
-    one, each = np.ones(len(needs)), np.arange(len(needs))
-    per_unit = csr_array((one, (each, needs[:, 0])), shape=(len(needs), len(units)))
-    per_pool = csr_array((one, (each, needs[:, 1])), shape=(len(needs), len(names)))
+    number = {name: i for i, name in enumerate(names)}
+    needs = np.array(sorted({(u, number[problem.pools[path]]) for u, paths in enumerate(units) for path in paths}))
+    one, each, of_offers = np.ones(len(needs)), np.arange(len(needs)), eye_array(len(offers))
+    of_units = csr_array((one, (each, needs[:, 0])), shape=(len(needs), len(units)))
+    of_pools = csr_array((one, (each, needs[:, 1])), shape=(len(needs), len(names)))
     taken = kron(eye_array(len(units)), np.ones((1, len(offers))))
-    once = hstack([taken, csr_array((len(units), codebooks.size))])
-    had = hstack([kron(per_unit, eye_array(len(offers))), -kron(per_pool, eye_array(len(offers)))])
-    budget = math.floor(bits * sum(math.prod(shape) for shape in problem.matrices.values()))
-    spent = np.concatenate([index.ravel(), codebooks])
-    # In shares of the budget and of the loss: numbers of bits would be far apart from the ones beside them.
+    index = [_index_bits(problem, paths, *offer) for paths in units for offer in offers]
+    codebooks = [16 * g * num_codes for _ in names for g, num_codes in offers]
+    rules = [
+        LinearConstraint(hstack([taken, csr_array((len(units), len(codebooks)))]), 1, 1),
+        LinearConstraint(hstack([kron(of_units, of_offers), -kron(of_pools, of_offers)]), -np.inf, 0),
+    ]
+    return _System(np.array([*index, *codebooks], np.float64), rules)
+
+
+def _minimised(system: _System, objective: np.ndarray, budget: float | None) -> np.ndarray:
+    """Returns the unknowns, rounded, of nearly the least objective within a budget of bits, by branch and bound."""
+    # In shares of the budget: numbers of bits would be far apart from the ones beside them.
+    within = [] if budget is None else [LinearConstraint(system.bits[None] / budget, -np.inf, 1.0 - _TOLERANCE)]
     with _no_standard_output():
         solved = milp(
-            np.concatenate([loss.ravel() / (loss.sum() or 1.0), np.zeros(codebooks.size)]),
-            integrality=np.ones(spent.size),
+            objective,
+            integrality=np.ones(len(objective)),
             bounds=Bounds(0, 1),
-            constraints=[
-                LinearConstraint(once, 1, 1),
-                LinearConstraint(had, -np.inf, 0),
-                LinearConstraint(spent[None] / budget, -np.inf, 1.0 - _TOLERANCE),
-            ],
+            constraints=[*system.rules, *within],
             options=_ENOUGH,
         )
     if solved.x is None:
         raise ArithmeticError(f"the choice of codebooks was not solved: {solved.message}")
-    return [offers[c] for c in solved.x[: loss.size].reshape(loss.shape).argmax(axis=1)]
+    rounded: np.ndarray = np.round(solved.x)
+    return rounded
+
+
+def _least_bits(system: _System) -> float:
+    return float(system.bits @ _minimised(system, system.bits / system.bits.max(), None))
+
+
+def _least_cost(problem: _Problem, costs: Mapping[str, float], bits: float) -> list[tuple[int, int]]:
+    """Returns (g, num_codes) of each unit: a multiple-choice knapsack whose items share costs."""
+    budget = math.floor(bits * _weights(problem.matrices))
+    offers = _offers(bits, least=_LEAST * min(bits, 8.0))
+    system = _system(problem, offers)
+    if _least_bits(system) > budget * (1.0 - _TOLERANCE):  # codebooks take so much that indices must have less
+        offers = _offers(bits, least=0.0)
+        system = _system(problem, offers)
+    loss = np.array([[_predicted_loss(problem, costs, paths, *offer) for offer in offers] for paths in problem.units])
+    objective = np.zeros(len(system.bits))
+    objective[: loss.size] = loss.ravel() / (loss.sum() or 1.0)
+    chosen = _minimised(system, objective, budget)
+    return [offers[c] for c in chosen[: loss.size].reshape(loss.shape).argmax(axis=1)]
+
+
+def _weights(matrices: Shapes) -> int:
+    return sum(math.prod(shape) for shape in matrices.values())
 
 
 @contextlib.contextmanager
@@ -175,11 +208,13 @@ def _no_standard_output() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _predicted_loss(problem: _Problem, paths: Sequence[str], g: int, num_codes: int) -> float:
+def _predicted_loss(
+    problem: _Problem, costs: Mapping[str, float], paths: Sequence[str], g: int, num_codes: int
+) -> float:
     """Returns the sum of cost times distortion, less where vectors are so few that codes learn them by heart."""
     distortion = predicted_distortion(g, num_codes)
     return sum(
-        problem.costs[path] * distortion * max(0.5, 1.0 - _BY_HEART * num_codes * g / math.prod(problem.matrices[path]))
+        costs[path] * distortion * max(0.5, 1.0 - _BY_HEART * num_codes * g / math.prod(problem.matrices[path]))
         for path in paths
     )
 

@@ -267,7 +267,7 @@ class _Run:
         block, matrices = self.cluster(i, dense, self.rules[i], streams)
         block = jax.device_get(block)
         return_freed_memory()
-        if self.original is not None or self.augmented is not None:
+        if self.tuning is not None or (self.original is not None and i + 1 < self.model.num_blocks):
             dense = put_whole(dense, self.sharding)
             self._propagate_original(dense, kind)
         del dense
@@ -276,8 +276,10 @@ class _Run:
         record: dict[str, Any] = {"index": i}
         trained: Collection[str] = ()
         if self.tuning is not None and matrices:
-            trained = set(split_trainable(block, norms=self.tuning.norms)[0])
-            block, tuned = self._tune(i, block, kind)
+            changed, tuned = self._tune(i, block, kind)
+            if tuned.chosen_epoch:
+                block, trained = changed, set(split_trainable(block, norms=self.tuning.norms)[0])
+            del changed
             record |= dataclasses.asdict(tuned)
             if tuned.diverged:
                 self.reporter.warn(

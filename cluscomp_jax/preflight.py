@@ -80,10 +80,11 @@ def _within_budget(
     pools: Mapping[str, str],
 ) -> Rules:
     assert settings.bits is not None
-    if settings.uneven:
-        check_reachable(shapes, settings.bits, axis=rule.axis, pools=pools)
+    by_kernel = settings.mixed == "kernel"
+    if settings.uneven and sensitivities is None:
+        check_reachable(shapes, settings.bits, axis=rule.axis, by_kernel=by_kernel, pools=pools)
     if sensitivities is not None:
-        costs, by_kernel = tempered(sensitivities, shapes), settings.mixed == "kernel"
+        costs = tempered(sensitivities, shapes)
         return allocate_unevenly(shapes, costs, settings.bits, like=rule, by_kernel=by_kernel, pools=pools)
     groups = rules_of.groups_for_aqlm(shapes, axis=rule.axis) if settings.export == "aqlm" else rules_of.ALL_GROUPS
     codebooks = len(set(pools.values()))
@@ -118,8 +119,8 @@ def _check_aqlm(rules: Rules, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 def check_calibration(model: Model, cfg: RunConfig, calibration: np.ndarray, by_block: list[Rules]) -> None:
     """Raises InputError where calibration tokens do not fit the model or the settings."""
-    if calibration.ndim != 2 or calibration.shape[1] < 2:
-        raise InputError(f"calibration has shape {calibration.shape}; it must be [samples, length], length 2 or more")
+    if calibration.ndim != 2 or calibration.shape[0] < 1 or calibration.shape[1] < 2:
+        raise InputError(f"calibration has shape {calibration.shape}; it must be [samples, length], 1 and 2 at least")
     samples = calibration.shape[0]
     if cfg.tuning is not None:
         train = samples - cfg.tuning.held_out

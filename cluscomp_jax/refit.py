@@ -172,7 +172,7 @@ def least_squares_codebook(weight: jax.Array, codebook: jax.Array, index: jax.Ar
         lambda move: gathered(lambda piece: weighed(spread(move, piece))) + held * move,
         gathered(lambda piece: weighed(piece.weight - spread(start, piece))),
         M=lambda slope: inverse * slope,
-        tol=0.0,
+        tol=1e-6,  # where so few codes are that it ends early, another step would divide nothing by nothing
         maxiter=_STEPS,
     )[0]
     return start + solved

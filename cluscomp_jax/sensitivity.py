@@ -58,26 +58,42 @@ def sensitivities(
     stores[0].write(slice(0, len(tokens)), np.concatenate(embedded))
     kept: dict[str, float] = {}
     for i in range(model.num_blocks):
-        block, kind = _block(source, i), model.block_kind(i)
-        if damping is not None:
-            kept |= _named(model, i, _kept_by_feedback(model, kind, block, stores[-1], damping))
         stores.append(_store(work_dir, i + 1, stores[0].shape))
-        step = partial(run_block, block, model=model, kind=kind)
-        run_through(step, stores[-2], stores[-1], batch_size=1, dtype=jnp.dtype("float32"))
+        kept |= _forward(model, source, i, stores[-2], stores[-1], damping)
         reporter.advance()
     slopes = [_head_slope(rest, x, tokens[where], model=model) for where, x in stores[-1].batches(1)]
+    del rest
     stores.pop().delete()
     result: dict[str, float] = {}
     for i in reversed(range(model.num_blocks)):
-        block, kind = _block(source, i), model.block_kind(i)
-        totals: dict[str, jax.Array] = {}
-        for j, (_, x) in enumerate(stores[-1].batches(1)):
-            squares, slopes[j] = _block_slope(block, x, slopes[j], model=model, kind=kind)
-            totals = jax.tree.map(jnp.add, totals, squares) if totals else squares
+        totals = _backward(model, source, i, stores[-1], slopes)
         stores.pop().delete()
-        result |= _named(model, i, {path: float(total) / (2 * tokens.size) for path, total in totals.items()})
+        result |= _named(model, i, {path: total / (2 * tokens.size) for path, total in totals.items()})
         reporter.advance()
     return {path: value * kept.get(path, 1.0) for path, value in sorted(result.items())}
+
+
+def _forward(
+    model: Model, source: ParamSource, i: int, inputs: ActivationStore, outputs: ActivationStore, damping: float | None
+) -> dict[str, float]:
+    """Writes the outputs of block i; returns {path: share of an error that feedback leaves}, if there is feedback."""
+    block, kind = _block(source, i), model.block_kind(i)
+    step = partial(run_block, block, model=model, kind=kind)
+    run_through(step, inputs, outputs, batch_size=1, dtype=jnp.dtype("float32"))
+    return {} if damping is None else _named(model, i, _kept_by_feedback(model, kind, block, inputs, damping))
+
+
+def _backward(
+    model: Model, source: ParamSource, i: int, inputs: ActivationStore, slopes: list[jax.Array]
+) -> dict[str, float]:
+    """Returns {block-relative path: sum(F) mean(W^2) over all samples}; `slopes`, by block i's outputs, become those by
+    its inputs."""
+    block, kind = _block(source, i), model.block_kind(i)
+    totals: dict[str, jax.Array] = {}
+    for j, (_, x) in enumerate(inputs.batches(1)):
+        squares, slopes[j] = _block_slope(block, x, slopes[j], model=model, kind=kind)
+        totals = jax.tree.map(jnp.add, totals, squares) if totals else squares
+    return {path: float(total) for path, total in totals.items()}
 
 
 def scratch_bytes(num_blocks: int, shape: tuple[int, ...], width: int) -> int:

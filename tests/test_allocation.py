@@ -76,8 +76,8 @@ def test_many_codes_for_few_vectors_are_worth_more_than_theory_says():
     shapes = {"a/kernel": (64, 64), "b/kernel": (64, 65536)}
 
     def predicted_loss(path, num_codes):
-        problem = allocation._Problem(shapes, dict.fromkeys(shapes, 1.0), [], {}, "out")
-        return allocation._predicted_loss(problem, [path], 4, num_codes)
+        problem = allocation._Problem(shapes, [], {}, "out")
+        return allocation._predicted_loss(problem, dict.fromkeys(shapes, 1.0), [path], 4, num_codes)
 
     assert predicted_loss("a/kernel", 256) < 0.9 * predicted_loss("b/kernel", 256)
     assert predicted_loss("b/kernel", 256) == pytest.approx(predicted_distortion(4, 256), rel=1e-2)
@@ -124,7 +124,15 @@ def test_what_counts_more_gets_more_bits_and_kernels_stay_together():
 
 def test_a_budget_that_nothing_reaches_names_the_least():
     with pytest.raises(InputError, match=r"bits is 0\.1; the least that mixed settings reach on this model is 0\.2"):
-        check_reachable(LARGE, 0.1, axis="out", pools={path: path for path in LARGE})
-    check_reachable(LARGE, 0.27, axis="out", pools={path: path for path in LARGE})
-    found = allocate_unevenly(LARGE, dict.fromkeys(LARGE, 1.0), 0.27, like=ANY, by_kernel=False)
-    assert spent(LARGE, found) <= 0.27
+        check_reachable(LARGE, 0.1, axis="out", by_kernel=False)
+
+
+@pytest.mark.parametrize("pools", POOLS, ids=["own", "shared"])
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_what_is_said_to_be_the_least_is_reached_and_less_is_not(pools, by_kernel):
+    with pytest.raises(InputError) as error:
+        check_reachable(SHAPES, 0.2, axis="out", by_kernel=by_kernel, pools=pools)
+    least = float(str(error.value).split()[-1])
+    check_reachable(SHAPES, least, axis="out", by_kernel=by_kernel, pools=pools)
+    found = allocate_unevenly(SHAPES, dict.fromkeys(SHAPES, 1.0), least, like=ANY, by_kernel=by_kernel, pools=pools)
+    assert least - 0.002 < spent(SHAPES, found, pools) <= least

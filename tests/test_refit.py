@@ -139,3 +139,14 @@ def test_many_codes_are_refitted_by_their_trees() -> None:
         errors.append(output_error(weight, np.asarray(solved), index, moments))
         assert errors[-1] < start
     assert errors[0] == pytest.approx(errors[1], rel=0.05)
+
+
+def test_a_single_code_is_solved_for_and_stays() -> None:
+    """Conjugate gradients end in one step here; more of them have nothing left to divide."""
+    for seed in range(8):
+        weight, codes, moments = problem(16 + seed, 24, 4, 1)
+        index = jnp.zeros((16 + seed, 6), jnp.int32)
+        feedback = factorise(jnp.asarray(moments))
+        solved, _ = refit(jnp.asarray(weight), jnp.asarray(codes), index, feedback, rounds=10, forest=None, key=KEY)
+        once, _ = refit(jnp.asarray(weight), jnp.asarray(codes), index, feedback, rounds=1, forest=None, key=KEY)
+        np.testing.assert_allclose(solved, once, atol=2e-2)

@@ -21,7 +21,7 @@ demo:  ## compress a real 135M-parameter Llama and show what it cost and kept
 
 test:  ## the fast tests, against the wheel
 	$(PYTHON) scripts/make_venv.py .venv-test --group test
-	.venv-test/bin/pytest -n auto --dist loadgroup $(PYTEST_ARGS)
+	.venv-test/bin/pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 test-slow:  ## the tests that take minutes on a real model
 	$(PYTHON) scripts/make_venv.py .venv-slow --group test --bare-extra demo

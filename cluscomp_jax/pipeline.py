@@ -276,10 +276,8 @@ class _Run:
         record: dict[str, Any] = {"index": i}
         trained: Collection[str] = ()
         if self.tuning is not None and matrices:
-            changed, tuned = self._tune(i, block, kind)
-            if tuned.chosen_epoch:
-                block, trained = changed, set(split_trainable(block, norms=self.tuning.norms)[0])
-            del changed
+            trained = set(split_trainable(block, norms=self.tuning.norms)[0])
+            block, tuned = self._tune(i, block, kind)
             record |= dataclasses.asdict(tuned)
             if tuned.diverged:
                 self.reporter.warn(

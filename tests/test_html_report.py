@@ -21,8 +21,6 @@ from cluscomp_jax.html_report.page import write_report
 from cluscomp_jax.html_report.records import read_records
 from cluscomp_jax.io.checkpoint_writer import CheckpointWriter
 
-pytestmark = pytest.mark.xdist_group("html_report")  # or every worker would make the run
-
 OPTIONS = ["--samples", "4", "--length", "16", "--epochs", "1", "--g", "4", "--num-codes", "8"]
 FIGURES = {"sizes", "perplexity", "losses", "errors", "bits", "usage", "kurtosis", "stages"}
 _CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

@@ -11,7 +11,6 @@ from cluscomp_jax.errors import InputError
 from cluscomp_jax.settings import MeshSettings
 
 PROGRAM = Path(__file__).with_name("spread_runs.py")
-pytestmark = pytest.mark.xdist_group("spread_runs")  # or every worker would make the runs
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from cluscomp_jax.training import make_sharding
 
 MESHES = ("data", "fsdp", "tensor", "mixed")
 PROGRAM = Path(__file__).with_name("mesh_runs.py")
-pytestmark = pytest.mark.xdist_group("mesh_runs")  # or every worker would make the runs
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,8 @@ TABLES: dict[str, dict[str, Setting]] = {
         "2.63-tuned-64": (budget(2.63), 64, 512),
         "2.1-tuned-64": (budget(2.1), 64, 512),
         "2.63-mixed-16": (budget(2.63, mixed="matrix", tuned=False), 16, 512),
-        "3.3-tuned-64": (budget(3.3, mixed="matrix"), 64, 512),  # one (g, n) reaches only 3.05
+        "3.3-clustered-64": (budget(3.3, mixed="matrix", tuned=False), 64, 512),  # one (g, n) reaches only 3.05
+        "3.3-tuned-64": (budget(3.3, mixed="matrix"), 64, 512),
         "4.02-tuned-64": (budget(4.1), 64, 512),  # a codebook for every kernel; g=3 would be 4.39
         "4.1-tuned-64": (FOUR_BITS.read_text(), 64, 512),
         "4.1-mixed-64": (f'{budget(4.1, mixed="matrix")}\nshare = "block"', 64, 512),

@@ -1,5 +1,6 @@
 """Every wrong input ends with one line that names it, exit code 2, and nothing written."""
 
+import importlib.metadata
 import json
 import re
 from collections.abc import Callable
@@ -206,6 +207,11 @@ def test_what_a_compression_will_be_like_is_said_before_it_begins(
     said = capsys.readouterr().err
     assert "--length 40 is more than the model's own context of 32" in said
     assert "weigh more" not in said
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"cluscomp {importlib.metadata.version('cluscomp-jax')}\n"
 
 
 def test_an_empty_prompt(capsys: pytest.CaptureFixture[str], folder: Path) -> None:

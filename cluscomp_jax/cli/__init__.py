@@ -1,10 +1,12 @@
 """The `cluscomp` command: parse, call, print. Imports the heavy parts only once the arguments are known to be good."""
 
 import importlib
+import sys
 from collections.abc import Sequence
 
 import tyro
 
+from cluscomp_jax import _version
 from cluscomp_jax.cli import arguments as args
 from cluscomp_jax.cli.outcome import DONE, WRONG_INPUT, Result, run
 from cluscomp_jax.host_memory import keep_freed_memory, schedule_for_memory
@@ -32,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
       argv: arguments after the program's name; None: those of the process.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    if list(argv) == ["--version"]:
+        print(f"cluscomp {_version.versions().get('cluscomp-jax', 'that is not installed')}")
+        return DONE
     try:
         parsed: args.Command = tyro.cli(
             args.AnyCommand,  # type: ignore[arg-type]

@@ -13,6 +13,8 @@ Flag = Annotated[bool, FlagCreatePairsOff]
 Dtype = Literal["float32", "bfloat16", "float16"]
 DEFAULT_CONTEXT = 2048
 """Tokens per evaluation window."""
+DEFAULT_SHARD_GB = 5.0
+"""Tensors in one safetensors file."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -240,7 +242,7 @@ class ExportArguments(Common):
     """of all tensors of a decoded form; default: each in its own"""
     code_bits: Annotated[int | None, arg(metavar="INT")] = None
     """bits of an AQLM code; 16 with axis "in" and g of 8 or 16 is what aqlm's CUDA kernels run; default: the fewest"""
-    shard_gb: Annotated[float, arg(metavar="FLOAT")] = 5.0
+    shard_gb: Annotated[float, arg(metavar="FLOAT")] = DEFAULT_SHARD_GB
     """most gigabytes of tensors in one safetensors file"""
 
 

@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from cluscomp_jax.cli.arguments import ExportArguments
+from cluscomp_jax.cli.arguments import DEFAULT_SHARD_GB, ExportArguments
 from cluscomp_jax.cli.command_line import command_line
 from cluscomp_jax.cli.outcome import Result
 from cluscomp_jax.errors import InputError
@@ -18,6 +18,8 @@ def run(arguments: ExportArguments) -> Result:
     began = time.monotonic()
     if not 0 < arguments.shard_gb <= 1e6:
         raise InputError(f"--shard-gb {arguments.shard_gb}: it must be a number above 0, a million at most")
+    if arguments.shard_gb != DEFAULT_SHARD_GB and arguments.format not in ("dense", "aqlm"):
+        raise InputError(f"--shard-gb {arguments.shard_gb} has no effect on {arguments.format}; leave it out")
     out = Path(arguments.out)
     files = export_checkpoint(
         open_checkpoint(arguments.model),

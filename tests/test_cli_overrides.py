@@ -57,6 +57,7 @@ def test_every_option_reaches_its_setting() -> None:
     assert config_of(bits=2.0, calibration="t").cluster.mixed == "none"
     assert config_of(bits=2.0, mixed="kernel", calibration="t").cluster.mixed == "kernel"
     assert config_of(bits=2.0, unweighted=True, calibration="t").cluster.mixed == "none"
+    assert config_of(bits=2.0, mixed="none").cluster.mixed == "none"
     assert config_of(share="site").cluster.share == "site"
     assert config_of().cluster.share == "none"
 
@@ -89,7 +90,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "samples without text": ({"samples": 4}, "--samples 4 has no effect without --calibration"),
     "starts without text": ({"starts": "f"}, "--starts f has no effect without --calibration"),
     "weights without text": ({"unweighted": True}, "--unweighted has no effect without --calibration"),
-    "mixed without text": ({"mixed": "matrix", "bits": 2.0}, "--mixed matrix has no effect without --calibration"),
+    "mixed without text": (
+        {"mixed": "matrix", "bits": 2.0},
+        "mixed is 'matrix', which spends a budget by sensitivities",
+    ),
     "mixed without a budget": (
         {"mixed": "matrix", "calibration": "t"},
         "mixed is 'matrix'; it must be 'none' without a budget",

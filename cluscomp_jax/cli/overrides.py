@@ -48,8 +48,8 @@ def run_config(arguments: CompressArguments) -> RunConfig:
     asked = arguments.config or arguments.recipe
     if changed.cluster.uneven and arguments.calibration is None:
         raise InputError(
-            f"{asked} spends a budget by measured sensitivity (mixed), which needs --calibration TEXT; --mixed none "
-            "for an even budget"
+            f"mixed is {changed.cluster.mixed!r}, which spends a budget by sensitivities that are measured with "
+            "--calibration TEXT; add that, or --mixed none"
         )
     if changed.tuning is not None and arguments.calibration is None:
         if asked is not None:
@@ -71,10 +71,6 @@ def _refuse_contradictions(arguments: CompressArguments) -> None:
             raise InputError(
                 f"{_given(arguments, name)} and --bits {arguments.bits}: the budget chooses both; leave one out"
             )
-    if arguments.mixed not in (None, "none") and arguments.calibration is None:
-        raise InputError(
-            f"{_given(arguments, 'mixed')} has no effect without --calibration TEXT; add that, or leave it out"
-        )
     if arguments.mixed not in (None, "none") and arguments.unweighted:
         raise InputError(f"{_given(arguments, 'mixed')} and --unweighted contradict each other; leave one out")
     for name in _NEED_TUNING:

@@ -143,7 +143,8 @@ def test_the_stages_add_up_to_the_run(capsys: pytest.CaptureFixture[str], folder
     assert names[-3:] == ["evaluate compressed", "finish", "whole run"]
     assert set(names[:-1]) == fields["stages"].keys()
     total = sum(stage["seconds"] for name, stage in fields["stages"].items() if name not in (AHEAD, BEHIND))
-    assert 0.8 * fields["seconds"] < total <= fields["seconds"]
+    between = fields["seconds"] - total
+    assert 0 <= between < max(0.2 * fields["seconds"], 0.5)  # all of a run may take less than half a second
 
 
 def test_a_block_that_diverged_is_named(

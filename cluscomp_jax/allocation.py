@@ -1,11 +1,8 @@
 """Bits where they count: (g, num_codes) by matrix under one budget, of the least predicted loss."""
 
-import contextlib
 import math
-import os
 import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +13,7 @@ from cluscomp_jax.codebook import Axis, stored_bits
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.rules import predicted_distortion
 from cluscomp_jax.settings import CompressionRule
+from cluscomp_jax.silence import silenced
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -157,7 +155,7 @@ def _minimised(system: _System, objective: np.ndarray, budget: float | None) -> 
     """Returns the unknowns, rounded, of nearly the least objective within a budget of bits, by branch and bound."""
     # In shares of the budget: numbers of bits would be far apart from the ones beside them.
     within = [] if budget is None else [LinearConstraint(system.bits[None] / budget, -np.inf, 1.0 - _TOLERANCE)]
-    with _no_standard_output():
+    with silenced(1):  # HiGHS writes words of its own, whatever it is told
         solved = milp(
             objective,
             integrality=np.ones(len(objective)),
@@ -192,20 +190,6 @@ def _least_cost(problem: _Problem, costs: Mapping[str, float], bits: float) -> l
 
 def _weights(matrices: Shapes) -> int:
     return sum(math.prod(shape) for shape in matrices.values())
-
-
-@contextlib.contextmanager
-def _no_standard_output() -> Iterator[None]:
-    """Nothing reaches standard output meanwhile: HiGHS writes words of its own there, whatever it is told."""
-    sys.stdout.flush()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def _predicted_loss(

@@ -61,7 +61,7 @@ def test_no_other_choice_within_the_budget_predicts_less(monkeypatch, bits, seed
         chosen = dict(zip(SHAPES, rules, strict=True))
         if spent(SHAPES, chosen, pools) <= bits:
             least = min(least, predicted(chosen, costs))
-    assert predicted(found, costs) == pytest.approx(least, rel=1e-4)
+    assert predicted(found, costs) == pytest.approx(least, rel=1e-5)
 
 
 def test_sharing_leaves_more_of_a_budget_for_indices():

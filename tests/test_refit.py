@@ -64,8 +64,8 @@ def test_a_round_is_coordinate_descent(i: int, o: int, g: int) -> None:
     assert np.mean(np.asarray(better) == expected) > 0.98  # a vector between two codes may go to either
 
 
-@pytest.mark.parametrize(("outputs", "g"), [(64, 4), (65, 8), (25, 4)])
-def test_rounds_lower_the_output_error_until_nothing_moves(outputs: int, g: int) -> None:
+@pytest.mark.parametrize(("outputs", "g", "share"), [(64, 4, 0.95), (65, 8, 0.96), (25, 4, 0.96)])
+def test_rounds_lower_the_output_error_until_nothing_moves(outputs: int, g: int, share: float) -> None:
     weight, codes, moments = problem(150, outputs, g, 64)
     feedback = factorise(jnp.asarray(moments))
     index = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=g)
@@ -73,7 +73,7 @@ def test_rounds_lower_the_output_error_until_nothing_moves(outputs: int, g: int)
     for _ in range(4):
         codes, index = refit(jnp.asarray(weight), codes, index, feedback, rounds=1, forest=None, key=KEY)
         errors.append(output_error(weight, np.asarray(codes), index, moments))
-    assert errors[1] < 0.96 * errors[0]
+    assert errors[1] < share * errors[0]
     assert all(later < earlier for earlier, later in itertools.pairwise(errors))
     same, kept = refit(jnp.asarray(weight), codes, index, feedback, rounds=0, forest=None, key=KEY)
     np.testing.assert_array_equal(same, codes)

@@ -3,13 +3,9 @@
 Knows no model and no program.
 """
 
-import contextlib
 import dataclasses
 import math
-import os
 import re
-import sys
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,6 +14,7 @@ import jax
 from jax.experimental import topologies
 
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.silence import silenced
 
 _MAX_BYTES = 1_000_000
 _NUMBER = r"[:=]\s*([0-9.eE+]+)"
@@ -121,7 +118,7 @@ def card_mesh(target: Target, sizes: tuple[int, ...], axes: tuple[str, ...]) -> 
     """
     shape = f"1x1x{math.prod(sizes)}"
     try:
-        with _without_stderr():
+        with silenced(2):
             topology = topologies.get_topology_desc(platform="cuda", target_config=target.text, topology=shape)
     except NotImplementedError as error:
         raise InputError(
@@ -132,18 +129,3 @@ def card_mesh(target: Target, sizes: tuple[int, ...], axes: tuple[str, ...]) -> 
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"target {target.name}: XLA cannot read the description: {reason}") from error
     return topologies.make_mesh(topology, sizes, axes)
-
-
-@contextlib.contextmanager
-def _without_stderr() -> Iterator[None]:
-    """The compiler, when loaded, writes of the missing driver past every log setting; its errors come as exceptions."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)

@@ -2,18 +2,15 @@
 
 import ctypes
 import gc
-import importlib.metadata
 import os
-import re
 import sys
 from typing import Any
+
+from pallas_kernels import _compat
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _KEPT_BYTES = 512 * 2**20
-_SCHEDULER = "xla_cpu_enable_concurrency_optimized_scheduler"
-_SCHEDULER_IN = (0, 10)
-"""The releases of jaxlib that were seen to know the flag: one that does not know it ends the process."""
 
 
 def keep_freed_memory() -> bool:
@@ -47,18 +44,16 @@ def return_freed_memory() -> bool:
 def schedule_for_memory() -> bool:
     """Has XLA on the CPU order a program by the memory it takes; returns whether it is told so.
 
-    Left to itself XLA orders by what could run side by side, and turns all kernels of a 16-bit block to float32 before
-    the first product: a block of Llama-2-70B takes twice its memory. Products already use all cores, and no bit of a
-    result depends on it. A setting of the whole process, in XLA_FLAGS, that counts if JAX has compiled nothing yet: the
-    command line asks for it, the library never does by itself. What XLA_FLAGS says already stays, and a version of
+    Left to itself XLA orders by what could run side by side, and 0.10.2 turns all kernels of a 16-bit block to float32
+    before the first product: a block of Llama-2-70B takes twice its memory. Products already use all cores, and no bit
+    of a result depends on it. A setting of the whole process, in XLA_FLAGS, that counts if JAX has compiled nothing yet:
+    the command line asks for it, the library never does by itself. What XLA_FLAGS says already stays, and a release of
     jaxlib in which the flag was not tried is left alone.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    release = re.match(r"(\d+)\.(\d+)", importlib.metadata.version("jaxlib"))
-    known = release is not None and (int(release[1]), int(release[2])) == _SCHEDULER_IN
-    if _SCHEDULER in flags or not known:
+    if _compat.CPU_SCHEDULER in flags or not _compat.tried("jaxlib"):
         return False
-    os.environ["XLA_FLAGS"] = f"{flags} --{_SCHEDULER}=false".strip()
+    os.environ["XLA_FLAGS"] = f"{flags} --{_compat.CPU_SCHEDULER}=false".strip()
     return True
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from cluscomp_jax import trees
 from cluscomp_jax.codebook import CodebookArray, index_dtype, index_shape
 from cluscomp_jax.llama.model import LlamaModel
-from cluscomp_jax.plan import find_target, placement, preset_config
+from cluscomp_jax.plan import compiling_for, find_target, placement, preset_config
 from cluscomp_jax.tuning.blockwise import join_trainable, split_trainable
 from pallas_kernels.codebook_matmul import FAST_GRADIENTS, IMPLEMENTATION
 
@@ -81,7 +81,7 @@ def main() -> None:
     for variant in [options.variant] if options.variant else VARIANTS:
         began = time.monotonic()
         implementation = "definition" if variant == "decoded" else "triton"
-        with IMPLEMENTATION(implementation), FAST_GRADIENTS(variant == "atomic"):
+        with compiling_for(target), IMPLEMENTATION(implementation), FAST_GRADIENTS(variant == "atomic"):
             compiled = jax.jit(gradients(model, rest)).trace(*arguments).lower().compile()
         memory = compiled.memory_analysis()
         sizes = [memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes]

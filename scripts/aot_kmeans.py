@@ -15,7 +15,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # still registers the CUDA compiler, and lo
 
 import jax
 
-from cluscomp_jax.plan import find_target, placement
+from cluscomp_jax.plan import compiling_for, find_target, placement
 from cluscomp_jax.plan.kmeans_programs import fit_programs
 from cluscomp_jax.plan.program import compile_program
 from cluscomp_jax.plan.shapes import Place
@@ -36,11 +36,13 @@ def main() -> None:
     print("| program | arguments GiB | results GiB | temporaries GiB | also held GiB | all GiB |\n" + "|---" * 6 + "|")
     largest = 0
     place = Place(placement(target))
-    for program in fit_programs(place, **sizes, weighted=options.weighted, iterations=20, calls=1):
-        memory = compile_program(program)
-        parts = [memory.argument_bytes, memory.output_bytes, memory.temp_bytes, memory.held_bytes, memory.peak_bytes]
-        largest = max(largest, memory.peak_bytes)
-        print(f"| {memory.name} | " + " | ".join(f"{part / GIB:.3f}" for part in parts) + " |", flush=True)
+    with compiling_for(target):
+        for program in fit_programs(place, **sizes, weighted=options.weighted, iterations=20, calls=1):
+            memory = compile_program(program)
+            parts = [memory.argument_bytes, memory.output_bytes, memory.temp_bytes, memory.held_bytes]
+            largest = max(largest, memory.peak_bytes)
+            cells = " | ".join(f"{part / GIB:.3f}" for part in (*parts, memory.peak_bytes))
+            print(f"| {memory.name} | {cells} |", flush=True)
     print(f"largest: {largest / GIB:.3f} GiB")
 
 

@@ -3,9 +3,11 @@
 Knows no model and no program.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from jax.experimental import topologies
 
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.silence import silenced
+from pallas_kernels import _compat
 
 _MAX_BYTES = 1_000_000
 _NUMBER = r"[:=]\s*([0-9.eE+]+)"
@@ -27,6 +30,7 @@ class Target:
     Attributes:
       name: what it is called in reports.
       text: the description, a stream_executor.GpuTargetConfigProto in text form.
+      capability: compute capability, (major, minor).
       memory_bytes: of the device.
       bandwidth: bytes per second of device memory, as published.
       vector_rate: float32 operations per second outside matrix units, as published.
@@ -36,6 +40,7 @@ class Target:
 
     name: str
     text: str
+    capability: tuple[int, int]
     memory_bytes: int
     bandwidth: float
     vector_rate: float
@@ -93,6 +98,7 @@ def _parsed(name: str, text: str) -> Target:
     return Target(
         name=name,
         text=text,
+        capability=_capability(name, text),
         memory_bytes=int(needed("device_memory_size")),
         bandwidth=needed("memory_bandwidth"),
         vector_rate=vector,
@@ -100,8 +106,28 @@ def _parsed(name: str, text: str) -> Target:
     )
 
 
+def _capability(name: str, text: str) -> tuple[int, int]:
+    fields = re.search(r"\bcuda_compute_capability\s*:?\s*\{([^}]*)\}", text)
+    major, minor = (re.search(rf"\b{part}\s*:\s*(\d+)", fields[1] if fields else "") for part in ("major", "minor"))
+    found = (int(major[1]) if major else 0, int(minor[1]) if minor else 0)
+    if found not in _compat.DEVICE_KINDS:
+        known = ", ".join(f"{a}.{b}" for a, b in _compat.DEVICE_KINDS)
+        raise InputError(
+            f"target {name}: its cuda_compute_capability is {found[0]}.{found[1]}; Pallas' kernels compile for {known}"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def compiling_for(target: Target) -> Iterator[None]:
+    """Programs traced and lowered inside hold GPU kernels for the card, which need not be here."""
+    with _compat.lowering_for(target.capability):
+        yield
+
+
 def placement(target: Target) -> jax.sharding.Sharding:
-    """Returns the sharding of arrays on the described card; programs traced with it compile for that card.
+    """Returns the sharding of arrays on the described card; programs traced with it, inside `compiling_for`, compile for
+    that card.
 
     Raises:
       InputError: JAX's CUDA compiler is not installed, or it cannot read the description.

@@ -1,5 +1,6 @@
 """The plan of a whole run: every stage's programs compiled for one device, and the verdict on its memory."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,7 +15,7 @@ from cluscomp_jax.plan.program import Memory, Program, compile_program
 from cluscomp_jax.plan.setting import kinds_of_blocks
 from cluscomp_jax.plan.shapes import Place
 from cluscomp_jax.plan.stages import largest_alike, whole_run
-from cluscomp_jax.plan.target import Target, card_mesh
+from cluscomp_jax.plan.target import Target, card_mesh, compiling_for
 from cluscomp_jax.plan.work import Work
 from cluscomp_jax.progress import Reporter
 from cluscomp_jax.settings import DataSettings, MeshSettings, TrainingSettings, TuningSettings
@@ -144,10 +145,23 @@ def plan(
     """
     if context < 32 or context & (context - 1):
         raise InputError(f"context is {context}; it must be a power of two, 32 or more, as generation pads it to one")
+    finetune = finetune or finetuning_of(cfg)
+    with compiling_for(target) if place.sharding is not None else contextlib.nullcontext():
+        return _plan(cfg, target, place, finetune, context, reserve, reporter)
+
+
+def _plan(
+    cfg: RunConfig,
+    target: Target,
+    place: Place,
+    finetune: FinetuneConfig,
+    context: int,
+    reserve: Reserve,
+    reporter: Reporter,
+) -> Plan:
     model = build_model(cfg.model)
     shape = (cfg.calibration.samples, cfg.calibration.length)
     settings = kinds_of_blocks(model, cfg, place, forward_batch(model, cfg, shape, place))
-    finetune = finetune or finetuning_of(cfg)
     sharding = None
     if finetune.mesh.size > 1:
         sharding = sharding_on(card_mesh(target, finetune.mesh.sizes, AXES), model)

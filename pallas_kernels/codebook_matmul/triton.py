@@ -7,9 +7,6 @@ knows no differentiation.
 """
 
 import dataclasses
-import functools
-import importlib
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,6 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels import _compat
 from pallas_kernels.codebook_matmul.config import (
     GemmConfig,
     ScatterConfig,
@@ -27,12 +25,9 @@ from pallas_kernels.codebook_matmul.config import (
 )
 from pallas_kernels.codebook_matmul.definition import Axis
 
-_LOG = logging.getLogger(__name__)
 Ref = Any
 Pair = tuple[Any, Any]
 _SCATTER = "codebook_scatter"
-_RELAXABLE = ("0.10.2",)
-"""Versions of JAX in which `_relax_atomics` was seen to compile to plain reductions."""
 _ITEMS = 8
 """Sorted vectors of a code that the fixed-order sum reads at a time: 32 bytes of their order."""
 
@@ -259,7 +254,7 @@ def scatter_gradient(
 ) -> jax.Array:
     """Returns the gradient [n, g], float32, of a codebook; atomic additions, so the order of a sum is not fixed."""
     cut = _cut((x.shape[1], dy.shape[1]), g, axis)
-    _relax_atomics()
+    _compat.relax_atomics(_SCATTER)  # the order between the additions of one launch means nothing
     rows, weights = (dy, x) if cut.swapped else (x, dy)
     zeros = jnp.zeros((num_codes, cut.lanes), jnp.float32)
     launch = _launcher(
@@ -332,31 +327,3 @@ def _sum_parts(parts: jax.Array) -> jax.Array:
         half = parts.shape[0] // 2
         parts = parts[:half] + parts[half:]
     return parts[0]
-
-
-@functools.cache
-def _relax_atomics() -> None:
-    """Has the additions of the scatter kernel compile to plain reductions, where this JAX is known to allow it.
-
-    Pallas orders every atomic against all other memory traffic, a fence for every addition. There is no public switch.
-    The order between additions of one launch means nothing here, and no other kernel is touched.
-    """
-    if jax.__version__ not in _RELAXABLE:
-        _LOG.warning(
-            "jax %s is not known to relax atomic additions: %s keeps a fence for each", jax.__version__, _SCATTER
-        )
-        return
-    lowering: Any = importlib.import_module("jax._src.pallas.triton.lowering")
-    primitives = importlib.import_module("jax._src.state.primitives")
-    fenced = lowering.triton_lowering_rules[primitives.addupdate_p]
-
-    def rule(context: Any, ref: Any, value: Any, *index: Any, tree: Any) -> Any:
-        if context.context.name != _SCATTER:
-            return fenced(context, ref, value, *index, tree=tree)
-        (indexer,) = jax.tree.unflatten(tree, index)
-        pointers = lowering._compute_pointers_from_indices(ref, context.block_infos[0], indexer)
-        relaxed = lowering.tt_dialect.MemSemantic.RELAXED
-        lowering._atomic_rmw(lowering.tt_dialect.RMWOp.FADD, pointers, value, semantic=relaxed)
-        return []
-
-    lowering.triton_lowering_rules[primitives.addupdate_p] = rule

@@ -10,6 +10,8 @@ from typing import Any
 
 from jaxlib.mlir import ir
 
+from pallas_kernels import _compat
+
 _ACCESSES = ("tt.load", "tt.store", "tt.atomic_rmw")
 
 
@@ -41,9 +43,7 @@ class Access:
 
 def read_accesses(bytecode: bytes, grid: tuple[int, ...]) -> list[Access]:
     """Returns the memory accesses of a Triton module, in the order in which they stand."""
-    from jax._src.pallas.triton.lowering import _new_ir_context
-
-    with _new_ir_context():
+    with _compat.triton_context():
         module = ir.Module.parse(bytecode)
         found: list[Access] = []
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.codebook_matmul import codebook_matmul, decode, triton
 from pallas_kernels.codebook_matmul.config import GemmConfig
-from pallas_kernels.verify.cases import Case
+from .cases import Case
 
 LIMITS = {"float32": 2e-6, "bfloat16": 6e-3, "float16": 1e-3}
 _LOG = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from pallas_kernels.codebook_matmul.config import padded_group
-from pallas_kernels.verify.cases import Case
+from .cases import Case
 
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227}
 """Shared memory that one program may have, by card (CUDA C Programming Guide, compute capabilities)."""

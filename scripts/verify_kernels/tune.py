@@ -6,7 +6,7 @@ from typing import Any
 
 from pallas_kernels.codebook_matmul.config import DECODE_ROWS, GemmConfig, padded_group
 from pallas_kernels.codebook_matmul.table import Table
-from pallas_kernels.verify.cases import Case
+from .cases import Case
 
 
 def candidates(case: Case) -> list[GemmConfig]:

@@ -1,9 +1,9 @@
 """Compiles every kernel in every configuration that ships and prints one table; with a GPU, also checks and times them.
 
-    pip install "cluscomp-jax[aot]"
-    python -m pallas_kernels.verify                                   # sm_80, sm_86, sm_89 and sm_90
-    python -m pallas_kernels.verify --arch sm_86 --only forward-out   # cases whose name contains that
-    python -m pallas_kernels.verify --tune a6000.json                 # see pallas_kernels.codebook_matmul.table
+    pip install ".[aot]"                                              # in a checkout
+    python -m scripts.verify_kernels                                   # sm_80, sm_86, sm_89 and sm_90
+    python -m scripts.verify_kernels --arch sm_86 --only forward-out   # cases whose name contains that
+    python -m scripts.verify_kernels --tune a6000.json                 # see pallas_kernels.codebook_matmul.table
 
 Registers, spills, shared memory and instructions stand one after the other for the cards asked for. Exit code 0: all
 pass; 1: a case fails; 2: wrong arguments.
@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels.codebook_matmul.table import write_table
-from pallas_kernels.verify import judge
-from pallas_kernels.verify.cases import Case, shipped
-from pallas_kernels.verify.tune import tune
+from . import judge
+from .cases import Case, shipped
+from .tune import tune
 
 
 def compile_apart(cases: Sequence[Case], archs: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -31,13 +31,16 @@ def compile_apart(cases: Sequence[Case], archs: Sequence[str]) -> Iterator[dict[
     waiting = list(cases)
     while waiting:
         wanted = "\n".join(json.dumps(dataclasses.asdict(case)) for case in waiting)
-        with tempfile.TemporaryFile("w+") as asked, tempfile.TemporaryFile("w+") as said:
+        with (
+            tempfile.TemporaryFile("w+") as asked,
+            tempfile.TemporaryFile("w+") as said,
+            tempfile.TemporaryDirectory() as dump,
+        ):
             asked.write(wanted)
             asked.seek(0)
-            command = [sys.executable, "-m", "pallas_kernels.verify.compile", *archs]
-            environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+            command = [sys.executable, "-m", f"{__package__}.compile", dump, *archs]
             with subprocess.Popen(
-                command, stdin=asked, stdout=subprocess.PIPE, stderr=said, text=True, env=environment
+                command, stdin=asked, stdout=subprocess.PIPE, stderr=said, text=True, env=_environment(dump)
             ) as process:
                 for line in process.stdout or ():
                     waiting.pop(0)
@@ -49,10 +52,23 @@ def compile_apart(cases: Sequence[Case], archs: Sequence[str]) -> Iterator[dict[
                 yield {"accesses": [], "archs": {arch: {"error": last} for arch in archs}}
 
 
+def _environment(dump: str) -> dict[str, str]:
+    """Returns that of the compiling process: no card is looked for, and XLA leaves each module's PTX in `dump`."""
+    flags = f"--xla_dump_to={dump} --xla_dump_hlo_as_text=false --xla_dump_emitter_re=ptx"
+    root = Path(__file__).resolve().parents[len((__package__ or "").split("."))]
+    paths = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
+        "PYTHONPATH": paths,
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the table; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m pallas_kernels.verify", description=(__doc__ or "").splitlines()[0]
+        prog="python -m scripts.verify_kernels", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--arch", action="append", choices=judge.SHARED_KIB, help="a card; may be repeated; all")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
@@ -74,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(judge.row(case, report, wrong), flush=True)
     print(f"{len(cases) - failed} pass, {failed} fail")
     if Path("/dev/nvidiactl").exists():
-        from pallas_kernels.verify import measure
+        from . import measure
 
         if options.tune:
             write_table(options.tune, tune(cases, measure.time_tile))

@@ -1,1 +1,0 @@
-"""What can be proved of the kernels without a GPU, and measured with one: `python -m pallas_kernels.verify`."""

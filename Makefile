@@ -10,7 +10,7 @@ unexport PYTHONPATH PYTHONHOME
 export PYTHONSAFEPATH = 1
 export CLUSCOMP_TEST_INSTALL = wheel
 
-.PHONY: help demo test test-slow parity docs lint types lock clean
+.PHONY: help demo test test-oldest test-slow parity card docs lint types lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1: /p' Makefile
@@ -23,6 +23,10 @@ test:  ## the fast tests, against the wheel
 	$(PYTHON) scripts/make_venv.py .venv-test --group test
 	.venv-test/bin/pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
+test-oldest:  ## those that depend on the release of JAX: for the oldest that is supported
+	$(PYTHON) scripts/make_venv.py .venv-oldest --group test
+	.venv-oldest/bin/pytest -n auto --dist loadfile -m "release and not slow and not parity and not gpu" $(PYTEST_ARGS)
+
 test-slow:  ## the tests that take minutes on a real model
 	$(PYTHON) scripts/make_venv.py .venv-slow --group test --bare-extra demo
 	.venv-slow/bin/pytest -m slow $(PYTEST_ARGS)
@@ -30,6 +34,9 @@ test-slow:  ## the tests that take minutes on a real model
 parity:  ## the tests that compare live with PyTorch
 	$(PYTHON) scripts/make_venv.py .venv-parity --group test --extra parity --extra lm-eval --bare-extra demo
 	.venv-parity/bin/pytest -m parity $(PYTEST_ARGS)
+
+card:  ## measure and check on the NVIDIA GPU of this machine, in eight minutes, into card.json
+	$(PYTHON) scripts/check_card.py --out card.json
 
 docs:  ## the reference from the docstrings, into .site; warnings are errors
 	$(PYTHON) scripts/make_venv.py .venv-docs --extra docs

@@ -17,6 +17,7 @@ import numpy as np
 
 from cluscomp_jax import codebook as cb
 from cluscomp_jax import kmeans, trees
+from cluscomp_jax.caller_mesh import on_one_device
 from cluscomp_jax.codebook import Axis, CodebookArray
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.feedback import Feedback, assign_with_feedback
@@ -108,6 +109,7 @@ def cluster_matrix(
     if rule.axis != "out" and (feedback is not None or channel_weights is not None):
         raise InputError(NOT_IN)
     began, owner = time.monotonic(), None
+    weight, channel_weights = on_one_device(weight), on_one_device(channel_weights)
     if shared is None:
         # No name here holds the vectors and their weights, so that k-means can let go of them.
         codes, index, _ = kmeans.fit_codebook(
@@ -190,7 +192,7 @@ def channel_mass(weights: jax.Array) -> jax.Array:
 
 def relative_errors(weight: jax.Array, array: CodebookArray, channel_weights: Any = None) -> tuple[float, float | None]:
     """Returns (relative squared error, the same weighted by input channel or None)."""
-    mass = jnp.ones((weight.shape[0],)) if channel_weights is None else jnp.asarray(channel_weights)
+    mass = jnp.ones((weight.shape[0],), jnp.float32) if channel_weights is None else jnp.asarray(channel_weights)
     error, energy, weighted_error, weighted_energy = jax.device_get(_energies(weight, array, mass))
     plain = 0.0 if energy == 0 else float(error / energy)
     if channel_weights is None:

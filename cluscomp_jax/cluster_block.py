@@ -6,7 +6,6 @@ Knows a Model's sites and the activation streams, not where blocks come from or 
 import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,13 +19,13 @@ from cluscomp_jax.codebook import CodebookArray, decode
 from cluscomp_jax.correction import SiteMoments, corrected
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.feedback import Feedback, factorise
-from cluscomp_jax.host_memory import return_freed_memory
 from cluscomp_jax.losses import position_weights
 from cluscomp_jax.model import Model, run_block
 from cluscomp_jax.progress import Reporter
 from cluscomp_jax.settings import ClusterSettings, CompressionRule
 from cluscomp_jax.sharding import Sharding, put_samples, put_whole
 from cluscomp_jax.shared_codebooks import fit_shared, sharing_groups
+from cluscomp_jax.stages import StageClock
 from cluscomp_jax.statistics import Batch, channel_moments, site_moments
 from cluscomp_jax.trees import Params
 from cluscomp_jax.tuning import ActivationStore
@@ -84,7 +83,7 @@ class BlockClustering:
       model: the decoder.
       settings: how matrices become codebooks.
       seed: of the run.
-      clock: enters a stage by name.
+      clock: enters a stage by name, and gives memory back between two matrices.
       reporter: is told of each finished matrix.
       sharding: of the devices that share the samples of a batch and the kernels of a site; None: there is one.
     """
@@ -92,7 +91,7 @@ class BlockClustering:
     model: Model
     settings: ClusterSettings
     seed: int
-    clock: Callable[[str], AbstractContextManager[None]]
+    clock: StageClock
     reporter: Reporter
     sharding: Sharding | None = None
 
@@ -141,7 +140,7 @@ class BlockClustering:
             for path, done in zip(matched, self._in_turn(task, matched), strict=True):
                 found[path] = done
                 self.reporter.advance(note=path)
-                return_freed_memory()
+                self.clock.release()
             if self.settings.sequential and feedback is not None and now:
                 # Dense again, so that one program serves all blocks, however finely each is cut.
                 now |= {path: jax.device_get(decode(found[path][0])) for path in matched}
@@ -284,6 +283,8 @@ class BlockClustering:
             )
         except InputError as error:
             raise InputError(f"{full}: {error}") from error
+        if array.dtype != self.settings.codebook_dtype:
+            self.reporter.warn(f"{full}: kept in {array.dtype}; {self.settings.codebook_dtype} would lose its codes")
         return jax.device_get(array), stats
 
 

@@ -96,9 +96,30 @@ def stored_bits(
 
 
 def round_codebook(codebook: jax.Array, dtype: Any) -> jax.Array:
-    """Returns the codebook in the 16-bit `dtype`, or in bfloat16 where a code leaves the range of float16."""
+    """Returns the codebook in the 16-bit `dtype`, or in bfloat16 where that keeps it better: beyond the range of
+    float16, and where codes are so small that float16 rounds them more coarsely, or to 0.
+    """
     rounded = codebook.astype(dtype)
-    return rounded if bool(jnp.isfinite(rounded).all()) else codebook.astype(jnp.bfloat16)
+    return rounded if bool(keeps_codes(codebook, rounded).all()) else codebook.astype(jnp.bfloat16)
+
+
+def keeps_codes(exact: jax.Array, rounded: jax.Array, axis: tuple[int, ...] | None = None) -> jax.Array:
+    """Returns whether `rounded` loses no more of the numbers than bfloat16 does, by squared error; bool, axes kept.
+
+    Args:
+      exact: any floating dtype.
+      rounded: of the same shape.
+      axis: the axes of one codebook; None: all.
+    """
+    exact = exact.astype(jnp.float32)
+    # In units of the largest number: the squares of small ones would be 0 themselves.
+    unit = jnp.max(jnp.abs(exact), axis=axis, keepdims=True)
+    unit = jnp.where(unit > 0, unit, 1.0)
+
+    def lost(kept: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square((kept.astype(jnp.float32) - exact) / unit), axis=axis, keepdims=True)
+
+    return lost(rounded) <= lost(exact.astype(jnp.bfloat16))
 
 
 def decode(w: CodebookArray) -> jax.Array:

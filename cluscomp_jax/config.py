@@ -82,7 +82,13 @@ PAPER = RunConfig(
         outlier_limit=0.0,
     ),
     tuning=TuningSettings(
-        epochs=20, learning_rate=0.005, schedule="constant", weight_decay=0.1, norms=False, outlier_limit=0.0
+        epochs=20,
+        learning_rate=0.005,
+        relative_rate=False,
+        schedule="constant",
+        weight_decay=0.1,
+        norms=False,
+        outlier_limit=0.0,
     ),
 )
 """The official recipe: blind k-means; AdamW at a constant 0.005, weight decay 0.1, 20 epochs.

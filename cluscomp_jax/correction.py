@@ -58,7 +58,7 @@ def corrected(weight: jax.Array | np.ndarray, moments: SiteMoments, *, ridge: fl
 def _ridge_root(inputs: jax.Array, ridge: jax.Array) -> jax.Array:
     """Returns the lower root of E[x x^T] + ridge m I, a program of its own: it needs twice its memory while it runs."""
     mean = jnp.mean(jnp.diagonal(inputs))
-    damped = inputs + ridge * jnp.where(mean > 0, mean, 1.0) * jnp.eye(len(inputs))
+    damped = inputs + ridge * jnp.where(mean > 0, mean, 1.0) * jnp.eye(len(inputs), dtype=jnp.float32)
     return lower_root(damped)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-import tempfile
+import math
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cluscomp_jax import trees
 from cluscomp_jax.cluster import decompress
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.io.scratch import scratch_folder
 from cluscomp_jax.losses import token_nll
 from cluscomp_jax.model import Model, build_model, check_tokens, run_block, run_embed
 from cluscomp_jax.progress import Reporter, SilentReporter
@@ -59,6 +61,7 @@ def perplexity(
     batch_size: int = 1,
     dtype: Dtype = "float32",
     reporter: Reporter | None = None,
+    work_dir: str | Path | None = None,
 ) -> Perplexity:
     """Returns the perplexity of non-overlapping windows, each scored on its context - 1 targets.
 
@@ -72,9 +75,13 @@ def perplexity(
       context: tokens per window, >= 2.
       batch_size: windows per forward pass; changes the speed only.
       dtype: compute dtype; softmax, norms and losses are float32.
+      reporter: is told of progress; silent by default.
+      work_dir: an existing folder, in which the activations (`scratch_bytes`) lie in a temporary one meanwhile; None:
+        the system's folder for temporary files.
 
     Raises:
-      InputError: fewer than `context` tokens, a token outside the vocabulary, or an argument out of its range.
+      InputError: fewer than `context` tokens, a token outside the vocabulary, no room for the activations, or an
+        argument out of its range.
     """
     began = time.monotonic()
     if batch_size < 1:
@@ -85,10 +92,10 @@ def perplexity(
     source = as_source(params, model)
     windows = _windows(tokens, context, model)
     reporter = reporter or SilentReporter()
-    reporter.start("evaluate", model.num_blocks * windows.size, "tokens")
-    rest = jax.tree.map(jnp.asarray, source.load_rest())
-    with tempfile.TemporaryDirectory(prefix="cluscomp-") as work_dir:
-        stream = _embedded(model, rest, windows, jnp.dtype(dtype), Path(work_dir))
+    with scratch_folder(work_dir, scratch_bytes(model, windows.shape, dtype)) as folder:
+        reporter.start("evaluate", model.num_blocks * windows.size, "tokens")
+        rest = jax.tree.map(jnp.asarray, source.load_rest())
+        stream = _embedded(model, rest, windows, jnp.dtype(dtype), folder)
         for i in range(model.num_blocks):
             # Decoded once, not window by window; and one program serves all blocks, however finely each is cut.
             block = jax.tree.map(jnp.asarray, decompress(source.load_block(i)))
@@ -100,6 +107,23 @@ def perplexity(
     scored = len(windows) * (context - 1)
     digest = hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest()
     return Perplexity(float(np.exp(nll)), nll, scored, len(windows), context, time.monotonic() - began, digest)
+
+
+def scratch_bytes(model: Model, shape: tuple[int, ...], dtype: Dtype) -> int:
+    """Returns the bytes of activations that `perplexity` has on the disk meanwhile.
+
+    Args:
+      model: the decoder.
+      shape: (windows, context).
+      dtype: compute dtype.
+    """
+
+    def embedded() -> jax.Array:
+        rest = {path: jnp.zeros(shape, dtype) for path, shape in model.rest_shapes().items()}
+        return model.embed(trees.unflatten(rest), jnp.zeros((1, 2), jnp.int32), dtype=jnp.dtype(dtype))
+
+    traced = jax.eval_shape(embedded)
+    return math.prod(shape) * int(traced.shape[-1]) * int(traced.dtype.itemsize)
 
 
 def _windows(tokens: np.ndarray, context: int, model: Model) -> np.ndarray:

@@ -70,7 +70,7 @@ def _factorise(moments: jax.Array, damping: jax.Array) -> Feedback:
     order = jnp.argsort(diagonal, stable=True).astype(jnp.int32)
     mean = jnp.mean(diagonal)
     added = damping * jnp.where(mean > 0, mean, 1.0)
-    damped = moments[order[:, None], order[None, :]] + added * jnp.eye(len(order))
+    damped = moments[order[:, None], order[None, :]] + added * jnp.eye(len(order), dtype=jnp.float32)
     return Feedback(order, lower_root(damped))
 
 

@@ -25,7 +25,7 @@ from cluscomp_jax.trees import Params
 
 Materialize = Literal["once", "call"]
 CacheDtype = Literal["float32", "bfloat16", "float16", "int8"]
-_SMALLEST_BUCKET = 16
+_SMALLEST_BUCKET, _LARGEST_BUCKET, _CACHE_STEP = 16, 4096, 1024
 _PIECE = 512
 """Positions of a prompt that pass through the model together: more would need scores of that many by the cache's."""
 
@@ -56,8 +56,8 @@ def generate(
       params: dense or compressed, a dict or a ParamSource.
       prompt_tokens: int [t] or [b, t], or a list of b such rows of different lengths; t >= 1, every one in [0, v).
       model_config: the family's config, or a Model.
-      max_new_tokens: >= 1. The key-value cache holds bucket(bucket(t) + max_new_tokens) positions, where bucket
-        rounds up to a power of two, at least 16; t is that of the longest prompt.
+      max_new_tokens: >= 1. The key-value cache holds `cache_length(t, max_new_tokens)` positions; t is that of the
+        longest prompt.
       temperature: see `Sampling`, as for the next four.
       top_k: at least 1, or None.
       top_p: above 0 and at most 1, or None.
@@ -132,6 +132,22 @@ def bucket(length: int) -> int:
     return max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
+def positions_held(needed: int) -> int:
+    """Returns how many positions a key-value cache gets that needs so many: their bucket up to 4,096, beyond that the
+    next multiple of 1,024. Every step reads all of them.
+    """
+    return bucket(needed) if needed <= _LARGEST_BUCKET else -(-needed // _CACHE_STEP) * _CACHE_STEP
+
+
+def cache_length(length: int, max_new_tokens: int) -> int:
+    """Returns the positions of the key-value cache for a prompt of `length` and so many new tokens.
+
+    The last piece of the prompt is written whole, its padding too.
+    """
+    width = prompt_width(length)
+    return positions_held(max(-(-length // width) * width, length + max_new_tokens))
+
+
 def prompt_width(length: int) -> int:
     """Returns how many positions of a prompt of `length` pass through the model together."""
     return min(bucket(length), _PIECE)
@@ -192,7 +208,7 @@ class Decoder:
         each = np.asarray([len(prompt) for prompt in prompts], np.int32)
         t = int(each.max())
         lengths = each if (each != t).any() else t
-        caches = self.empty_caches(len(prompts), bucket(bucket(t) + max_new_tokens))
+        caches = self.empty_caches(len(prompts), cache_length(t, max_new_tokens))
         last = self._prefill(prompts, caches, lengths)
         seen = None if sampling.repetition_penalty == 1 else seen_tokens(list(prompts), self.model.config.vocab_size)
         for step in range(max_new_tokens):

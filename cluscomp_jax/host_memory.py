@@ -44,11 +44,11 @@ def return_freed_memory() -> bool:
 def schedule_for_memory() -> bool:
     """Has XLA on the CPU order a program by the memory it takes; returns whether it is told so.
 
-    Left to itself XLA orders by what could run side by side, and 0.10.2 turns all kernels of a 16-bit block to float32
-    before the first product: a block of Llama-2-70B takes twice its memory. Products already use all cores, and no bit
-    of a result depends on it. A setting of the whole process, in XLA_FLAGS, that counts if JAX has compiled nothing yet:
-    the command line asks for it, the library never does by itself. What XLA_FLAGS says already stays, and a release of
-    jaxlib in which the flag was not tried is left alone.
+    Left to itself XLA orders by what could run side by side. Where the processor does not multiply a 16-bit type, it
+    then turns all kernels of a block to float32 before the first product: a block of Llama-2-70B takes twice its
+    memory. Products already use all cores, and no bit of a result depends on it. A setting of the whole process, in
+    XLA_FLAGS, that counts if JAX has compiled nothing yet: the command line asks for it, the library never does by
+    itself. What XLA_FLAGS says already stays, and a release of jaxlib in which the flag was not tried is left alone.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if _compat.CPU_SCHEDULER in flags or not _compat.tried("jaxlib"):

@@ -1,10 +1,12 @@
 """linear(x, kernel): the one place where dense and compressed kernels meet."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from cluscomp_jax.caller_mesh import partitioned, spec_of
 from cluscomp_jax.codebook import CodebookArray
 from cluscomp_jax.sharded_kernel import ShardedKernel
 from pallas_kernels.codebook_matmul import codebook_matmul
@@ -20,7 +22,22 @@ def linear(x: jax.Array, kernel: Any, bias: jax.Array | None = None, *, out_dtyp
       out_dtype: dtype of the result; None for that of x. float32 keeps the float32 sums of a dense
         16-bit product unrounded (the logits).
     """
-    out_dtype = x.dtype if out_dtype is None else out_dtype
+    split = (*(spec_of(x, axis) for axis in range(x.ndim - 1)), _output_split(kernel))
+    arguments = (x, kernel) if bias is None else (x, kernel, bias)
+    return partitioned(partial(_linear, out_dtype=x.dtype if out_dtype is None else out_dtype), arguments, split)
+
+
+def _output_split(kernel: Any) -> Any:
+    """Returns the axes of an Explicit mesh that the kernel's outputs are split over; None where it has padding."""
+    if isinstance(kernel, ShardedKernel):
+        return None
+    if not isinstance(kernel, CodebookArray):
+        return spec_of(kernel, 1)
+    padded = kernel.axis == "out" and kernel.shape[1] % kernel.group_size
+    return None if padded else spec_of(kernel.index, 1)
+
+
+def _linear(x: jax.Array, kernel: Any, bias: jax.Array | None = None, *, out_dtype: Any) -> jax.Array:
     if isinstance(kernel, CodebookArray):
         y = codebook_matmul(
             x, jnp.asarray(kernel.codebook), jnp.asarray(kernel.index), shape=kernel.shape, axis=kernel.axis

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-from cluscomp_jax.host_memory import return_freed_memory
 from cluscomp_jax.source import ParamSource
 from cluscomp_jax.stages import StageClock
 from cluscomp_jax.trees import Params
@@ -57,7 +56,7 @@ class BlockReader:
     def _read(self, i: int) -> Params:
         with self._clock.beside(AHEAD):
             block = self._source.load_block(i)
-            return_freed_memory()
+            self._clock.release()
             return block
 
 

@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import tempfile
 import time
 from collections.abc import Callable, Collection, Hashable, Mapping
 from functools import partial
@@ -19,21 +18,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from cluscomp_jax import trees
+from cluscomp_jax.caller_mesh import without_mesh
 from cluscomp_jax.cluster import decompress, size_report
 from cluscomp_jax.cluster_block import BlockClustering, Streams
 from cluscomp_jax.codebook import CodebookArray, round_codebook
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.host_memory import return_freed_memory
 from cluscomp_jax.io import atomic
+from cluscomp_jax.io.scratch import scratch_folder
 from cluscomp_jax.losses import mean_squared_error
 from cluscomp_jax.model import build_model, run_block, run_embed
 from cluscomp_jax.overlap import BlockReader, BlockWriter
 from cluscomp_jax.plan.budget import forward_batch
+from cluscomp_jax.plan.host import scratch_bytes
 from cluscomp_jax.preflight import check_calibration, mixes, rules_by_block
 from cluscomp_jax.progress import Reporter, SilentReporter
 from cluscomp_jax.sensitivity import sensitivities
-from cluscomp_jax.settings import TuningSettings
+from cluscomp_jax.settings import TuningSettings, compute_dtype_of
 from cluscomp_jax.sharding import make_sharding, put_samples, put_whole
 from cluscomp_jax.source import BlockSink, DictSink, Fingerprint, ParamSource, as_source, run_fingerprint
 from cluscomp_jax.stages import StageClock
@@ -48,7 +49,8 @@ class CompressionSummary:
     Attributes:
       matrices: per matrix: path, shape, axis, g, num_codes, bits_per_weight, relative_error, weighted_error, seconds.
       blocks: per block: index, seconds, and what tuning reported, where there was any.
-      stages: {stage: {"seconds", "peak_rss_bytes"}}; on a resumed run, of its last part.
+      stages: {stage: {"seconds", "peak_rss_bytes"}}; on a resumed run, of its last part. Peaks are None where the run
+        did not have its process to itself.
       bits_per_weight: stored bits per weight of the compressed matrices together.
       total_bytes: stored bytes of all parameters.
     """
@@ -70,6 +72,7 @@ def compress(
     *,
     calibration: np.ndarray | None = None,
     reporter: Reporter | None = None,
+    work_dir: str | Path | None = None,
 ) -> Params:
     """Returns the compressed params: the same tree, its matched kernels CodebookArrays, arrays on the host.
 
@@ -79,17 +82,20 @@ def compress(
       calibration: tokens int [samples, length]; with them clustering is activation-weighted and blocks are tuned
         (where cfg says so), without them matrices are only clustered.
       reporter: is told of progress; silent by default.
+      work_dir: an existing folder; up to three streams of activations lie in a temporary one inside it meanwhile
+        (`plan.host.scratch_bytes`). None: the system's folder for temporary files.
 
     Raises:
-      InputError: whatever does not fit, before any long work.
+      InputError: whatever does not fit, before any long work; also activations on the disk.
     """
     model = build_model(cfg.model)
     source = as_source(params, model)
     if isinstance(params, Mapping):
         _check_finite(params)
     sink = DictSink()
-    with tempfile.TemporaryDirectory(prefix="cluscomp-") as work_dir:
-        compress_stream(source, sink, cfg, calibration=calibration, work_dir=Path(work_dir), reporter=reporter)
+    needed = 0 if calibration is None or calibration.ndim != 2 else scratch_bytes(model, cfg, calibration.shape)
+    with scratch_folder(work_dir, needed) as folder, without_mesh():
+        compress_stream(source, sink, cfg, calibration=calibration, work_dir=folder, reporter=reporter)
     return sink.params(model)
 
 
@@ -102,6 +108,7 @@ def compress_stream(
     work_dir: Path,
     reporter: Reporter | None = None,
     finished_blocks: int = 0,
+    owns_process: bool = False,
 ) -> CompressionSummary:
     """Compresses block after block from `source` into `sink` and returns what was done.
 
@@ -111,11 +118,13 @@ def compress_stream(
         get the same folder.
       finished_blocks: blocks already in the sink. Their activations are recomputed, not read from scratch files,
         so that an interrupted run gives the bytes of an uninterrupted one.
+      owns_process: as for StageClock: whether freed memory may be given back and the peak of each stage measured.
 
     Raises:
       InputError: whatever does not fit, before any long work.
     """
-    run = _Run(source, sink, cfg, calibration, work_dir, reporter or SilentReporter())
+    clock = StageClock(owns_process=owns_process)
+    run = _Run(source, sink, cfg, calibration, work_dir, reporter or SilentReporter(), clock)
     records = run.blocks(finished_blocks)
     run.close()
     with run.clock("load"):
@@ -146,11 +155,12 @@ class _Run:
         calibration: np.ndarray | None,
         work_dir: Path,
         reporter: Reporter,
+        clock: StageClock,
     ):
         self.model = build_model(cfg.model)
         self.cfg, self.source, self.sink, self.reporter = cfg, source, sink, reporter
         self.rules = rules_by_block(self.model, cfg)
-        self.clock = StageClock()
+        self.clock = clock
         self.records_dir = work_dir / "records"
         self.records_dir.mkdir(parents=True, exist_ok=True)
         self.tuning = cfg.tuning if calibration is not None else None
@@ -169,7 +179,7 @@ class _Run:
         if mixes(cfg, calibration):
             self.rules = rules_by_block(self.model, cfg, self._sensitivities(calibration, work_dir))
         numbers = cfg.tuning or TuningSettings()
-        self.dtype = jnp.dtype(numbers.compute_dtype)
+        self.dtype = jnp.dtype(compute_dtype_of(numbers))
         if cfg.cluster.calibrated or self.tuning:
             with self.clock("embed"):
                 self._embed(calibration, work_dir, jnp.dtype(numbers.activation_dtype))
@@ -266,12 +276,12 @@ class _Run:
             dense = jax.device_get(jax.device_put(dense))  # laid out as the device has it: it goes there several times
         block, matrices = self.cluster(i, dense, self.rules[i], streams)
         block = jax.device_get(block)
-        return_freed_memory()
+        self.clock.release()
         if self.tuning is not None or (self.original is not None and i + 1 < self.model.num_blocks):
             dense = put_whole(dense, self.sharding)
             self._propagate_original(dense, kind)
         del dense
-        return_freed_memory()
+        self.clock.release()
         reader.read_next()
         record: dict[str, Any] = {"index": i}
         trained: Collection[str] = ()
@@ -285,7 +295,7 @@ class _Run:
                     "the last good codebooks are kept"
                 )
         block = jax.device_get(_rounded(block, trained, self.cfg.cluster.codebook_dtype))
-        return_freed_memory()
+        self.clock.release()
         if i + 1 < self.model.num_blocks or self.tuning is not None:
             record |= self._propagate_compressed(block, kind)
         size = size_report(block)

@@ -157,7 +157,7 @@ def least_squares_codebook(weight: jax.Array, codebook: jax.Array, index: jax.Ar
             values = jnp.where(piece.real, slopes(piece), 0.0)
             return total.at[piece.codes].add(values.reshape(*piece.codes.shape, g)), None
 
-        total: jax.Array = jax.lax.scan(add, jnp.zeros((n, g)), pieces)[0]
+        total: jax.Array = jax.lax.scan(add, jnp.zeros((n, g), jnp.float32), pieces)[0]
         return total
 
     def weighed(errors: jax.Array) -> jax.Array:

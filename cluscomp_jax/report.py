@@ -37,8 +37,10 @@ def format_bytes(count: float) -> str:
 
 
 def stage_rows(stages: Mapping[str, Record]) -> list[tuple[str, str, str]]:
-    """Returns (stage, seconds, peak memory) of {stage: {"seconds", "peak_rss_bytes"}}."""
-    return [(name, f"{s['seconds']:.1f}", format_bytes(s["peak_rss_bytes"])) for name, s in stages.items()]
+    """Returns (stage, seconds, peak memory) of {stage: {"seconds", "peak_rss_bytes"}}; a peak of None is "-"."""
+    peaks = [stage["peak_rss_bytes"] for stage in stages.values()]
+    words = ["-" if peak is None else format_bytes(peak) for peak in peaks]
+    return [(name, f"{stages[name]['seconds']:.1f}", peak) for name, peak in zip(stages, words, strict=True)]
 
 
 def matrix_rows(matrices: Sequence[Record]) -> list[tuple[str, ...]]:

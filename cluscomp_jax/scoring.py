@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.generation import Decoder, bucket
+from cluscomp_jax.generation import Decoder, positions_held
 from cluscomp_jax.model import Cache, Model, run_block, run_embed
 from cluscomp_jax.row_decoding import cached_rows
 from cluscomp_jax.trees import Params
@@ -141,7 +141,7 @@ def _passes(decoder: Decoder, trees: Sequence[_Tree], batch_size: int) -> Iterat
         return
     # Any branch may stand in a pass as wide as the longest, and all that is written must find room.
     widest = _padded(max(len(tail) for _, _, tail in branches) - 1)
-    positions = bucket(max(max(len(tree.context) for tree in trees) + widest, inputs.shape[1]))
+    positions = positions_held(max(max(len(tree.context) for tree in trees) + widest, inputs.shape[1]))
     caches = decoder.empty_caches(batch_size, positions)
     yield decoder.through_blocks(jnp.asarray(inputs), caches, None, _lengths(trunks, batch_size)), predicted
     branches.sort(key=lambda branch: -len(branch[2]))

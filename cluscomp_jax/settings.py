@@ -5,6 +5,8 @@ import math
 import re
 from typing import Literal, get_args
 
+import jax
+
 from cluscomp_jax.codebook import MAX_CODES, MAX_GROUP, Axis
 from cluscomp_jax.errors import InputError
 
@@ -172,7 +174,9 @@ class TuningSettings:
     Attributes:
       epochs: passes over the calibration samples, >= 0.
       batch_size: samples per step, >= 1. Must divide the number of training samples.
-      learning_rate: peak learning rate of AdamW, > 0.
+      learning_rate: peak learning rate of AdamW, > 0; as `relative_rate` says.
+      relative_rate: the rate is a share of each array's root mean square, so that it means the same whatever the scale
+        of a model's weights. False: it is absolute, as in the paper's recipe.
       schedule: course of the rate after warm-up; "cosine" and "linear" fall to zero.
       warmup_fraction: share of all steps over which the rate rises linearly to its peak, 0 to 1; of w such steps the
         first has 1/w of it.
@@ -182,7 +186,8 @@ class TuningSettings:
       outlier_limit: the same for the squared errors of outputs.
       norms: train the block's one-dimensional parameters too (norm weights, biases), at a tenth of the rate; they are
         then stored in the dtype of codebooks.
-      compute_dtype: dtype of activations and decoded weights in the step; masters and moments stay float32.
+      compute_dtype: dtype of activations and decoded weights; masters and moments stay float32. None: bfloat16 on a
+        GPU, whose float32 products take eight times as long; float32 elsewhere (`compute_dtype_of`).
       activation_dtype: dtype of the stored activation streams.
       held_out: samples kept out of tuning and scored after each epoch, >= 0; the epoch with the lowest held-out
         loss is kept. 0: the last epoch is kept.
@@ -192,7 +197,8 @@ class TuningSettings:
 
     epochs: int = 2
     batch_size: int = 1
-    learning_rate: float = 0.001
+    learning_rate: float = 0.004
+    relative_rate: bool = True
     schedule: Schedule = "cosine"
     warmup_fraction: float = 0.0
     weight_decay: float = 0.0
@@ -200,7 +206,7 @@ class TuningSettings:
     aug_loss: bool = False
     norms: bool = True
     outlier_limit: float = 4.0
-    compute_dtype: Dtype = "float32"
+    compute_dtype: Dtype | None = None
     activation_dtype: Dtype = "float32"
     held_out: int = 0
     fast_gradients: bool = False
@@ -226,13 +232,13 @@ class TuningSettings:
                 self.clip_norm,
                 "above 0, or left out",
             )
-        for name in ("compute_dtype", "activation_dtype"):
-            _require(
-                getattr(self, name) in ("float32", "bfloat16", "float16"),
-                name,
-                getattr(self, name),
-                "'float32', 'bfloat16' or 'float16'",
-            )
+        dtypes = get_args(Dtype)
+        _require(
+            self.compute_dtype in (None, *dtypes), "compute_dtype", self.compute_dtype, f"one of {', '.join(dtypes)}"
+        )
+        _require(
+            self.activation_dtype in dtypes, "activation_dtype", self.activation_dtype, f"one of {', '.join(dtypes)}"
+        )
         _require_finite("outlier_limit", self.outlier_limit, low=0.0)
         _require(self.held_out >= 0, "held_out", self.held_out, "0 or more")
 
@@ -336,13 +342,14 @@ class TrainingSettings:
       accumulation: such batches per step, >= 1. The loss of a step is the mean over all its scored tokens, however
         they are divided into batches; gradients agree within rounding.
       learning_rate: peak learning rate of AdamW, > 0.
+      relative_rate: as in `TuningSettings`.
       vector_rate: the rate of one-dimensional arrays (norm weights, biases) as a share of it, > 0.
       schedule: course of the rate after warm-up; "cosine" and "linear" fall to zero.
       warmup_fraction: share of all steps over which the rate rises linearly to its peak, 0 to 1.
       weight_decay: decoupled weight decay, >= 0.
       clip_norm: largest global gradient norm, > 0; None: no clipping.
       distillation: how far a teacher is followed; None without one.
-      compute_dtype: dtype of activations and decoded weights in the step; masters and moments stay float32.
+      compute_dtype: as in `TuningSettings`.
       recompute: what of a block is computed anew in the backward pass: "all", a block keeps its input alone; "cheap",
         all but its matrix products, whose outputs it keeps: about a tenth faster on a CPU, and memory for about
         7 * hidden_size + 2 * intermediate_size numbers per position and block. Changes results within rounding.
@@ -355,14 +362,15 @@ class TrainingSettings:
     trainable: tuple[str, ...] = (EVERY_CODEBOOK,)
     batch_size: int = 1
     accumulation: int = 1
-    learning_rate: float = 0.001
+    learning_rate: float = 0.004
+    relative_rate: bool = True
     vector_rate: float = 0.1
     schedule: Schedule = "cosine"
     warmup_fraction: float = 0.05
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
     distillation: DistillationSettings | None = None
-    compute_dtype: Dtype = "float32"
+    compute_dtype: Dtype | None = None
     recompute: Literal["all", "cheap"] = "all"
     fast_gradients: bool = False
     offload_inputs: bool = False
@@ -378,7 +386,8 @@ class TrainingSettings:
             _require(math.isfinite(value) and value > 0, name, value, "above 0")
         schedules, dtypes = get_args(Schedule), get_args(Dtype)
         _require(self.schedule in schedules, "schedule", self.schedule, f"one of {', '.join(schedules)}")
-        _require(self.compute_dtype in dtypes, "compute_dtype", self.compute_dtype, f"one of {', '.join(dtypes)}")
+        known = (None, *dtypes)
+        _require(self.compute_dtype in known, "compute_dtype", self.compute_dtype, f"one of {', '.join(dtypes)}")
         _require(self.recompute in ("all", "cheap"), "recompute", self.recompute, "'all' or 'cheap'")
         whole = not self.offload_inputs or self.recompute == "all"
         _require(whole, "recompute", self.recompute, "'all' where offload_inputs is true")
@@ -387,3 +396,15 @@ class TrainingSettings:
         if self.clip_norm is not None:
             legal = math.isfinite(self.clip_norm) and self.clip_norm > 0
             _require(legal, "clip_norm", self.clip_norm, "above 0, or left out")
+
+
+def compute_dtype_of(settings: TuningSettings | TrainingSettings, platform: str | None = None) -> Dtype:
+    """Returns the compute dtype that the settings mean.
+
+    Args:
+      settings: with or without a compute_dtype.
+      platform: "gpu", "cpu" or another of JAX's; None: the one that JAX computes on by default.
+    """
+    if settings.compute_dtype is not None:
+        return settings.compute_dtype
+    return "bfloat16" if (platform or jax.default_backend()) == "gpu" else "float32"

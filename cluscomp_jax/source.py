@@ -12,6 +12,7 @@ import numpy as np
 
 import cluscomp_jax._version as version
 from cluscomp_jax import trees
+from cluscomp_jax.caller_mesh import on_one_device
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.model import Model, parameter_shapes
 from cluscomp_jax.trees import Params
@@ -117,12 +118,12 @@ class DictSource:
         _check_shapes(trees.flatten(params), model)
 
     def load_block(self, i: int) -> Params:
-        """Returns block i's tree with block-relative paths."""
-        return trees.subtree(self._params, f"{self._blocks_path}/{i}")
+        """Returns block i's tree with block-relative paths; what lies on several devices comes from the host."""
+        return jax.tree.map(on_one_device, trees.subtree(self._params, f"{self._blocks_path}/{i}"))
 
     def load_rest(self) -> Params:
-        """Returns everything outside the blocks, with full paths."""
-        return trees.without(self._params, self._blocks_path)
+        """Returns everything outside the blocks, with full paths; what lies on several devices comes from the host."""
+        return jax.tree.map(on_one_device, trees.without(self._params, self._blocks_path))
 
     def fingerprint(self) -> str:
         """Returns the SHA-256 of every path, shape, dtype and byte."""

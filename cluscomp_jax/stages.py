@@ -1,4 +1,4 @@
-"""Time and peak memory by stage of a run."""
+"""Time and peak memory by stage of a run, and what a run that has its process to itself does to it between stages."""
 
 import resource
 import sys
@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cluscomp_jax.host_memory import return_freed_memory
+
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _PEAK_LOCK = threading.Lock()
@@ -16,12 +18,17 @@ _peak_of_past_stages = 0
 
 
 class StageClock:
-    """Adds up wall seconds and keeps the largest resident set of every named stage.
+    """Adds up wall seconds of every named stage and, in a process of the run's own, keeps its largest resident set.
 
     On Linux the peak is that of the stage itself; elsewhere that of the process so far.
+
+    Args:
+      owns_process: whether the process does nothing but this run, as under the command line. Only then may a stage set
+        the kernel's peak of the process back, by which its own is measured, and `release` ask the C allocator.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, owns_process: bool = False) -> None:
+        self._owns_process = owns_process
         self._stages: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
 
@@ -29,7 +36,8 @@ class StageClock:
     def __call__(self, name: str) -> Iterator[None]:
         """Counts the block towards stage `name`; stages do not nest."""
         began = time.monotonic()
-        _reset_peak()
+        if self._owns_process:
+            _reset_peak()
         try:
             yield
         finally:
@@ -47,14 +55,20 @@ class StageClock:
         finally:
             self._add(name, time.monotonic() - began)
 
+    def release(self) -> None:
+        """Gives freed memory back to the kernel (`return_freed_memory`), if the process is the run's own."""
+        if self._owns_process:
+            return_freed_memory()
+
     def _add(self, name: str, seconds: float) -> None:
         with self._lock:
-            stage = self._stages.setdefault(name, {"seconds": 0.0, "peak_rss_bytes": 0})
+            stage = self._stages.setdefault(name, {"seconds": 0.0, "peak_rss_bytes": None})
             stage["seconds"] += seconds
-            stage["peak_rss_bytes"] = max(stage["peak_rss_bytes"], _noted_peak())
+            if self._owns_process:
+                stage["peak_rss_bytes"] = max(stage["peak_rss_bytes"] or 0, _noted_peak())
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """Returns {stage: {"seconds": float, "peak_rss_bytes": int}} in order of first use."""
+        """Returns {stage: {"seconds": float, "peak_rss_bytes": int or None}} in order of first use."""
         with self._lock:
             return {name: dict(stage) for name, stage in self._stages.items()}
 

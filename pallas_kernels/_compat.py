@@ -25,7 +25,7 @@ DEVICE_KINDS = {
     (10, 0): "NVIDIA B200",
     (12, 0): "NVIDIA RTX PRO 6000",
 }
-"""{compute capability: the name of a card that has it}; Pallas knows cards by these names alone, an A6000 or L40S not."""
+"""{compute capability: the name of a card that has it}. Pallas knows cards by name, and not every one: no A6000."""
 
 CPU_SCHEDULER = "xla_cpu_enable_concurrency_optimized_scheduler"
 """The flag of XLA that orders programs for the CPU by what could run side by side. A jaxlib that does not know a flag

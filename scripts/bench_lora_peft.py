@@ -12,13 +12,13 @@ import argparse
 import time
 from typing import Any
 
-import bench_lora
 import jax
 import numpy as np
 import peft
 import torch
 import transformers
 
+import bench_lora
 from cluscomp_jax import trees
 from cluscomp_jax.cli.demo import find_model
 from cluscomp_jax.examples import Examples, ShuffledBatches

@@ -57,6 +57,7 @@ TABLES: dict[str, dict[str, Setting]] = {
         "2.63-clustered-16": (budget(2.63, tuned=False), 16, 512),
         "2.63-tuned-16": (budget(2.63), 16, 512),
         "2.63-tuned-64": (budget(2.63), 64, 512),
+        "2.63-bfloat16-64": (f'{budget(2.63)}\n[tuning]\ncompute_dtype = "bfloat16"', 64, 512),  # as on a GPU
         "2.1-tuned-64": (budget(2.1), 64, 512),
         "2.63-mixed-16": (budget(2.63, mixed="matrix", tuned=False), 16, 512),
         "3.3-clustered-64": (budget(3.3, mixed="matrix", tuned=False), 64, 512),  # one (g, n) reaches only 3.05

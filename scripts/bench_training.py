@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from smollm2_shapes import SMOLLM2_135M, random_codes
 
 from cluscomp_jax import llama, trees
 from cluscomp_jax.codebook import CodebookArray
@@ -28,6 +27,7 @@ from cluscomp_jax.model import parameter_shapes
 from cluscomp_jax.settings import TrainingSettings
 from cluscomp_jax.source import DictSource
 from cluscomp_jax.training import init_state, split_params, train_step
+from smollm2_shapes import SMOLLM2_135M, random_codes
 
 RATE = 0.001
 NAMES = ("cluscomp_jax", "PyTorch")

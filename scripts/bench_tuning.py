@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
-from smollm2_shapes import SMOLLM2_135M, random_codes
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from cluscomp_jax import llama, trees
@@ -26,6 +25,7 @@ from cluscomp_jax.codebook import CodebookArray
 from cluscomp_jax.host_memory import keep_freed_memory
 from cluscomp_jax.settings import TuningSettings
 from cluscomp_jax.tuning.blockwise import init_state, split_trainable, tuning_step
+from smollm2_shapes import SMOLLM2_135M, random_codes
 
 ONE_BLOCK = SMOLLM2_135M | {"num_hidden_layers": 1}
 

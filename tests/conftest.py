@@ -8,8 +8,22 @@ import pytest
 
 # Before anything imports huggingface_hub, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+if not Path("/dev/nvidiactl").exists():  # what the extra `aot` installs would look for CUDA's libraries
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+RELEASE = ("compat", "host_memory", "imports", "io_checkpoint", "io_golden", "io_leaves", "io_train_states", "kernels",
+           "kmeans", "feedback", "refit", "lower_root", "llama_flax", "llama_model", "plan", "pipeline", "spread",
+           "training", "tuning", "wheel")  # fmt: skip
+"""Test files, by how their names go on after "test_", that depend on the release of JAX and its neighbours."""
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what `make test-oldest` runs."""
+    for item in items:
+        if item.path.name.removeprefix("test_").startswith(RELEASE):
+            item.add_marker(pytest.mark.release)
 
 
 @pytest.fixture(scope="session")

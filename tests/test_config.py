@@ -100,7 +100,13 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_the_paper_config_is_the_paper_recipe() -> None:
     assert load_config(CONFIGS / "paper.toml") == PAPER
     assert PAPER.tuning == TuningSettings(
-        epochs=20, learning_rate=0.005, schedule="constant", weight_decay=0.1, norms=False, outlier_limit=0.0
+        epochs=20,
+        learning_rate=0.005,
+        relative_rate=False,
+        schedule="constant",
+        weight_decay=0.1,
+        norms=False,
+        outlier_limit=0.0,
     )
     assert PAPER.calibration == CalibrationSettings(samples=128, length=2048)
     assert not PAPER.cluster.calibrated

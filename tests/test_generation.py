@@ -242,12 +242,29 @@ def test_the_same_key_gives_the_same_draws(params: Params) -> None:
 def test_lengths_of_one_bucket_share_one_program(params: Params) -> None:
     generate(params, [1] * 20, CONFIG, max_new_tokens=3)
     compiled = generation._cached_block._cache_size()
-    generate(params, [1] * 29, CONFIG, max_new_tokens=9)
+    generate(params, [1] * 23, CONFIG, max_new_tokens=9)
     assert generation._cached_block._cache_size() == compiled
 
 
 def test_buckets_are_powers_of_two() -> None:
     assert [bucket(length) for length in (1, 16, 17, 64, 65)] == [16, 16, 32, 64, 128]
+
+
+@pytest.mark.parametrize(
+    ("length", "new", "positions"),
+    [(5, 3, 16), (17, 15, 32), (17, 16, 64), (500, 12, 512), (513, 1, 1024), (4000, 96, 4096), (33_000, 100, 33_792)],
+)
+def test_the_cache_holds_little_more_than_what_is_written(length: int, new: int, positions: int) -> None:
+    assert generation.cache_length(length, new) == positions
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 200_000), st.integers(1, 20_000))
+def test_the_cache_has_room_for_every_piece_of_the_prompt_and_every_new_token(length: int, new: int) -> None:
+    held, piece = generation.cache_length(length, new), generation.prompt_width(length)
+    assert held >= length + new
+    assert held >= -(-length // piece) * piece
+    assert held <= max(2 * (length + new), 16) if length + new <= 4096 else held < length + new + 1024 + piece
 
 
 def allowed_tokens(

@@ -161,8 +161,33 @@ def test_a_folder_that_is_a_link_is_not_followed(saved):
     (saved / "blocks" / "00001" / "link").unlink()
     shutil.move(saved / "rest", saved.parent / "rest")
     (saved / "rest").symlink_to(saved.parent / "rest")
-    with pytest.raises(InputError, match="rest is not in the manifest"):
+    with pytest.raises(InputError, match="rest is not in the manifest and is a link"):
         open_checkpoint(saved)
+
+
+@pytest.mark.parametrize("name", ["tokenizer/tokenizer.json", "rest/model.norm.weight/0", "blocks/00000/_METADATA"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_listed_file_that_is_a_link_is_refused(saved, name, inside):
+    real = saved / "loss.png" if inside else saved.parent / "outside"
+    shutil.move(saved / name, real)
+    (saved / name).symlink_to(real)
+    for refuse in (describe, open_checkpoint, load_checkpoint):
+        with pytest.raises(InputError, match=f"{name} is a link") as error:
+            refuse(saved)
+        assert "\n" not in str(error.value)
+
+
+def test_a_file_that_becomes_a_link_while_the_checkpoint_is_open_is_refused(saved):
+    source, name = open_checkpoint(saved), "rest/model.norm.weight/0"
+    shutil.move(saved / name, saved.parent / "outside")
+    (saved / name).symlink_to(saved.parent / "outside")
+    with pytest.raises(InputError, match=f"{name} does not have the SHA-256"):
+        source.load_rest()
+
+
+def test_the_checkpoint_itself_may_be_named_by_a_link(saved):
+    (saved.parent / "link").symlink_to(saved)
+    load_checkpoint(saved.parent / "link")
 
 
 @pytest.mark.parametrize(

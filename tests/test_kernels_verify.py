@@ -1,15 +1,15 @@
-"""What `pallas_kernels.verify` reads and judges; no CUDA compiler is needed here."""
+"""What `scripts.verify_kernels` reads and judges; no CUDA compiler is needed here."""
 
 import dataclasses
 
 import pytest
 
-from pallas_kernels.verify import __main__ as command
-from pallas_kernels.verify import judge, measure
-from pallas_kernels.verify.cases import LLAMA_2_70B, Case, shipped
-from pallas_kernels.verify.compile import lower
-from pallas_kernels.verify.sass import read_machine
-from pallas_kernels.verify.traffic import read_accesses
+from verify_kernels import __main__ as command
+from verify_kernels import judge, measure
+from verify_kernels.cases import LLAMA_2_70B, Case, shipped
+from verify_kernels.compile import lower
+from verify_kernels.sass import read_machine
+from verify_kernels.traffic import read_accesses
 
 PTXAS = """ptxas info    : Compiling entry function 'codebook_gemm' for 'sm_86'
 ptxas info    : Function properties for codebook_gemm

@@ -121,7 +121,8 @@ def test_an_interrupted_run_resumed_gives_the_bytes_of_an_uninterrupted_one(para
 def test_the_summary_counts_what_the_size_report_counts(params, tmp_path):
     model = build_model(CONFIG)
     sink = FoldersSink()
-    summary = compress_stream(as_source(params, model), sink, RUN, calibration=TOKENS, work_dir=tmp_path)
+    source = as_source(params, model)
+    summary = compress_stream(source, sink, RUN, calibration=TOKENS, work_dir=tmp_path, owns_process=True)
     report = cluscomp_jax.size_report(sink.params(model))
     assert summary.total_bytes == report.total_bytes
     assert summary.bits_per_weight == pytest.approx(report.bits_per_weight)

@@ -50,7 +50,7 @@ BLIND = RunConfig(
 
 def made(peaks: dict[str, int], usable: int) -> Plan:
     stages = {stage: Memory(stage, "program", peak - 6, 3, 2, 1) for stage, peak in peaks.items()}
-    return Plan("card", 2 * usable, usable, stages, tuple(stages.values()), {}, Needs(1, 2, 3, 4))
+    return Plan("card", 2 * usable, usable, stages, tuple(stages.values()), {}, {}, Needs(1, 2, 3, 4))
 
 
 def test_the_largest_stage_decides() -> None:
@@ -102,6 +102,7 @@ def test_a_plan_compiles_for_any_device_jax_has() -> None:
     assert all(memory.peak_bytes > 0 for memory in done.programs)
     assert done.usable_bytes == Reserve().usable(card.memory_bytes)
     assert done.hours.keys() == done.stages.keys() - {"generate"}
+    assert done.launches == {}  # the programs are those of a CPU
     with pytest.raises(InputError, match="context is 33"):
         plan(BLIND, card, Place(), context=33, reserve=Reserve(), reporter=SilentReporter())
     behind = FinetuneConfig(training=TrainingSettings(distillation=DistillationSettings()))

@@ -175,6 +175,9 @@ class EvaluateArguments(Common):
     """windows or questions at a time; changes the speed only"""
     dtype: Dtype = "float32"
     """compute dtype"""
+    work_dir: Annotated[str | None, arg(metavar="DIR")] = None
+    """with --text: where activations lie meanwhile, a few bytes for every token and channel; default: the system's
+    folder for temporary files"""
     record: Annotated[str | None, arg(metavar="DIR")] = None
     """note the result beside this compressed folder, for its report: of itself, its original or another stage of it"""
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from cluscomp_jax.cli.arguments import DEFAULT_CONTEXT, CompressArguments
 from cluscomp_jax.cli.command_line import command_line
-from cluscomp_jax.cli.evaluate import describe, note_context, note_scratch
+from cluscomp_jax.cli.evaluate import check_scratch, describe, note_context
 from cluscomp_jax.cli.folder import Compressed, Measure, compress_to_folder
 from cluscomp_jax.cli.inputs import read_tokens, require_windows
 from cluscomp_jax.cli.outcome import Result, note
@@ -79,7 +79,7 @@ def _measure(opened: OpenedModel, arguments: CompressArguments) -> Measure:
     context = DEFAULT_CONTEXT if arguments.context is None else arguments.context
     require_windows(arguments.evaluate, tokens, context)
     note_context("--context", context, opened)
-    note_scratch(len(tokens) // context, context, opened, "float32")
+    check_scratch((len(tokens) // context, context), opened, "float32")
 
     def measure(source: ParamSource, reporter: Reporter) -> Any:
         return perplexity(source, tokens, opened.model, context=context, reporter=reporter)

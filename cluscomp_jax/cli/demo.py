@@ -119,7 +119,7 @@ def refuse_occupied(out: Path) -> None:
 def run_demo(inputs: Inputs, out: Path) -> Result:
     """Runs all stages into `out`, resuming what an earlier demo there has finished, and returns the report."""
     began, resumed = time.monotonic(), (out / "clustered").exists()
-    opened, clock = inputs.opened, StageClock()
+    opened, clock = inputs.opened, StageClock(owns_process=True)
 
     def measure(source: ParamSource, reporter: Reporter) -> Perplexity:
         return perplexity(source, inputs.text, opened.model, context=inputs.context, reporter=reporter)

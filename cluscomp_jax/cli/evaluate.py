@@ -2,30 +2,27 @@
 
 import dataclasses
 import math
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import jax.numpy as jnp
-import numpy as np
 
 from cluscomp_jax.cli.arguments import EvaluateArguments
 from cluscomp_jax.cli.generate import stop_tokens
 from cluscomp_jax.cli.inputs import read_tokens, require_windows
 from cluscomp_jax.cli.outcome import DONE, FAILED, Result, note
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.evaluate import Perplexity, perplexity
+from cluscomp_jax.evaluate import Perplexity, perplexity, scratch_bytes
 from cluscomp_jax.exact_match import GSM8K_ANSWER, answer_pattern, exact_match
 from cluscomp_jax.generation import Decoder
 from cluscomp_jax.io.checkpoint import describe as describe_checkpoint
 from cluscomp_jax.io.evaluations import add_evaluation, read_evaluations, stage_of
 from cluscomp_jax.io.open import OpenedModel, open_model
+from cluscomp_jax.io.scratch import require_room, scratch_parent
 from cluscomp_jax.io.training_data import read_questions
-from cluscomp_jax.plan.setting import width
 from cluscomp_jax.progress import console_reporter
 from cluscomp_jax.report import format_bytes
+from cluscomp_jax.settings import Dtype
 
 _ANSWER_TOKENS = 256
 _MUCH = 2**28
@@ -57,7 +54,8 @@ def _run_perplexity(arguments: EvaluateArguments) -> Result:
     tokens = read_tokens(opened, arguments.text, first=arguments.tokens)
     require_windows(arguments.text, tokens, arguments.context)
     note_context("--context", arguments.context, opened)
-    note_scratch(len(tokens) // arguments.context, arguments.context, opened, arguments.dtype)
+    shape = (len(tokens) // arguments.context, arguments.context)
+    check_scratch(shape, opened, arguments.dtype, work_dir=arguments.work_dir, option="--work-dir")
     with console_reporter() as reporter:
         measured = perplexity(
             opened.source,
@@ -67,6 +65,7 @@ def _run_perplexity(arguments: EvaluateArguments) -> Result:
             batch_size=arguments.batch_size,
             dtype=arguments.dtype,
             reporter=reporter,
+            work_dir=arguments.work_dir,
         )
     fields: dict[str, Any] = {**dataclasses.asdict(measured), "model": opened.name, "text": arguments.text}
     lines = [describe(measured)]
@@ -86,12 +85,25 @@ def note_context(what: str, length: int, opened: OpenedModel) -> None:
         note(f"{what} {length} is more than the model's own context of {most}; it may do badly there")
 
 
-def note_scratch(windows: int, context: int, opened: OpenedModel, dtype: str) -> None:
-    """Says what an evaluation will have on the disk, where that is much: it is not beside the model, where room is."""
-    size = windows * context * width(opened.model) * np.dtype(jnp.dtype(dtype)).itemsize
+def check_scratch(
+    shape: tuple[int, int], opened: OpenedModel, dtype: Dtype, *, work_dir: str | None = None, option: str = "TMPDIR"
+) -> None:
+    """Says what an evaluation will have on the disk, where that is much: it is not beside the model, where room is.
+
+    Args:
+      shape: (windows, context).
+      opened: the model.
+      dtype: compute dtype.
+      work_dir: as for `perplexity`.
+      option: what chooses another folder.
+
+    Raises:
+      InputError: there is no such folder, or it has not so much room.
+    """
+    size, folder = scratch_bytes(opened.model, shape, dtype), scratch_parent(work_dir)
+    require_room(folder, size, f"choose another folder by {option}")
     if size >= _MUCH:
-        folder = tempfile.gettempdir()
-        note(f"{folder}: {format_bytes(size)} of activations until it ends; TMPDIR chooses another folder")
+        note(f"{folder}: {format_bytes(size)} of activations until it ends; {option} chooses another folder")
 
 
 def _stage(opened: OpenedModel, folder: Path) -> str:
@@ -123,9 +135,10 @@ def _inputs(manifest: Mapping[str, Any]) -> list[Any]:
 
 
 def _run_exact_match(arguments: EvaluateArguments, file: str) -> Result:
-    for name in ("text", "tokens", "record"):
+    for name in ("text", "tokens", "record", "work_dir"):
         if getattr(arguments, name) is not None:
-            raise InputError(f"--{name} {getattr(arguments, name)} has no effect beside --exact-match; leave one out")
+            option = f"--{name.replace('_', '-')} {getattr(arguments, name)}"
+            raise InputError(f"{option} has no effect beside --exact-match; leave one out")
     longest = _ANSWER_TOKENS if arguments.max_new_tokens is None else arguments.max_new_tokens
     if longest < 1:
         raise InputError(f"--max-new-tokens {longest}: it must be 1 or more")

@@ -23,6 +23,7 @@ from cluscomp_jax.host_memory import return_freed_memory
 from cluscomp_jax.io.checkpoint import CheckpointSource
 from cluscomp_jax.io.checkpoint_writer import CheckpointWriter
 from cluscomp_jax.io.open import OpenedModel
+from cluscomp_jax.io.scratch import require_room
 from cluscomp_jax.pipeline import CompressionSummary, compress_stream, fingerprint
 from cluscomp_jax.plan.host import scratch_bytes
 from cluscomp_jax.progress import JsonLinesLog, Reporter, console_reporter
@@ -104,7 +105,7 @@ def compress_to_folder(
     with claim as writer, console_reporter(JsonLinesLog(out / METRICS_NAME)) as reporter:
         if writer.finished_blocks:
             note(f"{out}: resuming behind {writer.finished_blocks} of {opened.model.num_blocks} finished blocks")
-        _note_scratch(opened, cfg, calibration, writer.work_path)
+        _check_scratch(opened, cfg, calibration, writer.work_path)
         with course.before("check weights"):
             _check_weights(opened, reporter)
         course.evaluate("original", opened.source, course.before, reporter)
@@ -116,6 +117,7 @@ def compress_to_folder(
             work_dir=writer.work_path,
             reporter=reporter,
             finished_blocks=writer.finished_blocks,
+            owns_process=True,
         )
         course.evaluate("compressed", _Unfinished(writer, opened.source), course.after, reporter)
         with course.after("finish"):
@@ -130,7 +132,7 @@ class _Course:
     """What a run measures and spends outside the pipeline: stages before and after it, and perplexities."""
 
     def __init__(self, measure: Measure | None):
-        self.before, self.after = StageClock(), StageClock()
+        self.before, self.after = StageClock(owns_process=True), StageClock(owns_process=True)
         self._measure = measure
         self._perplexity: dict[str, Perplexity] = {}
         self._began = time.monotonic()
@@ -162,9 +164,15 @@ def claim_folder(
     )
 
 
-def _note_scratch(opened: OpenedModel, cfg: RunConfig, calibration: np.ndarray | None, work_path: Path) -> None:
-    """Says what will lie on the disk meanwhile; a person who finds it after a crash should know what it is."""
+def _check_scratch(opened: OpenedModel, cfg: RunConfig, calibration: np.ndarray | None, work_path: Path) -> None:
+    """Says what will lie on the disk meanwhile; a person who finds it after a crash should know what it is.
+
+    Raises:
+      InputError: the disk has not so much room, with what a run that crashed left there and this one makes anew.
+    """
     size = 0 if calibration is None else scratch_bytes(opened.model, cfg, calibration.shape)
+    left = sum(path.stat().st_size for path in work_path.glob("*.bin"))
+    require_room(work_path, size - left, "choose an output folder on another disk")
     if size:
         note(
             f"{work_path}: {format_bytes(size)} of activations until the run ends; after a crash the same command "

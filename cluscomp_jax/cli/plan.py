@@ -22,8 +22,15 @@ from cluscomp_jax.model import parse_model_config
 from cluscomp_jax.plan import PRESETS, Plan, Reserve, find_target, placement, plan, preset_config
 from cluscomp_jax.plan.shapes import Place
 from cluscomp_jax.plan.whole import GIB, finetuning_of
+from cluscomp_jax.plan.work import LAUNCH_SECONDS
 from cluscomp_jax.progress import console_reporter
 from cluscomp_jax.report import format_bytes, format_table
+
+_LEGEND = (
+    "Launches are the kernels that a whole run starts on one card, counted in XLA's modules; + where a loop of unknown",
+    "length counts as one turn. Hours are an estimate of a whole run: operations and bytes at published rates, and",
+    f"{LAUNCH_SECONDS * 1e6:g} microseconds for each launch, an assumption; nothing was run.",
+)
 
 
 def run(arguments: PlanArguments) -> Result:
@@ -77,19 +84,28 @@ def _model_config(spec: str) -> Any:
 
 
 def _text(made: Plan, model: str, reserve: Reserve) -> str:
-    header = ("stage", "peak", "arguments", "temporaries", "also held", "largest program", "estimated hours")
+    header = (
+        "stage",
+        "peak",
+        "arguments",
+        "temporaries",
+        "also held",
+        "largest program",
+        "launches",
+        "estimated hours",
+    )
     rows = []
     for stage, memory in made.stages.items():
         sizes = (memory.peak_bytes, memory.argument_bytes + memory.output_bytes, memory.temp_bytes, memory.held_bytes)
         hours = f"{made.hours[stage]:.2f}" if stage in made.hours else "-"
-        rows.append((stage, *map(_gib, sizes), memory.name, hours))
+        rows.append((stage, *map(_gib, sizes), memory.name, _launches(made, stage), hours))
     verdict = "fits" if made.fits else "does NOT fit"
     needs = made.needs
     lines = [
         format_table(header, rows),
         "",
-        "arguments include results; GiB on the card, from XLA's buffer assignment ahead of time. Hours are an",
-        "estimate from counted operations and bytes at published rates, the least it can take; nothing was run.",
+        "arguments include results; GiB on the card, from XLA's buffer assignment ahead of time.",
+        *_LEGEND,
         f"host memory about {format_bytes(needs.host_bytes)}, to finetune {format_bytes(needs.finetune_host_bytes)}; "
         f"disk {format_bytes(needs.scratch_bytes)} for activations meanwhile and "
         f"{format_bytes(needs.checkpoint_bytes)} for the result",
@@ -98,6 +114,15 @@ def _text(made: Plan, model: str, reserve: Reserve) -> str:
         f"(XLA_PYTHON_CLIENT_MEM_FRACTION) less a reserve of {_gib(reserve.bytes)}",
     ]
     return "\n".join([*lines, *made.advice()])
+
+
+def _launches(made: Plan, stage: str) -> str:
+    """Returns the launches of a stage, "-" where none were counted, with a + where there may be more."""
+    if stage not in made.launches:
+        return "-"
+    counted = made.launches[stage]
+    digits, _, exponent = f"{counted.launches:.1e}".partition("e")
+    return f"{digits}e{int(exponent)}{'+' if counted.unknown_loops else ''}"
 
 
 def _gib(count: int) -> str:

@@ -246,16 +246,17 @@ def _heat_map(
 
 
 def _stages(stages: Mapping[str, Record]) -> Drawing:
-    names = list(stages)
-    figure, (time, memory) = _new(9, 0.34 * len(names) + 1.4, columns=2)
-    for axes, key, scale, unit, colour in (
-        (time, "seconds", 1.0, "seconds", ACCENT),
-        (memory, "peak_rss_bytes", 2.0**30, "GiB, peak of the stage", SECOND),
-    ):
+    names, panels = list(stages), [("seconds", 1.0, "seconds", ACCENT)]
+    if all(_number(stage["peak_rss_bytes"]) for stage in stages.values()):  # a run as a library measures none
+        panels.append(("peak_rss_bytes", 2.0**30, "GiB, peak of the stage", SECOND))
+    figure, drawn = _new(9, 0.34 * len(names) + 1.4, columns=len(panels))
+    for axes, (key, scale, unit, colour) in zip(np.atleast_1d(drawn), panels, strict=True):
         bars = axes.barh(names, [stages[name][key] / scale for name in names], 0.6, color=colour)
         axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
         axes.invert_yaxis()
         axes.margins(x=0.2)
         axes.set(xlabel=unit)
-    memory.set_yticks([])
-    return Drawing("stages", "Time and memory by stage", "", figure)
+        if key != "seconds":
+            axes.set_yticks([])
+    title = "Time and memory by stage" if len(panels) > 1 else "Time by stage"
+    return Drawing("stages", title, "", figure)

@@ -79,7 +79,8 @@ def open_checkpoint(path: str | Path, *, verify: bool = False) -> CheckpointSour
     every other file is whenever its item is read, or now too with `verify`.
 
     Raises:
-      InputError: no finished checkpoint, a newer format, damage, or a model this version cannot serve.
+      InputError: no finished checkpoint, a newer format, damage, items that would take far more memory than they have
+        bytes of files, or a model this version cannot serve.
     """
     root = Path(path)
     manifest, model, parts = _open(root)
@@ -172,4 +173,5 @@ def _open(root: Path) -> tuple[Manifest, Model, dict[str, Contents]]:
     model = build_model(parse_model_config(manifest.model_config))
     parts = contents.split(manifest.contents, model, root / MANIFEST_NAME)
     contents.check_files(root, manifest.contents)
+    contents.check_expansion(root, parts)
     return manifest, model, parts

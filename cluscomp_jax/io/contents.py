@@ -4,6 +4,7 @@ Used on finished checkpoints and, by the writer, on the finished items of an unf
 """
 
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 
 from cluscomp_jax import trees
@@ -16,6 +17,15 @@ from cluscomp_jax.trees import Params
 REST = "rest"
 TOKENIZER = "tokenizer"
 BLOCKS = "blocks"
+
+MOST_TIMES = 64
+"""An item may take so many times the bytes of its files in memory.
+
+Unpacking makes an index 8 times as large at most (1 bit to 1 byte), and `items.write_item` lets zstd shorten by
+`MOST_SHORTENED` = 8 at most. The least that a real model reaches is far below: 1.5 of zstd for 16-bit weights.
+"""
+ALLOWANCE = 64 * 2**20
+"""What all items together may take beyond that: matrices of one code, which have no index on disk."""
 
 
 def block_folder(i: int) -> str:
@@ -82,16 +92,44 @@ def check_files(root: Path, contents: Contents) -> None:
     """
     found = {name for name in atomic.files_below(root) if name.split("/")[0] in CONTENT_FOLDERS}
     if extra := sorted(found - contents.files.keys()):
-        raise InputError(f"{root}: {extra[0]} is not in the manifest; remove it, or take the checkpoint anew")
+        link = " and is a link, which is not followed" if (root / extra[0]).is_symlink() else ""
+        raise InputError(f"{root}: {extra[0]} is not in the manifest{link}; remove it, or take the checkpoint anew")
     for name, entry in contents.files.items():
         if name not in found:
             raise InputError(f"{root}: {name} is missing; take the checkpoint anew")
-        status = (root / name).stat()
+        status = (root / name).lstat()
+        if stat.S_ISLNK(status.st_mode):
+            raise InputError(
+                f"{root}: {name} is a link, and a checkpoint holds its own files; copy the folder with what its links "
+                "name (cp -rL), and give the copy"
+            )
         if not stat.S_ISREG(status.st_mode):
             raise InputError(f"{root}: {name} is not a regular file; take the checkpoint anew")
         if status.st_size != entry.size:
             raise InputError(
                 f"{root}: {name} has {status.st_size} bytes, the manifest says {entry.size}; it is damaged"
+            )
+
+
+def check_expansion(root: Path, parts: Mapping[str, Contents]) -> None:
+    """Returns if no item is to take far more memory than its files have bytes; reads nothing.
+
+    Args:
+      root: the checkpoint, for the error.
+      parts: {item folder: its contents}, the sizes of files held against the disk.
+
+    Raises:
+      InputError: what items take beyond MOST_TIMES the bytes of their files is more than ALLOWANCE.
+    """
+    beyond = 0
+    for folder, part in parts.items():
+        stored = sum(file.size for file in part.files.values())
+        loaded = sum(entry.loaded_bytes for entry in part.entries.values())
+        beyond += max(0, loaded - MOST_TIMES * stored)
+        if beyond > ALLOWANCE:
+            raise InputError(
+                f"{root}: {folder} has {stored:,} bytes of files and would take {loaded:,} bytes of memory; more than "
+                f"{MOST_TIMES} times as many are not read; take the checkpoint anew, or compress again without --zstd"
             )
 
 
@@ -104,7 +142,7 @@ def verify(root: Path, contents: Contents) -> None:
     for name, entry in contents.files.items():
         path = root / name
         try:
-            size, sha256 = path.stat().st_size, atomic.file_sha256(path)
+            size, sha256 = path.lstat().st_size, atomic.file_sha256(path)
         except OSError as error:
             raise InputError(f"{root}: {name} cannot be read: {error.strerror or error}") from error
         if (size, sha256) != (entry.size, entry.sha256):

@@ -13,7 +13,7 @@ import numpy as np
 
 from cluscomp_jax import trees
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.io import gguf_config, layout
+from cluscomp_jax.io import gguf_config, gguf_header, layout
 from cluscomp_jax.io.file_stamps import FileStamps
 from cluscomp_jax.model import build_model, parse_model_config
 from cluscomp_jax.trees import Params
@@ -45,7 +45,8 @@ class GgufSource:
       dtype: of all arrays handed out; float32 keeps the dequantiser's exact values.
 
     Raises:
-      InputError: no such file, not a whole GGUF file, an unknown architecture, a missing, unused or misshapen tensor.
+      InputError: no such file, not a whole GGUF file, a header that counts too much, an unknown architecture, a
+        missing, unused or misshapen tensor.
     """
 
     def __init__(self, path: str | Path, *, dtype: Any = ml_dtypes.bfloat16):
@@ -129,7 +130,11 @@ class GgufSource:
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """Returns {key: value} of a GGUF header. Raises InputError if it is not a whole GGUF file."""
+    """Returns {key: value} of a GGUF header.
+
+    Raises:
+      InputError: it is not a whole GGUF file, or its header counts more than `gguf_header` allows.
+    """
     return _open(Path(path))[1]
 
 
@@ -140,6 +145,7 @@ def _require_file(path: Path) -> None:
 
 def _open(path: Path) -> tuple[_CheckedReader, dict[str, Any]]:
     _require_file(path)
+    gguf_header.check_counts(path)
     try:
         reader = _CheckedReader(path)
         return reader, {key: field.contents() for key, field in reader.fields.items()}

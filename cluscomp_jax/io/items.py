@@ -4,9 +4,11 @@ An item is a PyTree checkpoint of orbax in its zarr form, one chunk per array, a
 file but orbax's time-stamped `_CHECKPOINT_METADATA` has the same name and bytes whenever the arrays are the same.
 """
 
+import asyncio
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,13 @@ from cluscomp_jax.errors import InputError
 
 TIME_STAMPED = "_CHECKPOINT_METADATA"
 """The one file of an item that differs from run to run."""
+
+MOST_SHORTENED = 8
+"""zstd may shorten an item to one part in so many; what it would shorten more is written as it is.
+
+Trained weights become 1.5 times as short and packed indices 1.4 times at most, so it is constants that are meant. A
+reader can then refuse what claims far more bytes than its files have.
+"""
 
 _COMMIT_FILE = "commit_success.txt"
 _PAGE = 4096
@@ -42,6 +51,33 @@ def quiet() -> Iterator[None]:
         logger.removeFilter(_drop)
 
 
+class _WaitingHandler(ocp.type_handlers.NumpyHandler):  # type: ignore[misc]
+    """Reads NumPy arrays side by side, and raises what one of them raised only when all reads have ended.
+
+    orbax's own handler raises at once and closes its event loop. TensorStore's threads, which still read the other
+    arrays, then call into that closed loop and print a traceback each.
+    """
+
+    async def metadata(self, infos: Sequence[Any]) -> list[Any]:
+        """Returns the description of each array."""
+        return await _each(super().metadata, infos)
+
+    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> list[Any]:
+        """Returns each array."""
+        return await _each(super().deserialize, infos, *([] if args is None else [args]))
+
+
+async def _each(read: Callable[..., Awaitable[Sequence[Any]]], *columns: Sequence[Any]) -> list[Any]:
+    """Returns what `read` gives for every row of `columns` alone, after the last has ended."""
+    reads = [read(*([value] for value in row)) for row in zip(*columns, strict=True)]
+    arrays: list[Any] = []
+    for result in await asyncio.gather(*reads, return_exceptions=True):
+        if isinstance(result, BaseException):
+            raise result
+        arrays += result
+    return arrays
+
+
 @contextlib.contextmanager
 def _checkpointer(*, zstd: bool = False) -> Iterator[ocp.PyTreeCheckpointer]:
     """Yields a checkpointer that logs nothing, and that of several processes concerns this one alone.
@@ -50,11 +86,16 @@ def _checkpointer(*, zstd: bool = False) -> Iterator[ocp.PyTreeCheckpointer]:
     """
     here = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
-    handler = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=False, use_zarr3=False, use_compression=zstd, multiprocessing_options=alone
-    )
-    with quiet(), ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-        yield checkpointer
+    with quiet():
+        handler = ocp.PyTreeCheckpointHandler(
+            use_ocdbt=False,
+            use_zarr3=False,
+            use_compression=zstd,
+            multiprocessing_options=alone,
+            type_handler_registry=ocp.type_handlers.create_type_handler_registry((np.ndarray, _WaitingHandler())),
+        )
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+            yield checkpointer
 
 
 def disk_bytes(arrays: Mapping[str, np.ndarray[Any, Any]]) -> int:
@@ -68,14 +109,23 @@ def write_item(folder: Path, arrays: Mapping[str, np.ndarray[Any, Any]], *, zstd
     Args:
       folder: absent.
       arrays: {path: array}.
-      zstd: codes the files, which shortens an index whose entries take a whole byte, and little else.
+      zstd: codes the files, which shortens an index whose entries take a whole byte, and little else; not where they
+        would become more than MOST_SHORTENED times as short.
 
     Errors are orbax's own: a ValueError in whose text TensorStore quotes the system's, an OSError, or others.
     """
     with _checkpointer(zstd=zstd) as checkpointer:
         checkpointer.save(folder.absolute(), trees.unflatten(arrays))
+    if zstd and sum(array.nbytes for array in arrays.values()) > MOST_SHORTENED * _file_bytes(folder):
+        shutil.rmtree(folder)
+        write_item(folder, arrays)
+        return
     # orbax writes the path it saved under, which is the writer's business, into a file that only has to exist.
     (folder / _COMMIT_FILE).write_text("Checkpoint commit was successful\n", encoding="utf-8")
+
+
+def _file_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def read_item(folder: Path, expected: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[str, np.ndarray[Any, Any]]:

@@ -72,6 +72,13 @@ class MatrixEntry:
             codebook_bits=8 * DTYPES[self.codebook_dtype].itemsize,
         )
 
+    @property
+    def loaded_bytes(self) -> int:
+        """The bytes in memory of the unpacked index and of the codebook, where it is stored here."""
+        (codes, group), dtype = self.codebook_spec
+        own = codes * group * dtype.itemsize if self.codebook_of is None else 0
+        return math.prod(self.index_shape) * (1 if self.index_bits <= 8 else 2) + own
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form; `bits_per_weight` and `index_bits` are there to be read by people and other tools."""
         fields = {
@@ -97,6 +104,11 @@ class TensorEntry:
     def num_bytes(self) -> int:
         """The bytes of the array."""
         return DTYPES[self.dtype].itemsize * math.prod(self.shape)
+
+    @property
+    def loaded_bytes(self) -> int:
+        """The same: it lies in memory as it is stored."""
+        return self.num_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form."""

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cluscomp_jax.caller_mesh import on_one_device
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.kmeans.found import Blocks, Found, next_codebook
 from cluscomp_jax.kmeans.lists import make_lists
@@ -78,6 +79,7 @@ def fit_codebook(
     began = time.monotonic()
     _check(vectors, num_codes, weights, iterations)
     m = vectors.shape[0]
+    vectors, weights = on_one_device(vectors), on_one_device(weights)
     blocks = _blocks(vectors, weights)
     del vectors, weights  # where the caller keeps none either, their memory is free from here on
     _check_finite(blocks)

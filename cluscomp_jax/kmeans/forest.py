@@ -55,7 +55,7 @@ def grow_forest(codebook: jax.Array, key: jax.Array) -> Forest:
         lists = make_lists(tree, codebook, length=-(-_COMPARED * g // leaf))
         return Forest(tree, jnp.where((tree.order == EMPTY)[..., None], jnp.inf, codebook[tree.order]), lists.searched)
 
-    forest: Forest = jax.lax.map(grow, jnp.arange(_TREES))
+    forest: Forest = jax.lax.map(grow, jnp.arange(_TREES, dtype=jnp.int32))
     return forest
 
 

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 
 _REFILLS_AT_ONCE = 4096
 """Most codes refilled after one assignment; the next one sees to the rest."""
+_ROW = 2**17
+"""Values of which `largest` takes the largest at one time; of so many XLA does not cut its top_k into parts, which for
+a GPU never ends between 2^20 and 2^21 values."""
 
 
 class Blocks(NamedTuple):
@@ -76,9 +79,29 @@ def next_codebook(
 def _refill(codebook: jax.Array, empty: jax.Array, blocks: Blocks, found: Found) -> tuple[jax.Array, jax.Array]:
     """Puts the empty codes, in order, onto the vectors of largest error; returns the codes and which were moved."""
     most = min(codebook.shape[0], found.worst.shape[0], _REFILLS_AT_ONCE)
-    error, at = jax.lax.top_k(found.worst_error, most)
+    error, at = largest(found.worst_error, most)
     turn = jnp.cumsum(empty) - 1
     rank = jnp.clip(turn, 0, most - 1)
     taken = empty & (turn < most) & (error[rank] > 0)
     onto = blocks.vectors.reshape(-1, codebook.shape[1])[found.worst[at[rank]]]
     return jnp.where(taken[:, None], onto, codebook), taken
+
+
+def largest(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Returns (the largest values [count] in falling order, their places int32); of equal ones the first comes first.
+
+    The same as `jax.lax.top_k`, of rows first and of what they leave then.
+
+    Args:
+      values: [w], finite.
+      count: 1 to w, and at most half of `_ROW`.
+    """
+    places = jnp.arange(values.shape[0], dtype=jnp.int32)
+    while values.shape[0] > _ROW:
+        spare = -values.shape[0] % _ROW
+        rows = jnp.pad(values, (0, spare), constant_values=-jnp.inf).reshape(-1, _ROW)
+        values, at = jax.lax.top_k(rows, count)
+        places = jnp.take_along_axis(jnp.pad(places, (0, spare)).reshape(-1, _ROW), at, axis=1).reshape(-1)
+        values = values.reshape(-1)
+    values, at = jax.lax.top_k(values, count)
+    return values, places[at]

@@ -50,7 +50,7 @@ def _nearest_boxes(
     points: jax.Array, *, low: jax.Array, high: jax.Array, middle: jax.Array, live: jax.Array, length: int
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (boxes [r, length], distance [r] to the nearest of the others) of points [r, d] beside boxes [k, d]."""
-    gap = jnp.zeros((points.shape[0], low.shape[0]))
+    gap = jnp.zeros((points.shape[0], low.shape[0]), jnp.float32)
     apart = jnp.zeros_like(gap)
     for t in range(points.shape[1]):
         x = points[:, t, None]

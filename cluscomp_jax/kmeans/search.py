@@ -30,9 +30,9 @@ def search_all(blocks: Blocks, codebook: jax.Array) -> Found:
     def one_block(sums: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         vectors, weights, index = block
         sums, error = add_up(sums, vectors - codebook[index], weights, index)
-        return sums, (jnp.sum(error), *_worst(error, jnp.arange(m)))
+        return sums, (jnp.sum(error), *_worst(error, jnp.arange(m, dtype=jnp.int32)))
 
-    start = jnp.zeros((codebook.shape[0], g + 1))
+    start = jnp.zeros((codebook.shape[0], g + 1), jnp.float32)
     index = index.reshape(k, m)
     sums, (inertia, worst, error) = jax.lax.scan(one_block, start, (*blocks, index))
     return Found(index, jnp.ones((k, m), bool), sums, jnp.sum(inertia), *_flat(worst, error, m))
@@ -76,7 +76,7 @@ def search_listed(blocks: Blocks, index: jax.Array, codebook: jax.Array, tree: C
         back = jnp.zeros((m,), jnp.int32).at[at].set(jnp.where(certain, best, ~best), unique_indices=True)
         return sums, (back, jnp.sum(error), *_worst(error, at))
 
-    start = jnp.zeros((codebook.shape[0], g + 1))
+    start = jnp.zeros((codebook.shape[0], g + 1), jnp.float32)
     sums, (back, inertia, worst, error) = jax.lax.scan(one_block, start, (*blocks, index))
     return Found(jnp.maximum(back, ~back), back >= 0, sums, jnp.sum(inertia), *_flat(worst, error, m))
 
@@ -110,7 +110,7 @@ def _search_tiles(tiles: jax.Array, leaf: jax.Array, by_leaf: jax.Array, lists: 
                 score = jnp.where(closer, s, score)
             return place, score
 
-        start = jnp.zeros((len(leaf), tile), jnp.int32), jnp.full((len(leaf), tile), jnp.inf)
+        start = jnp.zeros((len(leaf), tile), jnp.int32), jnp.full((len(leaf), tile), jnp.inf, jnp.float32)
         place: jax.Array = jax.lax.fori_loop(0, listed.shape[1], step, start)[0]
         return place
 
@@ -130,4 +130,4 @@ def _worst(error: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _flat(worst: jax.Array, error: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     """Returns places in the flattened blocks and errors, both [w]."""
-    return (worst + block * jnp.arange(len(worst))[:, None]).reshape(-1), error.reshape(-1)
+    return (worst + block * jnp.arange(len(worst), dtype=jnp.int32)[:, None]).reshape(-1), error.reshape(-1)

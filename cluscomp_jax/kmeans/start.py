@@ -43,7 +43,7 @@ def draw_sample(blocks: Blocks, key: jax.Array, *, num_codes: int, count: int) -
     """
     size = min(count, _SAMPLES_PER_CODE * num_codes)
     stretches = np.arange(size + 1) * count // size
-    inside = jax.random.uniform(key, (size,)) * np.diff(stretches)
+    inside = jax.random.uniform(key, (size,), jnp.float32) * np.diff(stretches)
     at = stretches[:-1].astype(np.int32) + jnp.floor(inside).astype(jnp.int32)
     return blocks.vectors.reshape(-1, blocks.vectors.shape[-1])[at], blocks.weights.reshape(-1)[at]
 
@@ -55,7 +55,9 @@ def _pick(sample: jax.Array, mass: jax.Array, rotation: jax.Array, key: jax.Arra
     leaf, order = jax.lax.sort((leaf, jnp.arange(len(leaf), dtype=jnp.int32)), num_keys=1)
     ends = jnp.cumsum(_capped(_zador_share(sample[order], mass[order], leaf), num_codes))
     # Systematic sampling along the tree: neighbours in the order are neighbours in space.
-    ticks = (jnp.arange(num_codes) + jax.random.uniform(key)) * (ends[-1] / num_codes)
+    ticks = (jnp.arange(num_codes, dtype=jnp.float32) + jax.random.uniform(key, dtype=jnp.float32)) * (
+        ends[-1] / num_codes
+    )
     place = jnp.searchsorted(ends, ticks, side="right")
     codes: jax.Array = sample[order[jnp.minimum(place, len(order) - 1)]]
     return codes
@@ -72,7 +74,7 @@ def _leaves_by_means(vectors: jax.Array, rotation: jax.Array) -> jax.Array:
 
     def halve(level: jax.Array, box: jax.Array) -> jax.Array:
         coordinate = jax.lax.dynamic_index_in_dim(along, level % g, keepdims=False)
-        members = _sum_by(box, jnp.ones((s,)), 1 << depth)
+        members = _sum_by(box, jnp.ones((s,), jnp.float32), 1 << depth)
         mean = _sum_by(box, coordinate, 1 << depth) / jnp.maximum(members, 1.0)
         return 2 * box + jnp.asarray(coordinate > mean[box], jnp.int32)
 
@@ -87,7 +89,7 @@ def _zador_share(vectors: jax.Array, mass: jax.Array, leaf: jax.Array) -> jax.Ar
     g/(g+2) of w * l^2, its error if it had one code.
     """
     s, g = vectors.shape
-    members = _sum_by(leaf, jnp.ones((s,)), s)
+    members = _sum_by(leaf, jnp.ones((s,), jnp.float32), s)
     total = _sum_by(leaf, mass, s)[:, None]
     centre = _sum_by(leaf, mass[:, None] * vectors, s) / jnp.where(total > 0, total, 1.0)
     error = _sum_by(leaf, mass * jnp.sum(jnp.square(vectors - centre[leaf]), axis=1), s)
@@ -99,7 +101,7 @@ def _zador_share(vectors: jax.Array, mass: jax.Array, leaf: jax.Array) -> jax.Ar
 
 
 def _sum_by(group: jax.Array, values: jax.Array, groups: int) -> jax.Array:
-    return jnp.zeros((groups, *values.shape[1:])).at[group].add(values, mode="promise_in_bounds")
+    return jnp.zeros((groups, *values.shape[1:]), values.dtype).at[group].add(values, mode="promise_in_bounds")
 
 
 def _capped(share: jax.Array, num_codes: int) -> jax.Array:

@@ -38,7 +38,7 @@ def leaves_of(num_codes: int) -> tuple[int, int]:
 @partial(jax.jit, static_argnames="g")
 def random_rotation(key: jax.Array, turn: jax.Array | int, *, g: int) -> jax.Array:
     """Returns an orthogonal matrix [g, g]; a program of its own, because it compiles as long as a whole tree."""
-    rotation: jax.Array = jax.random.orthogonal(jax.random.fold_in(key, turn), g)
+    rotation: jax.Array = jax.random.orthogonal(jax.random.fold_in(key, turn), g, dtype=jnp.float32)
     return rotation
 
 
@@ -55,7 +55,7 @@ def grow_tree(codebook: jax.Array, rotation: jax.Array) -> CodeTree:
     rank = _inverse(by_rank)
     order = jnp.arange(places, dtype=jnp.uint32)
     node = jnp.zeros((places,), jnp.uint32)
-    cuts = [jnp.zeros((0,))]
+    cuts = [jnp.zeros((0,), jnp.float32)]
     for level in range(depth):
         t = level % directions.shape[1]
         # Sorted by node and then by rank in one number: a sort of single numbers is the fast one.

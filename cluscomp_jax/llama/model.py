@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from cluscomp_jax import trees
+from cluscomp_jax.caller_mesh import partitioned, spec_of
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.linear import linear
 from cluscomp_jax.llama import cache as kv_cache
@@ -251,9 +252,14 @@ def forward(params: Mapping[Any, Any], tokens: Any, config: LlamaConfig, *, dtyp
     Raises:
       InputError: a part of the tree is missing.
     """
-    model = build(config)
+    model, tokens = build(config), jnp.asarray(tokens)
+    run = partial(_forward, model=model, dtype=jnp.dtype(dtype))
+    return partitioned(run, (trees.unflatten(trees.flatten(params)), tokens), (spec_of(tokens, 0), None, None))
+
+
+def _forward(params: Mapping[Any, Any], tokens: jax.Array, *, model: LlamaModel, dtype: Any) -> jax.Array:
     rest = trees.without(params, BLOCKS_PATH)
-    x = run_embed(rest, jnp.asarray(tokens), model=model, dtype=jnp.dtype(dtype))
+    x = run_embed(rest, tokens, model=model, dtype=dtype)
     for i in range(model.num_blocks):
         block = trees.subtree(params, f"{BLOCKS_PATH}/{i}")
         x = run_block(block, x, model=model, kind=model.block_kind(i))

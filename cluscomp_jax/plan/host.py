@@ -14,7 +14,7 @@ from cluscomp_jax.finetune_config import FinetuneConfig
 from cluscomp_jax.model import Model
 from cluscomp_jax.plan.setting import STORED, Setting, width
 from cluscomp_jax.plan.shapes import Place, nbytes
-from cluscomp_jax.settings import TuningSettings
+from cluscomp_jax.settings import TuningSettings, compute_dtype_of
 
 _PROCESS_BYTES = 1_500_000_000
 """Python, JAX, XLA's programs: a round number above what runs of small models take."""
@@ -81,7 +81,7 @@ def _offloaded_bytes(model: Model, finetune: FinetuneConfig) -> int:
     """Returns what `offload_inputs` has in pinned memory: the inputs of all blocks in one pass."""
     training = finetune.training
     rows = training.batch_size * finetune.data.length if training.offload_inputs else 0
-    return model.num_blocks * rows * width(model) * np.dtype(jnp.dtype(training.compute_dtype)).itemsize
+    return model.num_blocks * rows * width(model) * np.dtype(jnp.dtype(compute_dtype_of(training))).itemsize
 
 
 def scratch_bytes(model: Model, cfg: RunConfig, shape: tuple[int, ...]) -> int:

@@ -1,6 +1,7 @@
-"""One program of a run, and what XLA says of its memory once it is compiled.
+"""One program of a run, and what XLA says of its memory and of its kernels once it is compiled.
 
-Nothing runs: the numbers are those of XLA's buffer assignment for the device that the arguments are placed on.
+Nothing runs: the numbers are those of XLA's buffer assignment, and of its module, for the device that the arguments are
+placed on.
 """
 
 import dataclasses
@@ -8,7 +9,11 @@ from typing import Any
 
 import jax
 
+from cluscomp_jax.plan.launches import Launches, count_launches
 from cluscomp_jax.plan.work import Work, count_work
+
+_GPU = ("gpu", "cuda", "rocm")
+"""What JAX calls the platform of a GPU, here or described."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +77,24 @@ def compile_program(program: Program) -> Memory:
     Raises:
       RuntimeError: the backend keeps no account of memory.
     """
-    analysis: Any = program.traced.lower().compile().memory_analysis()
+    return _memory(program, program.traced.lower().compile())
+
+
+def compile_counted(program: Program) -> tuple[Memory, Launches | None]:
+    """Returns what `compile_program` does, and the launches of one call; None where the device is no GPU.
+
+    Raises:
+      RuntimeError: the backend keeps no account of memory.
+      ValueError: the text of the compiled module is not understood.
+    """
+    compiled = program.traced.lower().compile()
+    devices = [device for place in jax.tree.leaves(compiled.output_shardings) for device in place.device_set]
+    on_gpu = any(device.platform in _GPU for device in devices)
+    return _memory(program, compiled), count_launches(compiled.as_text()) if on_gpu else None
+
+
+def _memory(program: Program, compiled: Any) -> Memory:
+    analysis: Any = compiled.memory_analysis()
     if analysis is None:
         raise RuntimeError(f"{program.stage}, {program.name}: {jax.default_backend()} tells nothing of memory")
     return Memory(

@@ -14,7 +14,7 @@ from cluscomp_jax.config import RunConfig
 from cluscomp_jax.model import Model
 from cluscomp_jax.plan.shapes import Place
 from cluscomp_jax.preflight import Rules, rules_by_block
-from cluscomp_jax.settings import TuningSettings
+from cluscomp_jax.settings import TuningSettings, compute_dtype_of
 from cluscomp_jax.shared_codebooks import sharing_groups
 from cluscomp_jax.trees import Params
 
@@ -64,7 +64,7 @@ class Setting:
     @property
     def compute(self) -> Any:
         """The dtype of activations on the device."""
-        return jnp.dtype(self.numbers.compute_dtype)
+        return jnp.dtype(compute_dtype_of(self.numbers, None if self.place.sharding is None else "gpu"))
 
     @property
     def passes(self) -> float:

@@ -126,8 +126,8 @@ def compiling_for(target: Target) -> Iterator[None]:
 
 
 def placement(target: Target) -> jax.sharding.Sharding:
-    """Returns the sharding of arrays on the described card; programs traced with it, inside `compiling_for`, compile for
-    that card.
+    """Returns the sharding of arrays on the described card; programs traced with it, inside `compiling_for`, compile
+    for that card.
 
     Raises:
       InputError: JAX's CUDA compiler is not installed, or it cannot read the description.

@@ -1,4 +1,4 @@
-"""The plan of a whole run: every stage's programs compiled for one device, and the verdict on its memory."""
+"""The plan of a whole run: every stage's programs compiled for one device, their launches, the verdict on memory."""
 
 import contextlib
 import dataclasses
@@ -11,14 +11,15 @@ from cluscomp_jax.finetune_config import FinetuneConfig
 from cluscomp_jax.model import build_model
 from cluscomp_jax.plan.budget import forward_batch
 from cluscomp_jax.plan.host import Needs, host_needs
-from cluscomp_jax.plan.program import Memory, Program, compile_program
+from cluscomp_jax.plan.launches import Launches
+from cluscomp_jax.plan.program import Memory, Program, compile_counted
 from cluscomp_jax.plan.setting import kinds_of_blocks
 from cluscomp_jax.plan.shapes import Place
 from cluscomp_jax.plan.stages import largest_alike, whole_run
 from cluscomp_jax.plan.target import Target, card_mesh, compiling_for
-from cluscomp_jax.plan.work import Work
+from cluscomp_jax.plan.work import Work, operations_of
 from cluscomp_jax.progress import Reporter
-from cluscomp_jax.settings import DataSettings, MeshSettings, TrainingSettings, TuningSettings
+from cluscomp_jax.settings import DataSettings, MeshSettings, TrainingSettings, TuningSettings, compute_dtype_of
 from cluscomp_jax.training import AXES, sharding_on
 
 GIB = 2**30
@@ -70,7 +71,9 @@ class Plan:
       target: name of the card.
       memory_bytes, usable_bytes: of the card; less what the reserve leaves free.
       stages: {stage: memory of its largest program}.
-      programs: memory of every program that was compiled: of those alike but for sizes, the largest.
+      programs: memory of every program that was compiled: of those alike but for sizes, the largest, and one of those
+        that only share a name.
+      launches: {stage: kernels that a whole run starts on the card}; empty where programs were compiled for no GPU.
       hours: {stage: least hours at the card's published rates}, an estimate; not of generation.
       needs: host memory and disk.
     """
@@ -80,6 +83,7 @@ class Plan:
     usable_bytes: int
     stages: Mapping[str, Memory]
     programs: tuple[Memory, ...]
+    launches: Mapping[str, Launches]
     hours: Mapping[str, float]
     needs: Needs
 
@@ -111,6 +115,8 @@ class Plan:
             "usable_bytes": self.usable_bytes,
             "stages": {stage: memory.to_dict() for stage, memory in self.stages.items()},
             "peak_bytes": self.peak.peak_bytes,
+            "launches": {stage: round(counted.launches) for stage, counted in self.launches.items()},
+            "unknown_loops": {stage: counted.unknown_loops for stage, counted in self.launches.items()},
             "estimated_hours": dict(self.hours),
             **self.needs.to_dict(),
             "fits": self.fits,
@@ -146,8 +152,19 @@ def plan(
     if context < 32 or context & (context - 1):
         raise InputError(f"context is {context}; it must be a power of two, 32 or more, as generation pads it to one")
     finetune = finetune or finetuning_of(cfg)
+    if place.sharding is not None:
+        cfg, finetune = _on_a_gpu(cfg, finetune)
     with compiling_for(target) if place.sharding is not None else contextlib.nullcontext():
         return _plan(cfg, target, place, finetune, context, reserve, reporter)
+
+
+def _on_a_gpu(cfg: RunConfig, finetune: FinetuneConfig) -> tuple[RunConfig, FinetuneConfig]:
+    """Returns both with the compute dtypes that they mean on a GPU."""
+    tuning, training = cfg.tuning, finetune.training
+    if tuning is not None:
+        tuning = dataclasses.replace(tuning, compute_dtype=compute_dtype_of(tuning, "gpu"))
+    training = dataclasses.replace(training, compute_dtype=compute_dtype_of(training, "gpu"))
+    return dataclasses.replace(cfg, tuning=tuning), dataclasses.replace(finetune, training=training)
 
 
 def _plan(
@@ -166,23 +183,29 @@ def _plan(
     if finetune.mesh.size > 1:
         sharding = sharding_on(card_mesh(target, finetune.mesh.sizes, AXES), model)
     found = list(whole_run(settings, context=context, finetune=finetune, sharding=sharding))
-    chosen = largest_alike(found)
+    chosen = _compiled_of(found)
     reporter.start(f"compile for {target.name}", len(chosen), "programs")
-    programs = []
+    programs: list[Memory] = []
+    counted: list[tuple[Program, Launches]] = []
     for program in chosen:
-        programs.append(compile_program(program))
+        memory, launches = compile_counted(program)
+        programs.append(memory)
+        counted += [] if launches is None else [(program, launches)]
         reporter.advance(note=f"{program.stage}: {program.name}")
     stages: dict[str, Memory] = {}
     for memory in programs:
         if memory.stage not in stages or memory.peak_bytes > stages[memory.stage].peak_bytes:
             stages[memory.stage] = memory
+    works = [(program, program.work()) for program in found]
+    calls = _calls(works, counted) if counted else None
     return Plan(
         target=target.name,
         memory_bytes=target.memory_bytes,
         usable_bytes=reserve.usable(target.memory_bytes),
         stages=stages,
         programs=tuple(programs),
-        hours=_hours(found, target),
+        launches=_by_stage(found, calls) if calls else {},
+        hours=_hours(works, calls, target),
         needs=host_needs(model, cfg, settings, finetune),
     )
 
@@ -196,10 +219,50 @@ def finetuning_of(cfg: RunConfig, mesh: MeshSettings | None = None) -> FinetuneC
     return FinetuneConfig(data=DataSettings(length=cfg.calibration.length), training=training, mesh=mesh)
 
 
-def _hours(programs: Iterable[Program], target: Target) -> dict[str, float]:
-    work: dict[str, Work] = {}
-    for program in programs:
+def _compiled_of(found: list[Program]) -> list[Program]:
+    """Returns the programs to compile: the largest of those alike, and one of each that does other operations."""
+    chosen = largest_alike(found)
+    met = {_kind(program) for program in chosen}
+    for program in found:
+        if _kind(program) not in met:
+            met.add(_kind(program))
+            chosen.append(program)
+    return chosen
+
+
+def _kind(program: Program) -> tuple[str, str, tuple[str, ...]]:
+    return program.stage, program.name, operations_of(program.traced.jaxpr)
+
+
+def _calls(works: list[tuple[Program, Work]], counted: list[tuple[Program, Launches]]) -> list[Launches]:
+    """Returns the launches of one call of each program.
+
+    Of programs of one kind one or two are compiled. The others have as many launches for each traced step as the
+    compiled one whose steps are nearest.
+    """
+    twins: dict[Any, list[tuple[float, Launches]]] = {}
+    for program, launches in counted:
+        twins.setdefault(_kind(program), []).append((program.work().steps, launches))
+    calls = []
+    for program, work in works:
+        steps, launches = min(twins[_kind(program)], key=lambda twin: abs(twin[0] - work.steps))
+        calls.append(launches.times(work.steps / steps))
+    return calls
+
+
+def _by_stage(programs: Iterable[Program], calls: Iterable[Launches]) -> dict[str, Launches]:
+    stages: dict[str, Launches] = {}
+    for program, launches in zip(programs, calls, strict=True):
+        stages[program.stage] = stages.get(program.stage, Launches()) + launches.times(program.calls)
+    return stages
+
+
+def _hours(works: list[tuple[Program, Work]], calls: list[Launches] | None, target: Target) -> dict[str, float]:
+    done: dict[str, Work] = {}
+    for place, (program, work) in enumerate(works):
+        if calls is not None:
+            work = dataclasses.replace(work, steps=calls[place].launches)
         if program.stage != "generate":
-            work[program.stage] = work.get(program.stage, Work()) + program.work().times(program.calls)
+            done[program.stage] = done.get(program.stage, Work()) + work.times(program.calls)
     rates = {"matrix_rate": target.matrix_rate, "vector_rate": target.vector_rate, "bandwidth": target.bandwidth}
-    return {stage: done.least_seconds(**rates) / 3600 for stage, done in work.items()}
+    return {stage: work.least_seconds(**rates) / 3600 for stage, work in done.items()}

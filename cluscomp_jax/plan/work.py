@@ -6,11 +6,12 @@ everything else is taken to be fused into what surrounds it. A loop whose length
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from jax.extend import core
 
-_LAUNCH_S = 5e-6
+LAUNCH_SECONDS = 5e-6
 """Seconds from one kernel to the next, as usually published: what a loop of short steps is made of."""
 _MOVING = {"gather", "sort", "cholesky", "triangular_solve", "dot_general", "top_k"}
 
@@ -23,7 +24,8 @@ class Work:
       matrix: operations of matrix products with 16-bit operands.
       vector: all other operations, float32.
       moved: bytes read and written.
-      steps: kernels that must follow one another, at the least.
+      steps: kernels that must follow one another, at the least; a plan for a GPU puts the launches that XLA's module
+        has in their place.
     """
 
     matrix: float = 0.0
@@ -41,7 +43,7 @@ class Work:
     def least_seconds(self, *, matrix_rate: float, vector_rate: float, bandwidth: float) -> float:
         """Returns the time at published rates, arithmetic and traffic overlapping, kernels following one another."""
         busy = max(self.matrix / matrix_rate + self.vector / vector_rate, self.moved / bandwidth)
-        return busy + self.steps * _LAUNCH_S
+        return busy + self.steps * LAUNCH_SECONDS
 
 
 def count_work(closed: core.ClosedJaxpr) -> Work:
@@ -49,6 +51,20 @@ def count_work(closed: core.ClosedJaxpr) -> Work:
     inside = _count(closed.jaxpr)
     outside = sum(_bytes(var) for var in (*closed.jaxpr.invars, *closed.jaxpr.outvars))
     return inside + Work(moved=outside, steps=1.0)
+
+
+def operations_of(closed: core.ClosedJaxpr) -> tuple[str, ...]:
+    """Returns the names of a traced program's operations in order, those of loops and branches too, without sizes."""
+    return tuple(_names(closed.jaxpr))
+
+
+def _names(jaxpr: core.Jaxpr) -> Iterator[str]:
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(inner, core.Jaxpr | core.ClosedJaxpr):
+                    yield from _names(_open(inner))
 
 
 def _count(jaxpr: core.Jaxpr) -> Work:

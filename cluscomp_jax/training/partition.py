@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from cluscomp_jax import trees
-from cluscomp_jax.codebook import CodebookArray, round_codebook
+from cluscomp_jax.codebook import CodebookArray, keeps_codes, round_codebook
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.model import Model
 from cluscomp_jax.sharding import REST, Sharding
@@ -239,10 +239,9 @@ def round_masters(trained: Params, *, layout: Layout) -> Params:
 
     def rounded(name: str, value: jax.Array) -> jax.Array:
         near = value.astype(dtypes[name]).astype(jnp.float32)
-        # As `round_codebook`: what leaves the range of float16 is stored in bfloat16, matrix by matrix.
+        # As `round_codebook`, matrix by matrix.
         axes = tuple(range(0 if name.startswith(f"{REST}/") else 1, value.ndim))
-        fits = jnp.isfinite(near).all(axis=axes, keepdims=True)
-        return jnp.where(fits, near, value.astype(jnp.bfloat16).astype(jnp.float32))
+        return jnp.where(keeps_codes(value, near, axes), near, value.astype(jnp.bfloat16).astype(jnp.float32))
 
     return trees.map_by_path(rounded, trained)
 
@@ -250,7 +249,7 @@ def round_masters(trained: Params, *, layout: Layout) -> Params:
 def merge_params(trained: Params, frozen: Params, layout: Layout) -> Iterator[tuple[int | None, Params]]:
     """Yields (block, its tree) in order and then (None, what is outside the blocks), on the host; undoes the split.
 
-    Trained arrays are rounded to the dtype they came in; to bfloat16 where they leave the range of float16.
+    Trained arrays are rounded to the dtype they came in, as `round_codebook` does.
     """
     dtypes = dict(layout.dtypes)
     for span in layout.spans:

@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from cluscomp_jax import trees
 from cluscomp_jax.optimizer import make_optimizer
-from cluscomp_jax.settings import TrainingSettings
+from cluscomp_jax.settings import TrainingSettings, compute_dtype_of
 from cluscomp_jax.sharding import REST, Sharding, gathered, hold
 from cluscomp_jax.training.head_loss import HeadLoss, TeacherHead
 from cluscomp_jax.training.partition import Layout, Teacher, join_group
@@ -63,7 +63,7 @@ class StepMetrics(NamedTuple):
 @partial(jax.jit, static_argnames=("settings", "sharding"))
 def init_state(trained: Params, *, settings: TrainingSettings, sharding: Sharding | None = None) -> TrainState:
     """Returns the state before the first step of these float32 masters, which lie as `sharding` says."""
-    optimizer = make_optimizer(settings, settings.steps).init(trained)
+    optimizer = _optimizer(settings).init(trained)
     return _kept(TrainState(trained, optimizer, jnp.array(0, jnp.int32)), settings, sharding)
 
 
@@ -71,7 +71,7 @@ def state_places(state: TrainState, *, settings: TrainingSettings, sharding: Sha
     """Returns a TrainState of where its arrays lie: masters as `sharding` says, moments where their masters do."""
     places = trees.map_by_path(sharding.of, state.trained)
     moments = optax.tree_map_params(
-        make_optimizer(settings, settings.steps),
+        _optimizer(settings),
         lambda _, place: place,
         state.optimizer,
         places,
@@ -139,7 +139,7 @@ def _through_blocks(
         return x if sharding is None else sharding.by_rows(x)
 
     rest = joined(trained.get(REST, {}), frozen.get(REST, {}))
-    x = by_rows(model.embed(rest, tokens, dtype=jnp.dtype(settings.compute_dtype)))
+    x = by_rows(model.embed(rest, tokens, dtype=jnp.dtype(compute_dtype_of(settings))))
     for span in layout.spans:
 
         def block(x: jax.Array, parts: tuple[Params, Params], kind: Any = span.kind) -> tuple[jax.Array, None]:
@@ -186,7 +186,7 @@ def train_step(
     gradients = jax.tree.map(lambda gradient: gradient / count, gradients)
     loss, norm = total / count, optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    updates, optimizer = make_optimizer(settings, settings.steps).update(gradients, state.optimizer, state.trained)
+    updates, optimizer = _optimizer(settings).update(gradients, state.optimizer, state.trained)
     stepped = TrainState(
         optax.apply_updates(state.trained, _scaled(updates, settings.vector_rate)), optimizer, state.step + 1
     )
@@ -194,12 +194,20 @@ def train_step(
     return _kept(kept, settings, layout.sharding), StepMetrics(loss, norm, count, finite)
 
 
+def _stacked(name: str) -> bool:
+    """Returns whether an array of the trained tree holds one of each block of a span."""
+    return not name.startswith(f"{REST}/")
+
+
+def _optimizer(settings: TrainingSettings) -> optax.GradientTransformation:
+    return make_optimizer(settings, settings.steps, stacked=_stacked)
+
+
 def _scaled(updates: Params, vector_rate: float) -> Params:
     """A vector is shared by all outputs, so it moves less than a codebook; scaling updates scales AdamW's rate."""
 
     def scaled(name: str, update: jax.Array) -> jax.Array:
-        own = update.ndim - (0 if name.startswith(f"{REST}/") else 1)
-        return update if own > 1 else vector_rate * update
+        return update if update.ndim - _stacked(name) > 1 else vector_rate * update
 
     return trees.map_by_path(scaled, updates)
 

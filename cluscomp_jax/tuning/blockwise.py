@@ -20,7 +20,7 @@ from cluscomp_jax.losses import mean_squared_error
 from cluscomp_jax.model import Model
 from cluscomp_jax.optimizer import make_optimizer
 from cluscomp_jax.progress import Reporter
-from cluscomp_jax.settings import TuningSettings
+from cluscomp_jax.settings import TuningSettings, compute_dtype_of
 from cluscomp_jax.sharding import Sharding, gathered, put_samples, put_whole
 from cluscomp_jax.trees import Params
 from cluscomp_jax.tuning.store import ActivationStore
@@ -122,7 +122,7 @@ def tuning_step(
     A step whose loss or gradient is not finite changes nothing, nor does any step after it.
     """
     # The derivative of a mean over so many outputs would vanish in float16; that of the scaled mean does not.
-    scale = float(2 ** (x.size.bit_length() - 1)) if settings.compute_dtype == "float16" else 1.0
+    scale = float(2 ** (x.size.bit_length() - 1)) if compute_dtype_of(settings) == "float16" else 1.0
 
     def loss_of(trained: Trainable) -> tuple[jax.Array, jax.Array]:
         loss = block_loss(trained, frozen, x, targets, model=model, kind=kind, settings=settings, sharding=sharding)
@@ -153,7 +153,7 @@ def block_loss(
     """Returns the sum over targets of the mean squared error of block(x), float32 scalar (paper eq. 4)."""
     with FAST_GRADIENTS(settings.fast_gradients):
         block = gathered(join_trainable(trained, frozen), sharding)
-        y = model.block(block, x.astype(settings.compute_dtype), kind=kind)
+        y = model.block(block, x.astype(compute_dtype_of(settings)), kind=kind)
     losses = [mean_squared_error(y, target, outlier_limit=settings.outlier_limit) for target in targets]
     return jnp.sum(jnp.stack(losses))
 

@@ -292,7 +292,8 @@ def _segment_kernel(
         place, wanted = (jax.lax.broadcast_in_dim(value, shape, (0, 1)) for value in (place, wanted))
         return total + plgpu.load(vectors_ref.at[place, lane], mask=wanted & (lane < g), other=0)
 
-    total = jax.lax.fori_loop(0, pl.cdiv(jnp.max(share), _ITEMS), add_step, jnp.zeros(shape, jnp.float32)).sum(axis=1)
+    steps = (jnp.max(share) + (_ITEMS - 1)) // _ITEMS
+    total = jax.lax.fori_loop(0, steps, add_step, jnp.zeros(shape, jnp.float32)).sum(axis=1)
     code = jax.lax.broadcast_in_dim(code, total.shape, (0,))
     lane = jax.lax.broadcasted_iota(jnp.int32, total.shape, 1)
     plgpu.store(out_ref.at[part, code, lane], total, mask=(code < n) & (lane < g))

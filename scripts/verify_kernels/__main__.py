@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels.codebook_matmul.table import write_table
+
 from . import judge
 from .cases import Case, shipped
 from .tune import tune

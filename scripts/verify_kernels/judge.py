@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from pallas_kernels.codebook_matmul.config import padded_group
+
 from .cases import Case
 
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227}

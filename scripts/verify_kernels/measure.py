@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.codebook_matmul import codebook_matmul, decode, triton
-from pallas_kernels.codebook_matmul.config import GemmConfig
+from pallas_kernels.codebook_matmul.config import DECODE_ROWS, GemmConfig
+
 from .cases import Case
 
 LIMITS = {"float32": 2e-6, "bfloat16": 6e-3, "float16": 1e-3}
@@ -39,70 +40,163 @@ class Measured:
     dense_us: float
 
 
-def measure(case: Case, *, implementation: Any = "triton", calls: int = _CALLS) -> Measured:
-    """Returns what the case's op gives and takes on the default device; "segment" means the whole ordered gradient."""
-    x, codebook, index, dy = _arrays(case)
-    fixed: dict[str, Any] = {"shape": case.shape, "axis": case.axis, "fast_gradients": case.kernel == "scatter"}
-    options = {"implementation": implementation} | fixed
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The compiled programs of a case.
 
-    def result(x: jax.Array, codebook: jax.Array, dy: jax.Array, **options: Any) -> jax.Array:
-        y, pull = jax.vjp(lambda x, c: codebook_matmul(x, c, index, **options), x, codebook)
+    Attributes:
+      copies: products of one call of `kernel`, `decoded` and `dense`, each with an index and a weight of its own.
+      kernel, decoded, dense: take (xs, codebook, indices, dys, weights); all but the codebook are tuples of `copies`.
+      exact: takes (x, codebook, index, dy), x, codebook and dy in float32.
+    """
+
+    copies: int
+    kernel: Any
+    decoded: Any
+    dense: Any
+    exact: Any
+
+
+def compile_case(case: Case, *, implementation: Any = "triton", calls: int = _CALLS) -> Programs:
+    """Returns the programs of a case for the default device. Holds no array there; threads may compile side by side.
+
+    Args:
+      implementation: of `codebook_matmul`, for `kernel`.
+      calls: copies that a program of a few rows has. A single such product takes less time than its launch, and its
+        index would stay in the cache from one call to the next.
+    """
+    fixed: dict[str, Any] = {"shape": case.shape, "axis": case.axis, "fast_gradients": case.kernel == "scatter"}
+
+    def result(x: jax.Array, codebook: jax.Array, index: jax.Array, dy: jax.Array, how: Any) -> jax.Array:
+        y, pull = jax.vjp(lambda x, c: codebook_matmul(x, c, index, **fixed, implementation=how), x, codebook)
         chosen: jax.Array = y if case.kernel == "forward" else pull(dy)[0 if case.kernel == "dx" else 1]
         return chosen
 
     def dense(x: jax.Array, dy: jax.Array, weight: jax.Array) -> jax.Array:
         return {"forward": lambda: x @ weight, "dx": lambda: dy @ weight.T}.get(case.kernel, lambda: x.T @ dy)()
 
-    kernel = jax.jit(lambda x, c, dy: result(x, c, dy, **options))
-    decoded = jax.jit(lambda x, c, dy: result(x, c, dy, **fixed, implementation="definition"))
-    weight = decode(codebook, index, shape=case.shape, axis=case.axis)
+    def compiled(one: Callable[..., jax.Array]) -> Any:
+        def program(xs: Any, codebook: Any, indices: Any, dys: Any, weights: Any) -> tuple[jax.Array, ...]:
+            each = zip(xs, indices, dys, weights, strict=True)
+            return tuple(one(x, codebook, index, dy, weight) for x, index, dy, weight in each)
+
+        return jax.jit(program).lower(*shapes).compile()
+
+    copies = calls if case.m <= DECODE_ROWS else 1
+    shapes = jax.eval_shape(functools.partial(_arguments, case, copies))
+    xs, codebook, indices, dys, _ = shapes
+    single = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32),  # type: ignore[no-untyped-call]
+        (xs[0], codebook, dys[0]),
+    )
     with jax.default_matmul_precision("highest"):
-        exact = decoded(*(array.astype(jnp.float32) for array in (x, codebook, dy)))
-    difference = jnp.abs(kernel(x, codebook, dy).astype(jnp.float32) - exact)
-    return Measured(
-        float(jnp.max(difference) / jnp.max(jnp.abs(exact))),
-        _microseconds(lambda: kernel(x, codebook, dy), calls),
-        _microseconds(lambda: decoded(x, codebook, dy), calls),
-        _microseconds(lambda: jax.jit(dense)(x, dy, weight), calls),
+        exact = jax.jit(functools.partial(result, how="definition")).lower(*single[:2], indices[0], single[2]).compile()
+    return Programs(
+        copies,
+        compiled(lambda x, codebook, index, dy, weight: result(x, codebook, index, dy, implementation)),
+        compiled(lambda x, codebook, index, dy, weight: result(x, codebook, index, dy, "definition")),
+        compiled(lambda x, codebook, index, dy, weight: dense(x, dy, weight)),
+        exact,
     )
 
 
-def _arrays(case: Case) -> tuple[jax.Array, ...]:
+def measure(
+    case: Case,
+    *,
+    implementation: Any = "triton",
+    calls: int = _CALLS,
+    repeats: int = _REPEATS,
+    programs: Programs | None = None,
+) -> Measured:
+    """Returns what the case's op gives and takes on the default device; "segment" means the whole ordered gradient.
+
+    Args:
+      implementation: of `codebook_matmul`.
+      calls: of each product between two looks at the clock.
+      repeats: looks at the clock, of which the median counts.
+      programs: of `compile_case`; None: they are compiled here.
+    """
+    programs = programs or compile_case(case, implementation=implementation, calls=calls)
+    arguments = _arguments(case, programs.copies)
+    xs, codebook, indices, dys, _ = arguments
+    x, c, dy = (array.astype(jnp.float32) for array in (xs[0], codebook, dys[0]))
+    exact = programs.exact(x, c, indices[0], dy)
+    difference = jnp.abs(programs.kernel(*arguments)[0].astype(jnp.float32) - exact)
+    error = float(jnp.max(difference) / jnp.max(jnp.abs(exact)))
+    del x, c, dy, exact, difference
+
+    def microseconds(program: Any) -> float:
+        return _microseconds(lambda: program(*arguments), -(-calls // programs.copies), repeats) / programs.copies
+
+    return Measured(error, microseconds(programs.kernel), microseconds(programs.decoded), microseconds(programs.dense))
+
+
+def _arguments(case: Case, copies: int) -> tuple[Any, ...]:
+    """Returns (xs, codebook, indices, dys, weights), as `Programs` takes them."""
     d_in, d_out = case.shape
-    keys = jax.random.split(jax.random.key(0), 4)
     pieces = (d_in, -(-d_out // case.g)) if case.axis == "out" else (-(-d_in // case.g), d_out)
-    index = jax.random.randint(keys[0], pieces, 0, case.n).astype(jnp.uint8 if case.n <= 256 else jnp.uint16)
-    x, codebook, dy = (
-        jax.random.normal(key, shape, case.dtype)
-        for key, shape in zip(keys[1:], ((case.m, d_in), (case.n, case.g), (case.m, d_out)), strict=True)
-    )
-    return x, codebook, index, dy
+    index_dtype = jnp.uint8 if case.n <= 256 else jnp.uint16
+    codebook = jax.random.normal(jax.random.key(0), (case.n, case.g), case.dtype)
+    xs, indices, dys, weights = [], [], [], []
+    for i in range(copies):
+        keys = jax.random.split(jax.random.key(1 + i), 3)
+        xs.append(jax.random.normal(keys[0], (case.m, d_in), case.dtype))
+        dys.append(jax.random.normal(keys[1], (case.m, d_out), case.dtype))
+        indices.append(jax.random.randint(keys[2], pieces, 0, case.n).astype(index_dtype))
+        weights.append(decode(codebook, indices[-1], shape=case.shape, axis=case.axis))
+    return tuple(xs), codebook, tuple(indices), tuple(dys), tuple(weights)
 
 
-def _microseconds(call: Callable[[], jax.Array], calls: int) -> float:
-    """Returns the median time of a call, after one that compiles."""
-    call().block_until_ready()
+def _microseconds(call: Callable[[], Any], calls: int, repeats: int = _REPEATS) -> float:
+    """Returns the median time of a call, after one that warms up."""
+    jax.block_until_ready(call())  # type: ignore[no-untyped-call]
     times = []
-    for _ in range(_REPEATS):
+    for _ in range(repeats):
         began = time.perf_counter()
         for _ in range(calls):
             last = call()
-        last.block_until_ready()
+        jax.block_until_ready(last)  # type: ignore[no-untyped-call]
         times.append((time.perf_counter() - began) / calls)
     return 1e6 * statistics.median(times)
 
 
-def time_tile(case: Case, tile: GemmConfig) -> float:
-    """Returns the seconds of a product with given tiles, infinity where the compiler refuses them."""
-    x, codebook, index, dy = _arrays(case)
+def compile_tile(case: Case, tile: GemmConfig, *, calls: int = _CALLS, interpret: bool = False) -> Any:
+    """Returns the program of a product with given tiles, for `time_programs`; None where the compiler refuses them."""
     fixed: dict[str, Any] = {"shape": case.shape, "axis": case.axis, "transposed": case.kernel == "dx", "tile": tile}
-    product = jax.jit(functools.partial(triton.gemm, **fixed))
-    a = dy if case.kernel == "dx" else x
+    product: Any = functools.partial(triton.gemm, **fixed, interpret=interpret)
+
+    def program(xs: Any, codebook: Any, indices: Any, dys: Any, weights: Any) -> tuple[jax.Array, ...]:
+        rows = dys if case.kernel == "dx" else xs
+        return tuple(product(a, codebook, index) for a, index in zip(rows, indices, strict=True))
+
+    copies = calls if case.m <= DECODE_ROWS else 1
     try:
-        return _microseconds(lambda: product(a, codebook, index), _CALLS) / 1e6
+        return jax.jit(program).lower(*jax.eval_shape(functools.partial(_arguments, case, copies))).compile()
     except jax.errors.JaxRuntimeError as error:
         _LOG.info("%s with %s: %s", case.name, tile, error)
-        return math.inf
+        return None
+
+
+def time_programs(case: Case, programs: list[Any], *, calls: int = _CALLS, repeats: int = _REPEATS) -> list[float]:
+    """Returns the seconds of a product with each of the programs of `compile_tile`, infinity for None."""
+    copies = calls if case.m <= DECODE_ROWS else 1
+    arguments = _arguments(case, copies)
+    found = []
+    for program in programs:
+        try:
+            once = functools.partial(program, *arguments) if program is not None else None
+            took = math.inf if once is None else _microseconds(once, -(-calls // copies), repeats) / copies / 1e6
+        except jax.errors.JaxRuntimeError as error:  # more shared memory than the card has is told at the launch
+            _LOG.info("%s: %s", case.name, error)
+            took = math.inf
+        found.append(took)
+    return found
+
+
+def time_tile(case: Case, tile: GemmConfig) -> float:
+    """Returns the seconds of a product with given tiles, infinity where the compiler refuses them."""
+    (took,) = time_programs(case, [compile_tile(case, tile)])
+    return took
 
 
 def table(cases: list[Case]) -> Iterator[tuple[str, bool]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from pallas_kernels.codebook_matmul.config import DECODE_ROWS, GemmConfig, padded_group
 from pallas_kernels.codebook_matmul.table import Table
+
 from .cases import Case
 
 

@@ -1,0 +1,68 @@
+"""Work that does not depend on the mesh that the caller's arrays lie on, or that the caller has set.
+
+In a mesh with Explicit axes (the default of `jax.make_mesh`) the type of every array says how it lies, and each
+operation must know how its result will. A gather of codes, a reshape or a product over a split axis does not. So
+compression works on one device without a mesh, and what takes arrays of a mesh runs with Auto axes inside.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+_spec: Any = PartitionSpec
+
+
+def on_one_device(array: Any) -> Any:
+    """Returns the array; one that lies on several devices, whole or in parts, as a NumPy array of the host."""
+    if isinstance(array, jax.Array) and len(array.sharding.device_set) > 1:
+        return np.asarray(array)
+    return array
+
+
+@contextlib.contextmanager
+def without_mesh() -> Iterator[None]:
+    """Programs traced inside know no mesh: one that the caller has set would say where every array has to lie."""
+    none: Any = None
+    with jax.set_mesh(none):
+        yield
+
+
+def explicit_mesh(*trees: Any) -> Any:
+    """Returns the mesh with an Explicit axis that an array of the trees lies on by its type; None if there is none."""
+    for leaf in jax.tree.leaves(trees):
+        mesh = getattr(getattr(jax.typeof(leaf), "sharding", None), "mesh", None)
+        if mesh is not None and AxisType.Explicit in (mesh.axis_types or ()):
+            return mesh
+    return None
+
+
+def spec_of(array: Any, axis: int) -> Any:
+    """Returns what an axis of the array is split over by its type: a mesh axis, several, or None."""
+    spec = getattr(getattr(jax.typeof(array), "sharding", None), "spec", ())
+    axis = axis % array.ndim
+    return spec[axis] if axis < len(spec) else None
+
+
+def partitioned(function: Callable[..., jax.Array], arguments: tuple[Any, ...], out: tuple[Any, ...]) -> jax.Array:
+    """Returns function(*arguments), its axes Auto inside where those of the arguments' mesh are Explicit.
+
+    Args:
+      function: of pytrees of arrays.
+      arguments: on one mesh, on none, or on the host.
+      out: what each axis of the result is to be split over; an axis of the mesh that comes twice counts the first time.
+    """
+    mesh = explicit_mesh(*arguments)
+    if mesh is None:
+        return function(*arguments)
+    seen: set[str] = set()
+    entries: list[Any] = []
+    for entry in out:
+        names = (entry,) if isinstance(entry, str) else tuple(entry or ())
+        entries.append(None if seen & set(names) else entry)
+        seen |= set(names)
+    result: jax.Array = jax.sharding.auto_axes(function, out_sharding=NamedSharding(mesh, _spec(*entries)))(*arguments)
+    return result

@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+CARD ?= card.json
 DEMO_ARGS ?=
 
 # No environment variable may lead Python past the environment's own packages.
@@ -35,8 +36,8 @@ parity:  ## the tests that compare live with PyTorch
 	$(PYTHON) scripts/make_venv.py .venv-parity --group test --extra parity --extra lm-eval --bare-extra demo
 	.venv-parity/bin/pytest -m parity $(PYTEST_ARGS)
 
-card:  ## measure and check on the NVIDIA GPU of this machine, in eight minutes, into card.json
-	$(PYTHON) scripts/check_card.py --out card.json
+card:  ## measure and check on the NVIDIA GPU of this machine, in eight minutes, into CARD (card.json)
+	$(PYTHON) scripts/check_card.py --out $(CARD)
 
 docs:  ## the reference from the docstrings, into .site; warnings are errors
 	$(PYTHON) scripts/make_venv.py .venv-docs --extra docs

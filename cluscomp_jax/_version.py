@@ -4,7 +4,8 @@ import contextlib
 from importlib.metadata import PackageNotFoundError, version
 
 _COMPUTING = (
-    "cluscomp-jax", "jax", "jaxlib", "jax-cuda12-plugin", "optax", "numpy", "scipy", "ml-dtypes", "gguf",
+    "cluscomp-jax", "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "optax", "numpy", "scipy", "ml-dtypes",
+    "gguf",
 )  # fmt: skip
 
 

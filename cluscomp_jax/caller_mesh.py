@@ -18,7 +18,8 @@ _spec: Any = PartitionSpec
 
 def on_one_device(array: Any) -> Any:
     """Returns the array; one that lies on several devices, whole or in parts, as a NumPy array of the host."""
-    if isinstance(array, jax.Array) and len(array.sharding.device_set) > 1:
+    traced = isinstance(array, jax.core.Tracer)
+    if isinstance(array, jax.Array) and not traced and len(array.sharding.device_set) > 1:
         return np.asarray(array)
     return array
 
@@ -34,15 +35,20 @@ def without_mesh() -> Iterator[None]:
 def explicit_mesh(*trees: Any) -> Any:
     """Returns the mesh with an Explicit axis that an array of the trees lies on by its type; None if there is none."""
     for leaf in jax.tree.leaves(trees):
-        mesh = getattr(getattr(jax.typeof(leaf), "sharding", None), "mesh", None)
+        mesh = getattr(_sharding(leaf), "mesh", None)
         if mesh is not None and AxisType.Explicit in (mesh.axis_types or ()):
             return mesh
     return None
 
 
+def _sharding(array: Any) -> Any:
+    """Returns how an array lies by its type; None of what is no array of JAX, an nnx.Param say."""
+    return getattr(jax.typeof(array), "sharding", None) if isinstance(array, jax.Array) else None
+
+
 def spec_of(array: Any, axis: int) -> Any:
     """Returns what an axis of the array is split over by its type: a mesh axis, several, or None."""
-    spec = getattr(getattr(jax.typeof(array), "sharding", None), "spec", ())
+    spec = getattr(_sharding(array), "spec", ())
     axis = axis % array.ndim
     return spec[axis] if axis < len(spec) else None
 

@@ -284,7 +284,7 @@ class BlockClustering:
         except InputError as error:
             raise InputError(f"{full}: {error}") from error
         if array.dtype != self.settings.codebook_dtype:
-            self.reporter.warn(f"{full}: kept in {array.dtype}; {self.settings.codebook_dtype} would lose its codes")
+            self.reporter.warn(f"{full}: kept in {array.dtype}; its codes are beyond {self.settings.codebook_dtype}")
         return jax.device_get(array), stats
 
 

@@ -51,7 +51,7 @@ def schedule_for_memory() -> bool:
     itself. What XLA_FLAGS says already stays, and a release of jaxlib in which the flag was not tried is left alone.
     """
     flags = os.environ.get("XLA_FLAGS", "")
-    if _compat.CPU_SCHEDULER in flags or not _compat.tried("jaxlib"):
+    if _compat.CPU_SCHEDULER in flags or not _compat.tried("jaxlib", patches=True):
         return False
     os.environ["XLA_FLAGS"] = f"{flags} --{_compat.CPU_SCHEDULER}=false".strip()
     return True

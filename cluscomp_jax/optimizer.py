@@ -10,7 +10,7 @@ import optax
 from cluscomp_jax.settings import Schedule
 
 _LEAST_RMS = 1e-6
-"""The root mean square that an array is taken to have at least, so that one of zeros can leave zero."""
+"""The root mean square that an array is taken to have at least; one of zeros hardly moves."""
 
 
 class OptimizerSettings(Protocol):

@@ -93,6 +93,7 @@ def compress(
     if isinstance(params, Mapping):
         _check_finite(params)
     sink = DictSink()
+    calibration = None if calibration is None else np.asarray(calibration)  # wherever it lies
     needed = 0 if calibration is None or calibration.ndim != 2 else scratch_bytes(model, cfg, calibration.shape)
     with scratch_folder(work_dir, needed) as folder, without_mesh():
         compress_stream(source, sink, cfg, calibration=calibration, work_dir=folder, reporter=reporter)

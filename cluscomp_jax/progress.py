@@ -7,20 +7,12 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cluscomp_jax.errors import RunError
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 _LINE_EVERY_S = 30.0
 """Where standard error is a file, a line of progress is written at most this often."""
@@ -103,7 +95,7 @@ class ConsoleReporter:
     Made by `console_reporter`.
     """
 
-    def __init__(self, progress: Progress, logs: Sequence[RecordLog]):
+    def __init__(self, progress: "Progress", logs: Sequence[RecordLog]):
         self._progress = progress
         self._logs = logs
         self._task: TaskID | None = None
@@ -149,6 +141,17 @@ class ConsoleReporter:
 @contextlib.contextmanager
 def console_reporter(*logs: RecordLog) -> Iterator[ConsoleReporter]:
     """Yields a ConsoleReporter whose bar lives on standard error for the length of the block; then closes the logs."""
+    # Here, because who compresses without a console needs no rich.
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     console = Console(file=sys.stderr)
     columns = (
         TextColumn("{task.description}"),

@@ -41,7 +41,7 @@ class CompressionRule:
     Attributes:
       pattern: regular expression, matched against the whole path.
       g: weights per code, 1 to 32.
-      num_codes: codes per codebook, 1 to 65536.
+      num_codes: codes per codebook, 2 to 65536.
       axis: the axis of the kernel [d_in, d_out] that is cut.
     """
 
@@ -52,7 +52,7 @@ class CompressionRule:
 
     def __post_init__(self) -> None:
         _require(1 <= self.g <= MAX_GROUP, "g", self.g, f"1 to {MAX_GROUP}")
-        _require(1 <= self.num_codes <= MAX_CODES, "num_codes", self.num_codes, f"1 to {MAX_CODES}")
+        _require(2 <= self.num_codes <= MAX_CODES, "num_codes", self.num_codes, f"2 to {MAX_CODES}")
         _require(self.axis in ("out", "in"), "axis", self.axis, "'out' or 'in'")
 
 
@@ -176,7 +176,7 @@ class TuningSettings:
       batch_size: samples per step, >= 1. Must divide the number of training samples.
       learning_rate: peak learning rate of AdamW, > 0; as `relative_rate` says.
       relative_rate: the rate is a share of each array's root mean square, so that it means the same whatever the scale
-        of a model's weights. False: it is absolute, as in the paper's recipe.
+        of a model's weights. False: it is absolute, as in the paper's recipe; an array that is all zero needs that.
       schedule: course of the rate after warm-up; "cosine" and "linear" fall to zero.
       warmup_fraction: share of all steps over which the rate rises linearly to its peak, 0 to 1; of w such steps the
         first has 1/w of it.
@@ -403,7 +403,7 @@ def compute_dtype_of(settings: TuningSettings | TrainingSettings, platform: str 
 
     Args:
       settings: with or without a compute_dtype.
-      platform: "gpu", "cpu" or another of JAX's; None: the one that JAX computes on by default.
+      platform: "gpu", "cpu" or another of JAX's; None: that of `jax.default_backend()`.
     """
     if settings.compute_dtype is not None:
         return settings.compute_dtype

@@ -119,11 +119,13 @@ class DictSource:
 
     def load_block(self, i: int) -> Params:
         """Returns block i's tree with block-relative paths; what lies on several devices comes from the host."""
-        return jax.tree.map(on_one_device, trees.subtree(self._params, f"{self._blocks_path}/{i}"))
+        block: Params = jax.tree.map(on_one_device, trees.subtree(self._params, f"{self._blocks_path}/{i}"))
+        return block
 
     def load_rest(self) -> Params:
         """Returns everything outside the blocks, with full paths; what lies on several devices comes from the host."""
-        return jax.tree.map(on_one_device, trees.without(self._params, self._blocks_path))
+        rest: Params = jax.tree.map(on_one_device, trees.without(self._params, self._blocks_path))
+        return rest
 
     def fingerprint(self) -> str:
         """Returns the SHA-256 of every path, shape, dtype and byte."""

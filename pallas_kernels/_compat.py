@@ -32,15 +32,24 @@ CPU_SCHEDULER = "xla_cpu_enable_concurrency_optimized_scheduler"
 ends the process; those of `TRIED` know it."""
 
 
-def tried(package: str = "jax") -> bool:
+def tried(package: str = "jax", *, patches: bool = False) -> bool:
     """Returns whether the installed release of `package`, "jax" or "jaxlib", is one of `TRIED`; logs once if it is not.
 
     Reads the package's metadata and imports nothing, so that settings of XLA can be decided before JAX starts.
+
+    Args:
+      package: which.
+      patches: other releases of the same first two numbers count as tried.
     """
     version = importlib.metadata.version(package)
-    if version not in TRIED:
+    known = _minor(version) in map(_minor, TRIED) if patches else version in TRIED
+    if not known:
         _log_once(package, version)
-    return version in TRIED
+    return known
+
+
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]
 
 
 @functools.cache

@@ -147,8 +147,8 @@ def main() -> None:
     for name, params, model, trainable, rates in contestants(options):
         for rate in rates:
             training = TrainingSettings(
-                steps=options.steps, batch_size=options.batch_size, learning_rate=rate, trainable=(trainable,),
-                recompute="cheap",
+                steps=options.steps, batch_size=options.batch_size, learning_rate=rate, relative_rate=False,
+                trainable=(trainable,), recompute="cheap",
             )  # fmt: skip
             cfg = FinetuneConfig(model=model, training=training)
             summary = finetune_stream(DictSource(params, model), DictSink(), train, cfg, evaluation=test)

@@ -78,8 +78,8 @@ def main() -> None:
     parser.add_argument("--compressed", type=Path, help="a compressed folder to begin with")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--every", type=int, default=50, help="steps between two evaluations")
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--original-rate", type=float, default=2e-5, help="of the original's kernels; 0 leaves it out")
+    parser.add_argument("--rate", type=float, default=4e-3)
+    parser.add_argument("--original-rate", type=float, default=1e-4, help="of the original's kernels; 0 leaves it out")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     compressed = options.compressed or options.out / f"compressed-{options.bits}"

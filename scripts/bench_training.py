@@ -49,7 +49,9 @@ def random_params(model: Any, *, g: int, num_codes: int) -> dict[str, Any]:
 
 
 def jax_step(model: Any, flat: dict[str, Any], tokens: np.ndarray, recompute: Any) -> Callable[[], float]:
-    settings = TrainingSettings(learning_rate=RATE, schedule="constant", warmup_fraction=0.0, recompute=recompute)
+    settings = TrainingSettings(
+        learning_rate=RATE, relative_rate=False, schedule="constant", warmup_fraction=0.0, recompute=recompute
+    )
     trained, frozen, layout = split_params(DictSource(trees.unflatten(flat), model), model, settings.trainable)
     state = init_state(trained, settings=settings)
     scored = jnp.ones((1, *tokens.shape), bool)

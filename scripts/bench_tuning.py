@@ -44,7 +44,7 @@ def random_block(model: Any, *, g: int, num_codes: int) -> dict[str, Any]:
 
 
 def jax_step(model: Any, block: Any, x: np.ndarray, y: np.ndarray, rate: float) -> Callable[[], float]:
-    settings = TuningSettings(learning_rate=rate, schedule="constant", weight_decay=0.1)
+    settings = TuningSettings(learning_rate=rate, relative_rate=False, schedule="constant", weight_decay=0.1)
     codebooks, frozen = split_trainable(block, norms=False)
     state = init_state(codebooks, settings=settings, total_steps=1000)
     inputs, targets = jnp.asarray(x), (jnp.asarray(y),)

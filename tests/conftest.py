@@ -11,7 +11,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if not Path("/dev/nvidiactl").exists():  # what the extra `aot` installs would look for CUDA's libraries
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-RELEASE = ("compat", "host_memory", "imports", "io_checkpoint", "io_golden", "io_leaves", "io_train_states", "kernels",
+RELEASE = ("caller_mesh", "check_card", "cluster", "codebook_rounding", "correction", "generation", "io_items",
+           "rate_scale", "shared_codebooks", "x64",
+           "compat", "host_memory", "imports", "io_checkpoint", "io_golden", "io_leaves", "io_train_states", "kernels",
            "kmeans", "feedback", "refit", "lower_root", "llama_flax", "llama_model", "plan", "pipeline", "spread",
            "training", "tuning", "wheel")  # fmt: skip
 """Test files, by how their names go on after "test_", that depend on the release of JAX and its neighbours."""

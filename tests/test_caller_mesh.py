@@ -2,9 +2,13 @@
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from virtual_devices import run_on_devices
+
+from cluscomp_jax.linear import linear
 
 PROGRAM = Path(__file__).with_name("caller_mesh_runs.py")
 ROUNDING = 64 * float(np.finfo(np.float32).eps)
@@ -34,3 +38,8 @@ def test_a_mesh_changes_nothing_but_rounding(differences, name, count, limit):
     found = {key: value for key, value in differences.items() if key.startswith(f"{name};")}
     assert len(found) == count
     assert not {key: value for key, value in found.items() if isinstance(value, str) or value > limit}
+
+
+def test_a_parameter_of_nnx_is_taken_for_its_array():
+    x, kernel = jnp.ones((2, 8)), jnp.arange(128.0).reshape(8, 16)
+    np.testing.assert_array_equal(linear(x, nnx.Param(kernel)), linear(x, kernel))

@@ -119,7 +119,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "recipe without text": ({"recipe": "paper"}, "paper asks for tuning, which needs --calibration"),
     "window of one": ({"context": 1}, "--context 1: it must be 2 or more"),
     "nothing to score": ({"tokens": 0}, "--tokens 0: it must be 2 or more"),
-    "no codes": ({"num_codes": 0}, "num_codes is 0; it must be 1 to 65536"),
+    "no codes": ({"num_codes": 0}, "num_codes is 0; it must be 2 to 65536"),
     "too many codes": ({"num_codes": 65537}, "num_codes is 65537"),
     "no group": ({"g": 0}, "g is 0; it must be 1 to 32"),
     "too large a group": ({"g": 33}, "g is 33"),

@@ -38,7 +38,7 @@ class Blocks(SilentReporter):
 
 
 def rescaled(params, config, scale):
-    """Returns (params, config) of the same function; kernels, embedding and residual stream are `scale` times smaller."""
+    """Returns (params, config) of the same function, with kernels, embedding and stream `scale` times smaller."""
 
     def moved(path, leaf):
         leaf = np.asarray(leaf, np.float32)
@@ -155,6 +155,9 @@ def test_the_paper_keeps_its_absolute_rate():
     assert TrainingSettings().relative_rate
 
 
-def test_an_array_of_zeros_can_leave_zero():
+def test_an_array_of_zeros_moves_by_an_absolute_rate_alone():
     settings = TuningSettings(learning_rate=0.1, schedule="constant")
-    assert (one_step(settings, {"a": jnp.zeros(3)}, {"a": jnp.ones(3)})["a"] < 0).all()
+    absolute = dataclasses.replace(settings, relative_rate=False)
+    params, gradients = {"a": jnp.zeros(3)}, {"a": jnp.ones(3)}
+    np.testing.assert_allclose(one_step(settings, params, gradients)["a"], 0.0, atol=1e-6)
+    np.testing.assert_allclose(one_step(absolute, params, gradients)["a"], -0.1, rtol=1e-5)

@@ -43,7 +43,7 @@ def test_a_value_out_of_range_is_named_with_what_it_must_be(kind: type, fields: 
 
 
 GOOD: list[tuple[type, dict[str, Any]]] = [
-    (CompressionRule, {"g": 1, "num_codes": 1}),
+    (CompressionRule, {"g": 1, "num_codes": 2}),
     (CompressionRule, {"g": 32, "num_codes": 65536, "axis": "in"}),
     (ClusterSettings, {"bits": 0.5, "iterations": 0}),
     (CalibrationSettings, {"samples": 1, "length": 2}),

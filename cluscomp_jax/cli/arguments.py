@@ -62,7 +62,7 @@ class CompressArguments(Common):
     g: Annotated[int | None, arg(metavar="INT")] = None
     """weights per code, 1 to 32, for every rule"""
     num_codes: Annotated[int | None, arg(metavar="INT")] = None
-    """codes per codebook, 1 to 65536, for every rule"""
+    """codes per codebook, 2 to 65536, for every rule"""
     axis: Literal["out", "in"] | None = None
     """axis of the kernel that is cut into vectors, for every rule"""
     unweighted: Flag = False
@@ -324,7 +324,7 @@ class PlanArguments(Common):
     mesh: Annotated[str | None, arg(metavar="AXIS=INT[,...]")] = None
     """finetune on several of the card, as `finetune --mesh` takes it: data=8; default: that of the file"""
     context: Annotated[int, arg(metavar="INT")] = 8192
-    """positions of the key-value cache in generation, a power of two"""
+    """positions of the key-value cache in generation: a power of two, above 4,096 a multiple of 1,024"""
     memory_fraction: Annotated[float, arg(metavar="FLOAT")] = 0.92
     """share of the card that JAX may take, XLA_PYTHON_CLIENT_MEM_FRACTION"""
     reserve_gib: Annotated[float, arg(metavar="FLOAT")] = 1.0

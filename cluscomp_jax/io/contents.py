@@ -129,7 +129,7 @@ def check_expansion(root: Path, parts: Mapping[str, Contents]) -> None:
         if beyond > ALLOWANCE:
             raise InputError(
                 f"{root}: {folder} has {stored:,} bytes of files and would take {loaded:,} bytes of memory; more than "
-                f"{MOST_TIMES} times as many are not read; take the checkpoint anew, or compress again without --zstd"
+                f"{MOST_TIMES} times as many are not read; take the checkpoint anew"
             )
 
 

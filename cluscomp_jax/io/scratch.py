@@ -51,8 +51,9 @@ def require_room(folder: Path, num_bytes: int, otherwise: str = _OTHERWISE) -> N
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: is no folder for temporary files; make it first, or {otherwise}")
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
+    usage = shutil.disk_usage(folder)
+    free = usage.free
+    if usage.total and free < num_bytes:  # some file systems in memory or over a network tell no sizes
         raise InputError(
             f"{folder}: activations need {num_bytes / 2**20:,.1f} MiB for the time of the run, and "
             f"{free / 2**20:,.1f} MiB are free; make room, or {otherwise}"

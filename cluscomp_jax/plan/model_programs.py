@@ -41,7 +41,7 @@ def generating(settings: Sequence[Setting], *, context: int) -> Iterator[Program
 
     Args:
       settings: the kinds of blocks, together all of the model.
-      context: positions of the cache, a power of two; the prompt is half of them.
+      context: positions of the cache; the prompt is half of them.
     """
     setting = settings[0]
     model, place = setting.model, setting.place

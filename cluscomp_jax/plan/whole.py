@@ -8,6 +8,7 @@ from typing import Any
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.finetune_config import FinetuneConfig
+from cluscomp_jax.generation import positions_held
 from cluscomp_jax.model import build_model
 from cluscomp_jax.plan.budget import forward_batch
 from cluscomp_jax.plan.host import Needs, host_needs
@@ -28,9 +29,9 @@ ADVICE = {
     "statistics": "set feedback = false, or device_memory_gib for smaller batches",
     "correct": "set correction = false",
     "assign": "set feedback = false",
-    "tune": 'choose a smaller batch_size or length, or compute_dtype = "bfloat16"',
-    "targets": 'choose a smaller length, or compute_dtype = "bfloat16"',
-    "propagate": 'choose a smaller length, or compute_dtype = "bfloat16"',
+    "tune": 'choose a smaller batch_size or length, and no compute_dtype = "float32"',
+    "targets": 'choose a smaller length, and no compute_dtype = "float32"',
+    "propagate": 'choose a smaller length, and no compute_dtype = "float32"',
     "evaluate": "choose a smaller length",
     "finetune": "set offload_inputs = true, or choose a smaller batch_size or length, or fewer bits",
     "generate": "choose a shorter --context or fewer bits",
@@ -142,15 +143,18 @@ def plan(
       place: arrays on that card (`placement`).
       finetune: the finetuning, whatever its model, on as many of the card as its mesh takes, of which each is planned
         for; None: `finetuning_of` the run.
-      context: positions in generation, a power of two from 32.
+      context: positions in generation, as `generation.positions_held` makes them; 32 or more.
       reserve: what must stay free.
       reporter: is told of progress.
 
     Raises:
       InputError: rules that match nothing, or a context out of range.
     """
-    if context < 32 or context & (context - 1):
-        raise InputError(f"context is {context}; it must be a power of two, 32 or more, as generation pads it to one")
+    if context < 32 or context != positions_held(max(context, 1)):
+        raise InputError(
+            f"context is {context}; it must be a power of two from 32, above 4,096 a multiple of 1,024, as generation "
+            "makes it"
+        )
     finetune = finetune or finetuning_of(cfg)
     if place.sharding is not None:
         cfg, finetune = _on_a_gpu(cfg, finetune)

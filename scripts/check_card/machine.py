@@ -57,6 +57,7 @@ def child_environment(dry: bool) -> dict[str, str]:
     return {
         **shared,
         "JAX_PLATFORMS": "cuda,cpu",
+        "CUDA_VISIBLE_DEVICES": (os.environ.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0],  # one is measured
         "XLA_PYTHON_CLIENT_PREALLOCATE": "true",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": MEMORY_FRACTION,
     }

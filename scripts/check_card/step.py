@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 import traceback
-import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,20 +17,6 @@ from typing import Any
 from check_card import LIMITS
 
 _MODULES = {name: "clustering" if name == "kmeans" else name for name in LIMITS}
-_STAND_INS = {
-    "rich": (),
-    "rich.console": ("Console",),
-    "rich.progress": (
-        "BarColumn",
-        "MofNCompleteColumn",
-        "Progress",
-        "TaskID",
-        "TextColumn",
-        "TimeElapsedColumn",
-        "TimeRemainingColumn",
-    ),
-}
-"""What cluscomp_jax.progress imports of rich, for a console that no step opens."""
 
 
 class Step:
@@ -104,7 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         _tell_device(step)
-        _import_without_rich("cluscomp_jax.progress")
         importlib.import_module(f"check_card.{_MODULES[options.name]}").run(step)
     except Exception as error:
         traceback.print_exc()
@@ -141,19 +125,3 @@ def _tell_device(step: Step) -> None:
         platform_version=getattr(device.client, "platform_version", None),
         bytes_for_jax=memory.get("bytes_limit"),
     )
-
-
-def _import_without_rich(module: str) -> None:
-    """Imports a module that imports rich, empty classes in its place: this script runs where rich is not installed."""
-    stand_ins = {}
-    for name, classes in _STAND_INS.items():
-        stand_ins[name] = types.ModuleType(name)
-        stand_ins[name].__dict__.update({each: type(each, (), {}) for each in classes})
-    there = {name: sys.modules.pop(name) for name in stand_ins if name in sys.modules}
-    sys.modules.update(stand_ins)
-    try:
-        importlib.import_module(module)
-    finally:
-        for name in stand_ins:
-            del sys.modules[name]
-        sys.modules.update(there)

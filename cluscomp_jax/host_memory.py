@@ -6,8 +6,6 @@ import os
 import sys
 from typing import Any
 
-from pallas_kernels import _compat
-
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _KEPT_BYTES = 512 * 2**20
@@ -50,6 +48,8 @@ def schedule_for_memory() -> bool:
     XLA_FLAGS, that counts if JAX has compiled nothing yet: the command line asks for it, the library never does by
     itself. What XLA_FLAGS says already stays, and a release of jaxlib in which the flag was not tried is left alone.
     """
+    from pallas_kernels import _compat  # brings JAX, for which `--help` need not wait
+
     flags = os.environ.get("XLA_FLAGS", "")
     if _compat.CPU_SCHEDULER in flags or not _compat.tried("jaxlib", patches=True):
         return False

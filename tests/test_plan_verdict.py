@@ -161,7 +161,7 @@ def test_rows_and_dtype_of_finetuning_are_those_of_the_run_unless_told() -> None
     tuned = dataclasses.replace(BLIND, tuning=TuningSettings(compute_dtype="bfloat16"))
     planned = finetuning_of(tuned)
     assert (planned.data.length, planned.training.compute_dtype) == (32, "bfloat16")
-    assert finetuning_of(BLIND).training.compute_dtype == "float32"
+    assert finetuning_of(BLIND).training.compute_dtype is None
     assert finetuning_of(BLIND).training.batch_size == 1
     assert finetuning_of(BLIND, MeshSettings(data=2, fsdp=4, tensor=2)).training.batch_size == 8
 

@@ -186,7 +186,7 @@ def run_steps(params, settings, *, count=6, rows=4):
     return state, frozen, layout, losses
 
 
-FAST = TrainingSettings(steps=60, learning_rate=0.01, schedule="constant", warmup_fraction=0.0)
+FAST = TrainingSettings(steps=60, learning_rate=0.01, relative_rate=False, schedule="constant", warmup_fraction=0.0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

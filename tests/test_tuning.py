@@ -35,7 +35,7 @@ CONFIG = llama.LlamaConfig(
 )  # fmt: skip
 MODEL = llama.build(CONFIG)
 KIND = MODEL.block_kind(0)
-FAST = TuningSettings(epochs=6, learning_rate=0.01, schedule="constant")
+FAST = TuningSettings(epochs=6, learning_rate=0.01, relative_rate=False, schedule="constant")
 
 
 @pytest.fixture(scope="module")
@@ -327,7 +327,7 @@ def test_a_loss_that_is_not_finite_stops_the_block_at_the_last_good_codebooks(co
     ],
 )
 def test_schedules(settings, expected):
-    optimizer = make_optimizer(settings, 5)
+    optimizer = make_optimizer(dataclasses.replace(settings, relative_rate=False), 5)
     parameters = {"a": jnp.zeros(1)}
     state, rates = optimizer.init(parameters), []
     for _ in range(5):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cluscomp_jax.caller_mesh import on_one_device
+from cluscomp_jax.caller_mesh import on_one_device, without_mesh
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.kmeans.found import Blocks, Found, next_codebook
 from cluscomp_jax.kmeans.lists import make_lists
@@ -77,34 +77,35 @@ def fit_codebook(
       InputError: a size out of range, a weight that is negative, or a value that is not finite.
     """
     began = time.monotonic()
-    _check(vectors, num_codes, weights, iterations)
-    m = vectors.shape[0]
-    vectors, weights = on_one_device(vectors), on_one_device(weights)
-    blocks = _blocks(vectors, weights)
-    del vectors, weights  # where the caller keeps none either, their memory is free from here on
-    _check_finite(blocks)
-    sample, mass = draw_sample(blocks, key, num_codes=num_codes, count=m)
-    exact = _exact_codebook(blocks, m, num_codes, sample)
-    if exact is not None:
-        codebook, index = exact
-        return codebook, index, KMeansStats((0.0,), 1.0, 0, time.monotonic() - began)
-    codebook = spread_start(sample, mass, key, num_codes=num_codes)
-    velocity = jnp.zeros_like(codebook)
-    known = jnp.full(blocks.weights.shape, -1, jnp.int32)
-    inertia, refills = [], []
-    for i in range(iterations):
-        found = _search(blocks, known, codebook, key, i)
-        step, momentum = (_STEP, _MOMENTUM) if accelerate and i < iterations - _PLAIN_UPDATES else (1.0, 0.0)
-        codebook, velocity, refilled = next_codebook(blocks, codebook, velocity, found, step, momentum)
-        known = found.nearest
-        inertia.append(found.inertia)
-        refills.append(refilled)
-    found = _search(blocks, known, codebook, key, iterations, longer=_SETTLING)
-    values = jax.device_get(([*inertia, found.inertia], _share(found.certain, m), refills))
-    stats = KMeansStats(
-        tuple(float(value) for value in values[0]), float(values[1]), int(sum(values[2])), time.monotonic() - began
-    )
-    return codebook, _in_order(found.nearest, m), stats
+    with without_mesh():
+        _check(vectors, num_codes, weights, iterations)
+        m = vectors.shape[0]
+        vectors, weights = on_one_device(vectors), on_one_device(weights)
+        blocks = _blocks(vectors, weights)
+        del vectors, weights  # where the caller keeps none either, their memory is free from here on
+        _check_finite(blocks)
+        sample, mass = draw_sample(blocks, key, num_codes=num_codes, count=m)
+        exact = _exact_codebook(blocks, m, num_codes, sample)
+        if exact is not None:
+            codebook, index = exact
+            return codebook, index, KMeansStats((0.0,), 1.0, 0, time.monotonic() - began)
+        codebook = spread_start(sample, mass, key, num_codes=num_codes)
+        velocity = jnp.zeros_like(codebook)
+        known = jnp.full(blocks.weights.shape, -1, jnp.int32)
+        inertia, refills = [], []
+        for i in range(iterations):
+            found = _search(blocks, known, codebook, key, i)
+            step, momentum = (_STEP, _MOMENTUM) if accelerate and i < iterations - _PLAIN_UPDATES else (1.0, 0.0)
+            codebook, velocity, refilled = next_codebook(blocks, codebook, velocity, found, step, momentum)
+            known = found.nearest
+            inertia.append(found.inertia)
+            refills.append(refilled)
+        found = _search(blocks, known, codebook, key, iterations, longer=_SETTLING)
+        values = jax.device_get(([*inertia, found.inertia], _share(found.certain, m), refills))
+        stats = KMeansStats(
+            tuple(float(value) for value in values[0]), float(values[1]), int(sum(values[2])), time.monotonic() - began
+        )
+        return codebook, _in_order(found.nearest, m), stats
 
 
 def fit_codebooks(

@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cluscomp_jax import trees
 from cluscomp_jax.cluster import decompress
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.scratch import scratch_folder
 from cluscomp_jax.losses import token_nll
-from cluscomp_jax.model import Model, build_model, check_tokens, run_block, run_embed
+from cluscomp_jax.model import Model, build_model, check_tokens, run_block, run_embed, width
 from cluscomp_jax.progress import Reporter, SilentReporter
 from cluscomp_jax.settings import Dtype
 from cluscomp_jax.source import ParamSource, as_source
@@ -117,13 +116,7 @@ def scratch_bytes(model: Model, shape: tuple[int, ...], dtype: Dtype) -> int:
       shape: (windows, context).
       dtype: compute dtype.
     """
-
-    def embedded() -> jax.Array:
-        rest = {path: jnp.zeros(shape, dtype) for path, shape in model.rest_shapes().items()}
-        return model.embed(trees.unflatten(rest), jnp.zeros((1, 2), jnp.int32), dtype=jnp.dtype(dtype))
-
-    traced = jax.eval_shape(embedded)
-    return math.prod(shape) * int(traced.shape[-1]) * int(traced.dtype.itemsize)
+    return math.prod(shape) * width(model) * np.dtype(jnp.dtype(dtype)).itemsize
 
 
 def _windows(tokens: np.ndarray, context: int, model: Model) -> np.ndarray:

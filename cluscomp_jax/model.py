@@ -10,8 +10,10 @@ from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from cluscomp_jax import trees
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.trees import Params
 
@@ -158,6 +160,16 @@ def parameter_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     for i in range(model.num_blocks):
         shapes |= {f"{model.blocks_path}/{i}/{path}": shape for path, shape in model.block_shapes(i).items()}
     return shapes
+
+
+def width(model: Model) -> int:
+    """Returns d, the channels of the activations between blocks."""
+
+    def embedded() -> jax.Array:
+        rest = {path: jnp.zeros(shape, jnp.bfloat16) for path, shape in model.rest_shapes().items()}
+        return model.embed(trees.unflatten(rest), jnp.zeros((1, 2), jnp.int32), dtype=jnp.bfloat16)
+
+    return int(jax.eval_shape(embedded).shape[-1])
 
 
 def check_tokens(tokens: np.ndarray, model: Model, what: str) -> None:

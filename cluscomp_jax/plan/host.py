@@ -11,8 +11,8 @@ import numpy as np
 from cluscomp_jax import sensitivity
 from cluscomp_jax.config import RunConfig
 from cluscomp_jax.finetune_config import FinetuneConfig
-from cluscomp_jax.model import Model
-from cluscomp_jax.plan.setting import STORED, Setting, width
+from cluscomp_jax.model import Model, width
+from cluscomp_jax.plan.setting import STORED, Setting
 from cluscomp_jax.plan.shapes import Place, nbytes
 from cluscomp_jax.settings import TuningSettings, compute_dtype_of
 

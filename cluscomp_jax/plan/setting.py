@@ -1,17 +1,15 @@
 """One run as its programs see it: a kind of block, the sizes of batches, and where arrays lie."""
 
 import dataclasses
-import functools
 from collections.abc import Hashable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from cluscomp_jax import trees
 from cluscomp_jax.codebook import CodebookArray
 from cluscomp_jax.config import RunConfig
-from cluscomp_jax.model import Model
+from cluscomp_jax.model import Model, width
 from cluscomp_jax.plan.shapes import Place
 from cluscomp_jax.preflight import Rules, rules_by_block
 from cluscomp_jax.settings import TuningSettings, compute_dtype_of
@@ -100,12 +98,6 @@ class Setting:
             if isinstance(leaf, CodebookArray):
                 flat[path] = self.place.array(*leaf.shape, dtype=leaf.dtype)
         return trees.unflatten(flat)
-
-
-def width(model: Model) -> int:
-    """Returns d, the channels of the activations between blocks."""
-    rest, tokens = Place().tree(model.rest_shapes(), STORED), Place().array(1, 2, dtype="int32")
-    return int(jax.eval_shape(functools.partial(model.embed, dtype=STORED), rest, tokens).shape[-1])
 
 
 def kinds_of_blocks(model: Model, cfg: RunConfig, place: Place, batch: int) -> list[Setting]:

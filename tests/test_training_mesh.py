@@ -13,6 +13,8 @@ from cluscomp_jax.training import make_sharding
 
 MESHES = ("data", "fsdp", "tensor", "mixed")
 PROGRAM = Path(__file__).with_name("mesh_runs.py")
+PRODUCTS = 2 * (3 * 9 + 1)
+"""Products that a gradient passes through, forward and back: 7 kernels and 2 of attention in 3 blocks, and the head."""
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,8 @@ def error(found, expected):
 def test_the_first_gradient_is_that_of_one_device(runs, mesh):
     found, expected = (runs["meshes"][name]["gradient"] for name in (mesh, "one"))
     assert found.keys() == expected.keys()
-    assert max(error(found[name], expected[name]) for name in expected) <= 1e-6
+    worst = max(error(found[name], expected[name]) for name in expected)
+    assert worst <= PRODUCTS * np.finfo(np.float32).eps  # each product sums in another order, and rounds once more
 
 
 @pytest.mark.parametrize("mesh", MESHES)

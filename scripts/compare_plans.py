@@ -1,0 +1,70 @@
+"""Plans of three Llamas at 4 and 2 bits for every shipped card; and how far they are from those of another environment.
+
+Nothing runs on a card. One plan takes three to five minutes of CPU; those that OUT already has are not made again.
+
+    pip install ".[aot]"
+    python scripts/compare_plans.py --out OUT                      # one JSON file for each model, bits and card
+    python scripts/compare_plans.py --out OUT --against OTHER      # OTHER: the same of another release of JAX
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+MODELS = {"llama-2-7b": "llama2_7b", "llama-2-70b": "llama2_70b", "llama-3.1-405b": "llama2_70b"}
+"""{preset: the configs it is planned with}."""
+BITS = (4, 2)
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+GIB = 2**30
+
+
+def make(name: str, model: str, bits: int, target: str, out: Path) -> None:
+    """Writes the plan to OUT/NAME.json, or ends the program with what `cluscomp plan` said."""
+    config = CONFIGS / f"{MODELS[model]}_{bits}bit.toml"
+    command = [sys.executable, "-m", "cluscomp_jax", "plan", model, "--target", target, "--config", str(config), "--json"]
+    done = subprocess.run(
+        [*command, "--context", "4096"], capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}
+    )
+    try:
+        found = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        raise SystemExit(f"{name}: exit code {done.returncode}\n{done.stderr}") from None
+    unfinished = out / f"{name}.part"
+    unfinished.write_text(json.dumps(found))
+    unfinished.replace(out / f"{name}.json")
+
+
+def peaks(path: Path) -> dict[str, float]:
+    """Returns {stage: GiB at its peak} of a plan."""
+    return {stage: memory["peak_bytes"] / GIB for stage, memory in json.loads(path.read_text())["stages"].items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the plans")
+    parser.add_argument("--against", type=Path, help="folder of plans to compare with")
+    parser.add_argument("--targets", nargs="*", default=["a6000", "a100_80", "h100", "h200", "l40s", "rtx4090"])
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for target, bits, model in itertools.product(arguments.targets, BITS, MODELS):
+        name = f"{model}-{bits}bit-{target}"
+        found, other = arguments.out / f"{name}.json", arguments.against and arguments.against / f"{name}.json"
+        if not found.exists():
+            make(name, model, bits, target, arguments.out)
+        here = peaks(found)
+        if other is None or not other.exists():
+            print(name, *(f"{stage} {peak:.2f}" for stage, peak in here.items()), sep="  ", flush=True)
+            continue
+        there = peaks(other)
+        if here.keys() != there.keys():
+            raise SystemExit(f"{name}: stages {sorted(here)} here and {sorted(there)} in {arguments.against}")
+        ratios = {stage: here[stage] / there[stage] for stage in here}
+        print(name, *(f"{stage} {peak:.2f} ({ratios[stage] - 1:+.1%})" for stage, peak in here.items()), sep="  ", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -25,9 +25,12 @@ GIB = 2**30
 def make(name: str, model: str, bits: int, target: str, out: Path) -> None:
     """Writes the plan to OUT/NAME.json, or ends the program with what `cluscomp plan` said."""
     config = CONFIGS / f"{MODELS[model]}_{bits}bit.toml"
-    command = [sys.executable, "-m", "cluscomp_jax", "plan", model, "--target", target, "--config", str(config), "--json"]
+    command = [sys.executable, "-m", "cluscomp_jax", "plan", model, "--target", target, "--config", str(config)]
     done = subprocess.run(
-        [*command, "--context", "4096"], capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}
+        [*command, "--context", "4096", "--json"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
     try:
         found = json.loads(done.stdout.splitlines()[-1])
@@ -62,8 +65,8 @@ def main() -> None:
         there = peaks(other)
         if here.keys() != there.keys():
             raise SystemExit(f"{name}: stages {sorted(here)} here and {sorted(there)} in {arguments.against}")
-        ratios = {stage: here[stage] / there[stage] for stage in here}
-        print(name, *(f"{stage} {peak:.2f} ({ratios[stage] - 1:+.1%})" for stage, peak in here.items()), sep="  ", flush=True)
+        cells = (f"{stage} {peak:.2f} ({peak / there[stage] - 1:+.1%})" for stage, peak in here.items())
+        print(name, *cells, sep="  ", flush=True)
 
 
 if __name__ == "__main__":

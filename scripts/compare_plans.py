@@ -15,11 +15,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from cluscomp_jax.io import atomic
+from cluscomp_jax.io.json_files import read_object
+from cluscomp_jax.plan.target import shipped_targets
+from cluscomp_jax.plan.whole import GIB
+
 MODELS = {"llama-2-7b": "llama2_7b", "llama-2-70b": "llama2_70b", "llama-3.1-405b": "llama2_70b"}
 """{preset: the configs it is planned with}."""
 BITS = (4, 2)
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-GIB = 2**30
 
 
 def make(name: str, model: str, bits: int, target: str, out: Path) -> None:
@@ -36,21 +40,19 @@ def make(name: str, model: str, bits: int, target: str, out: Path) -> None:
         found = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):
         raise SystemExit(f"{name}: exit code {done.returncode}\n{done.stderr}") from None
-    unfinished = out / f"{name}.part"
-    unfinished.write_text(json.dumps(found))
-    unfinished.replace(out / f"{name}.json")
+    atomic.write_text(out / f"{name}.json", json.dumps(found), aside=out / f"{name}.part")
 
 
 def peaks(path: Path) -> dict[str, float]:
     """Returns {stage: GiB at its peak} of a plan."""
-    return {stage: memory["peak_bytes"] / GIB for stage, memory in json.loads(path.read_text())["stages"].items()}
+    return {stage: memory["peak_bytes"] / GIB for stage, memory in read_object(path)["stages"].items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the plans")
     parser.add_argument("--against", type=Path, help="folder of plans to compare with")
-    parser.add_argument("--targets", nargs="*", default=["a6000", "a100_80", "h100", "h200", "l40s", "rtx4090"])
+    parser.add_argument("--targets", nargs="*", choices=shipped_targets(), default=shipped_targets())
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     for target, bits, model in itertools.product(arguments.targets, BITS, MODELS):

@@ -1,6 +1,10 @@
 """What the tests share: the small trained Llama, and the shipped texts in its tokens. No test reaches the network."""
 
+import hashlib
 import os
+import platform
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +14,22 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 if not Path("/dev/nvidiactl").exists():  # what the extra `aot` installs would look for CUDA's libraries
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def compilation_cache() -> Path:
+    """Returns the folder of compiled programs for these versions, this processor and this number of threads."""
+    packages = [f"{name} {metadata.version(name)}" for name in ("jax", "jaxlib", "flax", "optax")]
+    cpu = Path("/proc/cpuinfo")
+    flags = next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "") if cpu.exists() else ""
+    threads = os.process_cpu_count() if sys.version_info >= (3, 13) else len(os.sched_getaffinity(0))
+    key = "\n".join([sys.version, *packages, platform.machine(), flags, str(threads), os.environ.get("XLA_FLAGS", "")])
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "cluscomp-jax-tests" / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+# Most of a test's time is XLA's. Programs of several CPU devices are not cached, see tests/helpers/virtual_devices.py.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compilation_cache()))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 RELEASE = ("caller_mesh", "check_card", "cluster", "codebook_rounding", "correction", "generation", "io_items",
            "rate_scale", "shared_codebooks", "x64",

@@ -7,20 +7,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cluscomp_jax import llama
-    from cluscomp_jax.cluster import SizeReport, decompress, size_report
-    from cluscomp_jax.codebook import CodebookArray
-    from cluscomp_jax.config import RunConfig, load_config
-    from cluscomp_jax.errors import InputError
-    from cluscomp_jax.evaluate import Perplexity, perplexity
-    from cluscomp_jax.examples import Examples
-    from cluscomp_jax.finetune_config import FinetuneConfig, load_finetune_config
-    from cluscomp_jax.finetuning import finetune
-    from cluscomp_jax.generation import generate
-    from cluscomp_jax.io.checkpoint import load_checkpoint, save_checkpoint
-    from cluscomp_jax.io.open import open_model
-    from cluscomp_jax.pipeline import compress
-    from cluscomp_jax.settings import (
+    from cluscomp_jax.checkpoint.reader import load_checkpoint, save_checkpoint
+    from cluscomp_jax.clustering.matrix import SizeReport, decompress, size_report
+    from cluscomp_jax.config.finetune import FinetuneConfig, load_finetune_config
+    from cluscomp_jax.config.run import RunConfig, load_config
+    from cluscomp_jax.config.settings import (
         CalibrationSettings,
         ClusterSettings,
         CompressionRule,
@@ -29,33 +20,42 @@ if TYPE_CHECKING:
         TrainingSettings,
         TuningSettings,
     )
+    from cluscomp_jax.core.codebook import CodebookArray
+    from cluscomp_jax.errors import InputError
+    from cluscomp_jax.evaluation.perplexity import Perplexity, perplexity
+    from cluscomp_jax.finetuning import finetune
+    from cluscomp_jax.inference.decoder import generate
+    from cluscomp_jax.io.open import open_model
+    from cluscomp_jax.models import llama
+    from cluscomp_jax.pipeline import compress
+    from cluscomp_jax.text.token_rows import Examples
 
 _HOMES = {
-    "CalibrationSettings": "settings",
-    "ClusterSettings": "settings",
-    "CodebookArray": "codebook",
-    "CompressionRule": "settings",
-    "DataSettings": "settings",
-    "DistillationSettings": "settings",
-    "Examples": "examples",
-    "FinetuneConfig": "finetune_config",
+    "CalibrationSettings": "config.settings",
+    "ClusterSettings": "config.settings",
+    "CodebookArray": "core.codebook",
+    "CompressionRule": "config.settings",
+    "DataSettings": "config.settings",
+    "DistillationSettings": "config.settings",
+    "Examples": "text.token_rows",
+    "FinetuneConfig": "config.finetune",
     "InputError": "errors",
-    "Perplexity": "evaluate",
-    "RunConfig": "config",
-    "SizeReport": "cluster",
-    "TrainingSettings": "settings",
-    "TuningSettings": "settings",
+    "Perplexity": "evaluation.perplexity",
+    "RunConfig": "config.run",
+    "SizeReport": "clustering.matrix",
+    "TrainingSettings": "config.settings",
+    "TuningSettings": "config.settings",
     "compress": "pipeline",
-    "decompress": "cluster",
+    "decompress": "clustering.matrix",
     "finetune": "finetuning",
-    "generate": "generation",
-    "load_checkpoint": "io.checkpoint",
-    "load_config": "config",
-    "load_finetune_config": "finetune_config",
+    "generate": "inference.decoder",
+    "load_checkpoint": "checkpoint.reader",
+    "load_config": "config.run",
+    "load_finetune_config": "config.finetune",
     "open_model": "io.open",
-    "perplexity": "evaluate",
-    "save_checkpoint": "io.checkpoint",
-    "size_report": "cluster",
+    "perplexity": "evaluation.perplexity",
+    "save_checkpoint": "checkpoint.reader",
+    "size_report": "clustering.matrix",
 }
 
 __all__ = [
@@ -92,7 +92,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     elif name == "llama":
-        return importlib.import_module(f"{__name__}.llama")
+        return importlib.import_module(f"{__name__}.models.llama")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

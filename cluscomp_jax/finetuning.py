@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cluscomp_jax.checkpoint.train_states import TrainStates
+from cluscomp_jax.config.finetune import FinetuneConfig
+from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import DivergedError, InputError
-from cluscomp_jax.examples import Batches, Examples, ShuffledBatches
-from cluscomp_jax.finetune_config import FinetuneConfig
-from cluscomp_jax.io.train_states import TrainStates
-from cluscomp_jax.model import Model, build_model, check_tokens
-from cluscomp_jax.optimizer import make_schedule
-from cluscomp_jax.progress import Reporter, SilentReporter
-from cluscomp_jax.source import BlockSink, DictSink, Fingerprint, ParamSource, as_source, run_fingerprint
+from cluscomp_jax.models.model import Model, build_model, check_tokens
+from cluscomp_jax.models.source import BlockSink, DictSink, Fingerprint, ParamSource, as_source, run_fingerprint
+from cluscomp_jax.runtime.reporter import Reporter, SilentReporter
+from cluscomp_jax.text.token_rows import Batches, Examples, ShuffledBatches
 from cluscomp_jax.training import (
     Layout,
     Teacher,
@@ -37,7 +37,7 @@ from cluscomp_jax.training import (
     split_params,
     train_step,
 )
-from cluscomp_jax.trees import Params
+from cluscomp_jax.tuning.optimizer import make_schedule
 
 
 class TeacherSource(NamedTuple):

@@ -17,29 +17,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cluscomp_jax import trees
-from cluscomp_jax.caller_mesh import without_mesh
-from cluscomp_jax.cluster import decompress, size_report
-from cluscomp_jax.cluster_block import BlockClustering, Streams
-from cluscomp_jax.codebook import CodebookArray, round_codebook
-from cluscomp_jax.config import RunConfig
+from cluscomp_jax.clustering.block import BlockClustering, Streams
+from cluscomp_jax.clustering.matrix import decompress, size_report
+from cluscomp_jax.clustering.resolve import check_calibration, mixes, rules_by_block
+from cluscomp_jax.clustering.sensitivity import sensitivities
+from cluscomp_jax.config.run import RunConfig
+from cluscomp_jax.config.settings import TuningSettings, compute_dtype_of
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.caller_mesh import without_mesh
+from cluscomp_jax.core.codebook import CodebookArray, round_codebook
+from cluscomp_jax.core.losses import mean_squared_error
+from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.io import atomic
-from cluscomp_jax.io.scratch import scratch_folder
-from cluscomp_jax.losses import mean_squared_error
-from cluscomp_jax.model import build_model, run_block, run_embed
-from cluscomp_jax.overlap import BlockReader, BlockWriter
+from cluscomp_jax.models.activations import ActivationStore, run_through
+from cluscomp_jax.models.model import build_model, run_block, run_embed
+from cluscomp_jax.models.prefetch import BlockReader, BlockWriter
+from cluscomp_jax.models.sharding import make_sharding, put_samples, put_whole
+from cluscomp_jax.models.source import BlockSink, DictSink, Fingerprint, ParamSource, as_source, run_fingerprint
 from cluscomp_jax.plan.budget import forward_batch
 from cluscomp_jax.plan.host import scratch_bytes
-from cluscomp_jax.preflight import check_calibration, mixes, rules_by_block
-from cluscomp_jax.progress import Reporter, SilentReporter
-from cluscomp_jax.sensitivity import sensitivities
-from cluscomp_jax.settings import TuningSettings, compute_dtype_of
-from cluscomp_jax.sharding import make_sharding, put_samples, put_whole
-from cluscomp_jax.source import BlockSink, DictSink, Fingerprint, ParamSource, as_source, run_fingerprint
-from cluscomp_jax.stages import StageClock
-from cluscomp_jax.trees import Params
-from cluscomp_jax.tuning import ActivationStore, BlockTuning, run_through, split_trainable, tune_block
+from cluscomp_jax.runtime import atomic
+from cluscomp_jax.runtime.reporter import Reporter, SilentReporter
+from cluscomp_jax.runtime.scratch import scratch_folder
+from cluscomp_jax.runtime.timing import StageClock
+from cluscomp_jax.tuning import BlockTuning, split_trainable, tune_block
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,9 +19,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # still registers the CUDA compiler, and lo
 import jax
 import jax.numpy as jnp
 
-from cluscomp_jax import trees
-from cluscomp_jax.codebook import CodebookArray, index_dtype, index_shape
-from cluscomp_jax.llama.model import LlamaModel
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.codebook import CodebookArray, index_dtype, index_shape
+from cluscomp_jax.models.llama.model import LlamaModel
 from cluscomp_jax.plan import compiling_for, find_target, placement, preset_config
 from cluscomp_jax.tuning.blockwise import join_trainable, split_trainable
 from pallas_kernels.codebook_matmul import FAST_GRADIENTS, IMPLEMENTATION

@@ -17,17 +17,17 @@ import ml_dtypes
 import numpy as np
 
 from cluscomp_jax import data
-from cluscomp_jax.codebook import CodebookArray, index_shape
-from cluscomp_jax.evaluate import perplexity
+from cluscomp_jax.checkpoint.reader import open_checkpoint
+from cluscomp_jax.checkpoint.writer import CheckpointWriter
+from cluscomp_jax.core.codebook import CodebookArray, index_shape
+from cluscomp_jax.core.trees import unflatten
+from cluscomp_jax.evaluation.perplexity import perplexity
 from cluscomp_jax.export import ExportFormat, export_checkpoint
-from cluscomp_jax.io.checkpoint import open_checkpoint
-from cluscomp_jax.io.checkpoint_writer import CheckpointWriter
 from cluscomp_jax.io.open import open_model
-from cluscomp_jax.io.text import load_tokens
-from cluscomp_jax.llama import parse_config
-from cluscomp_jax.model import build_model
-from cluscomp_jax.report import format_bytes, format_table
-from cluscomp_jax.trees import unflatten
+from cluscomp_jax.models.llama import parse_config
+from cluscomp_jax.models.model import build_model
+from cluscomp_jax.reporting.tables import format_bytes, format_table
+from cluscomp_jax.text.text import load_tokens
 
 TOKENS, CONTEXT = 8192, 512
 LLAMA_2_70B = {

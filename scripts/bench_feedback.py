@@ -17,15 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 
 import cluscomp_jax
-from cluscomp_jax import data, kmeans, trees
+from cluscomp_jax import data, kmeans
 from cluscomp_jax.cli.demo import find_model
-from cluscomp_jax.cluster import matrix_key, to_vectors
-from cluscomp_jax.feedback import Feedback, assign_with_feedback, factorise
-from cluscomp_jax.io.text import load_tokens
-from cluscomp_jax.model import run_block, run_embed
-from cluscomp_jax.refit import refit
-from cluscomp_jax.settings import ClusterSettings
-from cluscomp_jax.statistics import Batch, site_moments
+from cluscomp_jax.clustering.error_feedback import Feedback, assign_with_feedback, factorise
+from cluscomp_jax.clustering.hessian import Batch, site_moments
+from cluscomp_jax.clustering.matrix import matrix_key, to_vectors
+from cluscomp_jax.clustering.refine import refit
+from cluscomp_jax.config.settings import ClusterSettings
+from cluscomp_jax.core import trees
+from cluscomp_jax.models.model import run_block, run_embed
+from cluscomp_jax.text.text import load_tokens
 
 
 def moments_of(opened: Any, block: int, samples: int) -> dict[str, jax.Array]:

@@ -18,14 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from cluscomp_jax import data
+from cluscomp_jax.checkpoint.reader import open_checkpoint
+from cluscomp_jax.core.losses import token_nll
 from cluscomp_jax.export import export_checkpoint
-from cluscomp_jax.generation import Decoder
-from cluscomp_jax.io.checkpoint import open_checkpoint
+from cluscomp_jax.inference.decoder import Decoder
+from cluscomp_jax.inference.sampling import Sampling
 from cluscomp_jax.io.open import OpenedModel, open_model
-from cluscomp_jax.io.text import load_tokens
-from cluscomp_jax.losses import token_nll
-from cluscomp_jax.report import format_table
-from cluscomp_jax.sampling import Sampling
+from cluscomp_jax.reporting.tables import format_table
+from cluscomp_jax.text.text import load_tokens
 
 TOKENS, CONTEXT = 8192, 512
 PROMPT, NEW, LONG = 16, 64, 512

@@ -21,7 +21,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from cluscomp_jax._version import versions
-from cluscomp_jax.overlap import AHEAD, BEHIND
+from cluscomp_jax.models.prefetch import AHEAD, BEHIND
 
 GIB = 2**30
 

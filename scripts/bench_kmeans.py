@@ -27,12 +27,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cluscomp_jax import trees
 from cluscomp_jax.cli.demo import find_model
-from cluscomp_jax.cluster import to_vectors
-from cluscomp_jax.host_memory import keep_freed_memory
+from cluscomp_jax.clustering.matrix import to_vectors
+from cluscomp_jax.core import trees
 from cluscomp_jax.io.open import open_model
 from cluscomp_jax.kmeans import KMeansStats, fit_codebook
+from cluscomp_jax.runtime.host_memory import keep_freed_memory
 
 FAISS_ITERATIONS = 20
 

@@ -26,7 +26,7 @@ def run_backend(
     from lm_eval.tasks import TaskManager
 
     if backend == "cluscomp":
-        import cluscomp_jax.lm_eval  # noqa: F401  (registers the class)
+        import cluscomp_jax.evaluation.lm_eval  # noqa: F401  (registers the class)
 
         lm = get_model("cluscomp")(path=model, batch_size=batch_size)
     else:
@@ -58,9 +58,9 @@ def run_backend(
 
 
 def compare(model: str, tasks: list[str], limit: int | None, batch_size: int) -> None:
+    from cluscomp_jax.checkpoint.reader import open_checkpoint
     from cluscomp_jax.export import export_checkpoint
-    from cluscomp_jax.io.checkpoint import open_checkpoint
-    from cluscomp_jax.report import format_table
+    from cluscomp_jax.reporting.tables import format_table
 
     found = {}
     with tempfile.TemporaryDirectory() as scratch:

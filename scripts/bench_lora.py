@@ -19,20 +19,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from cluscomp_jax import trees
 from cluscomp_jax.cli.demo import find_model
-from cluscomp_jax.codebook import CodebookArray, decode
-from cluscomp_jax.examples import Examples
-from cluscomp_jax.finetune_config import FinetuneConfig
+from cluscomp_jax.config.finetune import FinetuneConfig
+from cluscomp_jax.config.settings import DataSettings, TrainingSettings
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.codebook import CodebookArray, decode
+from cluscomp_jax.core.trees import Params
 from cluscomp_jax.finetuning import finetune_stream
-from cluscomp_jax.host_memory import keep_freed_memory
 from cluscomp_jax.io.open import OpenedModel, open_model
-from cluscomp_jax.io.training_data import read_examples
-from cluscomp_jax.model import Model
-from cluscomp_jax.progress import to_json
-from cluscomp_jax.settings import DataSettings, TrainingSettings
-from cluscomp_jax.source import DictSink, DictSource, load_all
-from cluscomp_jax.trees import Params
+from cluscomp_jax.models.model import Model
+from cluscomp_jax.models.source import DictSink, DictSource, load_all
+from cluscomp_jax.runtime.host_memory import keep_freed_memory
+from cluscomp_jax.runtime.reporter import to_json
+from cluscomp_jax.text.token_rows import Examples
+from cluscomp_jax.text.training_data import read_examples
 
 TARGETS = ("self_attn/q_proj", "self_attn/v_proj")
 BITS, GROUP = 3, 64

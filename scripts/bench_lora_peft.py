@@ -19,16 +19,16 @@ import torch
 import transformers
 
 import bench_lora
-from cluscomp_jax import trees
 from cluscomp_jax.cli.demo import find_model
-from cluscomp_jax.examples import Examples, ShuffledBatches
-from cluscomp_jax.finetune_config import FinetuneConfig
+from cluscomp_jax.config.finetune import FinetuneConfig
+from cluscomp_jax.config.settings import TrainingSettings
+from cluscomp_jax.core import trees
 from cluscomp_jax.io.open import OpenedModel, open_model
-from cluscomp_jax.llama.hf_config import to_hf_dict
-from cluscomp_jax.optimizer import make_schedule
-from cluscomp_jax.progress import to_json
-from cluscomp_jax.settings import TrainingSettings
-from cluscomp_jax.source import load_all
+from cluscomp_jax.models.llama.hf_config import to_hf_dict
+from cluscomp_jax.models.source import load_all
+from cluscomp_jax.runtime.reporter import to_json
+from cluscomp_jax.text.token_rows import Examples, ShuffledBatches
+from cluscomp_jax.tuning.optimizer import make_schedule
 
 SEED = FinetuneConfig().seed
 IGNORED = -100

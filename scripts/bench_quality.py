@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from cluscomp_jax import data
+from cluscomp_jax.checkpoint.reader import open_checkpoint
 from cluscomp_jax.cli.demo import find_model
-from cluscomp_jax.io.checkpoint import open_checkpoint
 from cluscomp_jax.io.open import open_model
-from cluscomp_jax.io.text import calibration_samples, load_tokens, read_starts
+from cluscomp_jax.text.text import calibration_samples, load_tokens, read_starts
 
 TEXT, TEST, STARTS = data.path("wiki_train"), data.path("wiki_test"), data.path("calibration_starts")
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

@@ -27,19 +27,20 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from cluscomp_jax import data, trees
+from cluscomp_jax import data
 from cluscomp_jax.cli.demo import find_model
 from cluscomp_jax.cli.inputs import read_tokens
+from cluscomp_jax.clustering.hessian import Batch, site_moments
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.evaluate import Perplexity, perplexity
+from cluscomp_jax.evaluation.perplexity import Perplexity, perplexity
 from cluscomp_jax.io.open import OpenedModel, open_model
-from cluscomp_jax.io.text import calibration_samples
-from cluscomp_jax.model import Model, check_tokens, run_block, run_embed
-from cluscomp_jax.progress import to_json
-from cluscomp_jax.report import format_table
-from cluscomp_jax.source import DictSink
-from cluscomp_jax.statistics import Batch, site_moments
-from cluscomp_jax.trees import Params
+from cluscomp_jax.models.model import Model, check_tokens, run_block, run_embed
+from cluscomp_jax.models.source import DictSink
+from cluscomp_jax.reporting.tables import format_table
+from cluscomp_jax.runtime.reporter import to_json
+from cluscomp_jax.text.text import calibration_samples
 
 METHODS = ("rtn", "gptq")
 DAMPING = 0.01

@@ -22,7 +22,7 @@ import numpy as np
 from cluscomp_jax import data
 from cluscomp_jax.cli.demo import find_model
 from cluscomp_jax.io.open import open_model
-from cluscomp_jax.io.text import load_tokens
+from cluscomp_jax.text.text import load_tokens
 
 RECIPE = Path(__file__).resolve().parent.parent / "configs" / "finetune" / "recovery.toml"
 LENGTH, TEST_TOKENS = 512, 8192

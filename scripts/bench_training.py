@@ -20,12 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cluscomp_jax import llama, trees
-from cluscomp_jax.codebook import CodebookArray
-from cluscomp_jax.host_memory import keep_freed_memory
-from cluscomp_jax.model import parameter_shapes
-from cluscomp_jax.settings import TrainingSettings
-from cluscomp_jax.source import DictSource
+from cluscomp_jax import llama
+from cluscomp_jax.config.settings import TrainingSettings
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.models.model import parameter_shapes
+from cluscomp_jax.models.source import DictSource
+from cluscomp_jax.runtime.host_memory import keep_freed_memory
 from cluscomp_jax.training import init_state, split_params, train_step
 from smollm2_shapes import SMOLLM2_135M, random_codes
 

@@ -20,10 +20,11 @@ import torch
 import transformers
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from cluscomp_jax import llama, trees
-from cluscomp_jax.codebook import CodebookArray
-from cluscomp_jax.host_memory import keep_freed_memory
-from cluscomp_jax.settings import TuningSettings
+from cluscomp_jax import llama
+from cluscomp_jax.config.settings import TuningSettings
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.runtime.host_memory import keep_freed_memory
 from cluscomp_jax.tuning.blockwise import init_state, split_trainable, tuning_step
 from smollm2_shapes import SMOLLM2_135M, random_codes
 

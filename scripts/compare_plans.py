@@ -15,10 +15,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cluscomp_jax.io import atomic
-from cluscomp_jax.io.json_files import read_object
 from cluscomp_jax.plan.target import shipped_targets
 from cluscomp_jax.plan.whole import GIB
+from cluscomp_jax.runtime import atomic
+from cluscomp_jax.runtime.json_files import read_object
 
 MODELS = {"llama-2-7b": "llama2_7b", "llama-2-70b": "llama2_70b", "llama-3.1-405b": "llama2_70b"}
 """{preset: the configs it is planned with}."""

@@ -15,11 +15,11 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from cluscomp_jax import trees
-from cluscomp_jax.codebook import Axis, CodebookArray, index_dtype, index_shape
-from cluscomp_jax.config import RunConfig
-from cluscomp_jax.io.checkpoint import save_checkpoint
-from cluscomp_jax.llama import LlamaConfig, LlamaModel
+from cluscomp_jax.checkpoint.reader import save_checkpoint
+from cluscomp_jax.config.run import RunConfig
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.codebook import Axis, CodebookArray, index_dtype, index_shape
+from cluscomp_jax.models.llama import LlamaConfig, LlamaModel
 
 CONFIG = LlamaConfig(
     vocab_size=32,

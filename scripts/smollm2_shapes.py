@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cluscomp_jax.codebook import CodebookArray, index_dtype, index_shape
+from cluscomp_jax.core.codebook import CodebookArray, index_dtype, index_shape
 
 SMOLLM2_135M = {
     "model_type": "llama",

@@ -21,8 +21,9 @@ import optax
 import safetensors.numpy
 import tokenizers
 
-from cluscomp_jax import data, llama, losses, trees
-from cluscomp_jax.io import layout
+from cluscomp_jax import data, llama
+from cluscomp_jax.checkpoint import layout
+from cluscomp_jax.core import losses, trees
 
 END_OF_TEXT = "<|endoftext|>"
 CONTEXT = 256

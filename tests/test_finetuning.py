@@ -5,52 +5,17 @@ import dataclasses
 import chex
 import numpy as np
 import pytest
+from finetuning_problem import CFG, HELD_OUT, LENGTH, ROWS, STEPS, Recorder
 from training_models import CONFIG, compressed_params
 
-from cluscomp_jax import finetuning, trees
-from cluscomp_jax.codebook import CodebookArray
+from cluscomp_jax import finetuning
+from cluscomp_jax.config.finetune import FinetuneConfig
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.errors import DivergedError, InputError
-from cluscomp_jax.evaluate import perplexity
-from cluscomp_jax.examples import Examples, ShuffledBatches, pack
-from cluscomp_jax.finetune_config import FinetuneConfig
+from cluscomp_jax.evaluation.perplexity import perplexity
 from cluscomp_jax.finetuning import finetune
-from cluscomp_jax.progress import SilentReporter
-from cluscomp_jax.settings import TrainingSettings
-
-STEPS, LENGTH = 8, 10
-CFG = FinetuneConfig(
-    model=CONFIG,
-    training=TrainingSettings(
-        steps=STEPS, batch_size=2, learning_rate=0.02, trainable=(".*/codebook", ".*norm/weight")
-    ),
-    evaluate_every=3,
-    save_every=2,
-)  # fmt: skip
-
-
-def text(seed=0, tokens=130):
-    """A stream in which every token is followed by one of two others, so that there is something to learn."""
-    rng = np.random.default_rng(seed)
-    stream = [0]
-    while len(stream) < tokens:
-        stream.append((3 * stream[-1] + int(rng.integers(1, 3))) % CONFIG.vocab_size)
-    return np.array(stream, np.int32)
-
-
-ROWS, HELD_OUT = pack(text(), LENGTH), pack(text(1, 50), LENGTH)
-
-
-class Recorder(SilentReporter):
-    """Keeps the records; raises behind the one of step `stop`."""
-
-    def __init__(self, stop=None):
-        self.records, self.stop = [], stop
-
-    def record(self, event, **fields):
-        fields = {key: value for key, value in fields.items() if key not in ("time", "seconds")}
-        self.records.append({"event": event, **fields})
-        if event == "step" and fields["step"] == self.stop:
-            raise KeyboardInterrupt
+from cluscomp_jax.text.token_rows import Examples, ShuffledBatches
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +173,7 @@ def test_rows_that_do_not_fit_are_refused_before_any_work(params, batches, text)
 
 
 def test_a_model_without_codebooks_is_refused_by_the_default(params):
-    from cluscomp_jax.cluster import decompress
+    from cluscomp_jax.clustering.matrix import decompress
 
     cfg = FinetuneConfig(model=CONFIG)
     with pytest.raises(InputError, match="no codebooks yet: compress it first"):
@@ -218,7 +183,7 @@ def test_a_model_without_codebooks_is_refused_by_the_default(params):
 def test_the_fingerprint_knows_everything_the_result_depends_on(params):
     from training_models import MODEL
 
-    from cluscomp_jax.source import DictSource
+    from cluscomp_jax.models.source import DictSource
 
     source = DictSource(params, MODEL)
 

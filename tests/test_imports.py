@@ -1,41 +1,25 @@
 """Holds every import of the two packages to the layer table in docs/design.md."""
 
 import ast
-import dataclasses
 import graphlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("cluscomp_jax", "pallas_kernels")
 TRITON = "jax.experimental.pallas.triton"
 
 
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """One line of the table; `rank` counts lines from the top, so that a smaller rank may be imported."""
-
-    name: str
-    layer: int
-    rank: int
-
-
-def read_table(document: str) -> dict[str, Line]:
-    """Returns {module name: line} of the first code block under "## Layers"."""
-    block = document.split("## Layers", 1)[1].split("```", 2)[1]
-    table: dict[str, Line] = {}
-    layer = -1
-    for row in block.strip().splitlines():
-        match = re.fullmatch(r"(?:L(\d+))?\s+([\w.]+)", row if row.startswith("L") else f" {row}")
-        assert match, f"the layer table has a row that is neither 'L<n> module' nor '   module': {row!r}"
-        layer = int(match[1]) if match[1] else layer
-        assert match[2] not in table, f"{match[2]} stands twice in the layer table"
-        table[match[2]] = Line(match[2], layer, len(table))
-    assert [line.layer for line in table.values()] == sorted(line.layer for line in table.values())
-    return table
+def read_table(document: str) -> dict[str, int]:
+    """Returns {dotted name: rank} of the rows of the table under "## Layers"; a smaller rank may be imported."""
+    section = document.split("## Layers", 1)[1].split("\n## ", 1)[0]
+    rows = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+    names = [row if row in PACKAGES else f"cluscomp_jax.{row}" for row in rows]
+    assert len(set(names)) == len(names) > 0
+    return {name: rank for rank, name in enumerate(names)}
 
 
 def find_modules(root: Path) -> dict[str, Path]:
@@ -68,30 +52,50 @@ def resolve(name: str, modules: dict[str, Path]) -> str | None:
     return name or None
 
 
-def line_of(module: str, table: dict[str, Line]) -> Line | None:
-    """Returns the table's line for a module. The bare name cluscomp_jax covers the package's __init__ alone."""
-    name = module
-    while name and (name not in table or (name == "cluscomp_jax" != module)):
-        name = name.rpartition(".")[0]
-    return table.get(name)
+def row_of(module: str, table: dict[str, int]) -> str | None:
+    """Returns the table's row for a module. The bare name cluscomp_jax covers the package's __init__ alone."""
+    parts = module.split(".")
+    row = ".".join(parts[:1] if parts[0] != "cluscomp_jax" else parts[:2])
+    return row if row in table else None
 
 
-def find_offences(root: Path, table: dict[str, Line]) -> list[str]:
+def find_offences(root: Path, table: dict[str, int]) -> list[str]:
     """Returns one sentence per import that the table forbids and per file that it does not place."""
     modules = find_modules(root)
     offences = []
     for name, file in modules.items():
-        importer = line_of(name, table)
+        importer = row_of(name, table)
         if importer is None:
-            offences.append(f"{file.relative_to(root)} is on no line of the layer table")
+            offences.append(f"{file.relative_to(root)} is on no row of the layer table")
             continue
         for target, number in imported_names(name, file):
             module = resolve(target, modules)
-            line = line_of(module, table) if module else None
-            if line and line.rank > importer.rank:
-                where = f"{file.relative_to(root)}:{number} (L{importer.layer})"
-                offences.append(f"{where} imports {module} (L{line.layer}), a line below")
+            row = row_of(module, table) if module else None
+            if row and table[row] > table[importer]:
+                offences.append(f"{file.relative_to(root)}:{number} imports {module}, of the lower row {row}")
     return offences
+
+
+def private_names(name: str, file: Path, modules: dict[str, Path]) -> Iterator[str]:
+    """Yields one sentence per private name of another module of ours that the file takes."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    ours = {target.rpartition(".")[2] for target, _ in imported_names(name, file) if target in modules}
+    aliases = {
+        alias.asname: alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    ours |= {str(asname) for asname, original in aliases.items() if asname and original in ours}
+    for target, number in imported_names(name, file):
+        last = target.rpartition(".")[2]
+        if last.startswith("_") and target not in modules and resolve(target, modules) not in (None, name):
+            yield f"{file}:{number} imports {target}"
+    for node in ast.walk(tree):
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id in ours
+            and re.match("_[^_]", node.attr)
+        ):
+            yield f"{file}:{node.lineno} takes {node.value.id}.{node.attr}"
 
 
 def import_graph(modules: dict[str, Path]) -> dict[str, set[str]]:
@@ -105,18 +109,50 @@ def import_graph(modules: dict[str, Path]) -> dict[str, set[str]]:
 
 
 @pytest.fixture(scope="module")
-def table() -> dict[str, Line]:
+def table() -> dict[str, int]:
     return read_table((ROOT / "docs" / "design.md").read_text(encoding="utf-8"))
 
 
-def test_every_import_follows_the_layer_table(table: dict[str, Line]) -> None:
+def test_every_import_follows_the_layer_table(table: dict[str, int]) -> None:
     offences = find_offences(ROOT, table)
     assert not offences, "\n".join(offences)
 
 
-def test_every_line_of_the_table_is_a_module(table: dict[str, Line]) -> None:
+def test_every_row_of_the_table_is_a_folder_or_a_module_of_the_top(table: dict[str, int]) -> None:
     modules = find_modules(ROOT)
     assert not [name for name in table if name not in modules]
+    flat = {file.stem for file in (ROOT / "cluscomp_jax").glob("*.py")} - {"__init__", "__main__", "_version"}
+    assert len(flat) <= 6, flat
+
+
+def test_no_module_takes_a_private_name_of_another() -> None:
+    modules = find_modules(ROOT)
+    assert not [offence for name, file in modules.items() for offence in private_names(name, file, modules)]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from cluscomp_jax.a import _x\n",
+        "from cluscomp_jax import a\na._x\n",
+        "from cluscomp_jax import a as b\nb._x\n",
+    ],
+)
+def test_a_private_name_is_found(tmp_path: Path, source: str) -> None:
+    package = tmp_path / "cluscomp_jax"
+    package.mkdir()
+    (package / "a.py").write_text("_x = 1\n")
+    (package / "b.py").write_text(source)
+    modules = find_modules(tmp_path)
+    assert len(list(private_names("cluscomp_jax.b", package / "b.py", modules))) == 1
+
+
+def test_the_tests_lie_in_the_folders_of_what_they_test(table: dict[str, int]) -> None:
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    rows = {name.removeprefix("cluscomp_jax.") for name in table}
+    assert folders - rows == {"fixtures", "helpers", "parity", "scripts"}
+    packages = {name for name in rows if (ROOT / "cluscomp_jax" / name).is_dir()}
+    assert packages <= folders
 
 
 def test_no_import_is_circular() -> None:
@@ -129,13 +165,13 @@ def test_kernels_know_nothing_of_the_package() -> None:
     assert not [target for target in targets if target.split(".")[0] == "cluscomp_jax"]
 
 
-@pytest.mark.parametrize("name", ["statistics", "tuning", "training", "evaluate", "generation"])
+@pytest.mark.parametrize("name", ["clustering", "tuning", "training", "evaluation", "inference"])
 def test_what_sees_a_model_knows_no_family(name: str) -> None:
     modules = find_modules(ROOT)
     rooms = {module: file for module, file in modules.items() if f"{module}.".startswith(f"cluscomp_jax.{name}.")}
     targets = {target for module, file in rooms.items() for target, _ in imported_names(module, file)}
     assert rooms
-    assert not [target for target in targets if f"{target}.".startswith("cluscomp_jax.llama.")]
+    assert not [target for target in targets if f"{target}.".startswith("cluscomp_jax.models.llama.")]
 
 
 def test_at_most_one_file_imports_the_triton_backend() -> None:
@@ -149,21 +185,13 @@ def test_at_most_one_file_imports_the_triton_backend() -> None:
 
 
 PLANTED = {
-    "upward": (
-        "low.py",
-        "from cluscomp_jax.high import f\n",
-        "cluscomp_jax/low.py:1 (L0) imports cluscomp_jax.high (L1)",
-    ),
-    "inside a function": ("low.py", "def f():\n    import cluscomp_jax.high\n", "cluscomp_jax/low.py:2 (L0)"),
+    "upward": ("low.py", "from cluscomp_jax.high import f\n", "low.py:1 imports cluscomp_jax.high"),
+    "inside a function": ("low.py", "def f():\n    import cluscomp_jax.high\n", "low.py:2 imports cluscomp_jax.high"),
     "by a package's attribute": ("low.py", "from cluscomp_jax import high\n", "imports cluscomp_jax.high"),
     "relative": ("low.py", "from . import high\n", "imports cluscomp_jax.high"),
-    "down its own layer": ("high.py", "from cluscomp_jax.part import deep\n", "imports cluscomp_jax.part"),
-    "from inside a folder": (
-        "part/deep.py",
-        "from ..top import f\n",
-        "cluscomp_jax/part/deep.py:1 (L1) imports cluscomp_jax.top",
-    ),
-    "unplaced": ("stray.py", "", "cluscomp_jax/stray.py is on no line"),
+    "into a folder": ("high.py", "from cluscomp_jax.part import deep\n", "imports cluscomp_jax.part"),
+    "from inside a folder": ("part/deep.py", "from ..top import f\n", "part/deep.py:1 imports cluscomp_jax.top"),
+    "unplaced": ("stray.py", "", "cluscomp_jax/stray.py is on no row"),
 }
 
 
@@ -175,7 +203,7 @@ def test_a_planted_offence_is_found(tmp_path: Path, file: str, source: str, offe
         (package / name).touch()
     (package / "part" / "deep.py").write_text("import jax\nfrom cluscomp_jax import low\nfrom ..high import f\n")
     table = read_table(
-        "## Layers\n```\nL0 cluscomp_jax.low\nL1 cluscomp_jax.high\n   cluscomp_jax.part\nL2 cluscomp_jax.top\n```"
+        "## Layers\n" + "".join(f"| `{row}` | |\n" for row in ("low", "high", "part", "top", "cluscomp_jax"))
     )
     assert find_offences(tmp_path, table) == []
     (package / file).write_text(source)

@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 
 import cluscomp_jax
-from cluscomp_jax import llama, pipeline, trees
-from cluscomp_jax.cluster import cluster_matrix, matrix_key
-from cluscomp_jax.codebook import CodebookArray, validate
-from cluscomp_jax.config import RunConfig
+from cluscomp_jax import llama, pipeline
+from cluscomp_jax.clustering.matrix import cluster_matrix, matrix_key
+from cluscomp_jax.clustering.resolve import rules_by_block
+from cluscomp_jax.config.run import RunConfig
+from cluscomp_jax.config.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.codebook import CodebookArray, validate
+from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.model import build_model
+from cluscomp_jax.models.model import build_model
+from cluscomp_jax.models.source import DictSink, DictSource, as_source, load_all
 from cluscomp_jax.pipeline import compress, compress_stream, fingerprint
-from cluscomp_jax.preflight import rules_by_block
-from cluscomp_jax.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
-from cluscomp_jax.source import DictSink, DictSource, as_source, load_all
-from cluscomp_jax.trees import Params
 
 CONFIG = llama.LlamaConfig(
     vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
@@ -172,7 +173,7 @@ def test_a_bit_budget_becomes_rules_within_it(params):
     )
     cfg = dataclasses.replace(RUN, model=large, cluster=ClusterSettings(bits=2.6))
     (rules,) = {tuple(block.values()) for block in rules_by_block(build_model(large), cfg)}
-    from cluscomp_jax.rules import total_bits_per_weight
+    from cluscomp_jax.clustering.rules import total_bits_per_weight
 
     shapes = {path: shape for path, shape in build_model(large).block_shapes(0).items() if path.endswith("kernel")}
     assert 2.4 < total_bits_per_weight(shapes, g=rules[0].g, num_codes=rules[0].num_codes) <= 2.6

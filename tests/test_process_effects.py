@@ -16,9 +16,9 @@ import jax
 import numpy as np
 from cluscomp_jax import CompressionRule, RunConfig, compress, llama, perplexity
 from cluscomp_jax.pipeline import compress_stream
-from cluscomp_jax.settings import CalibrationSettings, ClusterSettings
-from cluscomp_jax.source import DictSink, as_source
-from cluscomp_jax.model import build_model
+from cluscomp_jax.config.settings import CalibrationSettings, ClusterSettings
+from cluscomp_jax.models.source import DictSink, as_source
+from cluscomp_jax.models.model import build_model
 
 calls, load, write = [], ctypes.CDLL, Path.write_text
 

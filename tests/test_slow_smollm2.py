@@ -7,15 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluscomp_jax import data, trees
+from cluscomp_jax import data
+from cluscomp_jax.checkpoint.reader import load_checkpoint, open_checkpoint, save_checkpoint
 from cluscomp_jax.cli import main
 from cluscomp_jax.cli.demo import find_model
-from cluscomp_jax.codebook import CodebookArray
-from cluscomp_jax.config import load_config
-from cluscomp_jax.evaluate import perplexity
-from cluscomp_jax.io.checkpoint import load_checkpoint, open_checkpoint, save_checkpoint
+from cluscomp_jax.config.run import load_config
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.evaluation.perplexity import perplexity
 from cluscomp_jax.io.open import open_model
-from cluscomp_jax.io.text import load_tokens
+from cluscomp_jax.text.text import load_tokens
 
 pytestmark = pytest.mark.slow
 

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import ROOT
 
 from cluscomp_jax.cli import main
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture

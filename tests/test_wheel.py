@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 import cluscomp_jax
 import pallas_kernels
@@ -13,7 +14,7 @@ import pallas_kernels
 DISTRIBUTION = importlib.metadata.distribution("cluscomp-jax")
 ORIGIN = json.loads(DISTRIBUTION.read_text("direct_url.json") or "{}")
 EDITABLE = ORIGIN.get("dir_info", {}).get("editable", False)
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = ROOT
 
 needs_wheel = pytest.mark.skipif(EDITABLE, reason="an editable install; `make test` installs the wheel")
 
@@ -50,7 +51,7 @@ def test_the_wheel_holds_every_source_file_and_nothing_else_of_the_checkout() ->
     [
         "cluscomp_jax/py.typed",
         "pallas_kernels/py.typed",
-        "cluscomp_jax/html_report/page.html.j2",
+        "cluscomp_jax/reporting/html/page.html.j2",
         "cluscomp_jax/data/LICENSE.txt",
         "cluscomp_jax/data/wiki_attribution.json",
         "cluscomp_jax/data/wiki_train.txt.gz",

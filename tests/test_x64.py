@@ -4,15 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import pytest
+from paths import HELPERS
 
 from pallas_kernels._compat import lowering_for
 from verify_kernels.cases import Case
 
-PROGRAM = Path(__file__).with_name("x64_runs.py")
+PROGRAM = HELPERS / "x64_runs.py"
 
 
 @pytest.fixture(scope="module")

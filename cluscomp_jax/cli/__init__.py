@@ -9,7 +9,7 @@ import tyro
 from cluscomp_jax import _version
 from cluscomp_jax.cli import arguments as args
 from cluscomp_jax.cli.outcome import DONE, WRONG_INPUT, Result, run
-from cluscomp_jax.host_memory import keep_freed_memory, schedule_for_memory
+from cluscomp_jax.runtime.host_memory import keep_freed_memory, schedule_for_memory
 
 _MODULES: dict[type[args.Common], str] = {
     args.CompressArguments: "compress",

@@ -6,9 +6,9 @@ from typing import Any
 from cluscomp_jax.cli.arguments import CompareArguments
 from cluscomp_jax.cli.outcome import Result
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.html_report.page import COMPARISON_HEADER, comparison_notices, comparison_rows, write_comparison
-from cluscomp_jax.html_report.records import read_records
-from cluscomp_jax.report import format_table
+from cluscomp_jax.reporting.html.page import COMPARISON_HEADER, comparison_notices, comparison_rows, write_comparison
+from cluscomp_jax.reporting.html.records import read_records
+from cluscomp_jax.reporting.tables import format_table
 
 
 def run(arguments: CompareArguments) -> Result:

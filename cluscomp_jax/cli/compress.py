@@ -13,17 +13,17 @@ from cluscomp_jax.cli.folder import Compressed, Measure, compress_to_folder
 from cluscomp_jax.cli.inputs import read_tokens, require_windows
 from cluscomp_jax.cli.outcome import Result, note
 from cluscomp_jax.cli.overrides import run_config
-from cluscomp_jax.config import RunConfig
+from cluscomp_jax.clustering.resolve import Rules, bits_per_weight, check_calibration, mixes, rules_by_block
+from cluscomp_jax.clustering.rules import describe as describe_rule
+from cluscomp_jax.config.run import RunConfig
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.evaluate import perplexity
+from cluscomp_jax.evaluation.perplexity import perplexity
 from cluscomp_jax.io.open import OpenedModel, open_model
-from cluscomp_jax.io.text import calibration_samples, read_starts
-from cluscomp_jax.preflight import Rules, bits_per_weight, check_calibration, mixes, rules_by_block
-from cluscomp_jax.progress import Reporter
-from cluscomp_jax.report import format_bytes, format_table, stage_rows
-from cluscomp_jax.rules import describe as describe_rule
-from cluscomp_jax.sharding import make_sharding
-from cluscomp_jax.source import ParamSource
+from cluscomp_jax.models.sharding import make_sharding
+from cluscomp_jax.models.source import ParamSource
+from cluscomp_jax.reporting.tables import format_bytes, format_table, stage_rows
+from cluscomp_jax.runtime.reporter import Reporter
+from cluscomp_jax.text.text import calibration_samples, read_starts
 
 _BITS_OF_THE_ORIGINAL = 16.0
 

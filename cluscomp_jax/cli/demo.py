@@ -14,25 +14,25 @@ from typing import Any
 import numpy as np
 
 from cluscomp_jax import data
+from cluscomp_jax.checkpoint.reader import describe, open_checkpoint
+from cluscomp_jax.checkpoint.run_folder import AlreadyFinished
 from cluscomp_jax.cli.arguments import DemoArguments
 from cluscomp_jax.cli.demo_report import Demo, demo_table
 from cluscomp_jax.cli.folder import compress_to_folder
 from cluscomp_jax.cli.generate import encode_prompt, stop_tokens
 from cluscomp_jax.cli.outcome import Result, note
-from cluscomp_jax.config import PAPER, RunConfig
+from cluscomp_jax.config.run import PAPER, RunConfig
+from cluscomp_jax.config.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
 from cluscomp_jax.errors import InputError, RunError
-from cluscomp_jax.evaluate import Perplexity, perplexity
-from cluscomp_jax.generation import generate
-from cluscomp_jax.io import atomic
-from cluscomp_jax.io.checkpoint import describe, open_checkpoint
+from cluscomp_jax.evaluation.perplexity import Perplexity, perplexity
+from cluscomp_jax.inference.decoder import generate
 from cluscomp_jax.io.open import OpenedModel, open_model
-from cluscomp_jax.io.run_folder import AlreadyFinished
-from cluscomp_jax.io.text import calibration_samples, load_tokens
-from cluscomp_jax.progress import Reporter, console_reporter, to_json
-from cluscomp_jax.report import save_figure
-from cluscomp_jax.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
-from cluscomp_jax.source import ParamSource
-from cluscomp_jax.stages import StageClock, process_peak_rss_bytes
+from cluscomp_jax.models.source import ParamSource
+from cluscomp_jax.reporting.tables import save_figure
+from cluscomp_jax.runtime import atomic
+from cluscomp_jax.runtime.reporter import Reporter, console_reporter, to_json
+from cluscomp_jax.runtime.timing import StageClock, process_peak_rss_bytes
+from cluscomp_jax.text.text import calibration_samples, load_tokens
 
 SETTINGS = RunConfig(
     cluster=ClusterSettings(rules=(CompressionRule(g=3, num_codes=512),)),

@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any
 
-from cluscomp_jax.evaluate import Perplexity
-from cluscomp_jax.report import format_bytes, format_table
+from cluscomp_jax.evaluation.perplexity import Perplexity
+from cluscomp_jax.reporting.tables import format_bytes, format_table
 
 COLUMNS = ("original", "clustered", "tuned")
 _ORIGINAL_BITS = 16

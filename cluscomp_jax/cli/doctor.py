@@ -11,7 +11,7 @@ from typing import Any
 
 from cluscomp_jax.cli.arguments import DoctorArguments
 from cluscomp_jax.cli.outcome import Result
-from cluscomp_jax.report import format_bytes, format_table
+from cluscomp_jax.reporting.tables import format_bytes, format_table
 
 _NEEDED = (
     "cluscomp-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "safetensors", "gguf",

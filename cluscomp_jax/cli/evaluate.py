@@ -7,22 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cluscomp_jax.checkpoint.evaluations import add_evaluation, read_evaluations, stage_of
+from cluscomp_jax.checkpoint.reader import describe as describe_checkpoint
 from cluscomp_jax.cli.arguments import EvaluateArguments
 from cluscomp_jax.cli.generate import stop_tokens
 from cluscomp_jax.cli.inputs import read_tokens, require_windows
 from cluscomp_jax.cli.outcome import DONE, FAILED, Result, note
+from cluscomp_jax.config.settings import Dtype
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.evaluate import Perplexity, perplexity, scratch_bytes
-from cluscomp_jax.exact_match import GSM8K_ANSWER, answer_pattern, exact_match
-from cluscomp_jax.generation import Decoder
-from cluscomp_jax.io.checkpoint import describe as describe_checkpoint
-from cluscomp_jax.io.evaluations import add_evaluation, read_evaluations, stage_of
+from cluscomp_jax.evaluation.exact_match import GSM8K_ANSWER, answer_pattern, exact_match
+from cluscomp_jax.evaluation.perplexity import Perplexity, perplexity, scratch_bytes
+from cluscomp_jax.inference.decoder import Decoder
 from cluscomp_jax.io.open import OpenedModel, open_model
-from cluscomp_jax.io.scratch import require_room, scratch_parent
-from cluscomp_jax.io.training_data import read_questions
-from cluscomp_jax.progress import console_reporter
-from cluscomp_jax.report import format_bytes
-from cluscomp_jax.settings import Dtype
+from cluscomp_jax.reporting.tables import format_bytes
+from cluscomp_jax.runtime.reporter import console_reporter
+from cluscomp_jax.runtime.scratch import require_room, scratch_parent
+from cluscomp_jax.text.training_data import read_questions
 
 _ANSWER_TOKENS = 256
 _MUCH = 2**28

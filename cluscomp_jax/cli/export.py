@@ -3,14 +3,14 @@
 import time
 from pathlib import Path
 
+from cluscomp_jax.checkpoint.reader import open_checkpoint
 from cluscomp_jax.cli.arguments import DEFAULT_SHARD_GB, ExportArguments
 from cluscomp_jax.cli.command_line import command_line
 from cluscomp_jax.cli.outcome import Result
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.export import export_checkpoint
-from cluscomp_jax.io.checkpoint import open_checkpoint
-from cluscomp_jax.report import format_bytes
-from cluscomp_jax.stages import process_peak_rss_bytes
+from cluscomp_jax.reporting.tables import format_bytes
+from cluscomp_jax.runtime.timing import process_peak_rss_bytes
 
 
 def run(arguments: ExportArguments) -> Result:

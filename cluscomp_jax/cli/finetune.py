@@ -9,15 +9,16 @@ from typing import Any
 import jax
 
 from cluscomp_jax import _version as version
-from cluscomp_jax import processes
+from cluscomp_jax.checkpoint.reader import describe
+from cluscomp_jax.checkpoint.writer import run_work_path
 from cluscomp_jax.cli.arguments import FinetuneArguments
 from cluscomp_jax.cli.command_line import command_line
 from cluscomp_jax.cli.folder import METRICS_NAME, claim_folder, tokenizer_files
 from cluscomp_jax.cli.mesh import parse_mesh
 from cluscomp_jax.cli.outcome import Result, note
+from cluscomp_jax.config.finetune import FinetuneConfig, load_finetune_config
+from cluscomp_jax.config.settings import DistillationSettings
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.examples import Batches, Examples
-from cluscomp_jax.finetune_config import FinetuneConfig, load_finetune_config
 from cluscomp_jax.finetuning import (
     FinetuneSummary,
     TeacherSource,
@@ -27,16 +28,15 @@ from cluscomp_jax.finetuning import (
     finetune_stream,
     fingerprint,
 )
-from cluscomp_jax.io.checkpoint import describe
-from cluscomp_jax.io.checkpoint_writer import run_work_path
-from cluscomp_jax.io.examples_cache import read_cached_examples
 from cluscomp_jax.io.open import OpenedModel, open_model
-from cluscomp_jax.io.training_data import read_examples
-from cluscomp_jax.progress import JsonLinesLog, RecordLog, console_reporter
-from cluscomp_jax.settings import DistillationSettings
-from cluscomp_jax.source import BlockSink
-from cluscomp_jax.tensorboard import FOLDER_NAME as TENSORBOARD_FOLDER
-from cluscomp_jax.tensorboard import TensorBoardLog, remove_scalars
+from cluscomp_jax.models.source import BlockSink
+from cluscomp_jax.runtime import distributed
+from cluscomp_jax.runtime.reporter import JsonLinesLog, RecordLog, console_reporter
+from cluscomp_jax.runtime.tensorboard import FOLDER_NAME as TENSORBOARD_FOLDER
+from cluscomp_jax.runtime.tensorboard import TensorBoardLog, remove_scalars
+from cluscomp_jax.text.token_rows import Batches, Examples
+from cluscomp_jax.text.token_rows_cache import read_cached_examples
+from cluscomp_jax.text.training_data import read_examples
 from cluscomp_jax.training import make_sharding
 
 _STATES = "states"
@@ -44,9 +44,9 @@ _STATES = "states"
 
 def run(arguments: FinetuneArguments) -> Result:
     """Returns what the run did."""
-    processes.join(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    distributed.join(arguments.coordinator, arguments.num_processes, arguments.process_id)
     cfg = finetune_config(arguments)
-    logs = tuple(_logs(arguments)) if processes.is_first() else ()
+    logs = tuple(_logs(arguments)) if distributed.is_first() else ()
     opened = open_model(arguments.model)
     if Path(arguments.out).resolve() == Path(arguments.model).resolve():
         raise InputError(f"--out {arguments.out} is the model that is to be finetuned; choose another folder")
@@ -61,7 +61,7 @@ def run(arguments: FinetuneArguments) -> Result:
     check_teacher(cfg, opened.model, teacher)
     batches, out = as_batches(rows, cfg, opened.model), Path(arguments.out)
     task = _Task(opened, cfg, batches, evaluation, teacher, out, logs)
-    if not processes.is_first():
+    if not distributed.is_first():
         summary = _assist(task)
         return Result("", {"out": arguments.out, **summary.to_dict()})
     origins = {**_provenance(opened, arguments, rows, evaluation), "teacher": None if shown is None else shown.origin}
@@ -98,7 +98,7 @@ class _Task:
 def _write(task: _Task, rows: int, provenance: dict[str, Any]) -> FinetuneSummary:
     """Returns what was done, after claiming the folder and finishing it."""
     opened, cfg, out = task.opened, task.cfg, task.out
-    with processes.decided_by_first():
+    with distributed.decided_by_first():
         identity = fingerprint(opened.source, cfg, task.batches, task.evaluation, task.teacher)
         tokenizer = tokenizer_files(opened)
         claim = claim_folder(out, opened, cfg, identity)
@@ -112,16 +112,16 @@ def _write(task: _Task, rows: int, provenance: dict[str, Any]) -> FinetuneSummar
             writer.store_tokenizer(tokenizer)
         provenance = {**provenance, "mesh": str(cfg.mesh), "processes": jax.process_count()}
         writer.finish(provenance=provenance, metrics={"finetune": summary.to_dict()})
-    processes.meet()
+    distributed.meet()
     return summary
 
 
 def _assist(task: _Task) -> FinetuneSummary:
     """Returns what was done by all processes; this one writes nothing but its part of saved states."""
-    with processes.decided_by_first():
+    with distributed.decided_by_first():
         pass  # it claims the folder
     summary = task.work(None)
-    processes.meet()
+    distributed.meet()
     return summary
 
 
@@ -170,7 +170,7 @@ def _read(opened: OpenedModel, cfg: FinetuneConfig, spec: str, cache: str | None
     vocab_size = opened.config.vocab_size
     if cache is None:
         return read_examples(spec, tokenizer, cfg.data, vocab_size=vocab_size)
-    store = processes.is_first()
+    store = distributed.is_first()
     return read_cached_examples(cache, spec, tokenizer, cfg.data, vocab_size=vocab_size, store=store)
 
 

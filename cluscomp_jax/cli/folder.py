@@ -14,23 +14,23 @@ import jax
 import numpy as np
 
 from cluscomp_jax import _version as version
+from cluscomp_jax.checkpoint.reader import CheckpointSource
+from cluscomp_jax.checkpoint.writer import CheckpointWriter
 from cluscomp_jax.cli.outcome import note
-from cluscomp_jax.config import RunConfig
+from cluscomp_jax.config.finetune import FinetuneConfig
+from cluscomp_jax.config.run import RunConfig
+from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.evaluate import Perplexity
-from cluscomp_jax.finetune_config import FinetuneConfig
-from cluscomp_jax.host_memory import return_freed_memory
-from cluscomp_jax.io.checkpoint import CheckpointSource
-from cluscomp_jax.io.checkpoint_writer import CheckpointWriter
+from cluscomp_jax.evaluation.perplexity import Perplexity
 from cluscomp_jax.io.open import OpenedModel
-from cluscomp_jax.io.scratch import require_room
+from cluscomp_jax.models.source import Fingerprint, ParamSource
 from cluscomp_jax.pipeline import CompressionSummary, compress_stream, fingerprint
 from cluscomp_jax.plan.host import scratch_bytes
-from cluscomp_jax.progress import JsonLinesLog, Reporter, console_reporter
-from cluscomp_jax.report import format_bytes
-from cluscomp_jax.source import Fingerprint, ParamSource
-from cluscomp_jax.stages import StageClock, process_peak_rss_bytes
-from cluscomp_jax.trees import Params
+from cluscomp_jax.reporting.tables import format_bytes
+from cluscomp_jax.runtime.host_memory import return_freed_memory
+from cluscomp_jax.runtime.reporter import JsonLinesLog, Reporter, console_reporter
+from cluscomp_jax.runtime.scratch import require_room
+from cluscomp_jax.runtime.timing import StageClock, process_peak_rss_bytes
 
 METRICS_NAME = "metrics.jsonl"
 Measure = Callable[[ParamSource, Reporter], Perplexity]

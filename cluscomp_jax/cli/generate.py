@@ -10,11 +10,11 @@ import numpy as np
 from cluscomp_jax.cli.arguments import GenerateArguments
 from cluscomp_jax.cli.outcome import Result, note
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.generation import Decoder, checked_prompts
+from cluscomp_jax.inference.completion import Completion, Rates, complete
+from cluscomp_jax.inference.decoder import Decoder, checked_prompts
+from cluscomp_jax.inference.sampling import Sampling
 from cluscomp_jax.io.open import OpenedModel, open_model
 from cluscomp_jax.io.tokenizer import encode_text
-from cluscomp_jax.sampling import Sampling
-from cluscomp_jax.text_generation import Completion, Rates, complete
 
 
 def run(arguments: GenerateArguments) -> Result:

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from cluscomp_jax import _version as version
+from cluscomp_jax.checkpoint.reader import describe, save_checkpoint
 from cluscomp_jax.cli.arguments import ImportArguments
 from cluscomp_jax.cli.command_line import command_line
 from cluscomp_jax.cli.folder import tokenizer_files
 from cluscomp_jax.cli.outcome import Result
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.io.checkpoint import describe, save_checkpoint
 from cluscomp_jax.io.open import open_aqlm, open_model
-from cluscomp_jax.report import format_bytes
+from cluscomp_jax.reporting.tables import format_bytes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import numpy as np
 
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.open import OpenedModel
-from cluscomp_jax.io.text import Split, load_tokens
+from cluscomp_jax.text.text import Split, load_tokens
 
 
 def read_tokens(opened: OpenedModel, spec: str, *, split: Split = "test", first: int | None = None) -> np.ndarray:

@@ -3,12 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from cluscomp_jax.checkpoint.evaluations import read_evaluations
+from cluscomp_jax.checkpoint.reader import describe, open_checkpoint
 from cluscomp_jax.cli.arguments import InspectArguments
 from cluscomp_jax.cli.outcome import Result
-from cluscomp_jax.io.checkpoint import describe, open_checkpoint
-from cluscomp_jax.io.evaluations import read_evaluations
-from cluscomp_jax.progress import to_json
-from cluscomp_jax.report import MATRIX_HEADER, entropy_saving, format_bytes, format_table, matrix_rows
+from cluscomp_jax.reporting.tables import MATRIX_HEADER, entropy_saving, format_bytes, format_table, matrix_rows
+from cluscomp_jax.runtime.reporter import to_json
 
 
 def run(arguments: InspectArguments) -> Result:

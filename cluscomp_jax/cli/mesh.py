@@ -1,8 +1,8 @@
 """--mesh: from "data=2,fsdp=4" to MeshSettings. Knows no command."""
 
+from cluscomp_jax.config.settings import MeshSettings
+from cluscomp_jax.config.toml import overlay
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.settings import MeshSettings
-from cluscomp_jax.settings_file import overlay
 
 
 def parse_mesh(text: str) -> MeshSettings:

@@ -76,7 +76,7 @@ def _print_result(result: Result, *, json: bool) -> None:
     if result.text:
         print(result.text)
     if json:
-        from cluscomp_jax.progress import to_json
+        from cluscomp_jax.runtime.reporter import to_json
 
         print(to_json(result.fields))
     sys.stdout.flush()

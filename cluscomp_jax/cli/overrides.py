@@ -5,9 +5,9 @@ from typing import Any, TypeVar
 
 from cluscomp_jax.cli.arguments import CompressArguments
 from cluscomp_jax.cli.mesh import parse_mesh
-from cluscomp_jax.config import RECIPES, RunConfig, load_config
+from cluscomp_jax.config.run import RECIPES, RunConfig, load_config
+from cluscomp_jax.config.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
 
 Settings = TypeVar("Settings", CompressionRule, CalibrationSettings, TuningSettings)
 _NEEDED_BY = {

@@ -13,18 +13,18 @@ import jax
 from cluscomp_jax.cli.arguments import PlanArguments
 from cluscomp_jax.cli.mesh import parse_mesh
 from cluscomp_jax.cli.outcome import DONE, FAILED, Result
-from cluscomp_jax.config import RECIPES, RunConfig, load_config
+from cluscomp_jax.config.finetune import FinetuneConfig, load_finetune_config
+from cluscomp_jax.config.run import RECIPES, RunConfig, load_config
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.finetune_config import FinetuneConfig, load_finetune_config
-from cluscomp_jax.io.json_files import read_object
-from cluscomp_jax.io.safetensors_source import read_config
-from cluscomp_jax.model import parse_model_config
+from cluscomp_jax.io.hf.safetensors_source import read_config
+from cluscomp_jax.models.model import parse_model_config
 from cluscomp_jax.plan import PRESETS, Plan, Reserve, find_target, placement, plan, preset_config
 from cluscomp_jax.plan.shapes import Place
 from cluscomp_jax.plan.whole import GIB, finetuning_of
 from cluscomp_jax.plan.work import LAUNCH_SECONDS
-from cluscomp_jax.progress import console_reporter
-from cluscomp_jax.report import format_bytes, format_table
+from cluscomp_jax.reporting.tables import format_bytes, format_table
+from cluscomp_jax.runtime.json_files import read_object
+from cluscomp_jax.runtime.reporter import console_reporter
 
 _LEGEND = (
     "Launches are the kernels that a whole run starts on one card, counted in XLA's modules; + where a loop of unknown",

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from cluscomp_jax.cli.arguments import ReportArguments
 from cluscomp_jax.cli.outcome import Result
-from cluscomp_jax.html_report.page import write_report
+from cluscomp_jax.reporting.html.page import write_report
 
 
 def run(arguments: ReportArguments) -> Result:

@@ -6,12 +6,12 @@ Each is written one parameter at a time into a folder that appears whole or not 
 from pathlib import Path
 from typing import Literal, get_args
 
+from cluscomp_jax.checkpoint.entries import DTYPES
+from cluscomp_jax.checkpoint.new_folder import new_folder
+from cluscomp_jax.checkpoint.reader import CheckpointSource
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.export import flax_trees, hugging_face
+from cluscomp_jax.export import hugging_face, orbax
 from cluscomp_jax.export.card import model_card
-from cluscomp_jax.io.checkpoint import CheckpointSource
-from cluscomp_jax.io.leaves import DTYPES
-from cluscomp_jax.io.new_folder import new_folder
 
 ExportFormat = Literal["aqlm", "dense", "orbax", "orbax-codebook", "flax"]
 _WITH_DTYPE = ("dense", "orbax", "flax")
@@ -62,11 +62,11 @@ def export_checkpoint(
             case "aqlm":
                 hugging_face.write_aqlm(source, folder, bits=code_bits, shard_bytes=shard_bytes)
             case "orbax":
-                flax_trees.write_orbax(source, folder, dtype=dtype)
+                orbax.write_orbax(source, folder, dtype=dtype)
             case "orbax-codebook":
-                flax_trees.write_orbax_codebook(source, folder)
+                orbax.write_orbax_codebook(source, folder)
             case "flax":
-                flax_trees.write_msgpack(source, folder, dtype=dtype)
+                orbax.write_msgpack(source, folder, dtype=dtype)
         card = model_card(source.manifest.to_dict(), form=form, command=command)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return sorted(path for path in final.rglob("*") if path.is_file())

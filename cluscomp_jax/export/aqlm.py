@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from cluscomp_jax.codebook import MAX_GROUP, Axis, CodebookArray
+from cluscomp_jax.checkpoint import bitpack, layout
+from cluscomp_jax.checkpoint.entries import DTYPES, Entry, MatrixEntry
+from cluscomp_jax.core.codebook import MAX_GROUP, Axis, CodebookArray
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.io import bitpack, layout
-from cluscomp_jax.io.leaves import DTYPES, Entry, MatrixEntry
-from cluscomp_jax.io.safetensors_writer import TensorSpec
+from cluscomp_jax.io.hf.safetensors_writer import TensorSpec
 
 _BROKEN_BITS = 8
 """aqlm 1.1.7 runs codebooks of 256 codes through a CPU kernel whose threads overwrite each other's sums."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluscomp_jax import _version as version
-from cluscomp_jax.report import format_bytes, format_table
+from cluscomp_jax.reporting.tables import format_bytes, format_table
 
 _USE = {
     "dense": """```python

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from cluscomp_jax.codebook import CodebookArray
+from cluscomp_jax.checkpoint import layout
+from cluscomp_jax.checkpoint.entries import DTYPES, Entry, MatrixEntry, TensorEntry
+from cluscomp_jax.checkpoint.reader import CheckpointSource
+from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.export import aqlm
-from cluscomp_jax.export.walk import copy_tokenizer, dense_array, ordered_entries, walk
-from cluscomp_jax.io import atomic, json_files, layout
-from cluscomp_jax.io.checkpoint import CheckpointSource
-from cluscomp_jax.io.leaves import DTYPES, Entry, MatrixEntry, TensorEntry
-from cluscomp_jax.io.safetensors_writer import SafetensorsWriter, TensorSpec
-from cluscomp_jax.model import build_model
+from cluscomp_jax.export.iterate_parameters import copy_tokenizer, dense_array, ordered_entries, walk
+from cluscomp_jax.io.hf.safetensors_writer import SafetensorsWriter, TensorSpec
+from cluscomp_jax.models.model import build_model
+from cluscomp_jax.runtime import atomic, json_files
 
 _GENERATION_CONFIG = "generation_config.json"
 

@@ -11,16 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+from cluscomp_jax.checkpoint.manifest import MANIFEST_NAME
+from cluscomp_jax.checkpoint.reader import open_checkpoint
+from cluscomp_jax.checkpoint.run_folder import RUN_NAME
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.io import gguf_tokenizer, tokenizer
-from cluscomp_jax.io.aqlm_source import AqlmSource, is_aqlm
-from cluscomp_jax.io.checkpoint import open_checkpoint
-from cluscomp_jax.io.gguf_source import GgufSource
-from cluscomp_jax.io.manifest import MANIFEST_NAME
-from cluscomp_jax.io.run_folder import RUN_NAME
-from cluscomp_jax.io.safetensors_source import SafetensorsSource, read_config
-from cluscomp_jax.model import Model, build_model
-from cluscomp_jax.source import ParamSource
+from cluscomp_jax.io.gguf import tokenizer as gguf_tokenizer
+from cluscomp_jax.io.gguf.source import GgufSource
+from cluscomp_jax.io.hf.aqlm_source import AqlmSource, is_aqlm
+from cluscomp_jax.io.hf.safetensors_source import SafetensorsSource, read_config
+from cluscomp_jax.io.tokenizer import load_tokenizer
+from cluscomp_jax.models.model import Model, build_model
+from cluscomp_jax.models.source import ParamSource
 
 _HASHED_BYTES = 10**9
 _PIECES, _PIECE_BYTES = 256, 2**16
@@ -138,7 +139,7 @@ def _open_compressed(folder: Path, name: str) -> OpenedModel:
     def load() -> Any:
         if source.tokenizer_path is None:
             raise InputError(f"{folder} carries no tokenizer; give tokens (.npy) instead of text")
-        return tokenizer.load_tokenizer(source.tokenizer_path)
+        return load_tokenizer(source.tokenizer_path)
 
     return OpenedModel("compressed", source.model_config, model, source, name, (folder / MANIFEST_NAME,), load)
 
@@ -150,7 +151,7 @@ def open_aqlm(folder: Path, *, name: str, allow_dense: bool = True) -> OpenedMod
       InputError: as AqlmSource.
     """
     source = AqlmSource(folder, allow_dense=allow_dense)
-    load = functools.partial(tokenizer.load_tokenizer, folder)
+    load = functools.partial(load_tokenizer, folder)
     files = (folder / "config.json", *source.files)
     return OpenedModel("aqlm", source.model_config, source.model, source, name, files, load)
 
@@ -159,7 +160,7 @@ def _open_hugging_face(folder: Path, name: str) -> OpenedModel:
     config = read_config(folder)
     model = build_model(config)
     source = SafetensorsSource(folder, model)
-    load = functools.partial(tokenizer.load_tokenizer, folder)
+    load = functools.partial(load_tokenizer, folder)
     return OpenedModel("hf", config, model, source, name, (folder / "config.json", *source.files), load)
 
 

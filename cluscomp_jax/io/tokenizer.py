@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.io import gguf_source, gguf_tokenizer
-from cluscomp_jax.io.hugging_face import transformers
-from cluscomp_jax.io.json_files import read_object
+from cluscomp_jax.io.gguf.source import read_metadata
+from cluscomp_jax.io.gguf.tokenizer import build_tokenizer
+from cluscomp_jax.io.hf.hub import transformers
+from cluscomp_jax.runtime.json_files import read_object
 
 TOKENIZER_FOLDER = "tokenizer"  # inside a compressed checkpoint
 _PROBE = "a"
@@ -28,7 +29,7 @@ def load_tokenizer(spec: str | Path) -> Any:
     """
     path = Path(spec)
     if path.is_file():
-        return gguf_tokenizer.build_tokenizer(gguf_source.read_metadata(path), where=str(path))
+        return build_tokenizer(read_metadata(path), where=str(path))
     folder = path / TOKENIZER_FOLDER if (path / TOKENIZER_FOLDER).is_dir() else path
     return _of_folder(folder if path.is_dir() else str(spec))
 

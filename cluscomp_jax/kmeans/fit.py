@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cluscomp_jax.caller_mesh import on_one_device, without_mesh
+from cluscomp_jax.core.caller_mesh import on_one_device, without_mesh
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.kmeans.found import Blocks, Found, next_codebook
-from cluscomp_jax.kmeans.lists import make_lists
+from cluscomp_jax.kmeans.assignment import Blocks, Found, next_codebook
+from cluscomp_jax.kmeans.init import draw_sample, spread_start
+from cluscomp_jax.kmeans.probe_lists import make_lists
 from cluscomp_jax.kmeans.search import search_all, search_listed
-from cluscomp_jax.kmeans.start import draw_sample, spread_start
 from cluscomp_jax.kmeans.tree import grow_tree, leaves_of, random_rotation
 
 _MAX_CODES = 65536
@@ -21,9 +21,9 @@ _MAX_GROUP = 32
 _BLOCK = 262144
 _UNIT = 4096
 """Most vectors of a block, which are sorted and summed up together, and what its size is a multiple of."""
-_COMPARE_ALL = 256
+COMPARE_ALL = 256
 """Up to so many codes every vector is compared with all of them."""
-_SETTLING = 4
+SETTLING = 4
 """The last assignment searches lists so many times as long."""
 _STEP, _MOMENTUM = 1.5, 0.7
 _PLAIN_UPDATES = 3
@@ -81,7 +81,7 @@ def fit_codebook(
         _check(vectors, num_codes, weights, iterations)
         m = vectors.shape[0]
         vectors, weights = on_one_device(vectors), on_one_device(weights)
-        blocks = _blocks(vectors, weights)
+        blocks = make_blocks(vectors, weights)
         del vectors, weights  # where the caller keeps none either, their memory is free from here on
         _check_finite(blocks)
         sample, mass = draw_sample(blocks, key, num_codes=num_codes, count=m)
@@ -100,12 +100,12 @@ def fit_codebook(
             known = found.nearest
             inertia.append(found.inertia)
             refills.append(refilled)
-        found = _search(blocks, known, codebook, key, iterations, longer=_SETTLING)
+        found = _search(blocks, known, codebook, key, iterations, longer=SETTLING)
         values = jax.device_get(([*inertia, found.inertia], _share(found.certain, m), refills))
         stats = KMeansStats(
             tuple(float(value) for value in values[0]), float(values[1]), int(sum(values[2])), time.monotonic() - began
         )
-        return codebook, _in_order(found.nearest, m), stats
+        return codebook, in_order(found.nearest, m), stats
 
 
 def fit_codebooks(
@@ -152,11 +152,11 @@ def _search(
     blocks: Blocks, known: jax.Array, codebook: jax.Array, key: jax.Array, turn: int, *, longer: int = 1
 ) -> Found:
     n, g = codebook.shape
-    if n <= _COMPARE_ALL:
+    if n <= COMPARE_ALL:
         found: Found = search_all(blocks, codebook)
         return found
     tree = grow_tree(codebook, random_rotation(key, turn + 1, g=g))
-    lists = make_lists(tree, codebook, length=longer * _codes_searched(g) // leaves_of(n)[1])
+    lists = make_lists(tree, codebook, length=longer * codes_searched(g) // leaves_of(n)[1])
     found = search_listed(blocks, known, codebook, tree, lists)
     return found
 
@@ -167,18 +167,18 @@ def _share(certain: jax.Array, m: int) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="m")
-def _in_order(nearest: jax.Array, m: int) -> jax.Array:
+def in_order(nearest: jax.Array, m: int) -> jax.Array:
     """Returns the codes int32 [m] of vectors that lie in blocks."""
     return nearest.reshape(-1)[:m]
 
 
-def _codes_searched(g: int) -> int:
+def codes_searched(g: int) -> int:
     """Returns how many codes a vector is compared with: the more weights per code, the more neighbours a code has."""
     return 128 if g <= 4 else 256 if g <= 6 else 512
 
 
 @jax.jit
-def _blocks(vectors: jax.Array, weights: jax.Array | None) -> Blocks:
+def make_blocks(vectors: jax.Array, weights: jax.Array | None) -> Blocks:
     """Returns the vectors [m, g] in equal blocks, as few as possible."""
     m, g = vectors.shape
     count = -(-m // _BLOCK)
@@ -207,7 +207,7 @@ def _check(
 
 
 def _check_finite(blocks: Blocks) -> None:
-    vectors_fine, weights_fine = jax.device_get(_sound(blocks))
+    vectors_fine, weights_fine = jax.device_get(is_finite(blocks))
     if not vectors_fine:
         vectors = np.asarray(blocks.vectors).reshape(-1, blocks.vectors.shape[-1])
         i, t = np.argwhere(~np.isfinite(vectors))[0]
@@ -219,7 +219,8 @@ def _check_finite(blocks: Blocks) -> None:
 
 
 @jax.jit
-def _sound(blocks: Blocks) -> tuple[jax.Array, jax.Array]:
+def is_finite(blocks: Blocks) -> tuple[jax.Array, jax.Array]:
+    """Returns whether all vectors are finite, and whether all weights are finite and not negative; bool scalars."""
     weights = blocks.weights
     return jnp.isfinite(blocks.vectors).all(), (jnp.isfinite(weights) & (weights >= 0)).all()
 

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from cluscomp_jax.kmeans.assign import nearest_lanes
-from cluscomp_jax.kmeans.found import Blocks, Found, add_up, squared_lengths
-from cluscomp_jax.kmeans.lists import Lists
+from cluscomp_jax.kmeans.assignment import Blocks, Found, add_up, squared_lengths
+from cluscomp_jax.kmeans.probe_lists import Lists
 from cluscomp_jax.kmeans.tree import EMPTY, CodeTree, leaf_of
 
 _TILE = 32

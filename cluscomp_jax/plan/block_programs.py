@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from cluscomp_jax import trees
-from cluscomp_jax.codebook import CodebookArray, decode_arrays
-from cluscomp_jax.model import run_block
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.codebook import CodebookArray, decode_arrays
+from cluscomp_jax.models.model import run_block
 from cluscomp_jax.plan.program import Program
 from cluscomp_jax.plan.setting import Setting
 from cluscomp_jax.plan.shapes import nbytes
@@ -58,7 +58,7 @@ def tuning(setting: Setting) -> Iterator[Program]:
     x = setting.activations(settings.batch_size, settings.activation_dtype)
     wanted = (x, x) if settings.aug_loss else (x,)
     live += nbytes((x, wanted))
-    traced = blockwise._evaluate.trace(state.trained, frozen, x, wanted, **fixed)
+    traced = blockwise.evaluate_block.trace(state.trained, frozen, x, wanted, **fixed)
     scores = samples // settings.batch_size + (settings.epochs + 1) * settings.held_out / settings.batch_size
     yield Program("tune", "score", traced, live, setting.blocks * scores)
     traced = blockwise.tuning_step.trace(state, frozen, x, wanted, total_steps=total_steps, **fixed)

@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Iterable
 
-from cluscomp_jax.config import RunConfig
+from cluscomp_jax.config.run import RunConfig
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.model import Model
+from cluscomp_jax.models.model import Model
 from cluscomp_jax.plan.program import Memory, Program, compile_program
 from cluscomp_jax.plan.setting import kinds_of_blocks
 from cluscomp_jax.plan.shapes import Place

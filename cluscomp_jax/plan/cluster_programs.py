@@ -9,19 +9,20 @@ from typing import Any
 
 import jax
 
-from cluscomp_jax import cluster, correction, feedback, refit, statistics, trees
-from cluscomp_jax.cluster_block import _weigh
-from cluscomp_jax.codebook import CodebookArray, decode_arrays, index_shape
-from cluscomp_jax.correction import SiteMoments
-from cluscomp_jax.feedback import Feedback
+from cluscomp_jax.clustering import drift_correction, error_feedback, hessian, matrix, refine
+from cluscomp_jax.clustering.block import weigh_tokens
+from cluscomp_jax.clustering.drift_correction import SiteMoments
+from cluscomp_jax.clustering.error_feedback import Feedback
+from cluscomp_jax.clustering.hessian import Batch
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.codebook import CodebookArray, decode_arrays, index_shape
 from cluscomp_jax.kmeans import plant_forest
-from cluscomp_jax.kmeans.forest import grow_forest
-from cluscomp_jax.model import run_block
+from cluscomp_jax.kmeans.code_index import grow_forest
+from cluscomp_jax.models.model import run_block
 from cluscomp_jax.plan.kmeans_programs import STAGE, fit_programs
 from cluscomp_jax.plan.program import Program
 from cluscomp_jax.plan.setting import STORED, Setting
 from cluscomp_jax.plan.shapes import nbytes
-from cluscomp_jax.statistics import Batch
 
 
 def clustering(setting: Setting) -> Iterator[Program]:
@@ -36,7 +37,7 @@ def clustering(setting: Setting) -> Iterator[Program]:
         traced = run_block.trace(dense, x, model=model, kind=setting.kind)
         yield Program("statistics", "outputs", traced, nbytes((dense, x)), setting.passes)
         y = setting.place.like(traced.out_info)
-        traced = _weigh.trace(y, limit=settings.outlier_limit)
+        traced = weigh_tokens.trace(y, limit=settings.outlier_limit)
         yield Program("statistics", "position weights", traced, nbytes((dense, x, y)), setting.passes)
     yield from _shared_fits(setting)
     now = trees.flatten(dense)
@@ -72,10 +73,10 @@ def _squares(setting: Setting) -> Iterator[Program]:
     """Yields the mean squares of all input channels."""
     dense, batch = setting.dense(), _batch(setting)
     fixed = {"model": setting.model, "kind": setting.kind, "block": dense}
-    sums = setting.place.like(statistics._add_squares.trace(None, batch, **fixed).out_info)
-    traced = statistics._add_squares.trace(sums, batch, **fixed)
+    sums = setting.place.like(hessian.add_squares.trace(None, batch, **fixed).out_info)
+    traced = hessian.add_squares.trace(sums, batch, **fixed)
     yield Program("statistics", "squares", traced, nbytes((dense, batch, sums)), setting.passes)
-    traced = statistics.divide.trace(sums, setting.place.array(dtype="int32"))
+    traced = hessian.divide.trace(sums, setting.place.array(dtype="int32"))
     yield Program("statistics", "means of squares", traced, nbytes((dense, batch, sums)), setting.blocks)
 
 
@@ -95,7 +96,7 @@ def _shared_fits(setting: Setting, *, measured: bool = False) -> Iterator[Progra
         rule, m = setting.rules[group[0]], 0
         for path in group:
             weight = trees.flatten(setting.dense())[path]
-            traced = cluster.to_vectors.trace(weight, g=rule.g, axis=rule.axis)
+            traced = matrix.to_vectors.trace(weight, g=rule.g, axis=rule.axis)
             yield Program(STAGE, "vectors", traced, nbytes(weight), setting.blocks)
             m += traced.out_info.shape[0]
         yield from fit_programs(
@@ -116,16 +117,16 @@ def _moments(setting: Setting, site: str, dense: Any, now: dict[str, Any]) -> An
       now: {path: array} of the block as it is by now; what is still the same array as in `dense` is there once.
     """
     fixed = {"model": setting.model, "kind": setting.kind, "site": site, "block": trees.unflatten(now)}
-    add: Any = statistics._add_products
+    add: Any = hessian.add_products
     batch, live = _batch(setting, original=setting.cfg.cluster.corrects), nbytes(now)
     if setting.cfg.cluster.corrects:
-        add, fixed = statistics._add_pair, {**fixed, "original": dense}
+        add, fixed = hessian.add_pair, {**fixed, "original": dense}
         live += nbytes([leaf for path, leaf in trees.flatten(dense).items() if leaf is not now[path]])
     sums = setting.place.like(add.trace(None, batch, **fixed).out_info)
     live += nbytes((batch, batch, sums))  # the next batch is on its way
     yield Program("statistics", f"moments of {site}", add.trace(sums, batch, **fixed), live, setting.passes)
     count = setting.place.array(dtype="int32")
-    yield Program("statistics", f"means of {site}", statistics.divide.trace(sums, count), live, setting.blocks)
+    yield Program("statistics", f"means of {site}", hessian.divide.trace(sums, count), live, setting.blocks)
     return sums
 
 
@@ -134,12 +135,12 @@ def _solved(setting: Setting, paths: list[str], sums: dict[str, Any]) -> Any:
     moments, ratio = SiteMoments(**sums), setting.place.array()
     if setting.cfg.cluster.corrects:
         for path in paths:
-            traced = correction._ridge_root.trace(moments.inputs, ratio)
+            traced = drift_correction.ridge_root.trace(moments.inputs, ratio)
             yield Program("correct", "root", traced, nbytes(sums), setting.blocks)
             weight, root = trees.flatten(setting.dense())[path], setting.place.like(traced.out_info)
-            traced = correction._moved.trace(weight, root, moments.drift, moments.errors)
+            traced = drift_correction.corrected_kernel.trace(weight, root, moments.drift, moments.errors)
             yield Program("correct", "kernel", traced, nbytes((sums, weight, root)), setting.blocks)
-    traced = feedback._factorise.trace(moments.inputs, ratio)
+    traced = error_feedback.factor_damped.trace(moments.inputs, ratio)
     yield Program("assign", "root", traced, nbytes(moments.inputs), setting.blocks)
     return Feedback(*setting.place.like(traced.out_info))
 
@@ -153,18 +154,18 @@ def _matrix(setting: Setting, path: str, weight: Any, fed: Feedback | None) -> A
     shared = any(path in group for group in setting.sharing)
     if not shared:
         weighted = settings.weighted and rule.axis == "out"
-        traced = cluster.to_vectors.trace(weight, g=g, axis=rule.axis)
+        traced = matrix.to_vectors.trace(weight, g=g, axis=rule.axis)
         yield Program(STAGE, "vectors", traced, nbytes(weight), calls)
         if weighted:
             vectors = place.like(traced.out_info)
-            traced = cluster.vector_weights.trace(place.array(d_in), d_out=d_out, g=g)
+            traced = matrix.vector_weights.trace(place.array(d_in), d_out=d_out, g=g)
             yield Program(STAGE, "vector weights", traced, nbytes(vectors), calls)
         yield from fit_programs(place, m, g, n, weighted=weighted, iterations=settings.iterations, calls=calls)
     array = place.compressed((d_in, d_out), rule, settings.codebook_dtype)
     if fed is not None:
         yield from _assigned(setting, weight, array, fed, shared)
     index, mass = place.array(m, dtype="int32"), place.array(d_in)
-    traced = cluster._energies.trace(weight, array, mass)
+    traced = matrix.channel_energies.trace(weight, array, mass)
     yield Program(STAGE, "error", traced, nbytes((index, weight, array, mass)), calls)
     return array
 
@@ -179,17 +180,17 @@ def _assigned(setting: Setting, weight: Any, array: CodebookArray, fed: Feedback
         traced = grow_forest.trace(codes, place.key())
         yield Program("assign", "forest", traced, live + nbytes(codes), setting.blocks * max(1, refits))
     live += nbytes(search["forest"])
-    traced = feedback.assign_with_feedback.trace(weight, stored, fed, **search)
+    traced = error_feedback.assign_with_feedback.trace(weight, stored, fed, **search)
     yield Program("assign", "codes", traced, live, setting.blocks)
     chosen = place.like(traced.out_info)
     if refits:
         live += nbytes((chosen, codes))
-        traced = refit.curvature_of.trace(fed)
+        traced = refine.curvature_of.trace(fed)
         yield Program("assign", "curvature", traced, live, setting.blocks)
         curvature = place.like(traced.out_info)
         live += nbytes(curvature.moments)
-        traced = refit.improved_index.trace(weight, codes, chosen, curvature, **search)
+        traced = refine.improved_index.trace(weight, codes, chosen, curvature, **search)
         yield Program("assign", "new codes", traced, live, setting.blocks * refits)
         if not shared:
-            traced = refit.least_squares_codebook.trace(weight, codes, chosen, curvature)
+            traced = refine.least_squares_codebook.trace(weight, codes, chosen, curvature)
             yield Program("assign", "new codebook", traced, live, setting.blocks * refits)

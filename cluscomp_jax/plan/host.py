@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cluscomp_jax import sensitivity
-from cluscomp_jax.config import RunConfig
-from cluscomp_jax.finetune_config import FinetuneConfig
-from cluscomp_jax.model import Model, width
+from cluscomp_jax.clustering import sensitivity
+from cluscomp_jax.config.finetune import FinetuneConfig
+from cluscomp_jax.config.run import RunConfig
+from cluscomp_jax.config.settings import TuningSettings, compute_dtype_of
+from cluscomp_jax.models.model import Model, width
 from cluscomp_jax.plan.setting import STORED, Setting
 from cluscomp_jax.plan.shapes import Place, nbytes
-from cluscomp_jax.settings import TuningSettings, compute_dtype_of
 
 _PROCESS_BYTES = 1_500_000_000
 """Python, JAX, XLA's programs: a round number above what runs of small models take."""

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
-from cluscomp_jax.kmeans import fit, lists, search, start, tree
-from cluscomp_jax.kmeans.found import next_codebook
+from cluscomp_jax.kmeans import fit, init, probe_lists, search, tree
+from cluscomp_jax.kmeans.assignment import next_codebook
 from cluscomp_jax.plan.program import Program
 from cluscomp_jax.plan.shapes import Place, nbytes
 
@@ -34,12 +34,12 @@ def fit_programs(
     def program(name: str, traced: Any, held: int, count: float = 1.0) -> Program:
         return Program(STAGE, name, traced, held, calls * count)
 
-    traced = fit._blocks.trace(vectors, weights)
+    traced = fit.make_blocks.trace(vectors, weights)
     yield program("blocks", traced, nbytes((vectors, weights)))
     blocks = place.like(traced.out_info)
     held = nbytes(blocks)
-    yield program("check", fit._sound.trace(blocks), held)
-    traced = start.draw_sample.trace(blocks, key, num_codes=n, count=m)
+    yield program("check", fit.is_finite.trace(blocks), held)
+    traced = init.draw_sample.trace(blocks, key, num_codes=n, count=m)
     yield program("sample", traced, held)
     if m <= n:
         return
@@ -48,11 +48,11 @@ def fit_programs(
     traced = tree.random_rotation.trace(key, place.array(dtype="int32"), g=g)
     yield program("rotation", traced, held, iterations + 1)
     rotation = place.like(traced.out_info)
-    yield program("start", start._pick.trace(sample, mass, rotation, key, num_codes=n), held + nbytes(rotation))
+    yield program("start", init.pick.trace(sample, mass, rotation, key, num_codes=n), held + nbytes(rotation))
     codebook = place.array(n, g)
     known = place.array(*blocks.weights.shape, dtype="int32")
     held += nbytes((codebook, codebook, known))
-    if n <= fit._COMPARE_ALL:
+    if n <= fit.COMPARE_ALL:
         traced = search.search_all.trace(blocks, codebook)
         found = place.like(traced.out_info)
         yield program("search", traced, held + nbytes(found), iterations + 1)
@@ -61,7 +61,7 @@ def fit_programs(
         found = _found(place, blocks, known, codebook, rotation)
     traced = next_codebook.trace(blocks, codebook, codebook, found, scalar, scalar)
     yield program("update", traced, held + nbytes(found), iterations)
-    yield program("index", fit._in_order.trace(found.nearest, m), held + nbytes(found))
+    yield program("index", fit.in_order.trace(found.nearest, m), held + nbytes(found))
 
 
 def _searches(
@@ -81,8 +81,8 @@ def _searches(
     traced = tree.grow_tree.trace(codebook, rotation)
     yield program("tree", traced, held + before, iterations + 1)
     grown = place.like(traced.out_info)
-    for name, longer, count in (("", 1, iterations), (" (last)", fit._SETTLING, 1)):
-        traced = lists.make_lists.trace(grown, codebook, length=_length(n, g, longer))
+    for name, longer, count in (("", 1, iterations), (" (last)", fit.SETTLING, 1)):
+        traced = probe_lists.make_lists.trace(grown, codebook, length=_length(n, g, longer))
         yield program("lists" + name, traced, held + before + nbytes(grown), count)
         made = place.like(traced.out_info)
         traced = search.search_listed.trace(blocks, known, codebook, grown, made)
@@ -95,11 +95,11 @@ def _found(place: Place, blocks: Any, known: Any, codebook: Any, rotation: Any) 
 
     def searched(blocks: Any, known: Any, codebook: Any, rotation: Any) -> Any:
         grown = tree.grow_tree(codebook, rotation)
-        made = lists.make_lists(grown, codebook, length=_length(n, g, 1))
+        made = probe_lists.make_lists(grown, codebook, length=_length(n, g, 1))
         return search.search_listed(blocks, known, codebook, grown, made)
 
     return place.like(jax.eval_shape(searched, blocks, known, codebook, rotation))
 
 
 def _length(n: int, g: int, longer: int) -> int:
-    return longer * fit._codes_searched(g) // tree.leaves_of(n)[1]
+    return longer * fit.codes_searched(g) // tree.leaves_of(n)[1]

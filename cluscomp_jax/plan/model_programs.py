@@ -5,13 +5,14 @@ from functools import partial
 
 import jax
 
-from cluscomp_jax import evaluate, generation
-from cluscomp_jax.model import run_block, run_embed
+from cluscomp_jax.evaluation import perplexity
+from cluscomp_jax.inference import decoder
+from cluscomp_jax.inference.sampling import Sampling
+from cluscomp_jax.models.model import run_block, run_embed
 from cluscomp_jax.plan.block_programs import decoding
 from cluscomp_jax.plan.program import Program
 from cluscomp_jax.plan.setting import STORED, Setting
 from cluscomp_jax.plan.shapes import nbytes
-from cluscomp_jax.sampling import Sampling
 
 
 def embedding(setting: Setting) -> Iterator[Program]:
@@ -29,10 +30,10 @@ def evaluation(setting: Setting) -> Iterator[Program]:
     yield from decoding(setting, "evaluate", nbytes(rest))
     traced = run_block.trace(block, x, model=setting.model, kind=setting.kind)
     yield Program("evaluate", "block", traced, nbytes((rest, block, x, x, x)), setting.blocks)
-    length = min(evaluate._HEAD_TOKENS, setting.cfg.calibration.length - 1)
+    length = min(perplexity.HEAD_TOKENS, setting.cfg.calibration.length - 1)
     part = setting.place.array(1, length, x.shape[-1], dtype=x.dtype)
     wanted = setting.place.array(1, length, dtype="int32")
-    traced = evaluate._losses.trace(rest, part, wanted, model=setting.model)
+    traced = perplexity.head_losses.trace(rest, part, wanted, model=setting.model)
     yield Program("evaluate", "head", traced, nbytes((rest, part, wanted)), x.shape[1] / length)
 
 
@@ -49,14 +50,14 @@ def generating(settings: Sequence[Setting], *, context: int) -> Iterator[Program
     init = partial(model.init_cache, 0, 1, context, setting.compute)
     cache = place.like(jax.eval_shape(init))
     whole = nbytes(rest) + sum(each.blocks * nbytes((each.compressed(), cache)) for each in settings)
-    prompt = generation.prompt_width(context // 2)
+    prompt = decoder.prompt_width(context // 2)
     for name, width, begin, calls in (("prompt", prompt, None, 1.0), ("token", 1, 0, context / 2)):
         tokens = place.array(1, width, dtype="int32")
-        traced = generation._embed.trace(model, setting.compute, rest, tokens)
+        traced = decoder.embed_tokens.trace(model, setting.compute, rest, tokens)
         x = place.like(traced.out_info)
         for each in settings:
             block = each.compressed()
-            traced = generation._cached_block.trace(model, each.kind, block, x, cache, begin, context)
+            traced = decoder.cached_block.trace(model, each.kind, block, x, cache, begin, context)
             yield Program("generate", f"{name}: block", traced, whole + nbytes((tokens, x)), calls * each.blocks)
-        traced = generation._next_token.trace(model, Sampling(), rest, x, 0, 0, place.key())
+        traced = decoder.next_token.trace(model, Sampling(), rest, x, 0, 0, place.key())
         yield Program("generate", f"{name}: head", traced, whole + nbytes((tokens, x)), calls)

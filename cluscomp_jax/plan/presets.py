@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.model import parse_model_config
+from cluscomp_jax.models.model import parse_model_config
 
 
 def _fields(

@@ -6,15 +6,15 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from cluscomp_jax import trees
-from cluscomp_jax.codebook import CodebookArray
-from cluscomp_jax.config import RunConfig
-from cluscomp_jax.model import Model, width
+from cluscomp_jax.clustering.resolve import Rules, rules_by_block
+from cluscomp_jax.clustering.tied_codebooks import sharing_groups
+from cluscomp_jax.config.run import RunConfig
+from cluscomp_jax.config.settings import TuningSettings, compute_dtype_of
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.core.trees import Params
+from cluscomp_jax.models.model import Model, width
 from cluscomp_jax.plan.shapes import Place
-from cluscomp_jax.preflight import Rules, rules_by_block
-from cluscomp_jax.settings import TuningSettings, compute_dtype_of
-from cluscomp_jax.shared_codebooks import sharing_groups
-from cluscomp_jax.trees import Params
 
 STORED = jnp.dtype("bfloat16")
 """The dtype that original parameters are taken to have; float16 takes as much."""

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cluscomp_jax import trees
-from cluscomp_jax.codebook import CodebookArray, index_dtype, index_shape
-from cluscomp_jax.settings import CompressionRule
-from cluscomp_jax.trees import Params
+from cluscomp_jax.config.settings import CompressionRule
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.codebook import CodebookArray, index_dtype, index_shape
+from cluscomp_jax.core.trees import Params
 
 _shape_only: Any = jax.ShapeDtypeStruct
 

@@ -5,7 +5,7 @@ A stage is a function of a Setting that yields its programs; what compression do
 
 from collections.abc import Callable, Iterable, Iterator
 
-from cluscomp_jax.finetune_config import FinetuneConfig
+from cluscomp_jax.config.finetune import FinetuneConfig
 from cluscomp_jax.plan import block_programs, cluster_programs, model_programs, training_programs
 from cluscomp_jax.plan.program import Program
 from cluscomp_jax.plan.setting import Setting

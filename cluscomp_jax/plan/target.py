@@ -16,7 +16,7 @@ import jax
 from jax.experimental import topologies
 
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.silence import silenced
+from cluscomp_jax.runtime.suppress_output import silenced
 from pallas_kernels import _compat
 
 _MAX_BYTES = 1_000_000
@@ -76,7 +76,7 @@ def find_target(spec: str | Path) -> Target:
 
 
 def _folder() -> Any:
-    return resources.files("cluscomp_jax").joinpath("targets")
+    return resources.files("cluscomp_jax.plan").joinpath("targets")
 
 
 def _parsed(name: str, text: str) -> Target:

@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from cluscomp_jax.config.finetune import FinetuneConfig
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.finetune_config import FinetuneConfig
 from cluscomp_jax.plan.program import Program
 from cluscomp_jax.plan.setting import STORED, Setting
 from cluscomp_jax.plan.shapes import nbytes, spread

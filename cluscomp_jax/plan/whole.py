@@ -5,11 +5,18 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from cluscomp_jax.config import RunConfig
+from cluscomp_jax.config.finetune import FinetuneConfig
+from cluscomp_jax.config.run import RunConfig
+from cluscomp_jax.config.settings import (
+    DataSettings,
+    MeshSettings,
+    TrainingSettings,
+    TuningSettings,
+    compute_dtype_of,
+)
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.finetune_config import FinetuneConfig
-from cluscomp_jax.generation import positions_held
-from cluscomp_jax.model import build_model
+from cluscomp_jax.inference.decoder import positions_held
+from cluscomp_jax.models.model import build_model
 from cluscomp_jax.plan.budget import forward_batch
 from cluscomp_jax.plan.host import Needs, host_needs
 from cluscomp_jax.plan.launches import Launches
@@ -19,8 +26,7 @@ from cluscomp_jax.plan.shapes import Place
 from cluscomp_jax.plan.stages import largest_alike, whole_run
 from cluscomp_jax.plan.target import Target, card_mesh, compiling_for
 from cluscomp_jax.plan.work import Work, operations_of
-from cluscomp_jax.progress import Reporter
-from cluscomp_jax.settings import DataSettings, MeshSettings, TrainingSettings, TuningSettings, compute_dtype_of
+from cluscomp_jax.runtime.reporter import Reporter
 from cluscomp_jax.training import AXES, sharding_on
 
 GIB = 2**30

@@ -1,6 +1,6 @@
 """Training a whole model by next-token loss: what trains, the loss, one optimiser step."""
 
-from cluscomp_jax.sharding import AXES, Sharding, make_sharding, sharding_on
+from cluscomp_jax.models.sharding import AXES, Sharding, make_sharding, sharding_on
 from cluscomp_jax.training.partition import (
     Layout,
     Teacher,

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cluscomp_jax.losses import divergence, token_nll
-from cluscomp_jax.model import Model
-from cluscomp_jax.settings import DistillationSettings
-from cluscomp_jax.sharding import Sharding, gathered
+from cluscomp_jax.config.settings import DistillationSettings
+from cluscomp_jax.core.losses import divergence, token_nll
+from cluscomp_jax.core.trees import Params
+from cluscomp_jax.models.model import Model
+from cluscomp_jax.models.sharding import Sharding, gathered
 from cluscomp_jax.training.partition import join_group
-from cluscomp_jax.trees import Params
 
 
 class TeacherHead(NamedTuple):

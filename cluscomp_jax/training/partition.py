@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from cluscomp_jax import trees
-from cluscomp_jax.codebook import CodebookArray, keeps_codes, round_codebook
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.codebook import CodebookArray, keeps_codes, round_codebook
+from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.model import Model
-from cluscomp_jax.sharding import REST, Sharding
-from cluscomp_jax.source import ParamSource
-from cluscomp_jax.trees import Params
+from cluscomp_jax.models.model import Model
+from cluscomp_jax.models.sharding import REST, Sharding
+from cluscomp_jax.models.source import ParamSource
 
 _CODEBOOK = "/codebook"
 _shape_only: Any = jax.ShapeDtypeStruct

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import optax
 from jax.ad_checkpoint import checkpoint_name
 
-from cluscomp_jax import trees
-from cluscomp_jax.optimizer import make_optimizer
-from cluscomp_jax.settings import TrainingSettings, compute_dtype_of
-from cluscomp_jax.sharding import REST, Sharding, gathered, hold
+from cluscomp_jax.config.settings import TrainingSettings, compute_dtype_of
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.trees import Params
+from cluscomp_jax.models.sharding import REST, Sharding, gathered, hold
 from cluscomp_jax.training.head_loss import HeadLoss, TeacherHead
 from cluscomp_jax.training.partition import Layout, Teacher, join_group
-from cluscomp_jax.trees import Params
+from cluscomp_jax.tuning.optimizer import make_optimizer
 from pallas_kernels.codebook_matmul import FAST_GRADIENTS
 
 HEAD_POSITIONS = 128

@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cluscomp_jax import trees
-from cluscomp_jax.codebook import CodebookArray
-from cluscomp_jax.losses import mean_squared_error
-from cluscomp_jax.model import Model
-from cluscomp_jax.optimizer import make_optimizer
-from cluscomp_jax.progress import Reporter
-from cluscomp_jax.settings import TuningSettings, compute_dtype_of
-from cluscomp_jax.sharding import Sharding, gathered, put_samples, put_whole
-from cluscomp_jax.trees import Params
-from cluscomp_jax.tuning.store import ActivationStore
+from cluscomp_jax.config.settings import TuningSettings, compute_dtype_of
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.core.losses import mean_squared_error
+from cluscomp_jax.core.trees import Params
+from cluscomp_jax.models.activations import ActivationStore
+from cluscomp_jax.models.model import Model
+from cluscomp_jax.models.sharding import Sharding, gathered, put_samples, put_whole
+from cluscomp_jax.runtime.reporter import Reporter
+from cluscomp_jax.tuning.optimizer import make_optimizer
 from pallas_kernels.codebook_matmul import FAST_GRADIENTS
 
 Trainable = dict[str, jax.Array]
@@ -158,7 +158,7 @@ def block_loss(
     return jnp.sum(jnp.stack(losses))
 
 
-_evaluate = partial(jax.jit, static_argnames=("model", "kind", "settings", "sharding"))(block_loss)
+evaluate_block = partial(jax.jit, static_argnames=("model", "kind", "settings", "sharding"))(block_loss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +197,7 @@ class _Problem:
         for begin in samples[:: self.settings.batch_size]:
             where = slice(begin, min(begin + self.settings.batch_size, samples.stop))
             x, targets = self.batch(where)
-            loss = _evaluate(trained, self.frozen, x, targets, **self._fixed(x))
+            loss = evaluate_block(trained, self.frozen, x, targets, **self._fixed(x))
             total += (where.stop - where.start) * float(loss)
         return total / len(samples)
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from check_card.step import Step
 from cluscomp_jax import kmeans
-from cluscomp_jax.feedback import Feedback, assign_with_feedback, factorise
-from cluscomp_jax.refit import curvature_of, improved_index, least_squares_codebook
+from cluscomp_jax.clustering.error_feedback import Feedback, assign_with_feedback, factorise
+from cluscomp_jax.clustering.refine import curvature_of, improved_index, least_squares_codebook
 
 G = 4
 _CHANNELS = 128

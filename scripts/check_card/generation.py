@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from check_card.step import Step
-from cluscomp_jax import trees
-from cluscomp_jax.codebook import CodebookArray, index_dtype, index_shape, stored_bits
-from cluscomp_jax.generation import Decoder
-from cluscomp_jax.llama.init import initial_value
-from cluscomp_jax.model import Model, build_model, parse_model_config
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.codebook import CodebookArray, index_dtype, index_shape, stored_bits
+from cluscomp_jax.core.trees import Params
+from cluscomp_jax.inference.decoder import Decoder
+from cluscomp_jax.inference.sampling import Sampling
+from cluscomp_jax.models.llama.init import initial_value
+from cluscomp_jax.models.model import Model, build_model, parse_model_config
 from cluscomp_jax.plan.presets import PRESETS
-from cluscomp_jax.sampling import Sampling
-from cluscomp_jax.trees import Params
 
 LLAMA_2_7B: dict[str, Any] = dict(PRESETS["llama-2-7b"])
 TINY: dict[str, Any] = {

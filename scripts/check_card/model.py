@@ -16,20 +16,21 @@ import numpy as np
 import cluscomp_jax
 from check_card.generation import LLAMA_2_7B, TINY
 from check_card.step import Step
-from cluscomp_jax import data, trees
-from cluscomp_jax.config import RunConfig
-from cluscomp_jax.evaluate import perplexity
-from cluscomp_jax.generation import generate
-from cluscomp_jax.io.safetensors_source import SafetensorsSource, read_config
-from cluscomp_jax.llama.init import initial_value
-from cluscomp_jax.model import Model, build_model, parameter_shapes, parse_model_config
+from cluscomp_jax import data
+from cluscomp_jax.config.run import RunConfig
+from cluscomp_jax.config.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
+from cluscomp_jax.core import trees
+from cluscomp_jax.evaluation.perplexity import perplexity
+from cluscomp_jax.inference.decoder import generate
+from cluscomp_jax.io.hf.safetensors_source import SafetensorsSource, read_config
+from cluscomp_jax.models.llama.init import initial_value
+from cluscomp_jax.models.model import Model, build_model, parameter_shapes, parse_model_config
+from cluscomp_jax.models.source import DictSink, DictSource
 from cluscomp_jax.pipeline import CompressionSummary, compress_stream
 from cluscomp_jax.plan.program import Memory, compile_program
 from cluscomp_jax.plan.setting import kinds_of_blocks
 from cluscomp_jax.plan.shapes import Place
 from cluscomp_jax.plan.stages import PER_BLOCK, largest_alike
-from cluscomp_jax.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
-from cluscomp_jax.source import DictSink, DictSource
 
 FIXTURE = Path(__file__).resolve().parents[2] / "tests" / "fixtures" / "tiny_llama"
 _SOME = r"model/layers/\d+/(self_attn/[qo]_proj|mlp/(gate|up)_proj)/kernel"

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from export_models import coded, decoded, make_params, save
 
-from cluscomp_jax import trees
-from cluscomp_jax.codebook import CodebookArray
+from cluscomp_jax.checkpoint.reader import CheckpointSource
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.export import ExportFormat, export_checkpoint
-from cluscomp_jax.io.checkpoint import CheckpointSource
-from cluscomp_jax.llama import forward
+from cluscomp_jax.models.llama import forward
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
 torch = pytest.importorskip("torch")

@@ -8,12 +8,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from cluscomp_jax import data, trees
-from cluscomp_jax.io.gguf_source import GgufSource
+from cluscomp_jax import data
+from cluscomp_jax.core import trees
+from cluscomp_jax.io.gguf.source import GgufSource
 from cluscomp_jax.io.open import open_model
 from cluscomp_jax.io.tokenizer import encode_text
-from cluscomp_jax.llama import forward
-from cluscomp_jax.source import load_all
+from cluscomp_jax.models.llama import forward
+from cluscomp_jax.models.source import load_all
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("default")]
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from script_modules import load_script
 
-from cluscomp_jax import trees
-from cluscomp_jax.llama import build, forward, parse_config, to_hf_dict
+from cluscomp_jax.core import trees
+from cluscomp_jax.models.llama import build, forward, parse_config, to_hf_dict
 
 pytestmark = pytest.mark.parity
 torch = pytest.importorskip("torch")

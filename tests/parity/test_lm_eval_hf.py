@@ -28,7 +28,7 @@ def requests(kind: str, arguments: list[tuple[Any, ...]]) -> list[Any]:
 def models(tiny_model: Path) -> tuple[Any, Any]:
     from lm_eval.models.huggingface import HFLM
 
-    from cluscomp_jax.lm_eval import CluscompLM
+    from cluscomp_jax.evaluation.lm_eval import CluscompLM
 
     ours = CluscompLM(path=str(tiny_model), batch_size=3)
     return ours, HFLM(pretrained=str(tiny_model), dtype="float32", batch_size=3, device="cpu")
@@ -78,7 +78,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG)
 def test_wrong_arguments_are_named(tiny_model: Path, arguments: dict[str, Any], message: str) -> None:
     from cluscomp_jax.errors import InputError
-    from cluscomp_jax.lm_eval import CluscompLM
+    from cluscomp_jax.evaluation.lm_eval import CluscompLM
 
     given = {**arguments, **({"path": str(tiny_model)} if arguments.get("path", "") is None else {})}
     with pytest.raises(InputError, match=message):
@@ -88,7 +88,7 @@ def test_wrong_arguments_are_named(tiny_model: Path, arguments: dict[str, Any], 
 def test_wrong_input_is_one_line_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    from cluscomp_jax import lm_eval as ours
+    from cluscomp_jax.evaluation import lm_eval as ours
 
     (tmp_path / "lines.jsonl").write_text('{"text": "a b", "last": " c"}\n')
     (tmp_path / "lines.yaml").write_text(
@@ -99,4 +99,6 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     argv = ["--model", "cluscomp", "--model_args", "path=nowhere", "--tasks", "lines", "--include_path", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["lm_eval", *argv])
     assert ours.main() == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("cluscomp_jax.lm_eval: error: model 'nowhere'")
+    assert (
+        capsys.readouterr().err.splitlines()[-1].startswith("cluscomp_jax.evaluation.lm_eval: error: model 'nowhere'")
+    )

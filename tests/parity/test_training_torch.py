@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from script_modules import load_script
 
-from cluscomp_jax import trees
-from cluscomp_jax.codebook import CodebookArray
-from cluscomp_jax.llama import build, parse_config
-from cluscomp_jax.settings import TrainingSettings
-from cluscomp_jax.source import DictSource
+from cluscomp_jax.config.settings import TrainingSettings
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.models.llama import build, parse_config
+from cluscomp_jax.models.source import DictSource
 from cluscomp_jax.training import split_params, summed_loss
 
 pytestmark = pytest.mark.parity

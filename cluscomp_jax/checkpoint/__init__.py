@@ -1,0 +1,1 @@
+"""Compressed checkpoints and run folders on disk: the manifest, bit-packed codes, orbax items, resume."""

@@ -1,0 +1,1 @@
+"""One block's matrices become codebooks: Hessians, error feedback, refinement, bit allocation."""

@@ -1,0 +1,284 @@
+"""One matrix at a time: dense kernel to CodebookArray and back, and what a compressed tree weighs.
+
+Knows matrices and trees, no models.
+"""
+
+import dataclasses
+import math
+import time
+import zlib
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cluscomp_jax import kmeans
+from cluscomp_jax.clustering.error_feedback import Feedback, assign_with_feedback
+from cluscomp_jax.clustering.refine import refit
+from cluscomp_jax.config.settings import ClusterSettings, CompressionRule
+from cluscomp_jax.core import codebook as cb
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.caller_mesh import on_one_device
+from cluscomp_jax.core.codebook import Axis, CodebookArray
+from cluscomp_jax.core.trees import Params
+from cluscomp_jax.errors import InputError
+
+NOT_IN = (
+    "axis 'in' takes neither activation weights nor error feedback: its vectors span input channels of different "
+    "weight that answer for each other; set weighted = false and feedback = false (--unweighted), or axis = 'out'"
+)
+
+
+@partial(jax.jit, static_argnames=("g", "axis"))
+def to_vectors(weight: jax.Array, *, g: int, axis: Axis) -> jax.Array:
+    """Returns the vectors [m, g] float32 of a kernel [d_in, d_out], zero-padded past the end of the cut axis.
+
+    The order is that of the flattened index: row-major over [d_in, ceil(d_out/g)] for axis "out", over
+    [ceil(d_in/g), d_out] for axis "in".
+    """
+    d_in, d_out = weight.shape
+    weight = weight.astype(jnp.float32)
+    if axis == "out":
+        return jnp.pad(weight, ((0, 0), (0, -d_out % g))).reshape(-1, g)
+    padded = jnp.pad(weight, ((0, -d_in % g), (0, 0)))
+    return padded.reshape(-1, g, d_out).swapaxes(1, 2).reshape(-1, g)
+
+
+class SharedStart(NamedTuple):
+    """What a kernel begins with where its codebook is shared; on the host.
+
+    Attributes:
+      owner: block-relative path of the kernel that stores the codebook; None: this one.
+      codebook: [n, g], 16 bit.
+      codes: int32 [m], the code nearest to each of the kernel's vectors.
+      seconds: that the codebook took, where it is this kernel's; else 0.
+    """
+
+    owner: str | None
+    codebook: np.ndarray
+    codes: np.ndarray
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ClusterStats:
+    """How well a matrix was clustered.
+
+    Attributes:
+      relative_error: ||W - decode||^2 / ||W||^2, W the kernel as it was given.
+      weighted_error: the same with each input channel weighted, or None without weights.
+      index_entropy: bits that an entry of the index holds; stored are ceil(log2 n).
+      seconds: wall time, compilation included.
+    """
+
+    relative_error: float
+    weighted_error: float | None
+    index_entropy: float
+    seconds: float
+
+
+def cluster_matrix(
+    weight: jax.Array | np.ndarray,
+    rule: CompressionRule,
+    settings: ClusterSettings,
+    *,
+    key: jax.Array,
+    channel_weights: jax.Array | np.ndarray | None = None,
+    feedback: Feedback | None = None,
+    shared: SharedStart | None = None,
+) -> tuple[CodebookArray, ClusterStats]:
+    """Returns the CodebookArray of a kernel [d_in, d_out] and its error; the codebook is already 16 bit.
+
+    Args:
+      weight: [d_in, d_out], finite. What lies on the host, weight or feedback, is on the device only while it is used:
+        k-means, which needs the most memory for itself, has it to itself.
+      rule: gives g, num_codes and axis; its pattern is not looked at.
+      settings: iterations, codebook_dtype and, with feedback, refits are used.
+      key: same key, same bytes.
+      channel_weights: [d_in] >= 0, weight of each input channel's error (E[x_i^2]); axis "out" only.
+      feedback: of the kernel's input: codes are chosen channel by channel, each making good the errors before it;
+        axis "out" only.
+      shared: the codebook, not to be changed, of several kernels; None: a k-means of the kernel's own makes it.
+
+    Raises:
+      InputError: weights that are not finite, or channel weights or feedback for axis "in".
+    """
+    d_in, d_out = weight.shape
+    if rule.axis != "out" and (feedback is not None or channel_weights is not None):
+        raise InputError(NOT_IN)
+    began, owner = time.monotonic(), None
+    weight, channel_weights = on_one_device(weight), on_one_device(channel_weights)
+    if shared is None:
+        # No name here holds the vectors and their weights, so that k-means can let go of them.
+        codes, index, _ = kmeans.fit_codebook(
+            to_vectors(jax.device_put(weight), g=rule.g, axis=rule.axis),
+            num_codes=rule.num_codes,
+            key=key,
+            weights=None
+            if channel_weights is None
+            else vector_weights(jnp.asarray(channel_weights), d_out=d_out, g=rule.g),
+            iterations=settings.iterations,
+        )
+        rounded = cb.round_codebook(codes, settings.codebook_dtype)
+        del codes
+    else:
+        began -= shared.seconds
+        owner, rounded, index = shared.owner, jnp.asarray(shared.codebook), jnp.asarray(shared.codes)
+    if feedback is not None:
+        del index  # all codes are chosen anew
+        rounded, index = _with_feedback(weight, rounded, feedback, rule, settings, key, shared is None)
+    shape = (d_in, d_out)
+    packed = index.reshape(cb.index_shape(shape, rule.g, rule.axis)).astype(cb.index_dtype(rule.num_codes))
+    array = CodebookArray(codebook=rounded, index=packed, shape=shape, axis=rule.axis, codebook_of=owner)
+    plain, weighted = relative_errors(jax.device_put(weight), array, channel_weights)
+    entropy = index_entropy(np.asarray(packed), rule.num_codes)
+    return array, ClusterStats(plain, weighted, entropy, time.monotonic() - began)
+
+
+def _with_feedback(
+    weight: jax.Array | np.ndarray,
+    codebook: jax.Array,
+    feedback: Feedback,
+    rule: CompressionRule,
+    settings: ClusterSettings,
+    key: jax.Array,
+    solve: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (codebook, rounded; index), chosen with feedback and refitted; `solve`: the codebook too."""
+    there: jax.Array = jax.device_put(weight)
+    feedback = jax.device_put(feedback)
+    forest = kmeans.plant_forest(codebook, key)
+    codes, index = refit(
+        there,
+        codebook,
+        assign_with_feedback(there, codebook, feedback, g=rule.g, forest=forest),
+        feedback,
+        rounds=settings.refits,
+        forest=forest,
+        key=key,
+        solve=solve,
+    )
+    return cb.round_codebook(codes, settings.codebook_dtype), index
+
+
+def index_entropy(index: np.ndarray, num_codes: int) -> float:
+    """Returns the entropy of the entries of an index, in bits: what a perfect entropy coder would spend on each."""
+    counts = np.bincount(index.reshape(-1), minlength=num_codes)
+    share = counts[counts > 0] / index.size
+    return float(-np.sum(share * np.log2(share)))
+
+
+@partial(jax.jit, static_argnames=("d_out", "g"))
+def vector_weights(channel_weights: jax.Array, *, d_out: int, g: int) -> jax.Array:
+    """Returns float32 [m], the weight of every vector of axis "out", of its channel's weight [d_in] >= 0.
+
+    Scaled as `channel_mass` has it.
+    """
+    return jnp.repeat(channel_mass(channel_weights), -(-d_out // g))
+
+
+def channel_mass(weights: jax.Array) -> jax.Array:
+    """Returns float32 weights of mean 1, dead ones lifted to a millionth so that they keep their vectors; 1 if all are.
+
+    Args:
+      weights: [d_in] >= 0.
+    """
+    weights = weights.astype(jnp.float32)
+    mean = jnp.mean(weights)
+    return jnp.where(mean > 0, jnp.maximum(weights / jnp.where(mean > 0, mean, 1.0), 1e-6), jnp.ones_like(weights))
+
+
+def relative_errors(weight: jax.Array, array: CodebookArray, channel_weights: Any = None) -> tuple[float, float | None]:
+    """Returns (relative squared error, the same weighted by input channel or None)."""
+    mass = jnp.ones((weight.shape[0],), jnp.float32) if channel_weights is None else jnp.asarray(channel_weights)
+    error, energy, weighted_error, weighted_energy = jax.device_get(channel_energies(weight, array, mass))
+    plain = 0.0 if energy == 0 else float(error / energy)
+    if channel_weights is None:
+        return plain, None
+    return plain, 0.0 if weighted_energy == 0 else float(weighted_error / weighted_energy)
+
+
+@jax.jit
+def channel_energies(weight: jax.Array, array: CodebookArray, mass: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns the squared error and energy of every input channel, plain and weighted by `mass`, float32 [d_in] each."""
+    weight = weight.astype(jnp.float32)
+    error = jnp.sum(jnp.square(weight - cb.decode(array).astype(jnp.float32)), axis=1)
+    energy = jnp.sum(jnp.square(weight), axis=1)
+    return jnp.sum(error), jnp.sum(energy), jnp.sum(error * mass), jnp.sum(energy * mass)
+
+
+def matrix_key(seed: int, path: str) -> jax.Array:
+    """Returns the key of the matrix at `path`: it does not depend on which other matrices are compressed."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
+
+
+def decompress(params: Mapping[Any, Any]) -> Params:
+    """Returns the params with every CodebookArray decoded to a plain kernel of its codebook's dtype."""
+    return trees.map_by_path(lambda _, leaf: cb.decode(leaf) if isinstance(leaf, CodebookArray) else leaf, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixSize:
+    """Stored size of one compressed matrix."""
+
+    path: str
+    shape: tuple[int, int]
+    axis: Axis
+    g: int
+    num_codes: int
+    bits: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits, codebook included, over the number of weights."""
+        return self.bits / (self.shape[0] * self.shape[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class SizeReport:
+    """What a params tree weighs in storage: packed indices, 16-bit codebooks, everything else in its own dtype.
+
+    Attributes:
+      matrices: the compressed matrices.
+      dense_bytes: bytes of all other parameters.
+    """
+
+    matrices: tuple[MatrixSize, ...]
+    dense_bytes: int
+
+    @property
+    def compressed_bytes(self) -> int:
+        """Bytes of all compressed matrices."""
+        return sum(-(-matrix.bits // 8) for matrix in self.matrices)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all parameters."""
+        return self.compressed_bytes + self.dense_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits over weights, of the compressed matrices together; 0 if there are none."""
+        weights = sum(math.prod(matrix.shape) for matrix in self.matrices)
+        return sum(matrix.bits for matrix in self.matrices) / weights if weights else 0.0
+
+
+def matrix_size(path: str, array: CodebookArray) -> MatrixSize:
+    """Returns the stored size of one CodebookArray; a codebook counts where it is its own."""
+    own, n = array.codebook_of is None, array.num_codes
+    bits = cb.stored_bits(array.shape, g=array.group_size, num_codes=n, axis=array.axis, own=own)
+    return MatrixSize(path, array.shape, array.axis, array.group_size, n, bits)
+
+
+def size_report(params: Mapping[Any, Any]) -> SizeReport:
+    """Returns what the params weigh in storage."""
+    matrices, dense_bytes = [], 0
+    for path, leaf in trees.flatten(params).items():
+        if isinstance(leaf, CodebookArray):
+            matrices.append(matrix_size(path, leaf))
+        else:
+            dense_bytes += math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+    return SizeReport(tuple(matrices), dense_bytes)

@@ -1,0 +1,166 @@
+"""How much the loss of the whole model suffers from an error of each kernel. Sees a Model and a ParamSource.
+
+To second order a change D of a kernel raises the loss by half of sum_io F_io D_io^2, F the diagonal of the empirical
+Fisher information: squared gradients of the loss of single samples (LeCun et al. 1989; Kim et al. 2024). Quantisation
+spreads its error over a kernel about evenly, so that one number is enough: sum(F) mean(W^2) / 2 is the loss per unit
+of relative squared error. Error feedback takes away the part of an output's error that other channels can make good;
+what stays of E[x^T x] is sum_i R_ii^2 (`cluscomp_jax.clustering.error_feedback`).
+"""
+
+from collections.abc import Hashable
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cluscomp_jax.clustering.error_feedback import factorise
+from cluscomp_jax.clustering.hessian import Batch, site_moments
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.losses import token_nll
+from cluscomp_jax.core.trees import Params
+from cluscomp_jax.models.activations import ActivationStore, run_through
+from cluscomp_jax.models.model import Model, run_block, run_embed
+from cluscomp_jax.models.source import ParamSource
+from cluscomp_jax.runtime.reporter import Reporter
+
+_SAMPLES = 8
+"""Samples the gradients are taken of; more change the choice of codebooks little."""
+
+
+def sensitivities(
+    model: Model,
+    source: ParamSource,
+    tokens: np.ndarray,
+    *,
+    damping: float | None,
+    work_dir: Path,
+    reporter: Reporter,
+) -> dict[str, float]:
+    """Returns {path: loss in nats per token, by which a relative squared error of 1 of the kernel would raise it}.
+
+    Memory holds one block; the inputs of all blocks lie in `work_dir` meanwhile, 4 bytes a number.
+
+    Args:
+      model: the decoder.
+      source: its dense parameters.
+      tokens: int [samples, length]; the first 8 samples are used.
+      damping: that of error feedback, or None where there is none.
+      work_dir: scratch.
+      reporter: is told of progress.
+    """
+    tokens = np.asarray(tokens[:_SAMPLES])
+    reporter.start("sensitivity", 2 * model.num_blocks, "blocks")
+    rest = jax.tree.map(jnp.asarray, source.load_rest())
+    embedded = [np.asarray(run_embed(rest, sample[None], model=model, dtype=jnp.dtype("float32"))) for sample in tokens]
+    stores = [_store(work_dir, 0, np.concatenate(embedded).shape)]
+    stores[0].write(slice(0, len(tokens)), np.concatenate(embedded))
+    kept: dict[str, float] = {}
+    for i in range(model.num_blocks):
+        stores.append(_store(work_dir, i + 1, stores[0].shape))
+        kept |= _forward(model, source, i, stores[-2], stores[-1], damping)
+        reporter.advance()
+    slopes = [_head_slope(rest, x, tokens[where], model=model) for where, x in stores[-1].batches(1)]
+    del rest
+    stores.pop().delete()
+    result: dict[str, float] = {}
+    for i in reversed(range(model.num_blocks)):
+        totals = _backward(model, source, i, stores[-1], slopes)
+        stores.pop().delete()
+        result |= _named(model, i, {path: total / (2 * tokens.size) for path, total in totals.items()})
+        reporter.advance()
+    return {path: value * kept.get(path, 1.0) for path, value in sorted(result.items())}
+
+
+def _forward(
+    model: Model, source: ParamSource, i: int, inputs: ActivationStore, outputs: ActivationStore, damping: float | None
+) -> dict[str, float]:
+    """Writes the outputs of block i; returns {path: share of an error that feedback leaves}, if there is feedback."""
+    block, kind = _block(source, i), model.block_kind(i)
+    step = partial(run_block, block, model=model, kind=kind)
+    run_through(step, inputs, outputs, batch_size=1, dtype=jnp.dtype("float32"))
+    return {} if damping is None else _named(model, i, _kept_by_feedback(model, kind, block, inputs, damping))
+
+
+def _backward(
+    model: Model, source: ParamSource, i: int, inputs: ActivationStore, slopes: list[jax.Array]
+) -> dict[str, float]:
+    """Returns {block-relative path: sum(F) mean(W^2) over all samples}; `slopes`, by block i's outputs, become those by
+    its inputs."""
+    block, kind = _block(source, i), model.block_kind(i)
+    totals: dict[str, jax.Array] = {}
+    for j, (_, x) in enumerate(inputs.batches(1)):
+        squares, slopes[j] = _block_slope(block, x, slopes[j], model=model, kind=kind)
+        totals = jax.tree.map(jnp.add, totals, squares) if totals else squares
+    return {path: float(total) for path, total in totals.items()}
+
+
+def scratch_bytes(num_blocks: int, shape: tuple[int, ...], width: int) -> int:
+    """Returns the bytes that `sensitivities` has on the disk meanwhile: the inputs of all blocks, and their outputs.
+
+    Args:
+      num_blocks: of the model.
+      shape: (samples, length) of the tokens.
+      width: channels between blocks.
+    """
+    samples, length = shape
+    return (num_blocks + 1) * min(samples, _SAMPLES) * length * width * 4
+
+
+def _store(work_dir: Path, i: int, shape: tuple[int, ...]) -> ActivationStore:
+    return ActivationStore(work_dir / f"sensitivity-{i}.bin", (shape[0], shape[1], shape[2]), np.float32)
+
+
+def _block(source: ParamSource, i: int) -> Params:
+    block: Params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), source.load_block(i))
+    return block
+
+
+def _named(model: Model, i: int, values: dict[str, float]) -> dict[str, float]:
+    return {f"{model.blocks_path}/{i}/{path}": value for path, value in values.items()}
+
+
+def _kept_by_feedback(
+    model: Model, kind: Hashable, block: Params, inputs: ActivationStore, damping: float
+) -> dict[str, float]:
+    """Returns {block-relative path: sum_i R_ii^2 / sum_i E[x_i^2]}, the share of an error that feedback leaves."""
+    shares: dict[str, float] = {}
+    for site, paths in model.sites.items():
+        batches = (Batch(jnp.asarray(x)) for _, x in inputs.batches(1))
+        moments = site_moments(model, kind, site, block, batches).inputs
+        left = jnp.sum(factorise(moments, damping=damping).channel_weights) / jnp.trace(moments)
+        shares |= dict.fromkeys(paths, float(jnp.where(jnp.isfinite(left), jnp.minimum(left, 1.0), 1.0)))
+    return shares
+
+
+@partial(jax.jit, static_argnames="model")
+def _head_slope(rest: Params, x: jax.Array, tokens: jax.Array, *, model: Model) -> jax.Array:
+    """Returns the gradient [1, t, d] of the summed loss of a sample's next tokens by the last block's output."""
+
+    def loss(x: jax.Array) -> jax.Array:
+        return jnp.sum(token_nll(model.head(rest, x[:, :-1]), tokens[:, 1:]))
+
+    slope: jax.Array = jax.grad(loss)(jnp.asarray(x))
+    return slope
+
+
+@partial(jax.jit, static_argnames=("model", "kind"))
+def _block_slope(
+    block: Params, x: jax.Array, slope: jax.Array, *, model: Model, kind: Hashable
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Returns ({path: sum(F) mean(W^2) of one sample}, the gradient by the block's input)."""
+    flat = trees.flatten(block)
+    kernels = {path: flat[path] for paths in model.sites.values() for path in paths}
+
+    def run(kernels: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        y: jax.Array = model.block(trees.unflatten(flat | kernels), x, kind=kind)
+        return y
+
+    _, back = jax.vjp(run, kernels, jnp.asarray(x))
+    gradients, before = back(slope)
+    squares = {
+        path: jnp.sum(jnp.square(gradient)) * jnp.mean(jnp.square(kernels[path]))
+        for path, gradient in gradients.items()
+    }
+    return squares, before

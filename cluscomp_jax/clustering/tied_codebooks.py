@@ -1,0 +1,89 @@
+"""One codebook for several kernels of a block: which kernels share one, and how it is found.
+
+A codebook of many codes costs a small model more than its indices gain; kernels that share it divide the cost.
+"""
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cluscomp_jax import kmeans
+from cluscomp_jax.clustering.matrix import SharedStart, channel_mass, to_vectors
+from cluscomp_jax.config.settings import ClusterSettings, CompressionRule, Share
+from cluscomp_jax.core import codebook as cb
+
+Rules = Mapping[str, CompressionRule]
+
+
+def sharing_groups(sites: Mapping[str, Sequence[str]], rules: Rules, share: Share) -> list[tuple[str, ...]]:
+    """Returns the paths of a block's kernels with a codebook in common, two or more each, the owner first.
+
+    Kernels that are cut differently (g, num_codes, axis) do not share, whatever stands between them.
+
+    Args:
+      sites: {site: block-relative paths of its kernels}.
+      rules: {block-relative path: rule} of what is compressed.
+      share: "none", "site" or "block".
+    """
+    if share == "none":
+        return []
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for site, paths in sites.items():
+        for path in paths:
+            if path in rules:
+                cut = dataclasses.astuple(dataclasses.replace(rules[path], pattern=""))
+                groups.setdefault((site if share == "site" else None, *cut), []).append(path)
+    return [tuple(paths) for paths in groups.values() if len(paths) > 1]
+
+
+def fit_shared(
+    kernels: Mapping[str, Any],
+    rule: CompressionRule,
+    settings: ClusterSettings,
+    *,
+    key: jax.Array,
+    channel_weights: Mapping[str, Any],
+) -> dict[str, SharedStart]:
+    """Returns {path: what it begins with} of kernels that share a codebook, the first of which owns it.
+
+    An error counts as a share of its own kernel's mean weighted square, so that no kernel is lost among larger numbers
+    and every weight counts alike.
+
+    Args:
+      kernels: {path: [d_in, d_out]}, the owner first.
+      rule: gives g, num_codes and axis.
+      settings: iterations and codebook_dtype are used.
+      key: same key, same bytes.
+      channel_weights: {path: [d_in] >= 0, what an error of each input channel costs}; for axis "out", where it has any.
+
+    Raises:
+      InputError: weights that are not finite.
+    """
+    began = time.monotonic()
+    vectors, weights = [], []  # on the host: on the device lies one kernel, and later all that k-means needs
+    for path, kernel in kernels.items():
+        own = np.array(to_vectors(jnp.asarray(kernel), g=rule.g, axis=rule.axis))
+        given = channel_weights.get(path)
+        mass = np.ones(1, np.float32) if given is None else np.array(channel_mass(jnp.asarray(given)))
+        counted = np.repeat(mass, len(own) // len(mass))
+        energy = float(np.sum(counted * np.einsum("mg,mg->m", own, own), dtype=np.float64))
+        vectors.append(own)
+        weights.append(counted * np.float32(np.prod(kernel.shape) / energy if energy > 0 else 1.0))
+    sizes = [len(own) for own in vectors]
+    codes, index, _ = kmeans.fit_codebook(
+        jnp.asarray(np.concatenate(vectors)),
+        num_codes=rule.num_codes,
+        key=key,
+        weights=jnp.asarray(np.concatenate(weights)),
+        iterations=settings.iterations,
+    )
+    codebook = np.array(cb.round_codebook(codes, settings.codebook_dtype))
+    first = next(iter(kernels))
+    parts = np.split(np.array(index), np.cumsum(sizes)[:-1])
+    starts = {path: SharedStart(first, codebook, part, 0.0) for path, part in zip(kernels, parts, strict=True)}
+    return starts | {first: starts[first]._replace(owner=None, seconds=time.monotonic() - began)}

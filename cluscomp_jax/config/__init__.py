@@ -1,0 +1,1 @@
+"""Frozen settings of every command, and the TOML files they are read from."""

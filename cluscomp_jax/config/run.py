@@ -1,0 +1,153 @@
+"""RunConfig: everything a compression run depends on, and its strict TOML form."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from cluscomp_jax.config.settings import CalibrationSettings, ClusterSettings, MeshSettings, TuningSettings
+from cluscomp_jax.config.toml import overlay, read_toml
+from cluscomp_jax.errors import InputError
+
+Recipe = Literal["default", "paper"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What `compress` does.
+
+    Attributes:
+      model: the family's config (LlamaConfig); None only until a model has been opened.
+      cluster, calibration: settings of those stages.
+      tuning: None leaves the clustered codebooks as they are (the paper's ClusComp-minus).
+      seed: non-negative; with the same inputs it fixes every bit of the result.
+      device_memory_gib: largest device memory of compression, > 0: forward passes take as many samples together as it
+        allows, and a stage that needs more is refused before any work; nothing is checked without calibration, and the
+        measure of sensitivities (`cluster.mixed`) is not counted. Bits of the result can change with the number of
+        samples. None: 2,048 tokens together, and no check.
+      mesh: how many devices share the samples of a batch and the matrices to be clustered: its data axis; the others
+        are 1. Bits of the result change with it. A tuning batch that it does not divide is computed whole on each.
+      zstd: codes the files of a checkpoint folder: shorter by the bits that entries of 8-bit indices do not hold.
+    """
+
+    model: Any = None
+    cluster: ClusterSettings = ClusterSettings()
+    calibration: CalibrationSettings = CalibrationSettings()
+    tuning: TuningSettings | None = TuningSettings()
+    seed: int = 42
+    device_memory_gib: float | None = None
+    mesh: MeshSettings = MeshSettings()
+    zstd: bool = False
+
+    def __post_init__(self) -> None:
+        budget = self.device_memory_gib
+        if budget is not None and not 0 < budget < math.inf:
+            raise InputError(f"device_memory_gib is {budget}; it must be a number above 0")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed is {self.seed}; it must be from 0 to 2**32-1")
+        if self.mesh.size != self.mesh.data:
+            raise InputError(
+                f"mesh is {self.mesh}; compression holds one block at a time and spreads samples and matrices alone: "
+                "use data, leave fsdp and tensor out"
+            )
+        if self.tuning is not None:
+            train = self.calibration.samples - self.tuning.held_out
+            if train < 1:
+                raise InputError(
+                    f"held_out is {self.tuning.held_out} of {self.calibration.samples} samples; "
+                    "at least one must be left to tune on"
+                )
+            if train % self.tuning.batch_size:
+                raise InputError(
+                    f"batch_size {self.tuning.batch_size} does not divide the {train} samples "
+                    "left to tune on; choose one that does"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the settings as plain JSON values, less the model."""
+        fields = dataclasses.asdict(dataclasses.replace(self, model=None))
+        del fields["model"]
+        return fields
+
+
+PAPER = RunConfig(
+    cluster=ClusterSettings(
+        weighted=False,
+        feedback=False,
+        correction=False,
+        sequential=False,
+        refits=0,
+        mixed="none",
+        outlier_limit=0.0,
+    ),
+    tuning=TuningSettings(
+        epochs=20,
+        learning_rate=0.005,
+        relative_rate=False,
+        schedule="constant",
+        weight_decay=0.1,
+        norms=False,
+        outlier_limit=0.0,
+    ),
+)
+"""The official recipe: blind k-means; AdamW at a constant 0.005, weight decay 0.1, 20 epochs.
+
+One thing differs: a block that ends worse than it began keeps its clustered codebooks (`TuningSettings`).
+"""
+
+RECIPES: dict[str, RunConfig] = {"default": RunConfig(), "paper": PAPER}
+
+
+def load_config(path: str | Path, *, recipe: Recipe | None = None) -> RunConfig:
+    """Returns the RunConfig of a TOML file: tables [cluster], [[cluster.rules]], [calibration], [tuning].
+
+    A top-level `recipe` names the defaults that the file's keys override; `tuning = false` turns tuning off.
+
+    Args:
+      path: of the file.
+      recipe: the defaults where the file names none.
+
+    Raises:
+      InputError: no such file, not TOML, a key nobody reads, a value of the wrong type or range, or a recipe in the
+        file that is not the one asked for, or a bit budget beside the g or num_codes that it would replace.
+    """
+    fields = read_toml(path)
+    try:
+        if recipe is not None and fields.setdefault("recipe", recipe) != recipe:
+            raise InputError(
+                f"recipe is {fields['recipe']!r} there, but {recipe!r} was asked for; leave one of them out"
+            )
+        config = from_dict(fields)
+        _refuse_codes_beside_budget(fields.get("cluster", {}))
+        return config
+    except InputError as error:
+        raise InputError(f"config {path}: {error}") from error
+
+
+def _refuse_codes_beside_budget(cluster: Mapping[str, Any]) -> None:
+    """Not in `from_dict`: settings of a run name every value, those that a budget replaces too."""
+    for i, rule in enumerate(cluster.get("rules", ())):
+        own = [name for name in ("g", "num_codes") if name in rule]
+        if own and "bits" in cluster:
+            raise InputError(
+                f"'cluster.rules[{i}].{own[0]}' is {rule[own[0]]}, but the budget 'cluster.bits' = {cluster['bits']} "
+                "chooses g and num_codes; leave one of them out"
+            )
+
+
+def from_dict(fields: Mapping[str, Any]) -> RunConfig:
+    """Returns the RunConfig of nested plain values; the inverse of `RunConfig.to_dict`.
+
+    Raises:
+      InputError: an unknown recipe, an unknown key, or a value of the wrong type or range.
+    """
+    fields = dict(fields)
+    recipe = fields.pop("recipe", "default")
+    if not isinstance(recipe, str) or recipe not in RECIPES:
+        raise InputError(f"recipe is {recipe!r}; it must be one of {', '.join(sorted(RECIPES))}")
+    if fields.get("tuning", ...) is False:
+        fields["tuning"] = None
+    config = overlay(RECIPES[recipe], fields)
+    assert isinstance(config, RunConfig)
+    return config

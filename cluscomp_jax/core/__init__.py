@@ -1,0 +1,1 @@
+"""Functions of arrays: CodebookArray, parameter trees, the compressed matrix product, losses."""

@@ -1,0 +1,1 @@
+"""GGUF files: header, model config, tensors, tokenizer."""

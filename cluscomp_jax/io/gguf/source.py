@@ -1,0 +1,169 @@
+"""A GGUF file as a ParamSource: dequantised through the `gguf` library, one block at a time.
+
+Knows nothing of tokenizers, and of configs only that `gguf_config` reads them.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import gguf
+import ml_dtypes
+import numpy as np
+
+from cluscomp_jax.checkpoint import layout
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.trees import Params
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.io.gguf import config, header
+from cluscomp_jax.models.model import build_model, parse_model_config
+from cluscomp_jax.runtime.file_stamps import FileStamps
+
+_ROWS_AT_ONCE = 4096  # bounds the float32 copy while a large embedding is dequantised
+
+
+class _CheckedReader(gguf.GGUFReader):  # type: ignore[misc]
+    """GGUFReader that refuses to read past the end, where slicing would silently return fewer bytes."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: str | None = None) -> np.ndarray:
+        if self.byte_order == "S":
+            raise ValueError("it is written in the other byte order than this machine's")
+        # frombuffer checks the bounds, and is several times faster than slicing a memmap.
+        return np.frombuffer(self.data, dtype, int(count), int(offset))
+
+
+class GgufSource:
+    """A ParamSource over one GGUF file of the architectures llama, qwen2 or qwen3.
+
+    Attributes:
+      path: the file.
+      metadata: {key: value} of the header: numbers, strings, and lists of them.
+      model_config: the family's config, read from the header.
+      model: the Model of that config.
+
+    Args:
+      path: a .gguf file.
+      dtype: of all arrays handed out; float32 keeps the dequantiser's exact values.
+
+    Raises:
+      InputError: no such file, not a whole GGUF file, a header that counts too much, an unknown architecture, a
+        missing, unused or misshapen tensor.
+    """
+
+    def __init__(self, path: str | Path, *, dtype: Any = ml_dtypes.bfloat16):
+        self.path = Path(path)
+        self._dtype = np.dtype(dtype)
+        _require_file(self.path)
+        self._stamps = FileStamps([self.path])
+        reader, self.metadata = _open(self.path)
+        parts = self.metadata.get("split.count", 1)
+        if parts > 1:
+            raise InputError(
+                f"{self.path} is one of {parts} parts of a model; merge them first (llama-gguf-split --merge)"
+            )
+        self._header_bytes = int(reader.data_offset)
+        self._tensors = {t.name: t for t in reader.tensors}
+        shapes = {t.name: _shape(t) for t in reader.tensors}
+        self._check_types()
+        factors = self._read("rope_freqs.weight", np.dtype(np.float32)) if "rope_freqs.weight" in shapes else None
+        try:
+            self.model_config = parse_model_config(config.config_fields(self.metadata, shapes, factors))
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}") from None
+        self.model = build_model(self.model_config)
+        self._names, _ = layout.match_tensors(shapes, self.model, layout.GGUF, str(self.path))
+
+    def load_block(self, i: int) -> Params:
+        """Returns block i's tree; kernels [d_in, d_out].
+
+        Raises:
+          InputError: NaN or infinity, or the file was changed since it was opened.
+        """
+        prefix = f"{self.model.blocks_path}/{i}/"
+        with self._stamps.held():
+            return trees.unflatten({p: self._load(prefix + p) for p in self.model.block_shapes(i)})
+
+    def load_rest(self) -> Params:
+        """Returns embedding, last norm and, unless tied, the output head. Raises as `load_block` does."""
+        with self._stamps.held():
+            return trees.unflatten({path: self._load(path) for path in self.model.rest_shapes()})
+
+    def fingerprint(self) -> str:
+        """Returns a digest of the file's name, size, modification time and header, not of its data."""
+        digest = hashlib.sha256(self._stamps.fingerprint() + str(self._dtype).encode())
+        with self.path.open("rb") as file:
+            digest.update(file.read(self._header_bytes))
+        return digest.hexdigest()
+
+    def _check_types(self) -> None:
+        """Dequantises one row of zeros of each type, so that a type the library cannot read fails before the work."""
+        for kind, tensor in {t.tensor_type: t for t in self._tensors.values()}.items():
+            try:
+                gguf.quants.dequantize(np.zeros(tensor.data.shape[-1:], tensor.data.dtype), kind)
+            except NotImplementedError as error:
+                raise InputError(f"{self.path}: tensor {tensor.name}: {error}; use another file") from None
+
+    def _load(self, path: str) -> np.ndarray:
+        name = self._names[path]
+        array = self._read(name, self._dtype)
+        layout.require_finite(array, name, str(self.path))
+        if self.model_config.model_type in ("llama", "mistral") and "/self_attn/q_proj/" in path:
+            array = _undo_permutation(array, self.model_config.num_attention_heads)
+        elif self.model_config.model_type in ("llama", "mistral") and "/self_attn/k_proj/" in path:
+            array = _undo_permutation(array, self.model_config.num_key_value_heads)
+        return layout.to_flax(path, array)
+
+    def _read(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
+        """Returns a tensor as stored, dequantised to `dtype`; read, not mapped, so that pages do not pile up."""
+        tensor = self._tensors[name]
+        raw = tensor.data
+        stored = np.fromfile(self.path, raw.dtype, count=raw.size, offset=int(tensor.data_offset))
+        if stored.size != raw.size:
+            raise InputError(
+                f"{self.path}: tensor {name} ends after {stored.size} of {raw.size} values; fetch it again"
+            )
+        stored = stored.reshape(raw.shape)
+        array = np.empty(_shape(tensor), dtype)
+        for start in range(0, len(array), _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            array[rows] = gguf.quants.dequantize(stored[rows], tensor.tensor_type)
+        return array
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """Returns {key: value} of a GGUF header.
+
+    Raises:
+      InputError: it is not a whole GGUF file, or its header counts more than `gguf_header` allows.
+    """
+    return _open(Path(path))[1]
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise InputError(f"{path} is not a file")
+
+
+def _open(path: Path) -> tuple[_CheckedReader, dict[str, Any]]:
+    _require_file(path)
+    header.check_counts(path)
+    try:
+        reader = _CheckedReader(path)
+        return reader, {key: field.contents() for key, field in reader.fields.items()}
+    except (ValueError, KeyError, IndexError, OverflowError, RecursionError) as error:
+        raise InputError(f"{path} is not a whole GGUF file: {str(error)[:120]}; fetch it again") from None
+
+
+def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
+    """The row-major shape; GGUF lists the fastest axis first."""
+    return tuple(int(d) for d in reversed(tensor.shape))
+
+
+def _undo_permutation(stored: np.ndarray, heads: int) -> np.ndarray:
+    """Returns q or k rows [d_out, …] in the order of Hugging Face.
+
+    llama.cpp interleaves the two halves of each head for its rotary embedding: (head, half, pair) is
+    stored as (head, pair, half).
+    """
+    pairs = stored.shape[0] // heads // 2
+    return stored.reshape(heads, pairs, 2, *stored.shape[1:]).swapaxes(1, 2).reshape(stored.shape)

@@ -1,0 +1,1 @@
+"""Hugging Face folders: safetensors, AQLM, and repositories on the Hub."""

@@ -1,0 +1,116 @@
+"""Where k-means begins: a spread-out sample with as many codes in each region as the best codebook has there.
+
+Letters: m vectors, n codes, g weights per vector, s vectors sampled. High-resolution quantisation theory (Zador)
+says that the best codes lie with density p^(g/(g+2)) where the vectors lie with density p: thinner than the
+vectors where these crowd, thicker in the tails. Lloyd's iterations move codes a little at a time, so a start of
+uniformly drawn vectors never gets there.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cluscomp_jax.kmeans.assignment import Blocks
+from cluscomp_jax.kmeans.tree import random_rotation
+
+_SAMPLES_PER_CODE = 16
+_PER_LEAF = 16
+"""Vectors of a leaf: enough to measure how far apart they lie, few enough to lie together."""
+_FLOOR = 0.01
+"""Least error of a vector as a share of the mean: even a crowd of equal vectors gets a code."""
+
+
+def spread_start(sample: jax.Array, mass: jax.Array, key: jax.Array, *, num_codes: int) -> jax.Array:
+    """Returns codes [n, g], each one of the sampled vectors; the density that counts is that of their weights.
+
+    Args:
+      sample: [s, g] float32, s >= n; 16 vectors per code are enough.
+      mass: [s] >= 0, their weights.
+      key: draws the tree and the codes.
+    """
+    rotation = random_rotation(key, 0, g=sample.shape[1])
+    codes: jax.Array = pick(sample, mass, rotation, jax.random.fold_in(key, 1), num_codes=num_codes)
+    return codes
+
+
+@partial(jax.jit, static_argnames=("num_codes", "count"))
+def draw_sample(blocks: Blocks, key: jax.Array, *, num_codes: int, count: int) -> tuple[jax.Array, jax.Array]:
+    """Returns (vectors [s, g], weights [s]), one from each of s equal stretches of the first `count`.
+
+    s is 16 for each code, or `count` if that is less.
+    """
+    size = min(count, _SAMPLES_PER_CODE * num_codes)
+    stretches = np.arange(size + 1) * count // size
+    inside = jax.random.uniform(key, (size,), jnp.float32) * np.diff(stretches)
+    at = stretches[:-1].astype(np.int32) + jnp.floor(inside).astype(jnp.int32)
+    return blocks.vectors.reshape(-1, blocks.vectors.shape[-1])[at], blocks.weights.reshape(-1)[at]
+
+
+@partial(jax.jit, static_argnames="num_codes")
+def pick(sample: jax.Array, mass: jax.Array, rotation: jax.Array, key: jax.Array, *, num_codes: int) -> jax.Array:
+    """Returns n of the sampled vectors [s, g], none twice within rounding, with the density of good codes."""
+    leaf = _leaves_by_means(sample, rotation)
+    leaf, order = jax.lax.sort((leaf, jnp.arange(len(leaf), dtype=jnp.int32)), num_keys=1)
+    ends = jnp.cumsum(_capped(_zador_share(sample[order], mass[order], leaf), num_codes))
+    # Systematic sampling along the tree: neighbours in the order are neighbours in space.
+    ticks = (jnp.arange(num_codes, dtype=jnp.float32) + jax.random.uniform(key, dtype=jnp.float32)) * (
+        ends[-1] / num_codes
+    )
+    place = jnp.searchsorted(ends, ticks, side="right")
+    codes: jax.Array = sample[order[jnp.minimum(place, len(order) - 1)]]
+    return codes
+
+
+def _leaves_by_means(vectors: jax.Array, rotation: jax.Array) -> jax.Array:
+    """Returns the leaf, int32 [s], of each vector [s, g] in a tree that cuts every box at the mean of one direction.
+
+    Means take sums and no sorting, and follow the tails better than medians do.
+    """
+    s, g = vectors.shape
+    depth = max(s // _PER_LEAF, 1).bit_length() - 1
+    along = jnp.dot(vectors, rotation, precision="highest").T
+
+    def halve(level: jax.Array, box: jax.Array) -> jax.Array:
+        coordinate = jax.lax.dynamic_index_in_dim(along, level % g, keepdims=False)
+        members = _sum_by(box, jnp.ones((s,), jnp.float32), 1 << depth)
+        mean = _sum_by(box, coordinate, 1 << depth) / jnp.maximum(members, 1.0)
+        return 2 * box + jnp.asarray(coordinate > mean[box], jnp.int32)
+
+    leaf: jax.Array = jax.lax.fori_loop(0, depth, halve, jnp.zeros((s,), jnp.int32))
+    return leaf
+
+
+def _zador_share(vectors: jax.Array, mass: jax.Array, leaf: jax.Array) -> jax.Array:
+    """Returns [s] >= 0: the codes that each of the vectors [s, g] is due, up to a factor; leaf is sorted.
+
+    A leaf of weight w that extends over a length l is due w^(g/(g+2)) * (l^g)^(2/(g+2)) codes, which is the power
+    g/(g+2) of w * l^2, its error if it had one code.
+    """
+    s, g = vectors.shape
+    members = _sum_by(leaf, jnp.ones((s,), jnp.float32), s)
+    total = _sum_by(leaf, mass, s)[:, None]
+    centre = _sum_by(leaf, mass[:, None] * vectors, s) / jnp.where(total > 0, total, 1.0)
+    error = _sum_by(leaf, mass * jnp.sum(jnp.square(vectors - centre[leaf]), axis=1), s)
+    # Vectors lie nearer to their own mean than to that of all: by the usual (members - 1) / members.
+    error *= members / jnp.maximum(members - 1.0, 1.0)
+    mean = jnp.sum(error) / s
+    share = jnp.where(mean > 0, (error / jnp.where(mean > 0, mean, 1.0) + _FLOOR * members) ** (g / (g + 2)), 1.0)
+    return (share / jnp.maximum(members, 1.0))[leaf]
+
+
+def _sum_by(group: jax.Array, values: jax.Array, groups: int) -> jax.Array:
+    return jnp.zeros((groups, *values.shape[1:]), values.dtype).at[group].add(values, mode="promise_in_bounds")
+
+
+def _capped(share: jax.Array, num_codes: int) -> jax.Array:
+    """Returns probabilities [s] <= 1 of sum n, in proportion to `share` wherever that stays below 1."""
+
+    def scale(_: jax.Array, factor: jax.Array) -> jax.Array:
+        full = factor * share >= 1.0
+        rest = jnp.sum(jnp.where(full, 0.0, share))
+        return jnp.where(rest > 0, (num_codes - jnp.sum(full)) / jnp.where(rest > 0, rest, 1.0), factor)
+
+    factor = jax.lax.fori_loop(0, 20, scale, num_codes / jnp.sum(share))
+    return jnp.minimum(factor * share, 1.0)

@@ -1,0 +1,1 @@
+"""Decoder families, the protocol they follow, and how their blocks are read, streamed and sharded."""

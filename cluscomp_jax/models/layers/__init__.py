@@ -1,0 +1,1 @@
+"""What decoder families share: attention, rotary embeddings, the key-value cache, fields of config.json."""

@@ -1,0 +1,91 @@
+"""Flax linen adapters: the decoder as a linen module, and compressed kernels for a linen model that exists already.
+
+Thin: the computation is `llama.forward` or the model's own. Knows no training loop.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.core.linear import linear
+from cluscomp_jax.models.llama.config import LlamaConfig
+from cluscomp_jax.models.llama.init import initial_value, param_shapes
+from cluscomp_jax.models.llama.model import forward
+
+
+class FlaxLlama(nn.Module):  # type: ignore[misc]
+    """The decoder as a linen module; `init` and `apply` speak the FlaxLlama layout exactly.
+
+    `apply({"params": params}, tokens)` takes dense or compressed kernels and returns logits float32 [b, t, v].
+
+    Attributes:
+      config: of the model.
+      dtype: compute dtype.
+    """
+
+    config: LlamaConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact  # type: ignore[untyped-decorator]
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Returns logits float32 [b, t, v] of int tokens [b, t]."""
+        shapes = trees.unflatten(param_shapes(self.config))
+        deviation = self.config.initializer_range
+        params = {name: _Branch(inner, deviation, name=name)() for name, inner in shapes.items()}
+        return forward(params, tokens, self.config, dtype=self.dtype)
+
+
+class _Branch(nn.Module):  # type: ignore[misc]
+    """Declares the parameters of a tree of shapes under the same names, and hands them out."""
+
+    shapes: Mapping[str, Any]
+    deviation: float
+
+    @nn.compact  # type: ignore[untyped-decorator]
+    def __call__(self) -> dict[str, Any]:
+        return {
+            name: _Branch(inner, self.deviation, name=name)() if isinstance(inner, Mapping) else self._leaf(name, inner)
+            for name, inner in self.shapes.items()
+        }
+
+    def _leaf(self, name: str, shape: tuple[int, ...]) -> Any:
+        # self.param compares a CodebookArray's own arrays with the dense shape and refuses it.
+        if self.has_variable("params", name):
+            return self.get_variable("params", name)
+        return self.param(name, lambda key: initial_value(name, shape, key, self.deviation))
+
+
+def compressed_dense(
+    next_function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any
+) -> Any:
+    """A `linen.intercept_methods` interceptor: an nn.Dense whose kernel is a CodebookArray multiplies by that.
+
+    Everything else runs as it was. Kernels of other modules (DenseGeneral, Conv) stay dense: linen itself refuses
+    a CodebookArray there, naming the parameter.
+    """
+    dense = context.module
+    served = isinstance(dense, nn.Dense) and context.method_name == "__call__"
+    kernel = dense.get_variable("params", "kernel") if served else None
+    if not isinstance(kernel, CodebookArray):
+        return next_function(*args, **kwargs)
+    x = jnp.asarray(args[0] if args else kwargs["inputs"])
+    bias = dense.get_variable("params", "bias") if dense.use_bias else None
+    return linear(x.astype(dense.dtype or jnp.result_type(x, kernel.dtype)), kernel, bias)
+
+
+def apply_compressed(module: Any, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Returns module.apply(variables, *args, **kwargs) where kernels of nn.Dense may be CodebookArrays.
+
+    Args:
+      module: any linen module built on nn.Dense, an existing Flax LLaMA for one.
+      variables: {"params": tree, …} as `apply` takes them.
+      *args: handed on.
+      **kwargs: handed on.
+    """
+    with nn.intercept_methods(compressed_dense):
+        return module.apply(variables, *args, **kwargs)

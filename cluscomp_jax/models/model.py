@@ -1,0 +1,186 @@
+"""What the upper layers see of a decoder: the Model protocol and the table model_type -> family.
+
+Knows no family by its insides: a family is a module with `parse_config(dict) -> config`, its inverse
+`to_hf_dict(config) -> dict`, and `build(config) -> Model`.
+"""
+
+import importlib
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.trees import Params
+from cluscomp_jax.errors import InputError
+
+Cache = dict[str, jax.Array]
+Tap = Callable[[str, jax.Array, jax.Array | None], Any]
+"""Called as tap(site, x [..., d_in], residual [..., d] or None) with the input of a site's kernels and what their
+output is added to, if it is added to anything; block returns what it returns."""
+
+
+@runtime_checkable
+class Model(Protocol):
+    """Pure functions of one decoder. Implementations are frozen and hashable: they serve as static jit arguments.
+
+    Letters: b batch, t time, d model width, v vocabulary. The dtype of x is the compute dtype; softmax, norms
+    and logits are computed in float32 whatever it is.
+    """
+
+    @property
+    def config(self) -> Any:
+        """The family's frozen config; it has at least `model_type` and `vocab_size`."""
+        ...
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of decoder blocks."""
+        ...
+
+    @property
+    def blocks_path(self) -> str:
+        """The path under which blocks "0", "1", … stand, e.g. "model/layers"."""
+        ...
+
+    @property
+    def sites(self) -> Mapping[str, tuple[str, ...]]:
+        """{site: block-relative paths of the kernels that read that same input}, in order of computation."""
+        ...
+
+    def block_kind(self, i: int) -> Hashable:
+        """What distinguishes block i's program besides its shapes (its attention window, say)."""
+        ...
+
+    def block_shapes(self, i: int) -> dict[str, tuple[int, ...]]:
+        """{block-relative path: shape} of block i's dense parameters."""
+        ...
+
+    def rest_shapes(self) -> dict[str, tuple[int, ...]]:
+        """{path: shape} of all parameters outside the blocks."""
+        ...
+
+    def embed(self, rest: Params, tokens: jax.Array, *, dtype: Any) -> jax.Array:
+        """tokens int [b, t] -> x [b, t, d] of `dtype`."""
+        ...
+
+    def block(self, params: Params, x: jax.Array, *, kind: Hashable, tap: Tap | None = None) -> Any:
+        """x [b, t, d] -> y [b, t, d]; with a tap, (y, {site: tap(site, input, residual)})."""
+        ...
+
+    def head(self, rest: Params, x: jax.Array) -> jax.Array:
+        """x [b, t, d] -> logits float32 [b, t, v]."""
+        ...
+
+    def init_cache(self, i: int, batch: int, length: int, dtype: Any) -> Cache:
+        """The empty key-value cache of block i for `length` positions."""
+        ...
+
+    def cached_block(
+        self,
+        params: Params,
+        x: jax.Array,
+        cache: Cache,
+        position: jax.Array | int,
+        *,
+        kind: Hashable,
+        length: jax.Array | int | None = None,
+    ) -> tuple[jax.Array, Cache]:
+        """x [b, t, d] at positions position … position+t-1 against the cache -> (y, cache with them written).
+
+        `length` is the number of positions of the sequence after this call, less than position + t where x is padded
+        at its end; None: position + t. The columns of y at and past it mean nothing.
+        """
+        ...
+
+
+_FAMILIES: dict[str, str | Any] = {
+    "llama": "cluscomp_jax.models.llama",
+    "mistral": "cluscomp_jax.models.llama",
+    "qwen2": "cluscomp_jax.models.llama",
+    "qwen3": "cluscomp_jax.models.llama",
+}
+
+
+def register_family(model_type: str, module: Any) -> None:
+    """Adds a family: `module` (or its import name) offers parse_config, to_hf_dict and build."""
+    _FAMILIES[model_type] = module
+
+
+def _family(model_type: Any) -> Any:
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
+        raise InputError(f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(_FAMILIES))}")
+    module = _FAMILIES[model_type]
+    return importlib.import_module(module) if isinstance(module, str) else module
+
+
+def parse_model_config(fields: Mapping[str, Any]) -> Any:
+    """Returns the family's frozen config of a Hugging Face config.json mapping.
+
+    Raises:
+      InputError: unknown or missing model_type, or a value the family cannot serve.
+    """
+    return _family(fields.get("model_type")).parse_config(fields)
+
+
+def model_config_to_dict(config: Any) -> dict[str, Any]:
+    """Returns the Hugging Face config.json mapping of a family's config; parse_model_config undoes it."""
+    return dict(_family(getattr(config, "model_type", None)).to_hf_dict(config))
+
+
+def build_model(config: Any) -> Model:
+    """Returns the Model of a family's config (anything with a `model_type`); a Model is returned as it is."""
+    if isinstance(config, Model):
+        return config
+    if not hasattr(config, "model_type"):
+        raise InputError(f"cfg.model must be a model config such as LlamaConfig, not {type(config).__name__}")
+    model: Model = _family(config.model_type).build(config)
+    return model
+
+
+@partial(jax.jit, static_argnames=("model", "dtype"))
+def run_embed(rest: Params, tokens: jax.Array, *, model: Model, dtype: Any) -> jax.Array:
+    """Jitted `model.embed`."""
+    return model.embed(rest, tokens, dtype=dtype)
+
+
+@partial(jax.jit, static_argnames=("model", "kind"))
+def run_block(block: Params, x: jax.Array, *, model: Model, kind: Hashable) -> jax.Array:
+    """Jitted `model.block` without a tap; compiled once per kind and structure of block."""
+    y: jax.Array = model.block(block, x, kind=kind)
+    return y
+
+
+def parameter_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Returns {path: shape} of all dense parameters, blocks in order behind the rest."""
+    shapes = dict(model.rest_shapes())
+    for i in range(model.num_blocks):
+        shapes |= {f"{model.blocks_path}/{i}/{path}": shape for path, shape in model.block_shapes(i).items()}
+    return shapes
+
+
+def width(model: Model) -> int:
+    """Returns d, the channels of the activations between blocks."""
+
+    def embedded() -> jax.Array:
+        rest = {path: jnp.zeros(shape, jnp.bfloat16) for path, shape in model.rest_shapes().items()}
+        return model.embed(trees.unflatten(rest), jnp.zeros((1, 2), jnp.int32), dtype=jnp.bfloat16)
+
+    return int(jax.eval_shape(embedded).shape[-1])
+
+
+def check_tokens(tokens: np.ndarray, model: Model, what: str) -> None:
+    """Raises InputError where `tokens` (called `what` in the message) are no integers or leave the vocabulary."""
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise InputError(f"{what}: dtype is {tokens.dtype}; tokens are integers")
+    if tokens.size:
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= model.config.vocab_size:
+            wrong = high if high >= model.config.vocab_size else low
+            raise InputError(
+                f"{what}: token {wrong} is outside the vocabulary, 0 to {model.config.vocab_size - 1}; "
+                "was it made for another model?"
+            )

@@ -1,0 +1,209 @@
+"""Where the arrays and rows of a run lie on a mesh of devices. XLA does the rest. Knows no loss and no loop.
+
+Rows of a batch are spread over "data" and "fsdp". Matrices, their indices and their codebooks lie in parts over "fsdp"
+and "tensor"; what "fsdp" parts is gathered block by block, where it is used. A dimension that an axis does not divide
+stays whole along it.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from cluscomp_jax.config.settings import MeshSettings
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.core.sharded_kernel import ShardedKernel, Side, spec
+from cluscomp_jax.core.trees import Params
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.models.model import Model
+
+FSDP, TENSOR = "fsdp", "tensor"
+AXES = ("data", FSDP, TENSOR)
+ROWS = AXES[:2]
+REST = "rest"
+"""The group of what stands outside the blocks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """A mesh, and which kernels of a model are split along their inputs; hashable.
+
+    Attributes:
+      mesh: with the axes "data", "fsdp" and "tensor".
+      inner: block-relative paths of the kernels whose "tensor" parts each take a part of the input; all others each
+        give a part of the output.
+    """
+
+    mesh: Mesh
+    inner: frozenset[str]
+
+    @property
+    def row_parts(self) -> int:
+        """How many parts the rows of a batch come in."""
+        return int(np.prod([self.mesh.shape[axis] for axis in ROWS]))
+
+    @property
+    def everywhere(self) -> NamedSharding:
+        """The place of what is whole on every device."""
+        return self._on()
+
+    def rows(self, ndim: int) -> NamedSharding:
+        """Returns the place of rows [..., b, t], of which b is spread over the devices."""
+        return self._on(*(None,) * (ndim - 2), ROWS)
+
+    def of(self, name: str, leaf: Any) -> Any:
+        """Returns where a leaf of the trained or frozen tree lies: a NamedSharding, or a CodebookArray of them.
+
+        Args:
+          name: its group and path, "/codebook" behind it where it is one.
+          leaf: has a shape; stacked, unless its group is "rest".
+        """
+        group, _, path = name.partition("/")
+
+        def place(array: Any, codebook: bool) -> NamedSharding:
+            shape = tuple(array.shape if group == REST else array.shape[1:])
+            axes = self._codes(shape) if codebook else self._sides(path, shape)
+            return self._on(*axes) if group == REST else self._on(None, *axes)
+
+        if isinstance(leaf, CodebookArray):
+            codebook = None if leaf.codebook is None else place(leaf.codebook, True)
+            return dataclasses.replace(leaf, codebook=codebook, index=place(leaf.index, False))
+        return place(leaf, path.endswith("/codebook"))
+
+    def put(self, name: str, leaf: Any) -> Any:
+        """Returns a leaf of host arrays where `of` says; every process takes the parts of its own devices."""
+        return jax.tree.map(_put, leaf, self.of(name, leaf))
+
+    def put_rows(self, rows: np.ndarray) -> jax.Array:
+        """Returns [..., b, t] of the host, the same in every process, with b spread over the devices."""
+        return _put(rows, self.rows(rows.ndim))
+
+    def splits(self, rows: int) -> bool:
+        """Returns whether so many rows can be spread equally."""
+        return rows % self.row_parts == 0
+
+    def samples(self, count: int) -> NamedSharding:
+        """Returns the place of [b, ...] with b spread over the devices; whole on each where it cannot be equally."""
+        return self._on(ROWS) if self.splits(count) else self.everywhere
+
+    def by_rows(self, x: jax.Array) -> jax.Array:
+        """Returns x [b, ...] with b spread over the devices and nothing else."""
+        return hold(x, self._on(ROWS))
+
+    def used(self, path: str, leaf: Any) -> Any:
+        """Returns a leaf of a block, or of what is outside all, as it is used: whole but for "tensor".
+
+        An index whose codebook is elsewhere stays as it lies, and what is as it is used stays so.
+        """
+        if isinstance(leaf, CodebookArray):
+            whole = leaf.codebook is not None
+            return ShardedKernel(leaf, self.mesh, ROWS, TENSOR, self._split(path, leaf)) if whole else leaf
+        if isinstance(leaf, ShardedKernel):
+            return leaf
+        return hold(leaf, self._on(*(axis if axis == TENSOR else None for axis in self._sides(path, leaf.shape))))
+
+    def _on(self, *axes: str | tuple[str, ...] | None) -> NamedSharding:
+        return NamedSharding(self.mesh, spec(*axes))
+
+    def _divides(self, axis: str, size: int) -> bool:
+        return size % int(self.mesh.shape[axis]) == 0
+
+    def _codes(self, shape: tuple[int, ...]) -> tuple[Any, ...]:
+        """Returns the axes of a codebook [n, g]."""
+        parts = self.mesh.shape[FSDP] * self.mesh.shape[TENSOR]
+        both = (FSDP, TENSOR) if shape[0] % parts == 0 else None
+        return both or (FSDP if self._divides(FSDP, shape[0]) else None), None
+
+    def _sides(self, path: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
+        """Returns the axes of a matrix or an index of one; other arrays are small, and whole everywhere."""
+        if len(shape) != 2:
+            return ()
+        # The rows of an embedding are logits where it is the head too, so they are what "tensor" parts.
+        axes = (FSDP, TENSOR) if path.endswith("/kernel") and path not in self.inner else (TENSOR, FSDP)
+        return tuple(axis if self._divides(axis, size) else None for axis, size in zip(axes, shape, strict=True))
+
+    def _split(self, path: str, w: CodebookArray) -> Side | None:
+        """Returns the side along which the product by w is split, None where its parts would not be equal."""
+        side: Side = "in" if path in self.inner else "out"
+        place = 0 if side == "in" else 1
+        pieces, size = w.index.shape[place], w.shape[place]
+        padded = w.axis == side and pieces * w.group_size != size
+        return None if padded or not self._divides(TENSOR, pieces) else side
+
+
+def make_sharding(settings: MeshSettings, model: Model) -> Sharding | None:
+    """Returns how `model` lies on all devices of all processes; None where one process works on one device alone.
+
+    Raises:
+      InputError: the mesh takes another number of devices than there are.
+    """
+    devices, processes = jax.device_count(), jax.process_count()
+    if settings.size == 1 and processes == 1:
+        return None
+    if settings.size != devices:
+        raise InputError(
+            f"mesh {settings} takes {settings.size} devices, there are {devices} in {processes} process(es); choose "
+            f"sizes whose product is {devices}"
+        )
+    mesh = jax.make_mesh(settings.sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return sharding_on(mesh, model)
+
+
+def sharding_on(mesh: Mesh, model: Model) -> Sharding:
+    """Returns how `model` lies on a mesh with the AXES."""
+    return Sharding(mesh, _added_to_a_residual(model))
+
+
+def put_samples(x: np.ndarray, sharding: Sharding | None) -> jax.Array:
+    """Returns [b, ...] of the host on the devices that share its samples, or on the only one."""
+    there: jax.Array = jax.device_put(x, None if sharding is None else sharding.samples(len(x)))
+    return there
+
+
+def put_whole(tree: Params, sharding: Sharding | None) -> Params:
+    """Returns the parameters whole on every device."""
+    there: Params = jax.device_put(tree, None if sharding is None else sharding.everywhere)
+    return there
+
+
+def gathered(params: Params, sharding: Sharding | None) -> Params:
+    """Returns the parameters with every leaf as it is used."""
+    return params if sharding is None else trees.map_by_path(sharding.used, params)
+
+
+def hold(array: Any, place: NamedSharding) -> jax.Array:
+    """Returns the array, which lies there wherever a program is cut into those of the devices."""
+    held: jax.Array = jax.lax.with_sharding_constraint(array, place)  # type: ignore[no-untyped-call]
+    return held
+
+
+def _put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: np.asarray(array[part]))
+
+
+def _added_to_a_residual(model: Model) -> frozenset[str]:
+    """Returns the block-relative paths of the kernels whose output is added to what went around them.
+
+    Their inputs come in parts out of kernels split along their outputs, so splitting these along their inputs moves
+    nothing before the sum (Megatron-LM, arXiv 1909.08053, section 3).
+    """
+    sites: set[str] = set()
+
+    def tap(site: str, x: jax.Array, residual: jax.Array | None) -> None:
+        if residual is not None:
+            sites.add(site)
+
+    def zeros(shapes: Mapping[str, tuple[int, ...]]) -> Params:
+        return trees.unflatten({path: jnp.zeros(shape) for path, shape in shapes.items()})
+
+    def first_block() -> Any:
+        x = model.embed(zeros(model.rest_shapes()), jnp.zeros((1, 2), jnp.int32), dtype=jnp.float32)
+        return model.block(zeros(model.block_shapes(0)), x, kind=model.block_kind(0), tap=tap)
+
+    jax.eval_shape(first_block)
+    return frozenset(path for site in sites for path in model.sites[site])

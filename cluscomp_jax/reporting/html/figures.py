@@ -1,0 +1,262 @@
+"""The figures of a report, drawn by matplotlib from records. Knows no page and writes no file."""
+
+import dataclasses
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from cluscomp_jax.reporting.html.codes import CodeUse
+from cluscomp_jax.reporting.html.records import Record, RunRecords
+
+INK, ACCENT, SECOND, PALE = "#22303c", "#1f6f8b", "#d9703e", "#c9d6de"
+_STYLE: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+}
+_MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """One figure.
+
+    Attributes:
+      name: of its file, without ending.
+      title, caption: for the page.
+      figure: what is drawn.
+    """
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+
+    def png(self) -> bytes:
+        """Returns the figure as a PNG."""
+        with matplotlib.rc_context(_STYLE), io.BytesIO() as file:
+            self.figure.savefig(file, format="png", dpi=140, metadata={"Software": None})
+            return file.getvalue()
+
+    def svg(self) -> str:
+        """Returns the figure as an svg element for a page, without a size of its own, metadata or doctype."""
+        with matplotlib.rc_context({**_STYLE, "svg.hashsalt": self.name}), io.StringIO() as file:
+            self.figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+            text = file.getvalue()
+        text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+        opening, rest = text.split(">", 1)
+        opening = re.sub(r'\s(?:width|height)="[^"]*"', "", opening)
+        return f'{opening} role="img" aria-label="{self.title}">{rest}'
+
+
+def draw_run(records: RunRecords, uses: Mapping[str, CodeUse]) -> list[Drawing]:
+    """Returns the figures for which the run left records; `uses` by full path of the matrix."""
+    with matplotlib.rc_context(_STYLE):
+        return list(_of_run(records, uses))
+
+
+def draw_comparison(runs: Sequence[RunRecords]) -> list[Drawing]:
+    """Returns the figure of bits against perplexity, or none where no run measured it."""
+    with matplotlib.rc_context(_STYLE):
+        return list(_of_runs(runs))
+
+
+def _of_run(records: RunRecords, uses: Mapping[str, CodeUse]) -> Iterator[Drawing]:
+    if records.matrices:
+        yield _sizes(records)
+    if records.perplexity:
+        yield _perplexity(records)
+    if any(_number(block.get("loss_after")) for block in records.blocks):
+        yield _losses(records.blocks)
+    errors = {m["path"]: m["relative_error"] for m in records.matrices if _number(m.get("relative_error"))}
+    maps = [
+        ("errors", "Error of every matrix", "||W - decoded||² / ||W||², after clustering", errors, "YlOrRd"),
+        (
+            "bits",
+            "Bits of every matrix",
+            "stored bits per weight, codebook included",
+            {m["path"]: m["bits_per_weight"] for m in records.matrices},
+            "PuBu",
+        ),
+        (
+            "usage",
+            "Use of the codes",
+            "2^entropy of the index / codes",
+            {p: u.effective for p, u in uses.items()},
+            "GnBu",
+        ),
+        (
+            "kurtosis",
+            "Kurtosis of the weights",
+            "3 is a normal distribution",
+            {p: u.kurtosis for p, u in uses.items()},
+            "BuPu",
+        ),
+    ]
+    for name, title, label, values, colours in maps:
+        inside = {path: v for path, v in values.items() if path.startswith(f"{records.blocks_path}/")}
+        if inside:
+            yield _heat_map(name, title, label, inside, records, colours)
+    if records.stages:
+        yield _stages(records.stages)
+
+
+def _of_runs(runs: Sequence[RunRecords]) -> Iterator[Drawing]:
+    points = []
+    for run in runs:
+        measured = run.own_perplexity.get("perplexity")
+        if run.bits_per_weight is not None and measured is not None:
+            points.append((run.bits_per_weight, float(measured), run.name))
+    if not points:
+        return
+    figure, axes = _new(9, 5)
+    for bits, perplexity, name in points:
+        axes.plot([bits], [perplexity], "o", color=ACCENT, markersize=8)
+        axes.annotate(name, (bits, perplexity), textcoords="offset points", xytext=(8, 5))
+    originals = {run.perplexity["original"]["perplexity"] for run in runs if "original" in run.perplexity}
+    for original in sorted(value for value in originals if _number(value)):
+        axes.axhline(original, color=SECOND, linewidth=1, linestyle="--")
+        axes.annotate(
+            "original", (axes.get_xlim()[0], original), textcoords="offset points", xytext=(4, 4), color=SECOND
+        )
+    axes.margins(0.15)
+    axes.set(xlabel="stored bits per weight, codebooks included", ylabel="perplexity")
+    axes.grid(alpha=0.25)
+    yield Drawing("comparison", "Bits against perplexity", "Lower and further left is better.", figure)
+
+
+def _new(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _kind(path: str, blocks_path: str) -> str:
+    """Returns the part of a matrix's path that all blocks share, in short: "mlp/up_proj"."""
+    inside = path.removeprefix(f"{blocks_path}/")
+    name = inside.partition("/")[2] if inside != path else path
+    return name.removesuffix("/kernel")
+
+
+def _sizes(records: RunRecords) -> Drawing:
+    sums: dict[str, list[float]] = {}
+    for matrix in records.matrices:
+        held = sums.setdefault(_kind(matrix["path"], records.blocks_path), [0.0, 0.0, 0.0])
+        books = 16 * matrix["g"] * matrix["num_codes"]
+        for part, bits in enumerate((16 * math.prod(matrix["shape"]), matrix["bits"] - books, books)):
+            held[part] += bits / 8 / _MIB
+    figure, axes = _new(9, 0.5 * len(sums) + 1.4)
+    rows = np.arange(len(sums))
+    dense, index, books = np.array(list(sums.values())).T
+    axes.barh(rows - 0.2, dense, 0.36, color=PALE, label="16-bit original")
+    axes.barh(rows + 0.2, index, 0.36, color=ACCENT, label="index")
+    axes.barh(rows + 0.2, books, 0.36, left=index, color=SECOND, label="codebooks")
+    axes.set_yticks(rows, list(sums))
+    axes.invert_yaxis()
+    axes.set(xlabel="MiB, all blocks together")
+    axes.legend(loc="lower right")
+    return Drawing("sizes", "Where the bytes are", "Compressed matrices by kind, beside 16-bit numbers.", figure)
+
+
+def _perplexity(records: RunRecords) -> Drawing:
+    measured = records.perplexity
+    shown = {name: float(m["perplexity"]) for name, m in measured.items() if _number(m.get("perplexity"))}
+    figure, axes = _new(9, 0.55 * max(1, len(shown)) + 1.2)
+    bars = axes.barh(
+        list(shown), list(shown.values()), 0.5, color=[SECOND if name == records.stage else PALE for name in shown]
+    )
+    axes.bar_label(bars, fmt="%.2f", padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set(xlabel="perplexity, lower is better")
+    first = next(iter(measured.values()))
+    caption = f"{first.get('windows')} windows of {first.get('context')} tokens."
+    if records.unmeasured:
+        caption += f" Not measured: {', '.join(records.unmeasured)}; `cluscomp evaluate MODEL --record` adds a stage."
+    return Drawing("perplexity", "Perplexity by stage", caption, figure)
+
+
+def _losses(blocks: Sequence[Record]) -> Drawing:
+    tuned = any(block.get("epoch_losses") for block in blocks)
+    figure, made = _new(9, 6.4 if tuned else 3.6, rows=2 if tuned else 1)
+    axes = made[0] if tuned else made
+    for key, label, colour, marker in (
+        ("loss_before", "clustered", SECOND, "o"),
+        ("loss_after", "as stored", ACCENT, "s"),
+    ):
+        points = [(b["index"], b[key]) for b in blocks if _number(b.get(key)) and b[key] > 0]
+        if points:
+            axes.semilogy(*zip(*points, strict=True), marker=marker, markersize=4, color=colour, label=label)
+    axes.set(xlabel="block", ylabel="mean squared error", title="Distance from the original stream behind each block")
+    axes.grid(alpha=0.25)
+    axes.legend()
+    if tuned:
+        below = made[1]
+        shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(blocks)))
+        for colour, block in zip(shades, blocks, strict=True):
+            course = [block.get("loss_before"), *(block.get("epoch_losses") or [])]
+            if all(_number(loss) for loss in course):
+                below.semilogy(range(len(course)), course, color=colour, marker=".")
+        below.set(xlabel="epoch (0: clustered)", ylabel="tuning loss", title="Course of tuning, first block dark")
+        below.xaxis.get_major_locator().set_params(integer=True)
+        below.grid(alpha=0.25)
+    return Drawing("losses", "Loss per block and epoch", "On the calibration text.", figure)
+
+
+def _heat_map(
+    name: str, title: str, label: str, values: Mapping[str, float], records: RunRecords, colours: str
+) -> Drawing:
+    kinds = list(dict.fromkeys(_kind(path, records.blocks_path) for path in values))
+    grid = np.full((len(kinds), records.num_blocks), np.nan)
+    for path, value in values.items():
+        block = int(path.removeprefix(f"{records.blocks_path}/").partition("/")[0])
+        grid[kinds.index(_kind(path, records.blocks_path)), block] = value
+    figure, axes = _new(9, 0.36 * len(kinds) + 1.3)
+    image = axes.imshow(grid, aspect="auto", cmap=colours, interpolation="nearest")
+    axes.set_yticks(range(len(kinds)), kinds)
+    axes.set(xlabel="block")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label=label)
+    worst = max((p for p in values if _number(values[p])), key=lambda p: values[p], default=None)
+    caption = "" if worst is None else f"Largest: {values[worst]:.4g}, {worst}."
+    return Drawing(name, title, caption, figure)
+
+
+def _stages(stages: Mapping[str, Record]) -> Drawing:
+    names, panels = list(stages), [("seconds", 1.0, "seconds", ACCENT)]
+    if all(_number(stage["peak_rss_bytes"]) for stage in stages.values()):  # a run as a library measures none
+        panels.append(("peak_rss_bytes", 2.0**30, "GiB, peak of the stage", SECOND))
+    figure, drawn = _new(9, 0.34 * len(names) + 1.4, columns=len(panels))
+    for axes, (key, scale, unit, colour) in zip(np.atleast_1d(drawn), panels, strict=True):
+        bars = axes.barh(names, [stages[name][key] / scale for name in names], 0.6, color=colour)
+        axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=9)
+        axes.invert_yaxis()
+        axes.margins(x=0.2)
+        axes.set(xlabel=unit)
+        if key != "seconds":
+            axes.set_yticks([])
+    title = "Time and memory by stage" if len(panels) > 1 else "Time by stage"
+    return Drawing("stages", title, "", figure)

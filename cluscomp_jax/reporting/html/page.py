@@ -1,0 +1,234 @@
+"""The pages: records and figures into one HTML text, and both into a folder. Measures nothing.
+
+Everything from a checkpoint is escaped; the page loads nothing and runs nothing.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+
+from cluscomp_jax.checkpoint.reader import open_checkpoint
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.reporting.html.codes import code_uses
+from cluscomp_jax.reporting.html.figures import Drawing, draw_comparison, draw_run
+from cluscomp_jax.reporting.html.records import RunRecords, read_records
+from cluscomp_jax.reporting.tables import format_bytes, format_table
+from cluscomp_jax.runtime import atomic
+
+PAGE_NAME = "report.html"
+_DRAWN = ("sizes", "perplexity", "losses", "errors", "bits", "usage", "kurtosis", "stages", "comparison")
+_OWN = {PAGE_NAME, "writing", *(f"{name}.png" for name in _DRAWN)}
+_NO_PERPLEXITY = "No perplexity was measured; compress --evaluate TEXT does, or evaluate --text TEXT --record."
+COMPARISON_HEADER = (
+    "run", "original", "bits/weight", "size", "perplexity before", "after", "tokens scored", "minutes", "peak memory",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A table of the page; `open` whether it is shown unasked."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    open: bool = False
+
+
+def write_report(folder: str | Path, out: Path | None = None) -> Path:
+    """Writes the report of a run, with a PNG of each figure beside it, and returns the page's path.
+
+    Args:
+      folder: of the run, finished or not.
+      out: folder of the report: absent, empty, or of an earlier report, which is replaced; None: `folder`/report.
+
+    Raises:
+      InputError: no run is there, or `out` holds something else.
+    """
+    records = read_records(folder)
+    place = Path(folder) / "report" if out is None else out
+    _require_own(place)
+    uses = code_uses(open_checkpoint(folder)) if records.finished else {}
+    drawings = draw_run(records, uses)
+    text = _render(
+        title=f"{records.name}: {records.origin} compressed" if records.finished else f"{records.name}: unfinished run",
+        subtitle=_subtitle(records),
+        notices=_notices(records),
+        facts=_facts(records),
+        drawings=drawings,
+        tables=[_matrices(records)] if records.matrices else [],
+        blocks=_blocks(records),
+    )
+    return _store(place, text, drawings)
+
+
+def write_comparison(runs: Sequence[RunRecords], out: Path) -> Path:
+    """Writes a page that lays runs side by side and returns its path; `out` as for `write_report`."""
+    _require_own(out)
+    drawings = draw_comparison(runs)
+    text = _render(
+        title=f"{len(runs)} runs side by side",
+        subtitle=", ".join(sorted({run.origin for run in runs})),
+        notices=comparison_notices(runs),
+        facts=[],
+        drawings=drawings,
+        tables=[Table("Runs", COMPARISON_HEADER, comparison_rows(runs), open=True)],
+        blocks=[(f"Settings of {run.name}", json.dumps(run.run_config, indent=1)) for run in runs],
+    )
+    return _store(out, text, drawings)
+
+
+def comparison_rows(runs: Sequence[RunRecords]) -> list[tuple[str, ...]]:
+    """Returns the rows under COMPARISON_HEADER; "-" where a run has no such record."""
+    rows: list[tuple[str, ...]] = []
+    for run in runs:
+        before, after = run.perplexity.get("original"), run.own_perplexity
+        size = None if run.totals is None else run.totals["matrix_bits"] / 8 + run.totals["tensor_bytes"]
+        rows.append(
+            (
+                run.name + ("" if run.finished else " (unfinished)"),
+                run.origin,
+                "-" if run.bits_per_weight is None else f"{run.bits_per_weight:.3f}",
+                "-" if size is None else format_bytes(size),
+                _perplexity_of(before),
+                _perplexity_of(after),
+                f"{after['tokens']:,}" if "tokens" in after else "-",
+                "-" if run.seconds is None else f"{run.seconds / 60:.1f}",
+                "-" if run.peak_rss_bytes is None else format_bytes(run.peak_rss_bytes),
+            )
+        )
+    return rows
+
+
+def comparison_notices(runs: Sequence[RunRecords]) -> list[str]:
+    """Returns what a reader must know before comparing: unfinished runs, and perplexities of different texts."""
+    notices = [
+        f"{run.name} is unfinished: {len(run.blocks)} of {run.num_blocks} blocks" for run in runs if not run.finished
+    ]
+    texts = {
+        (
+            m.get("windows"),
+            m.get("context"),
+            m.get("digest") or (run.perplexity.get("original") or {}).get("perplexity"),
+        )
+        for run in runs
+        if (m := run.own_perplexity)
+    }
+    if len(texts) > 1:
+        notices.append("The perplexities are not of the same text and cannot be compared.")
+    return notices
+
+
+def _perplexity_of(measured: object) -> str:
+    value = measured.get("perplexity") if isinstance(measured, dict) else None
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _render(**fields: object) -> str:
+    template = (resources.files("cluscomp_jax.reporting.html") / "page.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(template).render(**fields)
+
+
+def _require_own(out: Path) -> None:
+    """Raises InputError unless `out` is absent, empty, or holds an earlier report and nothing else."""
+    if not out.exists():
+        if not out.absolute().parent.is_dir():
+            raise InputError(f"{out}: the folder {out.absolute().parent} does not exist; make it first")
+    elif not out.is_dir():
+        raise InputError(f"{out}: is not a folder; choose another name")
+    elif strangers := sorted({entry.name for entry in out.iterdir()} - _OWN):
+        raise InputError(f"{out}: holds {strangers[0]}, which is no report's; choose another folder")
+
+
+def _store(out: Path, text: str, drawings: Sequence[Drawing]) -> Path:
+    """Writes the page last, so that a folder with a page has the figures of that page."""
+    out.mkdir(exist_ok=True)
+    for name in _OWN:
+        (out / name).unlink(missing_ok=True)
+    for drawing in drawings:
+        (out / f"{drawing.name}.png").write_bytes(drawing.png())
+    atomic.write_text(out / PAGE_NAME, text, aside=out / "writing")
+    return out / PAGE_NAME
+
+
+def _subtitle(records: RunRecords) -> str:
+    provenance = records.provenance
+    calibration = provenance.get("calibration")
+    parts = [f"{records.model_config.get('model_type')} of {records.num_blocks} blocks"]
+    if calibration:
+        samples, length = calibration["shape"]
+        parts.append(f"calibrated on {samples} x {length} tokens of {calibration['name']}")
+    elif records.finished:
+        parts.append("no calibration")
+    if provenance.get("finished"):
+        parts.append(f"finished {provenance['finished']} on {provenance.get('device')}")
+    return "; ".join(parts)
+
+
+def _notices(records: RunRecords) -> list[str]:
+    if records.finished:
+        missing = [] if records.perplexity else [_NO_PERPLEXITY]
+        diverged = [str(block["index"]) for block in records.blocks if block.get("diverged")]
+        if diverged:
+            missing.append(f"Tuning stopped early where loss or gradient was not finite: block {', '.join(diverged)}.")
+        return missing
+    return [
+        f"This run is unfinished: {len(records.blocks)} of {records.num_blocks} blocks are done, and this shows them. "
+        "Times, sizes of the whole and perplexities come with its end; the same command resumes it."
+    ]
+
+
+def _facts(records: RunRecords) -> list[tuple[str, str]]:
+    facts = []
+    if records.bits_per_weight is not None:
+        dense, compressed = records.matrix_bytes
+        facts.append((f"{records.bits_per_weight:.3f}", "bits per weight, codebooks included"))
+        facts.append(
+            (f"{format_bytes(dense)} → {format_bytes(compressed)}", f"matrices, {dense / compressed:.1f} times less")
+        )
+    if records.totals is not None:
+        size = records.totals["matrix_bits"] / 8 + records.totals["tensor_bytes"]
+        facts.append((format_bytes(size), "the whole model"))
+    before, after = records.perplexity.get("original"), records.own_perplexity
+    if after:
+        text = _perplexity_of(after) if not before else f"{_perplexity_of(before)} → {_perplexity_of(after)}"
+        facts.append((text, "perplexity"))
+    if records.seconds is not None:
+        facts.append((f"{records.seconds / 60:.1f} min", "wall time of the last part of the run"))
+    if records.peak_rss_bytes is not None:
+        facts.append((format_bytes(records.peak_rss_bytes), "peak memory"))
+    return facts
+
+
+def _matrices(records: RunRecords) -> Table:
+    header = ("matrix", "shape", "g", "codes", "axis", "bits/weight", "original", "compressed", "relative error")
+    rows = [
+        (
+            matrix["path"],
+            "x".join(map(str, matrix["shape"])),
+            str(matrix["g"]),
+            str(matrix["num_codes"]),
+            matrix["axis"],
+            f"{matrix['bits_per_weight']:.3f}",
+            format_bytes(2 * matrix["shape"][0] * matrix["shape"][1]),
+            format_bytes(matrix["bits"] / 8),
+            f"{matrix['relative_error']:.5f}" if matrix.get("relative_error") is not None else "-",
+        )
+        for matrix in records.matrices
+    ]
+    return Table(f"All {len(rows)} matrices", header, rows)
+
+
+def _blocks(records: RunRecords) -> list[tuple[str, str]]:
+    shown = []
+    if records.provenance.get("command"):
+        shown.append(("Command", str(records.provenance["command"])))
+    shown.append(("Settings", json.dumps(records.run_config, indent=1)))
+    if records.provenance:
+        rows = list((records.provenance.get("versions") or {}).items())
+        shown.append(("Versions", format_table(("package", "version"), rows)))
+    return shown

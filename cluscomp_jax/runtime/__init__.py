@@ -1,0 +1,1 @@
+"""What touches the host: files, memory, progress, timing, processes."""

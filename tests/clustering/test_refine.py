@@ -1,0 +1,152 @@
+"""Refitting against coordinate descent and least squares written out in NumPy, and what it may never do."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cluscomp_jax.clustering import refine as refit_module
+from cluscomp_jax.clustering.error_feedback import assign_with_feedback, factorise
+from cluscomp_jax.clustering.refine import curvature_of, improved_index, least_squares_codebook, refit
+from cluscomp_jax.kmeans import assign, plant_forest
+
+KEY = jax.random.key(0)
+
+
+def problem(i: int, o: int, g: int, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Weights [i, o], codes [n, g] and second moments [i, i] of inputs that go together."""
+    rng = np.random.default_rng(i)
+    mixing = rng.standard_normal((i, i)) * np.exp(rng.standard_normal(i))[:, None]
+    inputs = rng.standard_normal((4 * i, i)) @ mixing
+    weight = rng.standard_normal((i, o)).astype(np.float32)
+    return weight, rng.standard_normal((n, g)).astype(np.float32), (inputs.T @ inputs / len(inputs)).astype(np.float32)
+
+
+def damped(moments: np.ndarray) -> np.ndarray:
+    return moments.astype(np.float64) + 0.01 * np.mean(np.diag(moments)) * np.eye(len(moments))
+
+
+def decoded(codes: np.ndarray, index: np.ndarray, outputs: int) -> np.ndarray:
+    return np.asarray(codes, np.float64)[np.asarray(index)].reshape(len(index), -1)[:, :outputs]
+
+
+def output_error(weight: np.ndarray, codes: np.ndarray, index: np.ndarray, moments: np.ndarray) -> float:
+    error = weight - decoded(codes, index, weight.shape[1])
+    return float(np.einsum("io,ij,jo->", error, damped(moments), error))
+
+
+def descend(weight: np.ndarray, codes: np.ndarray, index: np.ndarray, moments: np.ndarray) -> np.ndarray:
+    """One round over the channels, each trying all codes at every place and keeping the one of least output error."""
+    moments, index, g = damped(moments), index.copy(), codes.shape[1]
+    for i in np.argsort(np.diag(moments))[::-1]:
+        for j in range(index.shape[1]):
+            cut = slice(j * g, min((j + 1) * g, weight.shape[1]))
+            width = cut.stop - cut.start
+            error = weight[:, cut] - decoded(codes, index[:, j : j + 1], width)
+            others = moments[i] @ error - moments[i, i] * error[i]
+            own = weight[i, cut] - codes[:, :width].astype(np.float64)
+            gain = moments[i, i] * (own**2).sum(1) + 2 * own @ others
+            index[i, j] = np.argmin(gain)
+    return index
+
+
+@pytest.mark.parametrize(("i", "o", "g"), [(40, 24, 4), (140, 12, 4), (130, 10, 4), (1, 8, 2), (7, 3, 9)])
+def test_a_round_is_coordinate_descent(i: int, o: int, g: int) -> None:
+    weight, codes, moments = problem(i, o, g, 16)
+    feedback = factorise(jnp.asarray(moments))
+    index = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=g)
+    index, curvature = np.asarray(index), curvature_of(feedback)
+    better = improved_index(jnp.asarray(weight), jnp.asarray(codes), jnp.asarray(index), curvature, g=g)
+    expected = descend(weight, codes, index, moments)
+    assert better.shape == index.shape
+    assert np.mean(np.asarray(better) == expected) > 0.98  # a vector between two codes may go to either
+
+
+@pytest.mark.parametrize(("outputs", "g", "share"), [(64, 4, 0.95), (65, 8, 0.96), (25, 4, 0.96)])
+def test_rounds_lower_the_output_error_until_nothing_moves(outputs: int, g: int, share: float) -> None:
+    weight, codes, moments = problem(150, outputs, g, 64)
+    feedback = factorise(jnp.asarray(moments))
+    index = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=g)
+    codes, errors = jnp.asarray(codes), [output_error(weight, codes, index, moments)]
+    for _ in range(4):
+        codes, index = refit(jnp.asarray(weight), codes, index, feedback, rounds=1, forest=None, key=KEY)
+        errors.append(output_error(weight, np.asarray(codes), index, moments))
+    assert errors[1] < share * errors[0]
+    assert all(later < earlier for earlier, later in itertools.pairwise(errors))
+    same, kept = refit(jnp.asarray(weight), codes, index, feedback, rounds=0, forest=None, key=KEY)
+    np.testing.assert_array_equal(same, codes)
+    np.testing.assert_array_equal(kept, index)
+
+
+@pytest.mark.parametrize(("outputs", "at_once"), [(32, 4096), (30, 4096), (28, 8), (26, 12)])
+def test_the_codebook_tends_to_the_least_squares_solution(
+    outputs: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refit_module, "_OUTPUTS", at_once)
+    weight, codes, moments = problem(60, outputs, 4, 12)
+    curvature = curvature_of(factorise(jnp.asarray(moments)))
+    index = np.random.default_rng(0).integers(0, 11, (60, -(-outputs // 4)))  # the last code stands nowhere
+    solved = jnp.asarray(codes)
+    for _ in range(40):
+        solved = least_squares_codebook(jnp.asarray(weight), solved, jnp.asarray(index), curvature)
+    root = np.linalg.cholesky(damped(moments)).T
+    columns = []
+    for place in range(12 * 4):
+        unit = np.zeros(12 * 4)
+        unit[place] = 1.0
+        columns.append((root @ decoded(unit.reshape(12, 4), index, outputs)).reshape(-1))
+    best = np.linalg.lstsq(np.stack(columns, 1), (root @ weight.astype(np.float64)).reshape(-1), rcond=None)[0]
+    np.testing.assert_allclose(np.asarray(solved)[:11], best.reshape(12, 4)[:11], atol=2e-3)
+    np.testing.assert_array_equal(solved[11], codes[11])
+    least = output_error(weight, best.reshape(12, 4), index, moments)
+    assert output_error(weight, np.asarray(solved), index, moments) <= least * (1 + 1e-4)
+
+
+def test_channels_that_are_never_active_do_no_harm() -> None:
+    weight, codes, moments = problem(30, 16, 4, 20)
+    moments[5] = moments[:, 5] = 0
+    for given in (moments, np.zeros_like(moments)):
+        feedback = factorise(jnp.asarray(given))
+        index = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=4)
+        solved, index = refit(jnp.asarray(weight), jnp.asarray(codes), index, feedback, rounds=2, forest=None, key=KEY)
+        assert np.isfinite(solved).all()
+        alone, _ = assign(jnp.asarray(weight[5].reshape(-1, 4)), jnp.asarray(codes))
+        once = improved_index(
+            jnp.asarray(weight), jnp.asarray(codes), jnp.zeros_like(index), curvature_of(feedback), g=4
+        )
+        np.testing.assert_array_equal(once[5], alone)  # it answers for no other channel
+
+
+def test_many_codes_are_refitted_by_their_trees() -> None:
+    """Three trees for each vector, planted anew where the codebook has moved, end where comparing all codes does."""
+    weight, codes, moments = problem(64, 64, 1, 1100)
+    feedback = factorise(jnp.asarray(moments))
+    forest = plant_forest(jnp.asarray(codes), KEY)
+    assert forest is not None
+    errors = []
+    for trees in (forest, None):
+        index = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=1, forest=trees)
+        start = output_error(weight, codes, index, moments)
+        solved, index = jnp.asarray(codes), index
+        if trees is None:
+            for _ in range(2):
+                index = improved_index(jnp.asarray(weight), solved, index, curvature_of(feedback), g=1)
+                solved = least_squares_codebook(jnp.asarray(weight), solved, index, curvature_of(feedback))
+        else:
+            solved, index = refit(jnp.asarray(weight), solved, index, feedback, rounds=2, forest=trees, key=KEY)
+        errors.append(output_error(weight, np.asarray(solved), index, moments))
+        assert errors[-1] < start
+    assert errors[0] == pytest.approx(errors[1], rel=0.05)
+
+
+def test_a_single_code_is_solved_for_and_stays() -> None:
+    """Conjugate gradients end in one step here; more of them have nothing left to divide."""
+    for seed in range(8):
+        weight, codes, moments = problem(16 + seed, 24, 4, 1)
+        index = jnp.zeros((16 + seed, 6), jnp.int32)
+        feedback = factorise(jnp.asarray(moments))
+        solved, _ = refit(jnp.asarray(weight), jnp.asarray(codes), index, feedback, rounds=10, forest=None, key=KEY)
+        once, _ = refit(jnp.asarray(weight), jnp.asarray(codes), index, feedback, rounds=1, forest=None, key=KEY)
+        np.testing.assert_allclose(solved, once, atol=2e-2)

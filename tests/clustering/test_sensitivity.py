@@ -1,0 +1,68 @@
+"""Sensitivities against gradients of the whole model in one piece, and against the loss itself."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_llamas import MIXED, random_params, random_tokens
+
+from cluscomp_jax.clustering import sensitivity
+from cluscomp_jax.clustering.sensitivity import sensitivities
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.losses import token_nll
+from cluscomp_jax.models.llama.model import build
+from cluscomp_jax.models.source import as_source
+from cluscomp_jax.runtime.reporter import SilentReporter
+
+
+@pytest.fixture(scope="module")
+def problem():
+    model, params = build(MIXED), random_params(MIXED)
+    return model, params, np.asarray(random_tokens(MIXED, (3, 12)))
+
+
+def whole_loss(kernels, flat, tokens, model):
+    params = trees.unflatten(flat | kernels)
+    x = model.embed(params, tokens[None], dtype=jnp.float32)
+    for i in range(model.num_blocks):
+        x = model.block(params["model"]["layers"][str(i)], x, kind=model.block_kind(i))
+    return jnp.sum(token_nll(model.head(params, x[:, :-1]), tokens[None, 1:]))
+
+
+def test_it_is_half_the_squared_gradients_of_single_samples(problem, tmp_path):
+    model, params, tokens = problem
+    found = sensitivities(
+        model, as_source(params, model), tokens, damping=None, work_dir=tmp_path, reporter=SilentReporter()
+    )
+    flat = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in trees.flatten(params).items()}
+    paths = [p for p in flat if p.endswith("_proj/kernel")]
+    assert set(found) == set(paths)
+    gradient = jax.jit(jax.grad(partial(whole_loss, model=model)))
+    for path in paths:
+        squares = [jnp.sum(gradient({path: flat[path]}, flat, jnp.asarray(sample))[path] ** 2) for sample in tokens]
+        expected = sum(float(square) for square in squares) * float(jnp.mean(flat[path] ** 2)) / (2 * tokens.size)
+        assert found[path] == pytest.approx(expected, rel=1e-3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_it_has_on_the_disk_is_what_it_says(problem, tmp_path, monkeypatch):
+    model, params, tokens = problem
+    sizes = []
+
+    class Watched(sensitivity.ActivationStore):
+        def delete(self):
+            sizes.append(sum(file.stat().st_size for file in tmp_path.iterdir()))
+            super().delete()
+
+    monkeypatch.setattr(sensitivity, "ActivationStore", Watched)
+    sensitivities(model, as_source(params, model), tokens, damping=None, work_dir=tmp_path, reporter=SilentReporter())
+    assert max(sizes) == sensitivity.scratch_bytes(model.num_blocks, tokens.shape, MIXED.hidden_size)
+
+
+def test_feedback_leaves_a_share_of_it(problem, tmp_path):
+    model, params, tokens = problem
+    run = partial(sensitivities, model, as_source(params, model), tokens, work_dir=tmp_path, reporter=SilentReporter())
+    plain, fed = run(damping=None), run(damping=0.01)
+    assert all(0 < fed[path] < plain[path] for path in plain)

@@ -1,0 +1,56 @@
+import math
+from typing import Any
+
+import pytest
+
+from cluscomp_jax.config.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
+from cluscomp_jax.errors import InputError
+
+BAD: list[tuple[type, dict[str, Any]]] = [
+    (CompressionRule, {"g": 0}),
+    (CompressionRule, {"g": 33}),
+    (CompressionRule, {"num_codes": 0}),
+    (CompressionRule, {"num_codes": 65537}),
+    (CompressionRule, {"axis": "both"}),
+    (ClusterSettings, {"rules": ()}),
+    (ClusterSettings, {"bits": 0.0}),
+    (ClusterSettings, {"bits": math.nan}),
+    (ClusterSettings, {"iterations": -1}),
+    (ClusterSettings, {"codebook_dtype": "float32"}),
+    (CalibrationSettings, {"samples": 0}),
+    (CalibrationSettings, {"length": 1}),
+    (TuningSettings, {"epochs": -1}),
+    (TuningSettings, {"batch_size": 0}),
+    (TuningSettings, {"learning_rate": 0.0}),
+    (TuningSettings, {"learning_rate": math.inf}),
+    (TuningSettings, {"schedule": "step"}),
+    (TuningSettings, {"warmup_fraction": 1.5}),
+    (TuningSettings, {"weight_decay": -0.1}),
+    (TuningSettings, {"clip_norm": 0.0}),
+    (TuningSettings, {"compute_dtype": "int8"}),
+    (TuningSettings, {"activation_dtype": "float64"}),
+    (TuningSettings, {"held_out": -1}),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields"), BAD, ids=lambda value: str(value) if isinstance(value, dict) else "")
+def test_a_value_out_of_range_is_named_with_what_it_must_be(kind: type, fields: dict[str, Any]) -> None:
+    (name, value) = next(iter(fields.items()))
+    with pytest.raises(InputError) as caught:
+        kind(**fields)
+    assert str(caught.value).startswith(f"{name} is {value!r}; it must be ")
+    assert "\n" not in str(caught.value)
+
+
+GOOD: list[tuple[type, dict[str, Any]]] = [
+    (CompressionRule, {"g": 1, "num_codes": 2}),
+    (CompressionRule, {"g": 32, "num_codes": 65536, "axis": "in"}),
+    (ClusterSettings, {"bits": 0.5, "iterations": 0}),
+    (CalibrationSettings, {"samples": 1, "length": 2}),
+    (TuningSettings, {"epochs": 0, "warmup_fraction": 1.0, "weight_decay": 0.0, "clip_norm": 1e-3}),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields"), GOOD)
+def test_the_ends_of_each_range_are_legal_and_the_settings_hashable(kind: type, fields: dict[str, Any]) -> None:
+    assert hash(kind(**fields)) == hash(kind(**fields))

@@ -1,0 +1,65 @@
+"""The configs that ship load, and cost the bits that their first line says."""
+
+import re
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+from cluscomp_jax.clustering.rules import total_bits_per_weight
+from cluscomp_jax.config.run import load_config
+from cluscomp_jax.models.model import build_model
+from cluscomp_jax.plan import preset_config
+
+CONFIGS = ROOT / "configs"
+PRESETS = {
+    "llama2_7b": "llama-2-7b",
+    "llama2_13b": "llama-2-13b",
+    "llama2_70b": "llama-2-70b",
+    "llama3_8b": "llama-3-8b",
+    "llama3_70b": "llama-3-70b",
+}
+COMPRESSING = sorted(CONFIGS.glob("*.toml"))
+SMOLLM2 = {"q": (576, 576), "k": (576, 192), "v": (576, 192), "o": (576, 576),
+           "gate": (576, 1536), "up": (576, 1536), "down": (1536, 576)}  # fmt: skip
+
+
+def test_every_shipped_config_is_tested_here() -> None:
+    llamas = {f"{name}_{bits}bit" for name in PRESETS for bits in (4, 3, 2, 1)}
+    own = {"paper", "smollm2_135m_3bit", "smollm2_135m_4bit"}
+    assert {path.stem for path in CONFIGS.glob("*.toml")} == llamas | own
+
+
+def test_the_demos_config_costs_the_bits_it_says() -> None:
+    path = CONFIGS / "smollm2_135m_3bit.toml"
+    (rule,) = load_config(path).cluster.rules
+    assert round(total_bits_per_weight(SMOLLM2, g=rule.g, num_codes=rule.num_codes), 2) == 3.05
+    assert "3.05 bits per weight" in path.read_text()
+
+
+def test_shared_codebooks_cost_the_bits_the_config_says() -> None:
+    path = CONFIGS / "smollm2_135m_4bit.toml"
+    cluster = load_config(path).cluster
+    (rule,) = cluster.rules
+    assert cluster.share == "block"
+    cost = total_bits_per_weight(SMOLLM2, g=rule.g, num_codes=rule.num_codes, codebooks=1)
+    assert f"{cost:.2f} bits per weight" in path.read_text()
+
+
+@pytest.mark.parametrize("path", COMPRESSING, ids=lambda path: path.stem)
+def test_every_config_loads(path: Path) -> None:
+    cfg = load_config(path)
+    assert f"configs/{path.name}" in path.read_text().split("\n\n")[0]
+    assert cfg.calibration.samples >= 1
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2, 1])
+@pytest.mark.parametrize(("name", "preset"), PRESETS.items())
+def test_a_config_costs_the_bits_it_says(name: str, preset: str, bits: int) -> None:
+    path = CONFIGS / f"{name}_{bits}bit.toml"
+    (rule,) = load_config(path).cluster.rules
+    shapes = build_model(preset_config(preset)).block_shapes(0)
+    kernels = {kernel: shape for kernel, shape in shapes.items() if kernel.endswith("/kernel")}
+    cost = total_bits_per_weight(kernels, g=rule.g, num_codes=rule.num_codes)
+    assert float(re.search(r": ([\d.]+) bits per weight", path.read_text())[1]) == pytest.approx(cost, abs=0.006)
+    assert bits - 0.3 < cost < bits + 0.2

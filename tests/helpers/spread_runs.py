@@ -1,0 +1,100 @@
+"""A program of its own, because a process has as many devices as it began with: compression spread over two.
+
+`python spread_runs.py OUT.json` writes what tests/test_spread.py judges.
+"""
+
+import dataclasses
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cluscomp_jax import llama
+from cluscomp_jax.clustering import block
+from cluscomp_jax.clustering.matrix import decompress
+from cluscomp_jax.config.run import RunConfig
+from cluscomp_jax.config.settings import (
+    CalibrationSettings,
+    ClusterSettings,
+    CompressionRule,
+    MeshSettings,
+    TuningSettings,
+)
+from cluscomp_jax.core import trees
+from cluscomp_jax.models.source import DictSink, DictSource
+from cluscomp_jax.pipeline import compress_stream
+
+CONFIG = llama.LlamaConfig(
+    vocab_size=60,
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=8,
+    initializer_range=0.3,
+)  # fmt: skip  (all kernels of one shape: less to compile)
+MODEL = llama.build(CONFIG)
+TUNING = TuningSettings(epochs=2, batch_size=4, learning_rate=0.01, held_out=3)
+RUN = RunConfig(
+    model=CONFIG,
+    cluster=ClusterSettings(rules=(CompressionRule(g=4, num_codes=12),), iterations=4),
+    calibration=CalibrationSettings(samples=11, length=12),
+    tuning=TUNING,
+)
+BLIND = ClusterSettings(rules=RUN.cluster.rules, iterations=4, weighted=False, feedback=False)
+RUNS = {
+    "tuned": RUN,
+    "without text": dataclasses.replace(RUN, cluster=BLIND, tuning=None),
+}
+MESHES = {"one": MeshSettings(), "two": MeshSettings(data=2)}
+TOKENS = np.random.default_rng(0).integers(0, 60, (11, 12))
+
+
+def run(cfg: RunConfig, calibration: np.ndarray | None) -> dict:
+    """The records of a run, its decoded kernels, the device of each matrix, and where the samples of batches lay."""
+    where: dict[str, str] = {}
+    samples: set[str] = set()
+    cluster, moments = block.BlockClustering._cluster, block.site_moments
+
+    def clustered(self, i, *arguments):
+        (device,) = jnp.zeros(()).devices()
+        where[f"{i}/{arguments[-1]}"] = str(device)
+        return cluster(self, i, *arguments)
+
+    def watched(*arguments, **options):
+        *front, batches = arguments
+        seen = list(batches)
+        samples.update(str(getattr(batch.x.sharding, "spec", None)) for batch in seen)
+        return moments(*front, seen, **options)
+
+    block.BlockClustering._cluster, block.site_moments = clustered, watched
+    sink = DictSink()
+    with tempfile.TemporaryDirectory() as work:
+        params = llama.init_params(CONFIG, jax.random.key(0))
+        summary = compress_stream(DictSource(params, MODEL), sink, cfg, calibration=calibration, work_dir=Path(work))
+    block.BlockClustering._cluster, block.site_moments = cluster, moments
+    kernels = {
+        path: np.asarray(leaf, np.float32).tolist()
+        for path, leaf in trees.flatten(decompress(sink.params(MODEL))).items()
+    }
+    return {"blocks": summary.blocks, "kernels": kernels, "devices": where, "samples": sorted(samples)}
+
+
+def main() -> None:
+    runs = {
+        name: {
+            devices: run(dataclasses.replace(cfg, mesh=mesh), None if cfg.tuning is None else TOKENS)
+            for devices, mesh in MESHES.items()
+        }
+        for name, cfg in RUNS.items()
+    }
+    Path(sys.argv[1]).write_text(json.dumps(runs))
+
+
+if __name__ == "__main__":
+    main()

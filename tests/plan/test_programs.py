@@ -1,0 +1,226 @@
+"""The plan's list of programs, held against what a run really compiles and what it then holds."""
+
+import dataclasses
+import gc
+import logging
+import math
+import re
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cluscomp_jax import finetuning, llama, pipeline
+from cluscomp_jax.config.finetune import FinetuneConfig
+from cluscomp_jax.config.run import PAPER as RECIPE
+from cluscomp_jax.config.run import RunConfig
+from cluscomp_jax.config.settings import (
+    CalibrationSettings,
+    ClusterSettings,
+    CompressionRule,
+    DataSettings,
+    TrainingSettings,
+    TuningSettings,
+)
+from cluscomp_jax.evaluation import perplexity
+from cluscomp_jax.models.model import build_model
+from cluscomp_jax.plan.program import Program
+from cluscomp_jax.plan.setting import kinds_of_blocks
+from cluscomp_jax.plan.shapes import Place
+from cluscomp_jax.plan.stages import largest_alike, whole_run
+from cluscomp_jax.plan.work import count_work
+from cluscomp_jax.text.token_rows import Examples
+
+CONFIG = llama.LlamaConfig(
+    vocab_size=67, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, initializer_range=0.3,
+)  # fmt: skip
+TUNING = TuningSettings(epochs=1, compute_dtype="bfloat16", activation_dtype="bfloat16")
+RULES = (CompressionRule(g=2, num_codes=300),)
+CALIBRATION = CalibrationSettings(samples=2, length=24)
+DEFAULT = RunConfig(
+    model=CONFIG,
+    cluster=ClusterSettings(rules=RULES, iterations=2),
+    calibration=CALIBRATION,
+    tuning=TUNING,
+)
+UNCORRECTED = dataclasses.replace(DEFAULT, cluster=dataclasses.replace(DEFAULT.cluster, correction=False))
+SHARED = dataclasses.replace(
+    DEFAULT,
+    cluster=dataclasses.replace(DEFAULT.cluster, rules=(CompressionRule(g=4, num_codes=300),), share="block"),
+)
+SHARED_BLINDLY = dataclasses.replace(
+    DEFAULT, cluster=dataclasses.replace(DEFAULT.cluster, share="site", feedback=False)
+)
+PAPER = RunConfig(
+    model=CONFIG,
+    cluster=dataclasses.replace(RECIPE.cluster, rules=RULES, iterations=2),
+    calibration=CALIBRATION,
+    tuning=TUNING,
+)
+TOKENS = np.random.default_rng(0).integers(0, 67, (2, 24))
+AFTERWARDS = ("finetune", "evaluate", "generate")
+"""Stages that no compression runs."""
+SLACK = 10_000
+"""Bytes of keys, scalars and the like, and of results that are about to be let go of."""
+
+
+class Compilations(logging.Handler):
+    """Keeps (name, argument shapes, bytes of all arrays alive) of every program that JAX says it compiles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, list[str], int]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        found = re.match(r"Compiling jit\((.*?)\) with global shapes and types \((.*)\)\. Arg", record.getMessage())
+        if found:
+            shapes = re.findall(r"\w+\[[\d,]*\]", found[2])
+            self.seen.append((found[1], shapes, bytes_alive()))
+
+
+def bytes_alive() -> int:
+    """Bytes of all arrays alive, each buffer once: what was fetched to the host is the same buffer on a CPU."""
+    buffers = {}
+    for array in jax.live_arrays():
+        key = jnp.issubdtype(array.dtype, jax.dtypes.extended)
+        buffers[id(array) if key else array.unsafe_buffer_pointer()] = array.nbytes
+    return sum(buffers.values())
+
+
+@pytest.fixture
+def compilations() -> Iterator[Compilations]:
+    logger, handler = logging.getLogger("jax._src.interpreters.pxla"), Compilations()
+    logger.addHandler(handler)
+    propagate, logger.propagate = logger.propagate, False
+    jax.clear_caches()
+    with jax.log_compiles():
+        yield handler
+    logger.propagate = propagate
+    logger.removeHandler(handler)
+
+
+def planned(cfg: RunConfig, finetune: FinetuneConfig) -> list[Program]:
+    settings = kinds_of_blocks(build_model(CONFIG), cfg, Place(), batch=1)
+    return list(whole_run(settings, context=32, finetune=finetune))
+
+
+def shapes_of(program: Program) -> list[str]:
+    return [f"{aval.dtype}[{','.join(map(str, aval.shape))}]" for aval in jax.tree.leaves(program.traced.in_avals)]
+
+
+def size_of(shape: str) -> int:
+    dtype, sides = re.fullmatch(r"(\w+)\[([\d,]*)\]", shape).groups()
+    width = 1 if dtype == "bool" else int(re.search(r"\d+$", dtype)[0]) // 8 if dtype[-1].isdigit() else 8
+    return width * math.prod(int(side) for side in sides.split(",") if side)
+
+
+def contains(whole: list[str], part: list[str]) -> bool:
+    """Whether `part` is `whole` less arguments that the program does not read."""
+    left = list(whole)
+    for shape in part:
+        if shape not in left:
+            return False
+        left.remove(shape)
+    return True
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [DEFAULT, UNCORRECTED, PAPER, SHARED, SHARED_BLINDLY],
+    ids=["default", "uncorrected", "paper", "shared", "shared blindly"],
+)
+def test_a_run_compiles_what_the_plan_lists_and_holds_what_it_says(cfg, compilations, monkeypatch) -> None:
+    monkeypatch.setattr(pipeline, "forward_batch", lambda *_: 1)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), llama.init_params(CONFIG, jax.random.key(0)))
+    gc.collect()  # arrays that earlier tests left in cycles would otherwise vanish in the middle of the run
+    before = bytes_alive()
+    compilations.seen.clear()
+    pipeline.compress(params, cfg, calibration=TOKENS)
+    programs = planned(cfg, FinetuneConfig())
+    hold_to([p for p in programs if p.stage not in AFTERWARDS], compilations.seen, before)
+
+
+def test_finetuning_compiles_what_the_plan_lists_and_holds_what_it_says(compilations) -> None:
+    training = TrainingSettings(steps=2, accumulation=2, compute_dtype="bfloat16")
+    cfg = FinetuneConfig(model=CONFIG, data=DataSettings(length=24), training=training)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), llama.init_params(CONFIG, jax.random.key(0)))
+    blind = dataclasses.replace(PAPER, tuning=None)
+    compressed = pipeline.compress(params, blind)
+    rows = np.random.default_rng(1).integers(0, 67, (4, 24), dtype=np.int32)
+    jax.clear_caches()
+    gc.collect()
+    before = bytes_alive()
+    compilations.seen.clear()
+    finetuning.finetune(compressed, rows, cfg, evaluation=Examples(rows[:1], np.ones((1, 24), bool)))
+    hold_to([p for p in planned(blind, cfg) if p.stage == "finetune"], compilations.seen, before)
+
+
+def test_evaluation_compiles_what_the_plan_lists_and_holds_what_it_says(compilations) -> None:
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), llama.init_params(CONFIG, jax.random.key(0)))
+    blind = dataclasses.replace(PAPER, tuning=None)
+    compressed = jax.tree.map(np.asarray, pipeline.compress(params, blind))
+    jax.clear_caches()
+    gc.collect()
+    before = bytes_alive()
+    compilations.seen.clear()
+    length = CALIBRATION.length
+    perplexity.perplexity(compressed, TOKENS.reshape(-1), CONFIG, context=length)
+    programs = [p for p in planned(blind, FinetuneConfig()) if p.stage == "evaluate"]
+    seen = [entry for entry in compilations.seen if entry[0] != "run_embed"]  # the plan has it in another stage
+    hold_to(programs, seen, before)
+
+
+def hold_to(programs: list[Program], seen: list[tuple[str, list[str], int]], before: int) -> None:
+    """Asserts that these programs and no others were compiled, and that what was alive then is what they say.
+
+    Args:
+      seen: of `Compilations`.
+      before: bytes alive before the run.
+    """
+    largest = max(program.live_bytes for program in programs)
+    names = {program.traced.fun_name for program in programs}
+    excess: dict[str, float] = {}
+    met: set[tuple[str, str]] = set()
+    for name, shapes, alive in seen:
+        alike = [p for p in programs if p.traced.fun_name == name and contains(shapes_of(p), shapes)]
+        met |= {(program.stage, program.name) for program in alike}
+        if alike:
+            spare = min(program.live_bytes for program in alike) - 1.15 * (alive - before)
+            excess[name] = min(excess.get(name, spare), spare)
+            assert alive - before <= max(program.live_bytes for program in alike) + SLACK, (name, shapes)
+        else:  # a small operation between the programs: with its result it needs less than the largest of them
+            assert name not in names, f"the plan has no {name} of {shapes}"
+            assert alive - before + sum(map(size_of, shapes)) <= largest + SLACK, (name, shapes)
+    assert met == {(program.stage, program.name) for program in programs}
+    assert max(excess.values()) <= SLACK, f"the plan holds more than the run does: {excess}"
+
+
+def test_of_programs_alike_the_largest_and_the_fullest_are_kept() -> None:
+    traced = [jax.jit(lambda x: x + 1).trace(jax.ShapeDtypeStruct((n,), "float32")) for n in (8, 4, 2)]
+    programs = [Program("s", "a", t, live) for t, live in zip(traced, (50, 90, 10), strict=True)]
+    other = Program("s", "b", traced[2], 10)
+    assert largest_alike([*programs, other]) == [programs[0], programs[1], other]
+
+
+def work(function, *shapes, dtype="float32"):
+    return count_work(jax.jit(function).trace(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)).jaxpr)
+
+
+def test_operations_are_counted() -> None:
+    product = work(lambda a, b: a @ b, (3, 5), (5, 7), dtype="bfloat16")
+    assert (product.matrix, product.vector) == (2 * 3 * 5 * 7, 0)
+    assert product.moved == 2 * 2 * (3 * 5 + 5 * 7 + 3 * 7)  # once as arguments and results, once by the product
+    single = work(lambda a, b: a @ b, (3, 5), (5, 7))
+    assert (single.matrix, single.vector) == (0, 2 * 3 * 5 * 7)
+    looped = work(lambda a: jax.lax.fori_loop(0, 10, lambda _, x: x + x, a), (8,))
+    assert 80 <= looped.vector <= 100  # the counter is counted too
+    assert looped.steps >= 10
+    root = work(jax.lax.linalg.cholesky, (30, 30))
+    assert root.vector >= 30**3 / 3
+    chosen = work(lambda a: jax.lax.cond(a[0] > 0, lambda x: x @ x, lambda x: x, a.reshape(4, 4)), (16,))
+    assert chosen.vector >= 2 * 4**3
+    assert product.times(3).matrix == 3 * product.matrix
+    assert product.least_seconds(matrix_rate=210, vector_rate=1, bandwidth=1e9) == pytest.approx(1, rel=1e-3)

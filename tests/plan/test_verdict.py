@@ -1,0 +1,248 @@
+"""The arithmetic of a plan, the presets, and the command, with and without a compiler for cards."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+from io_models import config_fields
+
+from cluscomp_jax import cli, llama
+from cluscomp_jax.config.finetune import FinetuneConfig
+from cluscomp_jax.config.run import RunConfig, load_config
+from cluscomp_jax.config.settings import (
+    CalibrationSettings,
+    ClusterSettings,
+    CompressionRule,
+    DataSettings,
+    DistillationSettings,
+    MeshSettings,
+    TrainingSettings,
+    TuningSettings,
+)
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.models.model import build_model, parameter_shapes
+from cluscomp_jax.plan import PRESETS, Plan, Reserve, find_target, plan, preset_config
+from cluscomp_jax.plan import target as target_module
+from cluscomp_jax.plan.budget import forward_batch
+from cluscomp_jax.plan.host import Needs, host_needs
+from cluscomp_jax.plan.program import Memory
+from cluscomp_jax.plan.setting import kinds_of_blocks
+from cluscomp_jax.plan.shapes import Place
+from cluscomp_jax.plan.whole import finetuning_of
+from cluscomp_jax.runtime.reporter import SilentReporter
+
+GIB = 2**30
+TINY = llama.LlamaConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=16,
+)  # fmt: skip
+BLIND = RunConfig(
+    model=TINY,
+    cluster=ClusterSettings(rules=(CompressionRule(g=4, num_codes=16),), weighted=False, feedback=False),
+    calibration=CalibrationSettings(samples=64, length=32),
+    tuning=None,
+)
+
+
+def made(peaks: dict[str, int], usable: int) -> Plan:
+    stages = {stage: Memory(stage, "program", peak - 6, 3, 2, 1) for stage, peak in peaks.items()}
+    return Plan("card", 2 * usable, usable, stages, tuple(stages.values()), {}, {}, Needs(1, 2, 3, 4))
+
+
+def test_the_largest_stage_decides() -> None:
+    fitting = made({"cluster": 2 * GIB, "tune": 5 * GIB}, 5 * GIB)
+    assert fitting.peak.stage == "tune"
+    assert fitting.fits
+    assert fitting.advice() == []
+    over = made({"cluster": 2 * GIB, "tune": 5 * GIB + GIB // 2}, 5 * GIB)
+    assert not over.fits
+    (line,) = over.advice()
+    assert line.startswith("tune is 0.50 GiB too large: choose a smaller batch_size")
+    fields = json.loads(json.dumps(over.to_dict()))
+    assert fields["fits"] is False
+    assert fields["stages"]["cluster"]["peak_bytes"] == 2 * GIB
+    assert fields["stages"]["cluster"]["argument_bytes"] == 2 * GIB - 6
+    assert fields["stages"]["cluster"]["temp_bytes"] == 2
+
+
+def test_the_reserve_leaves_room_inside_and_outside_what_jax_may_take() -> None:
+    assert Reserve(0.75, GIB).usable(48 * GIB) == 35 * GIB
+    for wrong in ((0.0, 0), (1.1, 0), (0.5, -1)):
+        with pytest.raises(InputError, match="it must be"):
+            Reserve(*wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("llama-2-7b", 6.738), ("llama-2-13b", 13.016), ("llama-2-70b", 68.977), ("llama-3-8b", 8.030),
+        ("llama-3-70b", 70.554), ("llama-3.1-405b", 405.853), ("mistral-7b", 7.248), ("qwen2.5-72b", 72.706),
+    ],
+)  # fmt: skip
+def test_a_preset_has_as_many_parameters_as_its_model(name: str, billions: float) -> None:
+    shapes = parameter_shapes(build_model(preset_config(name)))
+    assert sum(map(math.prod, shapes.values())) / 1e9 == pytest.approx(billions, abs=0.001)
+
+
+def test_an_unknown_preset_is_refused() -> None:
+    assert len(PRESETS) == 8
+    with pytest.raises(InputError, match="no preset is called 'llama-9'"):
+        preset_config("llama-9")
+
+
+def test_a_plan_compiles_for_any_device_jax_has() -> None:
+    card = find_target("rtx4090")
+    done = plan(BLIND, card, Place(), context=32, reserve=Reserve(), reporter=SilentReporter())
+    assert done.fits
+    assert list(done.stages) == ["embed", "cluster", "targets", "propagate", "finetune", "evaluate", "generate"]
+    assert all(memory.peak_bytes > 0 for memory in done.programs)
+    assert done.usable_bytes == Reserve().usable(card.memory_bytes)
+    assert done.hours.keys() == done.stages.keys() - {"generate"}
+    assert done.launches == {}  # the programs are those of a CPU
+    with pytest.raises(InputError, match="context is 33"):
+        plan(BLIND, card, Place(), context=33, reserve=Reserve(), reporter=SilentReporter())
+    behind = FinetuneConfig(training=TrainingSettings(distillation=DistillationSettings()))
+    with pytest.raises(InputError, match="finetuning behind a teacher is not planned"):
+        plan(BLIND, card, Place(), context=32, reserve=Reserve(), reporter=SilentReporter(), finetune=behind)
+
+
+def test_the_host_holds_roots_while_compressing_and_the_whole_model_to_finetune() -> None:
+    wide = dataclasses.replace(TINY, intermediate_size=4096)
+    block = 2 * sum(math.prod(shape) for shape in build_model(wide).block_shapes(0).values())
+
+    def needs(cfg: RunConfig, training: TrainingSettings = TrainingSettings()) -> Needs:
+        model = build_model(cfg.model)
+        finetune = FinetuneConfig(data=DataSettings(length=64), training=training)
+        return host_needs(model, cfg, kinds_of_blocks(model, cfg, Place(), 1), finetune)
+
+    blind = needs(dataclasses.replace(BLIND, model=wide))
+    fed = needs(dataclasses.replace(BLIND, model=wide, cluster=ClusterSettings(rules=BLIND.cluster.rules)))
+    root, kernel = 4 * 4096**2, 4 * 4096 * 32
+    assert fed.host_bytes - blind.host_bytes == root + kernel - 2 * block
+    shallow = needs(BLIND)
+    deep = needs(dataclasses.replace(BLIND, model=dataclasses.replace(TINY, num_hidden_layers=200, layer_types=())))
+    assert deep.host_bytes == shallow.host_bytes
+    assert deep.finetune_host_bytes - shallow.finetune_host_bytes > deep.checkpoint_bytes - shallow.checkpoint_bytes
+    offloaded = TrainingSettings(offload_inputs=True, batch_size=4096, compute_dtype="bfloat16")
+    pinned = needs(BLIND, offloaded).finetune_host_bytes
+    doubled = needs(BLIND, dataclasses.replace(offloaded, batch_size=8192)).finetune_host_bytes
+    assert doubled - pinned == 2 * 2 * 4096 * 64 * 32  # blocks, bytes, rows, tokens, channels
+
+
+def test_a_memory_budget_chooses_the_batch_or_says_what_does_not_fit() -> None:
+    model, shape = build_model(TINY), (64, 32)
+    tuned = RunConfig(model=TINY, cluster=BLIND.cluster, calibration=BLIND.calibration, tuning=TuningSettings(epochs=1))
+    assert forward_batch(model, tuned, shape) == 64
+    batches = [
+        forward_batch(model, dataclasses.replace(tuned, device_memory_gib=megabytes / 1024), shape)
+        for megabytes in (2, 4, 64)
+    ]
+    assert batches == sorted(batches)
+    assert batches[0] < batches[-1] == 64
+    assert all(batch & (batch - 1) == 0 for batch in batches)
+    with pytest.raises(InputError, match=r"device_memory_gib is 1e-05; \w+ \(.*\) takes"):
+        forward_batch(model, dataclasses.replace(tuned, device_memory_gib=1e-5), shape)
+
+
+def test_the_budget_is_a_key_of_the_config(tmp_path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("device_memory_gib = 40\n")
+    assert load_config(path).device_memory_gib == 40.0
+    path.write_text("device_memory_gib = 0\n")
+    with pytest.raises(InputError, match="device_memory_gib is 0"):
+        load_config(path)
+
+
+def test_rows_and_dtype_of_finetuning_are_those_of_the_run_unless_told() -> None:
+    tuned = dataclasses.replace(BLIND, tuning=TuningSettings(compute_dtype="bfloat16"))
+    planned = finetuning_of(tuned)
+    assert (planned.data.length, planned.training.compute_dtype) == (32, "bfloat16")
+    assert finetuning_of(BLIND).training.compute_dtype is None
+    assert finetuning_of(BLIND).training.batch_size == 1
+    assert finetuning_of(BLIND, MeshSettings(data=2, fsdp=4, tensor=2)).training.batch_size == 8
+
+
+@pytest.fixture
+def any_device(monkeypatch) -> None:
+    """`cluscomp plan` compiles for the CPU, where no compiler for cards is installed."""
+    monkeypatch.setattr("cluscomp_jax.cli.plan.placement", lambda target: None)
+
+
+@pytest.fixture
+def blind_run(tmp_path) -> list[str]:
+    """The line that plans a small run without its last options."""
+    (tmp_path / "config.json").write_text(json.dumps(config_fields()))
+    settings = tmp_path / "run.toml"
+    settings.write_text(
+        "tuning = false\n[cluster]\nweighted = false\nfeedback = false\n[calibration]\nsamples = 2\nlength = 8"
+    )
+    return ["plan", str(tmp_path / "config.json"), "--target", "a6000", "--config", str(settings), "--context", "32"]
+
+
+CPU_PLAN = """
+import sys
+from cluscomp_jax import cli
+import cluscomp_jax.cli.plan as command
+command.placement = lambda target: None
+raise SystemExit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_the_command_leaves_the_persistent_compilation_cache_alone(tmp_path, blind_run) -> None:
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [sys.executable, "-c", CPU_PLAN, *blind_run]
+    done = subprocess.run(command, env=os.environ | cache, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.glob("cache/*"))
+
+
+def test_the_command_says_no_with_exit_code_1_and_json_on_its_last_line(
+    tmp_path, capsys, any_device, blind_run
+) -> None:
+    assert cli.main([*blind_run, "--json"]) == 0
+    out = capsys.readouterr().out
+    fields = json.loads(out.splitlines()[-1])
+    assert fields["fits"] is True
+    assert {"cluster", "targets", "finetune", "evaluate", "generate"} <= fields["stages"].keys()
+    assert "fits a6000: at most" in out
+    finetune = tmp_path / "finetune.toml"
+    finetune.write_text("[data]\nlength = 4096\n[training]\nbatch_size = 64\n")
+    assert cli.main([*blind_run, "--json", "--finetune-config", str(finetune)]) == 0
+    larger = json.loads(capsys.readouterr().out.splitlines()[-1])["stages"]
+    assert larger.pop("finetune")["peak_bytes"] > fields["stages"].pop("finetune")["peak_bytes"]
+    assert larger == fields["stages"]
+    assert cli.main([*blind_run, "--memory-fraction", "0.001"]) == 1
+    assert "does NOT fit a6000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["llama-2-70", "--target", "a6000"], "neither a folder, a config.json nor a preset"),
+        (["llama-2-7b", "--target", "b6000"], "target 'b6000' is neither one of"),
+        (["missing.json", "--target", "a6000"], "missing.json"),
+        (["llama-2-7b", "--target", "a6000", "--config", "missing.toml"], "config missing.toml"),
+        (["llama-2-7b", "--target", "a6000", "--finetune-config", "missing.toml"], "config missing.toml"),
+        (["llama-2-7b", "--target", "a6000", "--mesh", "rows=2"], "key 'rows' is not known; known here: data, fsdp"),
+        (["llama-2-7b", "--target", "a6000", "--memory-fraction", "2"], "memory fraction is 2.0"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(arguments, message, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["plan", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_the_command_names_the_extra_where_the_compiler_is_missing(capsys, monkeypatch) -> None:
+    def missing(**_):
+        raise NotImplementedError
+
+    monkeypatch.setattr(target_module.topologies, "get_topology_desc", missing)
+    assert cli.main(["plan", "llama-2-7b", "--target", "a6000"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cluscomp-jax[aot]" in line

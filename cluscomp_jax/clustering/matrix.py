@@ -203,7 +203,7 @@ def relative_errors(weight: jax.Array, array: CodebookArray, channel_weights: An
 
 @jax.jit
 def channel_energies(weight: jax.Array, array: CodebookArray, mass: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns the squared error and energy of every input channel, plain and weighted by `mass`, float32 [d_in] each."""
+    """Returns error and energy of every input channel, plain and weighted by `mass`, float32 [d_in] each."""
     weight = weight.astype(jnp.float32)
     error = jnp.sum(jnp.square(weight - cb.decode(array).astype(jnp.float32)), axis=1)
     energy = jnp.sum(jnp.square(weight), axis=1)

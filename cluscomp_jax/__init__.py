@@ -10,15 +10,15 @@ if TYPE_CHECKING:
     from cluscomp_jax.checkpoint.reader import load_checkpoint, save_checkpoint
     from cluscomp_jax.clustering.matrix import SizeReport, decompress, size_report
     from cluscomp_jax.config.finetune import FinetuneConfig, load_finetune_config
-    from cluscomp_jax.config.run import RunConfig, load_config
+    from cluscomp_jax.config.run import CompressConfig, load_config
     from cluscomp_jax.config.settings import (
-        CalibrationSettings,
-        ClusterSettings,
+        BlockTuningConfig,
+        CalibrationConfig,
+        ClusterConfig,
         CompressionRule,
-        DataSettings,
-        DistillationSettings,
-        TrainingSettings,
-        TuningSettings,
+        DataConfig,
+        DistillationConfig,
+        TrainingConfig,
     )
     from cluscomp_jax.core.codebook import CodebookArray
     from cluscomp_jax.errors import InputError
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
     from cluscomp_jax.io.open import open_model
     from cluscomp_jax.models import llama
     from cluscomp_jax.pipeline import compress
-    from cluscomp_jax.text.token_rows import Examples
+    from cluscomp_jax.text.token_rows import TokenRows
 
 _HOMES = {
-    "CalibrationSettings": "config.settings",
-    "ClusterSettings": "config.settings",
+    "CalibrationConfig": "config.settings",
+    "ClusterConfig": "config.settings",
     "CodebookArray": "core.codebook",
     "CompressionRule": "config.settings",
-    "DataSettings": "config.settings",
-    "DistillationSettings": "config.settings",
-    "Examples": "text.token_rows",
+    "DataConfig": "config.settings",
+    "DistillationConfig": "config.settings",
+    "TokenRows": "text.token_rows",
     "FinetuneConfig": "config.finetune",
     "InputError": "errors",
     "Perplexity": "evaluation.perplexity",
-    "RunConfig": "config.run",
+    "CompressConfig": "config.run",
     "SizeReport": "clustering.matrix",
-    "TrainingSettings": "config.settings",
-    "TuningSettings": "config.settings",
+    "TrainingConfig": "config.settings",
+    "BlockTuningConfig": "config.settings",
     "compress": "pipeline",
     "decompress": "clustering.matrix",
     "finetune": "finetuning",
@@ -59,20 +59,20 @@ _HOMES = {
 }
 
 __all__ = [
-    "CalibrationSettings",
-    "ClusterSettings",
+    "BlockTuningConfig",
+    "CalibrationConfig",
+    "ClusterConfig",
     "CodebookArray",
+    "CompressConfig",
     "CompressionRule",
-    "DataSettings",
-    "DistillationSettings",
-    "Examples",
+    "DataConfig",
+    "DistillationConfig",
     "FinetuneConfig",
     "InputError",
     "Perplexity",
-    "RunConfig",
     "SizeReport",
-    "TrainingSettings",
-    "TuningSettings",
+    "TokenRows",
+    "TrainingConfig",
     "compress",
     "decompress",
     "finetune",

@@ -23,7 +23,7 @@ from cluscomp_jax.errors import DivergedError, InputError
 from cluscomp_jax.models.model import Model, build_model, check_tokens
 from cluscomp_jax.models.source import BlockSink, DictSink, Fingerprint, ParamSource, as_source, run_fingerprint
 from cluscomp_jax.runtime.reporter import Reporter, SilentReporter
-from cluscomp_jax.text.token_rows import Batches, Examples, ShuffledBatches
+from cluscomp_jax.text.token_rows import Batches, ShuffledBatches, TokenRows
 from cluscomp_jax.training import (
     Layout,
     Teacher,
@@ -76,10 +76,10 @@ class FinetuneSummary:
 
 def finetune(
     params: Mapping[Any, Any] | ParamSource,
-    batches: Batches | Examples | np.ndarray,
+    batches: Batches | TokenRows | np.ndarray,
     cfg: FinetuneConfig,
     *,
-    evaluation: Examples | np.ndarray | None = None,
+    evaluation: TokenRows | np.ndarray | None = None,
     teacher: Mapping[Any, Any] | ParamSource | None = None,
     teacher_config: Any = None,
     state_dir: str | Path | None = None,
@@ -129,10 +129,10 @@ def finetune(
 def finetune_stream(
     source: ParamSource,
     sink: BlockSink | None,
-    batches: Batches | Examples | np.ndarray,
+    batches: Batches | TokenRows | np.ndarray,
     cfg: FinetuneConfig,
     *,
-    evaluation: Examples | np.ndarray | None = None,
+    evaluation: TokenRows | np.ndarray | None = None,
     teacher: TeacherSource | None = None,
     state_dir: Path | None = None,
     reporter: Reporter | None = None,
@@ -146,7 +146,7 @@ def finetune_stream(
     model = build_model(cfg.model)
     batches = as_batches(batches, cfg, model)
     if evaluation is not None:
-        evaluation = evaluation if isinstance(evaluation, Examples) else _all_scored(np.asarray(evaluation))
+        evaluation = evaluation if isinstance(evaluation, TokenRows) else _all_scored(np.asarray(evaluation))
         check_tokens(evaluation.tokens, model, "evaluation tokens")
         check_length(evaluation.tokens.shape[1], cfg)
     check_length(_checked(batches, 0, cfg, model).tokens.shape[1], cfg)
@@ -171,7 +171,7 @@ def finetune_stream(
         if sink is None:
             continue  # what other processes store they can gather only together with this one
         if block is None:
-            sink.store_rest(tree)
+            sink.store_outer(tree)
         elif block >= finished_blocks:
             sink.store_block(block, tree)
     return FinetuneSummary(
@@ -200,7 +200,7 @@ def check_teacher(cfg: FinetuneConfig, model: Model, teacher: TeacherSource | No
         raise InputError(f"the teacher's vocabulary has {theirs} tokens, the model's {ours}; take one of the same")
 
 
-def as_batches(batches: Batches | Examples | np.ndarray, cfg: FinetuneConfig, model: Model) -> Batches:
+def as_batches(batches: Batches | TokenRows | np.ndarray, cfg: FinetuneConfig, model: Model) -> Batches:
     """Returns rows in the order of `cfg.seed`; an object that hands out batches is returned as it is.
 
     Raises:
@@ -208,13 +208,13 @@ def as_batches(batches: Batches | Examples | np.ndarray, cfg: FinetuneConfig, mo
     """
     if isinstance(batches, Batches):
         return batches
-    examples = batches if isinstance(batches, Examples) else _all_scored(np.asarray(batches))
+    examples = batches if isinstance(batches, TokenRows) else _all_scored(np.asarray(batches))
     check_tokens(examples.tokens, model, "training tokens")
-    return ShuffledBatches(examples, cfg.training.batch_size * cfg.training.accumulation, cfg.seed)
+    return ShuffledBatches(examples, cfg.training.batch_size * cfg.training.grad_accumulation_steps, cfg.seed)
 
 
-def _all_scored(tokens: np.ndarray) -> Examples:
-    return Examples(tokens, np.ones(tokens.shape, bool))
+def _all_scored(tokens: np.ndarray) -> TokenRows:
+    return TokenRows(tokens, np.ones(tokens.shape, bool))
 
 
 def check_length(length: int, cfg: FinetuneConfig) -> None:
@@ -224,13 +224,13 @@ def check_length(length: int, cfg: FinetuneConfig) -> None:
         raise InputError(f"rows of {length} tokens exceed the model's context of {context}; shorten them")
 
 
-def _checked(batches: Batches, step: int, cfg: FinetuneConfig, model: Model) -> Examples:
+def _checked(batches: Batches, step: int, cfg: FinetuneConfig, model: Model) -> TokenRows:
     rows = batches.batch(step)
-    expected = cfg.training.batch_size * cfg.training.accumulation
+    expected = cfg.training.batch_size * cfg.training.grad_accumulation_steps
     if len(rows) != expected:
         raise InputError(
             f"the batch of step {step} has {len(rows)} rows; batch_size {cfg.training.batch_size} x accumulation "
-            f"{cfg.training.accumulation} needs {expected}"
+            f"{cfg.training.grad_accumulation_steps} needs {expected}"
         )
     check_tokens(rows.tokens, model, f"the batch of step {step}")
     return rows
@@ -240,7 +240,7 @@ def fingerprint(
     source: ParamSource,
     cfg: FinetuneConfig,
     batches: Batches,
-    evaluation: Examples | None,
+    evaluation: TokenRows | None,
     teacher: TeacherSource | None = None,
 ) -> Fingerprint:
     """Returns everything the result depends on; on the mesh, only its rounding does."""
@@ -265,7 +265,7 @@ class _Run:
         layout: Layout,
         frozen: Params,
         batches: Batches,
-        evaluation: Examples | None,
+        evaluation: TokenRows | None,
         teacher: Teacher | None,
         states: TrainStates | None,
         reporter: Reporter,
@@ -291,7 +291,7 @@ class _Run:
 
     def steps(self, state: TrainState) -> Params:
         """Returns what is to be stored after all steps that are left: the last masters, or the best ones."""
-        total, rows = self.cfg.training.steps, self.cfg.training.batch_size * self.cfg.training.accumulation
+        total, rows = self.cfg.training.steps, self.cfg.training.batch_size * self.cfg.training.grad_accumulation_steps
         first, every = int(state.step), self.cfg.evaluate_every or total
         length = _checked(self.batches, 0, self.cfg, self.layout.model).tokens.shape[1]
         self.reporter.start("finetune", (total - first) * rows * length, "tokens")
@@ -310,10 +310,10 @@ class _Run:
         began = time.monotonic()
         settings = self.cfg.training
         rows = _checked(self.batches, step, self.cfg, self.layout.model)
-        shape = (settings.accumulation, settings.batch_size, rows.tokens.shape[1])
-        tokens, scored = (self._put(np.reshape(array, shape)) for array in (rows.tokens, rows.scored))
+        shape = (settings.grad_accumulation_steps, settings.batch_size, rows.tokens.shape[1])
+        tokens, loss_mask = (self._put(np.reshape(array, shape)) for array in (rows.tokens, rows.loss_mask))
         state, metrics = train_step(
-            state, self.frozen, tokens, scored, self.teacher, layout=self.layout, settings=settings
+            state, self.frozen, tokens, loss_mask, self.teacher, layout=self.layout, settings=settings
         )
         loss, norm = float(metrics.loss), float(metrics.gradient_norm)
         if not bool(metrics.finite):
@@ -330,7 +330,7 @@ class _Run:
             loss=loss,
             gradient_norm=norm,
             learning_rate=float(self.rate(step)),
-            scored=int(metrics.scored),
+            loss_mask=int(metrics.loss_mask),
             seconds=time.monotonic() - began,
         )
         self.reporter.advance(rows.tokens.size, note=f"loss {loss:.4f}")
@@ -345,12 +345,12 @@ class _Run:
         size = self.cfg.training.batch_size
         total, count = 0.0, 0
         for begin in range(0, len(self.evaluation), size):
-            tokens, scored = (
+            tokens, loss_mask = (
                 self._put(_filled(array[begin : begin + size], size))
-                for array in (self.evaluation.tokens, self.evaluation.scored)
+                for array in (self.evaluation.tokens, self.evaluation.loss_mask)
             )
             loss, scores = evaluate_step(
-                stored, self.frozen, tokens, scored, layout=self.layout, settings=self.cfg.training
+                stored, self.frozen, tokens, loss_mask, layout=self.layout, settings=self.cfg.training
             )
             total, count = total + float(loss), count + int(scores)
         nll = total / count

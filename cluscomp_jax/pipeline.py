@@ -21,8 +21,8 @@ from cluscomp_jax.clustering.block import BlockClustering, Streams
 from cluscomp_jax.clustering.matrix import decompress, size_report
 from cluscomp_jax.clustering.resolve import check_calibration, mixes, rules_by_block
 from cluscomp_jax.clustering.sensitivity import sensitivities
-from cluscomp_jax.config.run import RunConfig
-from cluscomp_jax.config.settings import TuningSettings, compute_dtype_of
+from cluscomp_jax.config.run import CompressConfig
+from cluscomp_jax.config.settings import BlockTuningConfig, compute_dtype_of
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.caller_mesh import without_mesh
 from cluscomp_jax.core.codebook import CodebookArray, round_codebook
@@ -39,7 +39,7 @@ from cluscomp_jax.plan.host import scratch_bytes
 from cluscomp_jax.runtime import atomic
 from cluscomp_jax.runtime.reporter import Reporter, SilentReporter
 from cluscomp_jax.runtime.scratch import scratch_folder
-from cluscomp_jax.runtime.timing import StageClock
+from cluscomp_jax.runtime.timing import StageTimer
 from cluscomp_jax.tuning import BlockTuning, split_trainable, tune_block
 
 
@@ -69,7 +69,7 @@ class CompressionSummary:
 
 def compress(
     params: Mapping[Any, Any] | ParamSource,
-    cfg: RunConfig,
+    cfg: CompressConfig,
     *,
     calibration: np.ndarray | None = None,
     reporter: Reporter | None = None,
@@ -104,7 +104,7 @@ def compress(
 def compress_stream(
     source: ParamSource,
     sink: BlockSink,
-    cfg: RunConfig,
+    cfg: CompressConfig,
     *,
     calibration: np.ndarray | None,
     work_dir: Path,
@@ -120,27 +120,27 @@ def compress_stream(
         get the same folder.
       finished_blocks: blocks already in the sink. Their activations are recomputed, not read from scratch files,
         so that an interrupted run gives the bytes of an uninterrupted one.
-      owns_process: as for StageClock: whether freed memory may be given back and the peak of each stage measured.
+      owns_process: as for StageTimer: whether freed memory may be given back and the peak of each stage measured.
 
     Raises:
       InputError: whatever does not fit, before any long work.
     """
-    clock = StageClock(owns_process=owns_process)
+    clock = StageTimer(owns_process=owns_process)
     run = _Run(source, sink, cfg, calibration, work_dir, reporter or SilentReporter(), clock)
     records = run.blocks(finished_blocks)
     run.close()
     with run.clock("load"):
-        rest = source.load_rest()
+        outer = source.load_outer()
     with run.clock("store"):
-        sink.store_rest(rest)
+        sink.store_outer(outer)
     matrices = tuple(matrix for record in records for matrix in record.pop("matrices"))
     weights = sum(math.prod(matrix["shape"]) for matrix in matrices)
     bits = sum(matrix["bits"] for matrix in matrices)
-    total_bytes = sum(record["total_bytes"] for record in records) + size_report(rest).total_bytes
+    total_bytes = sum(record["total_bytes"] for record in records) + size_report(outer).total_bytes
     return CompressionSummary(matrices, tuple(records), run.clock.to_dict(), bits / weights, total_bytes)
 
 
-def fingerprint(source: ParamSource, cfg: RunConfig, calibration: np.ndarray | None) -> Fingerprint:
+def fingerprint(source: ParamSource, cfg: CompressConfig, calibration: np.ndarray | None) -> Fingerprint:
     """Returns everything the result's bytes depend on."""
     digest = None if calibration is None else hashlib.sha256(calibration.astype("<i4").tobytes()).hexdigest()
     return run_fingerprint(source, cfg.to_dict(), cfg.model, calibration=digest)
@@ -153,11 +153,11 @@ class _Run:
         self,
         source: ParamSource,
         sink: BlockSink,
-        cfg: RunConfig,
+        cfg: CompressConfig,
         calibration: np.ndarray | None,
         work_dir: Path,
         reporter: Reporter,
-        clock: StageClock,
+        clock: StageTimer,
     ):
         self.model = build_model(cfg.model)
         self.cfg, self.source, self.sink, self.reporter = cfg, source, sink, reporter
@@ -180,7 +180,7 @@ class _Run:
         self.batch_size = cfg.mesh.data * min(spread, forward_batch(self.model, cfg, calibration.shape))
         if mixes(cfg, calibration):
             self.rules = rules_by_block(self.model, cfg, self._sensitivities(calibration, work_dir))
-        numbers = cfg.tuning or TuningSettings()
+        numbers = cfg.tuning or BlockTuningConfig()
         self.dtype = jnp.dtype(compute_dtype_of(numbers))
         if cfg.cluster.calibrated or self.tuning:
             with self.clock("embed"):
@@ -191,7 +191,7 @@ class _Run:
         path = self.records_dir / "sensitivities.json"
         if not path.exists():
             with self.clock("sensitivity"):
-                damping = self.cfg.cluster.damping if self.cfg.cluster.feedback else None
+                damping = self.cfg.cluster.damping if self.cfg.cluster.error_feedback else None
                 measured = sensitivities(
                     self.model, self.source, calibration, damping=damping, work_dir=work_dir, reporter=self.reporter
                 )
@@ -202,8 +202,8 @@ class _Run:
 
     def _embed(self, calibration: np.ndarray, work_dir: Path, dtype: Any) -> None:
         """Opens the streams that the run needs, at the first block's input."""
-        rest = jax.tree.map(jnp.asarray, self.source.load_rest())
-        embed = partial(run_embed, rest, model=self.model, dtype=self.dtype)
+        outer = jax.tree.map(jnp.asarray, self.source.load_outer())
+        embed = partial(run_embed, outer, model=self.model, dtype=self.dtype)
         width = embed(jnp.asarray(calibration[:1])).shape[-1]
         new_store = partial(ActivationStore, shape=(*calibration.shape, width), dtype=dtype)
         self.compressed = new_store(work_dir / "compressed.bin")
@@ -248,14 +248,14 @@ class _Run:
 
     def _resume(self, i: int, reader: BlockReader) -> None:
         """Moves the streams behind a block that an earlier process finished."""
-        kind = self.model.block_kind(i)
+        layer_type = self.model.layer_type(i)
         with self.clock("load"):
             dense = put_whole(reader.take(i), self.sharding)
         with self.clock("resume"):
-            self._propagate_original(dense, kind)
+            self._propagate_original(dense, layer_type)
             del dense
             reader.read_next()
-            self._propagate_compressed(self.sink.load_block(i), kind)
+            self._propagate_compressed(self.sink.load_block(i), layer_type)
 
     def _store(self, i: int, block: Params, record: dict[str, Any]) -> None:
         path = self._record_path(i)
@@ -272,7 +272,7 @@ class _Run:
             dense = reader.take(i)
         if self.tuning is None:
             reader.read_next()  # nothing longer than clustering follows that reading could run beside
-        began, kind = time.monotonic(), self.model.block_kind(i)
+        began, layer_type = time.monotonic(), self.model.layer_type(i)
         streams = self._streams()
         if streams is not None and self.cfg.cluster.calibrated:
             dense = jax.device_get(jax.device_put(dense))  # laid out as the device has it: it goes there several times
@@ -281,7 +281,7 @@ class _Run:
         self.clock.release()
         if self.tuning is not None or (self.original is not None and i + 1 < self.model.num_blocks):
             dense = put_whole(dense, self.sharding)
-            self._propagate_original(dense, kind)
+            self._propagate_original(dense, layer_type)
         del dense
         self.clock.release()
         reader.read_next()
@@ -289,7 +289,7 @@ class _Run:
         trained: Collection[str] = ()
         if self.tuning is not None and matrices:
             trained = set(split_trainable(block, norms=self.tuning.norms)[0])
-            block, tuned = self._tune(i, block, kind)
+            block, tuned = self._tune(i, block, layer_type)
             record |= dataclasses.asdict(tuned)
             if tuned.diverged:
                 self.reporter.warn(
@@ -299,7 +299,7 @@ class _Run:
         block = jax.device_get(_rounded(block, trained, self.cfg.cluster.codebook_dtype))
         self.clock.release()
         if i + 1 < self.model.num_blocks or self.tuning is not None:
-            record |= self._propagate_compressed(block, kind)
+            record |= self._propagate_compressed(block, layer_type)
         size = size_report(block)
         record |= {"seconds": time.monotonic() - began, "total_bytes": size.total_bytes, "matrices": matrices}
         return block, record
@@ -320,11 +320,11 @@ class _Run:
             return None
         return Streams(self.compressed, self.original, self.batch_size, self.dtype, self.sharding)
 
-    def _tune(self, i: int, block: Params, kind: Hashable) -> tuple[Params, BlockTuning]:
+    def _tune(self, i: int, block: Params, layer_type: Hashable) -> tuple[Params, BlockTuning]:
         assert self.tuning is not None
         assert self.compressed is not None
         assert self.original is not None
-        train = len(self.compressed) - self.tuning.held_out
+        train = len(self.compressed) - self.tuning.validation_samples
         steps = self.tuning.epochs * (train // self.tuning.batch_size)
         self.reporter.start(f"block {i + 1}/{self.model.num_blocks}: tune", steps, "steps")
         targets = (self.original,) if self.augmented is None else (self.original, self.augmented)
@@ -332,7 +332,7 @@ class _Run:
         with self.clock("tune"):
             return tune_block(
                 self.model,
-                kind,
+                layer_type,
                 block,
                 self.compressed,
                 targets,
@@ -347,35 +347,37 @@ class _Run:
         put = partial(put_samples, sharding=self.sharding)
         return partial(run_through, step, batch_size=self.batch_size, dtype=self.dtype, put=put)
 
-    def _propagate_original(self, dense: Params, kind: Hashable) -> None:
+    def _propagate_original(self, dense: Params, layer_type: Hashable) -> None:
         with self.clock("targets"):
-            step = partial(run_block, dense, model=self.model, kind=kind)
+            step = partial(run_block, dense, model=self.model, layer_type=layer_type)
             run = self._through(step)
             if self.augmented is not None and self.compressed is not None:
                 run(self.compressed, self.augmented)
             if self.original is not None:
                 run(self.original, self.original)
 
-    def _propagate_compressed(self, block: Params, kind: Hashable) -> dict[str, float]:
+    def _propagate_compressed(self, block: Params, layer_type: Hashable) -> dict[str, float]:
         """Moves the compressed stream behind the block; returns its distance from the original stream there."""
         if self.compressed is None:
             return {}
         with self.clock("propagate"):
             # Decoded first, so that one program serves all blocks, however finely each is cut.
-            step = partial(run_block, put_whole(decompress(block), self.sharding), model=self.model, kind=kind)
+            step = partial(
+                run_block, put_whole(decompress(block), self.sharding), model=self.model, layer_type=layer_type
+            )
             self._through(step)(self.compressed, self.compressed)
             if self.original is None:
                 return {}
-            limit = (self.tuning or self.cfg.cluster).outlier_limit
+            limit = (self.tuning or self.cfg.cluster).massive_activation_limit
             return {"loss_after": _stream_distance(self.compressed, self.original, self.batch_size, limit)}
 
 
-_squared_error = jax.jit(mean_squared_error, static_argnames="outlier_limit")
+_squared_error = jax.jit(mean_squared_error, static_argnames="massive_activation_limit")
 
 
-def _stream_distance(a: ActivationStore, b: ActivationStore, batch_size: int, outlier_limit: float) -> float:
+def _stream_distance(a: ActivationStore, b: ActivationStore, batch_size: int, massive_activation_limit: float) -> float:
     """Returns the mean squared error of stream a against stream b, as tuning counts it."""
-    error = partial(_squared_error, outlier_limit=outlier_limit)
+    error = partial(_squared_error, massive_activation_limit=massive_activation_limit)
     total = sum(len(x) * float(error(jnp.asarray(x), jnp.asarray(b.read(where)))) for where, x in a.batches(batch_size))
     return total / len(a)
 

@@ -24,7 +24,7 @@ from cluscomp_jax.core.codebook import CodebookArray, index_dtype, index_shape
 from cluscomp_jax.models.llama.model import LlamaModel
 from cluscomp_jax.plan import compiling_for, find_target, placement, preset_config
 from cluscomp_jax.tuning.blockwise import join_trainable, split_trainable
-from pallas_kernels.codebook_matmul import FAST_GRADIENTS, IMPLEMENTATION
+from pallas_kernels.codebook_matmul import ATOMIC_GRADIENTS, IMPLEMENTATION
 
 GIB = 2**30
 VARIANTS = {"decoded": "every kernel decoded by XLA", "ordered": "kernels, fixed order", "atomic": "kernels, atomics"}
@@ -42,14 +42,14 @@ def compressed_block(model: LlamaModel, g: int, num_codes: int, axis: Any, dtype
     return trees.unflatten({path: leaf(shape) for path, shape in model.block_shapes(0).items()})
 
 
-def gradients(model: LlamaModel, rest: dict[str, Any]) -> Callable[..., Any]:
+def gradients(model: LlamaModel, outer: dict[str, Any]) -> Callable[..., Any]:
     """Returns (trained, arrays of `rest`, x, dy) -> (y, gradients of trained, gradient of x)."""
-    static = jax.tree.structure(rest)
+    static = jax.tree.structure(outer)
 
     def step(trained: Any, frozen: Any, x: jax.Array, dy: jax.Array) -> Any:
         def block(trained: Any, x: jax.Array) -> jax.Array:
             params = join_trainable(trained, jax.tree.unflatten(static, frozen))
-            return model.block(params, x, kind=model.block_kind(0))
+            return model.block(params, x, layer_type=model.layer_type(0))
 
         y, pull = jax.vjp(block, trained, x)
         return y, *pull(dy)
@@ -70,19 +70,19 @@ def main() -> None:
     on_card, config = placement(target), preset_config("llama-2-70b")
     model = LlamaModel(config)
     block = compressed_block(model, options.g, options.codes, options.axis, jnp.bfloat16)
-    trained, rest = split_trainable(block, norms=False)
+    trained, outer = split_trainable(block, norms=False)
     x = jax.ShapeDtypeStruct((1, options.length, config.hidden_size), jnp.bfloat16)
     arguments = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_card),
-        (trained, jax.tree.leaves(rest), x, x),
+        (trained, jax.tree.leaves(outer), x, x),
     )
     print(f"jax {jax.__version__}, {target.name}, ahead of time: one block of Llama-2-70B, {vars(options)}")
     print("| variant | arguments GiB | outputs GiB | temporaries GiB | peak GiB | seconds |\n" + "|---" * 6 + "|")
     for variant in [options.variant] if options.variant else VARIANTS:
         began = time.monotonic()
         implementation = "definition" if variant == "decoded" else "triton"
-        with compiling_for(target), IMPLEMENTATION(implementation), FAST_GRADIENTS(variant == "atomic"):
-            compiled = jax.jit(gradients(model, rest)).trace(*arguments).lower().compile()
+        with compiling_for(target), IMPLEMENTATION(implementation), ATOMIC_GRADIENTS(variant == "atomic"):
+            compiled = jax.jit(gradients(model, outer)).trace(*arguments).lower().compile()
         memory = compiled.memory_analysis()
         sizes = [memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes]
         sizes.append(memory.peak_memory_in_bytes)

@@ -18,7 +18,7 @@ import jax
 from cluscomp_jax.plan import compiling_for, find_target, placement
 from cluscomp_jax.plan.kmeans_programs import fit_programs
 from cluscomp_jax.plan.program import compile_program
-from cluscomp_jax.plan.shapes import Place
+from cluscomp_jax.plan.shapes import AbstractDevice
 from cluscomp_jax.plan.whole import GIB
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     print(f"jax {jax.__version__}, {target.name}, ahead of time: {sizes}")
     print("| program | arguments GiB | results GiB | temporaries GiB | also held GiB | all GiB |\n" + "|---" * 6 + "|")
     largest = 0
-    place = Place(placement(target))
+    place = AbstractDevice(placement(target))
     with compiling_for(target):
         for program in fit_programs(place, **sizes, weighted=options.weighted, iterations=20, calls=1):
             memory = compile_program(program)

@@ -84,7 +84,7 @@ def random_checkpoint(path: Path, blocks: int) -> None:
     with CheckpointWriter(path, model_config=config, run_config={"random": True}, fingerprint="random") as writer:
         for i in range(blocks):
             writer.store_block(i, unflatten({n: leaf(n, shape) for n, shape in model.block_shapes(i).items()}))
-        writer.store_rest(unflatten({n: leaf(n, shape) for n, shape in model.rest_shapes().items()}))
+        writer.store_outer(unflatten({n: leaf(n, shape) for n, shape in model.outer_shapes().items()}))
         writer.finish(provenance={}, metrics={})
 
 

@@ -19,11 +19,11 @@ import numpy as np
 import cluscomp_jax
 from cluscomp_jax import data, kmeans
 from cluscomp_jax.cli.demo import find_model
-from cluscomp_jax.clustering.error_feedback import Feedback, assign_with_feedback, factorise
-from cluscomp_jax.clustering.hessian import Batch, site_moments
+from cluscomp_jax.clustering.error_feedback import HessianFactor, assign_with_error_feedback, factor_hessian
+from cluscomp_jax.clustering.hessian import Batch, collect_hessians
 from cluscomp_jax.clustering.matrix import matrix_key, to_vectors
-from cluscomp_jax.clustering.refine import refit
-from cluscomp_jax.config.settings import ClusterSettings
+from cluscomp_jax.clustering.refine import refine
+from cluscomp_jax.config.settings import ClusterConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.models.model import run_block, run_embed
 from cluscomp_jax.text.text import load_tokens
@@ -33,14 +33,17 @@ def moments_of(opened: Any, block: int, samples: int) -> dict[str, jax.Array]:
     """Returns {site: E[x x^T]} of a block's inputs on real text."""
     model, source = opened.model, opened.source
     tokens = load_tokens(data.path("wiki_train"), opened.load_tokenizer())[: samples * 512].reshape(samples, 512)
-    rest = jax.tree.map(jnp.asarray, source.load_rest())
-    stream = [run_embed(rest, row[None].astype(np.int32), model=model, dtype=jnp.dtype("float32")) for row in tokens]
+    outer = jax.tree.map(jnp.asarray, source.load_outer())
+    stream = [run_embed(outer, row[None].astype(np.int32), model=model, dtype=jnp.dtype("float32")) for row in tokens]
     for i in range(block):
         before = jax.tree.map(jnp.asarray, source.load_block(i))
-        stream = [run_block(before, x, model=model, kind=model.block_kind(i)) for x in stream]
+        stream = [run_block(before, x, model=model, layer_type=model.layer_type(i)) for x in stream]
     dense = jax.tree.map(jnp.asarray, source.load_block(block))
-    kind = model.block_kind(block)
-    return {site: site_moments(model, kind, site, dense, map(Batch, stream)).inputs for site in model.sites}
+    layer_type = model.layer_type(block)
+    return {
+        group: collect_hessians(model, layer_type, group, dense, map(Batch, stream)).inputs
+        for group in model.input_groups
+    }
 
 
 def main() -> None:
@@ -48,14 +51,14 @@ def main() -> None:
     parser.add_argument("--g", type=int, default=4)
     parser.add_argument("--num-codes", type=int, default=1024)
     parser.add_argument("--iterations", type=int, default=20)
-    parser.add_argument("--refits", type=int, default=ClusterSettings().refits, help="rounds of refitting")
+    parser.add_argument("--refine_rounds", type=int, default=ClusterConfig().refine_rounds, help="rounds of refitting")
     parser.add_argument("--block", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     opened = cluscomp_jax.open_model(find_model())
     moments = moments_of(opened, options.block, samples=4)
     flat = trees.flatten(jax.tree.map(jnp.asarray, opened.source.load_block(options.block)))
-    kernels = {path: flat[path] for paths in opened.model.sites.values() for path in paths}
+    kernels = {path: flat[path] for paths in opened.model.input_groups.values() for path in paths}
 
     def cluster() -> dict[str, jax.Array]:
         codes = {}
@@ -68,13 +71,15 @@ def main() -> None:
         return jax.block_until_ready(codes)
 
     def feed_back(codes: dict[str, jax.Array]) -> None:
-        for site, paths in opened.model.sites.items():
-            known: Feedback = factorise(moments[site])
+        for group, paths in opened.model.input_groups.items():
+            previous: HessianFactor = factor_hessian(moments[group])
             for path in paths:
                 weight, key = kernels[path], matrix_key(0, path)
-                forest = kmeans.plant_forest(codes[path], key)
-                index = assign_with_feedback(weight, codes[path], known, g=options.g, forest=forest)
-                refitted = refit(weight, codes[path], index, known, rounds=options.refits, forest=forest, key=key)
+                code_index = kmeans.build_code_index(codes[path], key)
+                index = assign_with_error_feedback(weight, codes[path], previous, g=options.g, code_index=code_index)
+                refitted = refine(
+                    weight, codes[path], index, previous, rounds=options.refine_rounds, code_index=code_index, key=key
+                )
                 jax.block_until_ready(refitted)
 
     codes = cluster()
@@ -87,7 +92,7 @@ def main() -> None:
         feed_back(codes)
         times.append((between - began, time.monotonic() - between))
         print(f"clustering {times[-1][0]:.2f} s, feedback {times[-1][1]:.2f} s", flush=True)
-    ratio = statistics.median(feedback / clustering for clustering, feedback in times)
+    ratio = statistics.median(factor / clustering for clustering, factor in times)
     print(f"block {options.block}, g={options.g}, n={options.num_codes}: feedback takes {ratio:.2f} x clustering")
 
 

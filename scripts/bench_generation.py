@@ -97,7 +97,7 @@ def cached_perplexity(decoder: Decoder, windows: np.ndarray) -> tuple[float, int
         caches = decoder.empty_caches(1, windows.shape[1])
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
         x = decoder.through_blocks(jnp.asarray(window[None]), caches, None, windows.shape[1])
-        logits = jax.jit(decoder.model.head)(decoder.rest, x[:, :-1])
+        logits = jax.jit(decoder.model.head)(decoder.outer, x[:, :-1])
         total += float(jnp.sum(token_nll(logits, jnp.asarray(window[None, 1:]))))
     return float(np.exp(total / (windows.shape[0] * (windows.shape[1] - 1)))), size
 
@@ -105,7 +105,7 @@ def cached_perplexity(decoder: Decoder, windows: np.ndarray) -> tuple[float, int
 def compare_caches(opened: OpenedModel, tokens: np.ndarray) -> None:
     rows = []
     for cache in ("float32", "bfloat16", "int8"):
-        decoder = Decoder.load(opened.source, opened.model, dtype="float32", materialize="once", cache_dtype=cache)
+        decoder = Decoder.load(opened.source, opened.model, dtype="float32", decode_weights="once", cache_dtype=cache)
         found, size = cached_perplexity(decoder, tokens.reshape(-1, CONTEXT))
         rows.append((cache, f"{found:.4f}", f"{size:,}"))
     print(format_table(("cache", f"perplexity, {TOKENS} tokens", f"bytes for {CONTEXT} positions"), rows), flush=True)
@@ -121,7 +121,7 @@ def main() -> None:
     tokens = load_tokens(data.path("wiki_test"), opened.load_tokenizer())[:TOKENS]
     if not options.speed_only:
         compare_caches(opened, tokens)
-    decoder = Decoder.load(opened.source, opened.model, dtype="float32", materialize="once")
+    decoder = Decoder.load(opened.source, opened.model, dtype="float32", decode_weights="once")
     compare_speed(opened, decoder, tokens, options.rounds)
 
 

@@ -85,10 +85,10 @@ def compress(options: argparse.Namespace, model: Path, out: Path) -> dict[str, o
     tokens = np.random.default_rng(0).integers(0, options.vocab, options.samples * options.length * 4, dtype=np.int32)
     np.save(options.work / "tokens.npy", tokens)
     settings = options.work / "run.toml"
-    refits = "" if options.refits is None else f"refits = {options.refits}\n"
+    refine_rounds = "" if options.refine_rounds is None else f"refine_rounds = {options.refine_rounds}\n"
     settings.write_text(
-        f'recipe = "{options.recipe}"\n[[cluster.rules]]\ng = {options.g}\nnum_codes = {options.num_codes}\n'
-        f"[cluster]\niterations = {options.iterations}\n{refits}"
+        f'recipe = "{options.recipe}"\n[[cluster.rules]]\ngroup_size = {options.g}\nnum_codes = {options.num_codes}\n'
+        f"[cluster]\niterations = {options.iterations}\n{refine_rounds}"
         f"[calibration]\nsamples = {options.samples}\nlength = {options.length}\n"
         f'[tuning]\nepochs = {options.epochs}\ncompute_dtype = "bfloat16"\nactivation_dtype = "bfloat16"\n'
     )
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--g", type=int, default=4)
     parser.add_argument("--num-codes", type=int, default=65500)
     parser.add_argument("--iterations", type=int, default=4)
-    parser.add_argument("--refits", type=int, help="rounds of refitting; those of the recipe unless given")
+    parser.add_argument("--refine_rounds", type=int, help="rounds of refitting; those of the recipe unless given")
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=2)

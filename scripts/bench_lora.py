@@ -21,7 +21,7 @@ import numpy as np
 
 from cluscomp_jax.cli.demo import find_model
 from cluscomp_jax.config.finetune import FinetuneConfig
-from cluscomp_jax.config.settings import DataSettings, TrainingSettings
+from cluscomp_jax.config.settings import DataConfig, TrainingConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray, decode
 from cluscomp_jax.core.trees import Params
@@ -31,7 +31,7 @@ from cluscomp_jax.models.model import Model
 from cluscomp_jax.models.source import DictSink, DictSource, load_all
 from cluscomp_jax.runtime.host_memory import keep_freed_memory
 from cluscomp_jax.runtime.reporter import to_json
-from cluscomp_jax.text.token_rows import Examples
+from cluscomp_jax.text.token_rows import TokenRows
 from cluscomp_jax.text.training_data import read_examples
 
 TARGETS = ("self_attn/q_proj", "self_attn/v_proj")
@@ -56,14 +56,14 @@ class LoraModel:
             shapes |= {f"{target}/lora_a": (d_in, self.rank), f"{target}/lora_b": (self.rank, d_out)}
         return shapes
 
-    def block(self, params: Params, x: jax.Array, *, kind: Hashable, tap: Any = None) -> Any:
+    def block(self, params: Params, x: jax.Array, *, layer_type: Hashable, observer: Any = None) -> Any:
         """y [b, t, d] of x [b, t, d], as `Model.block`."""
         flat = trees.flatten(params)
         for target in TARGETS:
             kernel, a, b = (flat.pop(f"{target}/{name}") for name in ("kernel", "lora_a", "lora_b"))
             dense = decode(kernel) if isinstance(kernel, CodebookArray) else kernel
             flat[f"{target}/kernel"] = dense.astype(x.dtype) + (a @ b).astype(x.dtype)
-        return self.base.block(trees.unflatten(flat), x, kind=kind, tap=tap)
+        return self.base.block(trees.unflatten(flat), x, layer_type=layer_type, observer=observer)
 
 
 def with_adapters(params: Params, model: LoraModel, seed: int) -> Params:
@@ -94,7 +94,7 @@ def rounded(kernel: np.ndarray) -> np.ndarray:
 
 
 def three_bits(params: Params, model: Model) -> Params:
-    kernels = {path for paths in model.sites.values() for path in paths}
+    kernels = {path for paths in model.input_groups.values() for path in paths}
     return trees.map_by_path(
         lambda path, leaf: (
             rounded(np.asarray(leaf)) if path.removeprefix("model/layers/").partition("/")[2] in kernels else leaf
@@ -103,8 +103,8 @@ def three_bits(params: Params, model: Model) -> Params:
     )
 
 
-def rows(opened: OpenedModel, path: Path, options: argparse.Namespace) -> Examples:
-    settings = DataSettings(length=options.length, responses_only=True, too_long="skip")
+def rows(opened: OpenedModel, path: Path, options: argparse.Namespace) -> TokenRows:
+    settings = DataConfig(length=options.length, responses_only=True, too_long="skip")
     return read_examples(path, opened.load_tokenizer(), settings, vocab_size=opened.config.vocab_size)
 
 
@@ -146,9 +146,9 @@ def main() -> None:
     test = test.take(np.arange(min(options.test_rows, len(test))))
     for name, params, model, trainable, rates in contestants(options):
         for rate in rates:
-            training = TrainingSettings(
+            training = TrainingConfig(
                 steps=options.steps, batch_size=options.batch_size, learning_rate=rate, relative_rate=False,
-                trainable=(trainable,), recompute="cheap",
+                trainable=(trainable,), remat_policy="cheap",
             )  # fmt: skip
             cfg = FinetuneConfig(model=model, training=training)
             summary = finetune_stream(DictSource(params, model), DictSink(), train, cfg, evaluation=test)

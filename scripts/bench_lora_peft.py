@@ -21,13 +21,13 @@ import transformers
 import bench_lora
 from cluscomp_jax.cli.demo import find_model
 from cluscomp_jax.config.finetune import FinetuneConfig
-from cluscomp_jax.config.settings import TrainingSettings
+from cluscomp_jax.config.settings import TrainingConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.io.open import OpenedModel, open_model
 from cluscomp_jax.models.llama.hf_config import to_hf_dict
 from cluscomp_jax.models.source import load_all
 from cluscomp_jax.runtime.reporter import to_json
-from cluscomp_jax.text.token_rows import Examples, ShuffledBatches
+from cluscomp_jax.text.token_rows import ShuffledBatches, TokenRows
 from cluscomp_jax.tuning.optimizer import make_schedule
 
 SEED = FinetuneConfig().seed
@@ -48,7 +48,7 @@ def torch_model(opened: OpenedModel) -> Any:
     return network
 
 
-def summed_loss(network: Any, rows: Examples) -> tuple[Any, int]:
+def summed_loss(network: Any, rows: TokenRows) -> tuple[Any, int]:
     """Returns the summed cross entropy of the scored tokens, and how many they are."""
     tokens = torch.tensor(rows.tokens, dtype=torch.long)
     targets = torch.where(torch.tensor(rows.scored), tokens, IGNORED)[:, 1:].flatten()
@@ -58,12 +58,12 @@ def summed_loss(network: Any, rows: Examples) -> tuple[Any, int]:
 
 
 @torch.no_grad()
-def mean_loss(network: Any, rows: Examples) -> float:
+def mean_loss(network: Any, rows: TokenRows) -> float:
     parts = [summed_loss(network, rows.take(np.arange(i, i + 1))) for i in range(len(rows))]
     return float(sum(float(loss) for loss, _ in parts) / sum(count for _, count in parts))
 
 
-def train(opened: OpenedModel, rows: Examples, test: Examples, rank: int, settings: TrainingSettings) -> dict[str, Any]:
+def train(opened: OpenedModel, rows: TokenRows, test: TokenRows, rank: int, settings: TrainingConfig) -> dict[str, Any]:
     """Returns what one rate came to."""
     torch.manual_seed(SEED)
     adapters = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
@@ -93,7 +93,7 @@ def main() -> None:
     test = test.take(np.arange(min(options.test_rows, len(test))))
     print(f"torch {torch.__version__}, peft {peft.__version__}, jax {jax.__version__}")
     for rate in options.lora_rates:
-        settings = TrainingSettings(steps=options.steps, batch_size=options.batch_size, learning_rate=rate)
+        settings = TrainingConfig(steps=options.steps, batch_size=options.batch_size, learning_rate=rate)
         numbers = train(opened, rows, test, options.rank, settings)
         print(to_json({"method": "LoRA by peft, int3 group 64", **numbers}), flush=True)
 

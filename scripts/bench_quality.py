@@ -33,18 +33,18 @@ TEXT, TEST, STARTS = data.path("wiki_train"), data.path("wiki_test"), data.path(
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FOUR_BITS, FOLLOW = CONFIGS / "smollm2_135m_4bit.toml", CONFIGS / "finetune/follow.toml"
 UNTUNED = "tuning = false"
-EVEN = "g = 4\nnum_codes = 1024"
+EVEN = "group_size = 4\nnum_codes = 1024"
 
 FOLLOWED = "-followed"
 """Ends the name of a row that goes on from the row before the ending: one more pass over its samples, behind the
 original (configs/finetune/follow.toml)."""
 
-Setting = tuple[str, int, int]
+BlockSpec = tuple[str, int, int]
 """(TOML, samples, tokens per sample)."""
 
 
-def budget(bits: float, *, mixed: str = "none", tuned: bool = True) -> str:
-    return f'{"" if tuned else UNTUNED}\n[cluster]\nbits = {bits}\nmixed = "{mixed}"'
+def budget(bits: float, *, mixed_precision: str = "none", tuned: bool = True) -> str:
+    return f'{"" if tuned else UNTUNED}\n[cluster]\nbits = {bits}\nmixed_precision = "{mixed_precision}"'
 
 
 def even(cluster: str = "", *, top: str = UNTUNED) -> str:
@@ -52,32 +52,35 @@ def even(cluster: str = "", *, top: str = UNTUNED) -> str:
     return f"{top}\n[cluster]\n{cluster}\n[[cluster.rules]]\n{EVEN}"
 
 
-TABLES: dict[str, dict[str, Setting]] = {
+TABLES: dict[str, dict[str, BlockSpec]] = {
     "budgets": {
         "2.63-clustered-16": (budget(2.63, tuned=False), 16, 512),
         "2.63-tuned-16": (budget(2.63), 16, 512),
         "2.63-tuned-64": (budget(2.63), 64, 512),
         "2.63-bfloat16-64": (f'{budget(2.63)}\n[tuning]\ncompute_dtype = "bfloat16"', 64, 512),  # as on a GPU
         "2.1-tuned-64": (budget(2.1), 64, 512),
-        "2.63-mixed-16": (budget(2.63, mixed="matrix", tuned=False), 16, 512),
-        "3.3-clustered-64": (budget(3.3, mixed="matrix", tuned=False), 64, 512),  # one (g, n) reaches only 3.05
-        "3.3-tuned-64": (budget(3.3, mixed="matrix"), 64, 512),
+        "2.63-mixed-16": (budget(2.63, mixed_precision="per_matrix", tuned=False), 16, 512),
+        "3.3-clustered-64": (
+            budget(3.3, mixed_precision="per_matrix", tuned=False),
+            64,
+            512,
+        ),  # one (g, n) reaches only 3.05
+        "3.3-tuned-64": (budget(3.3, mixed_precision="per_matrix"), 64, 512),
         "4.02-tuned-64": (budget(4.1), 64, 512),  # a codebook for every kernel; g=3 would be 4.39
         "4.1-tuned-64": (FOUR_BITS.read_text(), 64, 512),
-        "4.1-mixed-64": (f'{budget(4.1, mixed="matrix")}\nshare = "block"', 64, 512),
+        "4.1-mixed-64": (f'{budget(4.1, mixed_precision="per_matrix")}\ntie_codebooks = "block"', 64, 512),
     },
     "parts": {
-        "blind": (even("weighted = false\nfeedback = false", top=f'recipe = "paper"\n{UNTUNED}'), 16, 512),
-        "weighted": (even("feedback = false"), 16, 512),
-        "feedback": (even("correction = false\nsequential = false\nrefits = 0"), 16, 512),
-        "sequential": (even("correction = false\nrefits = 0"), 16, 512),
-        "correction": (even("refits = 0"), 16, 512),
-        "refits": (even(), 16, 512),
-        "mixed-kernel": (budget(2.63, mixed="kernel", tuned=False), 16, 512),
-        "mixed-matrix": (budget(2.63, mixed="matrix", tuned=False), 16, 512),
-        "refits-64": (even(), 64, 512),
+        "blind": (even("weighted = false\nerror_feedback = false", top=f'recipe = "paper"\n{UNTUNED}'), 16, 512),
+        "weighted": (even("error_feedback = false"), 16, 512),
+        "feedback": (even("drift_correction = false\ntrue_sequential = false\nrefine_rounds = 0"), 16, 512),
+        "sequential": (even("drift_correction = false\nrefine_rounds = 0"), 16, 512),
+        "correction": (even("refine_rounds = 0"), 16, 512),
+        "refine_rounds": (even(), 16, 512),
+        "mixed-matrix": (budget(2.63, mixed_precision="per_matrix", tuned=False), 16, 512),
+        "refine_rounds-64": (even(), 64, 512),
         "tuned-64": (even(top=""), 64, 512),
-        "paper-tuned": (even("weighted = false\nfeedback = false", top='recipe = "paper"'), 16, 512),
+        "paper-tuned": (even("weighted = false\nerror_feedback = false", top='recipe = "paper"'), 16, 512),
     },
     "calibration": {
         f"{samples}x{length}": (even(), samples, length) for length in (256, 512) for samples in (8, 16, 64, 128)
@@ -90,7 +93,7 @@ TABLES["budgets"] |= {
 }
 
 
-def measure(name: str, setting: Setting, seed: int, out: Path) -> dict[str, Any]:
+def measure(name: str, setting: BlockSpec, seed: int, out: Path) -> dict[str, Any]:
     """Returns {"perplexity", "bits_per_weight", "seconds"} of one run, from its file if it is there already."""
     done, folder = out / f"{name}-{seed}.json", out / f"{name}-{seed}"
     if not done.exists():
@@ -109,7 +112,7 @@ def measure(name: str, setting: Setting, seed: int, out: Path) -> dict[str, Any]
     return known
 
 
-def _compress(name: str, setting: Setting, seed: int, out: Path) -> None:
+def _compress(name: str, setting: BlockSpec, seed: int, out: Path) -> None:
     config, samples, length = setting
     toml = out / f"{name}-{seed}.toml"
     toml.write_text(config + "\n")
@@ -118,18 +121,18 @@ def _compress(name: str, setting: Setting, seed: int, out: Path) -> None:
         options += ["--samples", str(samples), "--length", str(length)]
         code = name.startswith("code")
         options += ["--calibration", str(_code(out) if code else TEXT)]
-        options += [] if code else ["--starts", str(_starts(out, samples))]
+        options += [] if code else ["--sample-offsets", str(_starts(out, samples))]
     _cluscomp("compress", str(find_model()), *options, "--out", str(out / f"{name}-{seed}"))
 
 
-def _follow(name: str, setting: Setting, seed: int, out: Path) -> None:
+def _follow(name: str, setting: BlockSpec, seed: int, out: Path) -> None:
     """One pass behind the original over the samples that the model was compressed with, no others."""
     _, samples, length = setting
     rows = out / f"samples-{samples}x{length}.npy"
     if not rows.exists():
         tokens = load_tokens(TEXT, open_model(find_model()).load_tokenizer())
         starts = read_starts(_starts(out, samples))
-        crops = calibration_samples(tokens, samples=samples, length=length, seed=seed, starts=starts)
+        crops = calibration_samples(tokens, samples=samples, length=length, seed=seed, sample_offsets=starts)
         np.save(rows.with_suffix(".part.npy"), crops.ravel())
         rows.with_suffix(".part.npy").replace(rows)
     options = ["--config", str(FOLLOW), "--teacher", str(find_model()), "--data", str(rows), "--steps", str(samples)]
@@ -169,7 +172,7 @@ def _code(out: Path) -> Path:
     return path
 
 
-def rows(table: dict[str, Setting], seeds: list[int], out: Path) -> Iterator[str]:
+def rows(table: dict[str, BlockSpec], seeds: list[int], out: Path) -> Iterator[str]:
     """Yields the lines of a Markdown table, each as soon as its runs are done."""
     yield f"| setting | bits per weight | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | minutes |"
     yield "|---" * (len(seeds) + 4) + "|"

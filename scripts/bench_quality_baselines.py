@@ -30,7 +30,7 @@ import torch
 from cluscomp_jax import data
 from cluscomp_jax.cli.demo import find_model
 from cluscomp_jax.cli.inputs import read_tokens
-from cluscomp_jax.clustering.hessian import Batch, site_moments
+from cluscomp_jax.clustering.hessian import Batch, collect_hessians
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
@@ -50,7 +50,7 @@ LAZY = 128
 SCALE_BITS, SMALLEST, LARGEST = 16, 2.0**-24, 65504.0  # of a float16
 
 
-class Setting(NamedTuple):
+class BlockSpec(NamedTuple):
     """Bits per code, and consecutive input channels of one output that share a grid (the last group may be shorter)."""
 
     bits: int
@@ -60,7 +60,7 @@ class Setting(NamedTuple):
         return f"{self.bits}:{self.group}"
 
 
-def parse_setting(text: str) -> Setting:
+def parse_setting(text: str) -> BlockSpec:
     """Returns the setting that "BITS:GROUP" spells.
 
     Raises:
@@ -71,10 +71,10 @@ def parse_setting(text: str) -> Setting:
         raise InputError(f"--setting {text!r} is not BITS:GROUP; write 3:64 for instance")
     if not 1 <= int(bits) <= 8 or int(group) < 1:
         raise InputError(f"--setting {text}: bits are 1 to 8 and a group has 1 channel or more")
-    return Setting(int(bits), int(group))
+    return BlockSpec(int(bits), int(group))
 
 
-def stored_bits(shape: tuple[int, ...], setting: Setting) -> int:
+def stored_bits(shape: tuple[int, ...], setting: BlockSpec) -> int:
     """Returns the bits of one kernel [i, o]: its codes, and scale and zero point of every group."""
     channels, outputs = shape
     groups = -(-channels // setting.group)
@@ -102,12 +102,12 @@ def find_grid(weights: torch.Tensor, bits: int) -> Grid:
     return Grid(scale, torch.clamp(torch.round(-low / scale), 0, last), last)
 
 
-def rtn(kernel: torch.Tensor, setting: Setting) -> torch.Tensor:
+def rtn(kernel: torch.Tensor, setting: BlockSpec) -> torch.Tensor:
     """Returns the kernel [i, o], every weight moved to the nearest point of its group's grid."""
     return torch.cat([find_grid(group, setting.bits).nearest(group) for group in torch.split(kernel, setting.group)])
 
 
-def gptq(kernel: torch.Tensor, moments: torch.Tensor, setting: Setting, *, act_order: bool = False) -> torch.Tensor:
+def gptq(kernel: torch.Tensor, moments: torch.Tensor, setting: BlockSpec, *, act_order: bool = False) -> torch.Tensor:
     """Returns the dequantised kernel [i, o], each channel's error made good by the channels after it.
 
     Args:
@@ -178,27 +178,27 @@ class Quantised(NamedTuple):
 
 
 def quantise(
-    opened: OpenedModel, method: str, setting: Setting, calibration: np.ndarray, *, act_order: bool
+    opened: OpenedModel, method: str, setting: BlockSpec, calibration: np.ndarray, *, act_order: bool
 ) -> Quantised:
     """Quantises block after block; with GPTQ each sees the calibration tokens through the quantised ones before it."""
     began = time.monotonic()
     model, sink = opened.model, DictSink()
-    sink.store_rest(opened.source.load_rest())
-    stream = embed(model, opened.source.load_rest(), calibration) if method == "gptq" else []
+    sink.store_outer(opened.source.load_outer())
+    stream = embed(model, opened.source.load_outer(), calibration) if method == "gptq" else []
     bits = weights = 0
     for i in range(model.num_blocks):
-        block, kind = opened.source.load_block(i), model.block_kind(i)
+        block, layer_type = opened.source.load_block(i), model.layer_type(i)
         flat = trees.flatten(block)
         moments: dict[str, jax.Array] = {}
         if stream:
             on_device = jax.tree.map(jnp.asarray, block)
-            for site in model.sites:
-                moments[site] = site_moments(
-                    model, kind, site, on_device, (Batch(jnp.asarray(x)) for x in stream)
+            for group in model.input_groups:
+                moments[group] = collect_hessians(
+                    model, layer_type, group, on_device, (Batch(jnp.asarray(x)) for x in stream)
                 ).inputs
-        for path, site in ((path, site) for site, paths in model.sites.items() for path in paths):
+        for path, group in ((path, group) for group, paths in model.input_groups.items() for path in paths):
             kernel = as_tensor(flat[path])
-            known = as_tensor(moments[site]) if stream else None
+            known = as_tensor(moments[group]) if stream else None
             done = rtn(kernel, setting) if known is None else gptq(kernel, known, setting, act_order=act_order)
             flat[path] = done.numpy()
             bits += stored_bits(kernel.shape, setting)
@@ -206,15 +206,17 @@ def quantise(
         sink.store_block(i, trees.unflatten(flat))
         if i + 1 < model.num_blocks:
             on_device = jax.tree.map(jnp.asarray, sink.load_block(i))
-            stream = [np.asarray(run_block(on_device, jnp.asarray(x), model=model, kind=kind)) for x in stream]
+            stream = [
+                np.asarray(run_block(on_device, jnp.asarray(x), model=model, layer_type=layer_type)) for x in stream
+            ]
         seconds = time.monotonic() - began
         print(f"{method} {setting}: block {i + 1}/{model.num_blocks}, {seconds:.1f} s", file=sys.stderr, flush=True)
     return Quantised(sink.params(model), bits / weights, time.monotonic() - began)
 
 
-def embed(model: Model, rest: Params, tokens: np.ndarray) -> list[np.ndarray]:
+def embed(model: Model, outer: Params, tokens: np.ndarray) -> list[np.ndarray]:
     """Returns the embedded samples, float32 [1, length, d] each."""
-    run = partial(run_embed, jax.tree.map(jnp.asarray, rest), model=model, dtype=jnp.dtype("float32"))
+    run = partial(run_embed, jax.tree.map(jnp.asarray, outer), model=model, dtype=jnp.dtype("float32"))
     return [np.asarray(run(jnp.asarray(sample[None]))) for sample in tokens]
 
 
@@ -222,7 +224,7 @@ class Inputs(NamedTuple):
     """Everything that was read: calibration int32 [samples, length], and the text int32 [tokens]."""
 
     opened: OpenedModel
-    settings: list[Setting]
+    settings: list[BlockSpec]
     calibration: np.ndarray
     text: np.ndarray
 
@@ -233,11 +235,11 @@ def read_inputs(options: argparse.Namespace) -> Inputs:
     if not 2 <= options.context <= options.tokens:
         raise InputError(f"--context {options.context} is 2 or more and at most --tokens {options.tokens}")
     opened = open_model(options.model or find_model())
-    if opened.kind == "compressed":
+    if opened.layer_type == "compressed":
         raise InputError(f"{options.model} is already compressed; give the original model")
     stream = read_tokens(opened, str(data.path("wiki_train")), split="train")
-    starts = np.asarray(data.calibration_starts())
-    calibration = calibration_samples(stream, samples=options.samples, length=options.length, seed=0, starts=starts)
+    sampled = {"samples": options.samples, "length": options.length, "seed": 0}
+    calibration = calibration_samples(stream, sample_offsets=np.asarray(data.calibration_starts()), **sampled)
     check_tokens(calibration, opened.model, "calibration")
     text = read_tokens(opened, str(data.path("wiki_test")), first=options.tokens)
     try:
@@ -248,7 +250,7 @@ def read_inputs(options: argparse.Namespace) -> Inputs:
 
 
 def record(
-    options: argparse.Namespace, name: str, method: str, setting: Setting, quantised: Quantised, score: Perplexity
+    options: argparse.Namespace, name: str, method: str, setting: BlockSpec, quantised: Quantised, score: Perplexity
 ) -> dict[str, Any]:
     """Returns the JSON fields of one result."""
     return {

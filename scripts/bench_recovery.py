@@ -40,7 +40,7 @@ def compress(folder: Path, options: argparse.Namespace) -> None:
     samples = "16" if options.untuned else "64"
     cluscomp(
         "compress", str(find_model()), "--out", str(folder), "--bits", str(options.bits), "--seed", "1",
-        "--calibration", str(data.path("wiki_train")), "--starts", str(data.path("calibration_starts")),
+        "--calibration", str(data.path("wiki_train")), "--sample-offsets", str(data.path("calibration_starts")),
         "--samples", samples, "--length", str(LENGTH), *(["--no-tuning"] if options.untuned else []),
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cluscomp_jax import llama
-from cluscomp_jax.config.settings import TrainingSettings
+from cluscomp_jax.config.settings import TrainingConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.models.model import parameter_shapes
@@ -37,7 +37,7 @@ NAMES = ("cluscomp_jax", "PyTorch")
 def random_params(model: Any, *, g: int, num_codes: int) -> dict[str, Any]:
     """Returns {path: array} in which every kernel of a block is a CodebookArray."""
     rng = np.random.default_rng(0)
-    kernels = {path for paths in model.sites.values() for path in paths}
+    kernels = {path for paths in model.input_groups.values() for path in paths}
     flat: dict[str, Any] = {}
     for path, shape in parameter_shapes(model).items():
         if path.removeprefix("model/layers/").partition("/")[2] in kernels:
@@ -49,17 +49,17 @@ def random_params(model: Any, *, g: int, num_codes: int) -> dict[str, Any]:
     return flat
 
 
-def jax_step(model: Any, flat: dict[str, Any], tokens: np.ndarray, recompute: Any) -> Callable[[], float]:
-    settings = TrainingSettings(
-        learning_rate=RATE, relative_rate=False, schedule="constant", warmup_fraction=0.0, recompute=recompute
+def jax_step(model: Any, flat: dict[str, Any], tokens: np.ndarray, remat_policy: Any) -> Callable[[], float]:
+    settings = TrainingConfig(
+        learning_rate=RATE, relative_rate=False, schedule="constant", warmup_fraction=0.0, remat_policy=remat_policy
     )
     trained, frozen, layout = split_params(DictSource(trees.unflatten(flat), model), model, settings.trainable)
     state = init_state(trained, settings=settings)
-    scored = jnp.ones((1, *tokens.shape), bool)
+    loss_mask = jnp.ones((1, *tokens.shape), bool)
 
     def step() -> float:
         nonlocal state
-        state, metrics = train_step(state, frozen, tokens[None], scored, layout=layout, settings=settings)
+        state, metrics = train_step(state, frozen, tokens[None], loss_mask, layout=layout, settings=settings)
         return float(metrics.loss)
 
     return step
@@ -109,7 +109,7 @@ def make_step(name: str, options: argparse.Namespace) -> Callable[[], float]:
     if name == "PyTorch":
         return torch_step(flat, tokens, options.threads)
     keep_freed_memory()
-    return jax_step(model, flat, tokens, options.recompute)
+    return jax_step(model, flat, tokens, options.remat_policy)
 
 
 def peak_mib(name: str, options: argparse.Namespace) -> float:

@@ -21,7 +21,7 @@ import transformers
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from cluscomp_jax import llama
-from cluscomp_jax.config.settings import TuningSettings
+from cluscomp_jax.config.settings import BlockTuningConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.runtime.host_memory import keep_freed_memory
@@ -34,7 +34,7 @@ ONE_BLOCK = SMOLLM2_135M | {"num_hidden_layers": 1}
 def random_block(model: Any, *, g: int, num_codes: int) -> dict[str, Any]:
     """A block of random weights in which every kernel is a CodebookArray."""
     rng = np.random.default_rng(0)
-    kernels = {path for paths in model.sites.values() for path in paths}
+    kernels = {path for paths in model.input_groups.values() for path in paths}
     flat: dict[str, Any] = {}
     for path, shape in model.block_shapes(0).items():
         if path not in kernels:
@@ -45,7 +45,7 @@ def random_block(model: Any, *, g: int, num_codes: int) -> dict[str, Any]:
 
 
 def jax_step(model: Any, block: Any, x: np.ndarray, y: np.ndarray, rate: float) -> Callable[[], float]:
-    settings = TuningSettings(learning_rate=rate, relative_rate=False, schedule="constant", weight_decay=0.1)
+    settings = BlockTuningConfig(learning_rate=rate, relative_rate=False, schedule="constant", weight_decay=0.1)
     codebooks, frozen = split_trainable(block, norms=False)
     state = init_state(codebooks, settings=settings, total_steps=1000)
     inputs, targets = jnp.asarray(x), (jnp.asarray(y),)
@@ -53,7 +53,14 @@ def jax_step(model: Any, block: Any, x: np.ndarray, y: np.ndarray, rate: float) 
     def step() -> float:
         nonlocal state
         state, loss = tuning_step(
-            state, frozen, inputs, targets, model=model, kind=model.block_kind(0), settings=settings, total_steps=1000
+            state,
+            frozen,
+            inputs,
+            targets,
+            model=model,
+            layer_type=model.layer_type(0),
+            settings=settings,
+            total_steps=1000,
         )
         return float(loss)
 

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from cluscomp_jax.checkpoint.reader import save_checkpoint
-from cluscomp_jax.config.run import RunConfig
+from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import Axis, CodebookArray, index_dtype, index_shape
 from cluscomp_jax.models.llama import LlamaConfig, LlamaModel
@@ -44,7 +44,7 @@ COMPRESSED: dict[str, tuple[int, int, Axis, Any]] = {
 def make_params() -> trees.Params:
     rng = np.random.default_rng(0)
     model = LlamaModel(CONFIG)
-    flat = {path: rng.standard_normal(shape).astype(ml_dtypes.bfloat16) for path, shape in model.rest_shapes().items()}
+    flat = {path: rng.standard_normal(shape).astype(ml_dtypes.bfloat16) for path, shape in model.outer_shapes().items()}
     for path, shape in model.block_shapes(0).items():
         leaf: Any = rng.standard_normal(shape).astype(np.float32)
         if path in COMPRESSED:
@@ -70,7 +70,7 @@ def write_tokenizer(folder: Path) -> None:
 
 def main(out: Path) -> None:
     params = make_params()
-    cfg = RunConfig(model=CONFIG)
+    cfg = CompressConfig(model=CONFIG)
     save_checkpoint(out, params, cfg, provenance={"source": "scripts/make_golden.py"}, tokenizer=write_tokenizer)
     pprint.pprint(digests(params), width=120, sort_dicts=False)
 

@@ -64,7 +64,7 @@ def model_loss(params: Params, tokens: jax.Array) -> jax.Array:
     model = llama.LlamaModel(CONFIG)
     x = model.embed(params, tokens[:, :-1], dtype=jnp.float32)
     for i in range(model.num_blocks):
-        x = model.block(trees.subtree(params, f"{model.blocks_path}/{i}"), x, kind=model.block_kind(i))
+        x = model.block(trees.subtree(params, f"{model.blocks_path}/{i}"), x, layer_type=model.layer_type(i))
     return losses.token_nll(model.head(params, x), tokens[:, 1:]).mean()
 
 

@@ -15,7 +15,7 @@ from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.errors import DivergedError, InputError
 from cluscomp_jax.evaluation.perplexity import perplexity
 from cluscomp_jax.finetuning import finetune
-from cluscomp_jax.text.token_rows import Examples, ShuffledBatches
+from cluscomp_jax.text.token_rows import ShuffledBatches, TokenRows
 
 
 @pytest.fixture(scope="module")
@@ -194,12 +194,12 @@ def test_the_fingerprint_knows_everything_the_result_depends_on(params):
     def other_codes(_, leaf):
         return dataclasses.replace(leaf, index=leaf.index ^ 1) if isinstance(leaf, CodebookArray) else leaf
 
-    flipped = ROWS.scored.copy()
+    flipped = ROWS.loss_mask.copy()
     flipped[0, 3] = False
     others = [
         digest(dataclasses.replace(CFG, seed=1)),
         digest(dataclasses.replace(CFG, training=dataclasses.replace(CFG.training, steps=9))),
-        digest(examples=Examples(ROWS.tokens, flipped)),
+        digest(examples=TokenRows(ROWS.tokens, flipped)),
         digest(examples=ROWS.take(np.array([1, 0]))),
         digest(evaluation=HELD_OUT),
         digest(source=DictSource(trees.map_by_path(other_codes, params), MODEL)),

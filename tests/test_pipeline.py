@@ -14,8 +14,8 @@ import cluscomp_jax
 from cluscomp_jax import llama, pipeline
 from cluscomp_jax.clustering.matrix import cluster_matrix, matrix_key
 from cluscomp_jax.clustering.resolve import rules_by_block
-from cluscomp_jax.config.run import RunConfig
-from cluscomp_jax.config.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
+from cluscomp_jax.config.run import CompressConfig
+from cluscomp_jax.config.settings import BlockTuningConfig, CalibrationConfig, ClusterConfig, CompressionRule
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray, validate
 from cluscomp_jax.core.trees import Params
@@ -28,11 +28,11 @@ CONFIG = llama.LlamaConfig(
     vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
     num_key_value_heads=1, head_dim=8, initializer_range=0.3,
 )  # fmt: skip
-RUN = RunConfig(
+RUN = CompressConfig(
     model=CONFIG,
-    cluster=ClusterSettings(rules=(CompressionRule(g=4, num_codes=12),), iterations=4),
-    calibration=CalibrationSettings(samples=4, length=12),
-    tuning=TuningSettings(epochs=2, learning_rate=0.01),
+    cluster=ClusterConfig(rules=(CompressionRule(group_size=4, num_codes=12),), iterations=4),
+    calibration=CalibrationConfig(samples=4, length=12),
+    tuning=BlockTuningConfig(epochs=2, learning_rate=0.01),
 )
 TOKENS = np.random.default_rng(0).integers(0, 60, (4, 12))
 
@@ -95,7 +95,7 @@ def test_same_inputs_same_bytes_other_seed_other_bytes(params):
 @pytest.mark.parametrize("fail_at", [0, 1, 2])
 @pytest.mark.parametrize("aug_loss", [False, True])
 def test_an_interrupted_run_resumed_gives_the_bytes_of_an_uninterrupted_one(params, tmp_path, fail_at, aug_loss):
-    run = dataclasses.replace(RUN, tuning=dataclasses.replace(RUN.tuning, aug_loss=aug_loss, held_out=1))
+    run = dataclasses.replace(RUN, tuning=dataclasses.replace(RUN.tuning, aug_loss=aug_loss, validation_samples=1))
     model = build_model(CONFIG)
 
     def go(sink, folder, finished):
@@ -147,36 +147,36 @@ def test_integer_layer_keys_are_taken_as_they_are(params):
 
 
 def test_axis_in_is_compressed_without_activation_weights(params):
-    rule = CompressionRule(g=4, num_codes=12, axis="in")
-    cut_in = ClusterSettings(rules=(rule,), iterations=4, weighted=False, feedback=False)
+    rule = CompressionRule(group_size=4, num_codes=12, axis="in")
+    cut_in = ClusterConfig(rules=(rule,), iterations=4, weighted=False, error_feedback=False)
     compressed = compress(params, dataclasses.replace(RUN, cluster=cut_in), calibration=TOKENS)
     assert {leaf.axis for leaf in kernels(compressed).values()} == {"in"}
 
 
 def test_rules_decide_per_matrix_and_what_none_matches_stays_dense(params):
     rules = (
-        CompressionRule(pattern=r".*/1/.*", g=2, num_codes=7),
+        CompressionRule(pattern=r".*/1/.*", group_size=2, num_codes=7),
         CompressionRule(pattern=r".*/(q|down)_proj/kernel", g=3, num_codes=300),
     )
     compressed = trees.flatten(
-        compress(params, dataclasses.replace(RUN, cluster=ClusterSettings(rules=(rules[1],), iterations=1)))
+        compress(params, dataclasses.replace(RUN, cluster=ClusterConfig(rules=(rules[1],), iterations=1)))
     )
     assert not isinstance(compressed["model/layers/0/mlp/up_proj/kernel"], CodebookArray)
     assert compressed["model/layers/2/mlp/down_proj/kernel"].group_size == 3
     with pytest.raises(InputError, match="only matrices"):  # the first rule also matches norms
-        compress(params, dataclasses.replace(RUN, cluster=ClusterSettings(rules=rules)))
+        compress(params, dataclasses.replace(RUN, cluster=ClusterConfig(rules=rules)))
 
 
 def test_a_bit_budget_becomes_rules_within_it(params):
     large = dataclasses.replace(
         CONFIG, hidden_size=512, intermediate_size=1024, num_attention_heads=64, num_key_value_heads=64
     )
-    cfg = dataclasses.replace(RUN, model=large, cluster=ClusterSettings(bits=2.6))
+    cfg = dataclasses.replace(RUN, model=large, cluster=ClusterConfig(bits=2.6))
     (rules,) = {tuple(block.values()) for block in rules_by_block(build_model(large), cfg)}
     from cluscomp_jax.clustering.rules import total_bits_per_weight
 
     shapes = {path: shape for path, shape in build_model(large).block_shapes(0).items() if path.endswith("kernel")}
-    assert 2.4 < total_bits_per_weight(shapes, g=rules[0].g, num_codes=rules[0].num_codes) <= 2.6
+    assert 2.4 < total_bits_per_weight(shapes, g=rules[0].group_size, num_codes=rules[0].num_codes) <= 2.6
 
 
 @pytest.mark.parametrize(
@@ -185,15 +185,15 @@ def test_a_bit_budget_becomes_rules_within_it(params):
         ({}, np.zeros((4, 12)), "calibration: dtype is float64"),
         ({}, np.zeros(12, np.int32), "calibration has shape (12,)"),
         ({}, np.full((4, 12), 60), "calibration: token 60 is outside"),
-        ({"tuning": TuningSettings(batch_size=2)}, np.zeros((3, 12), np.int32), "3 samples"),
-        ({"cluster": ClusterSettings(rules=(CompressionRule(axis="in"),))}, TOKENS, "axis 'in'"),
-        ({"cluster": ClusterSettings(rules=(CompressionRule(pattern="nothing"),))}, None, "matches none"),
+        ({"tuning": BlockTuningConfig(batch_size=2)}, np.zeros((3, 12), np.int32), "3 samples"),
+        ({"cluster": ClusterConfig(rules=(CompressionRule(axis="in"),))}, TOKENS, "axis 'in'"),
+        ({"cluster": ClusterConfig(rules=(CompressionRule(pattern="nothing"),))}, None, "matches none"),
         (
-            {"cluster": ClusterSettings(rules=(CompressionRule(pattern="model/embed_tokens/embedding"),))},
+            {"cluster": ClusterConfig(rules=(CompressionRule(pattern="model/embed_tokens/embedding"),))},
             None,
             "only the kernels",
         ),
-        ({"cluster": ClusterSettings(bits=0.001)}, None, "bits is 0.001; the least"),
+        ({"cluster": ClusterConfig(bits=0.001)}, None, "bits is 0.001; the least"),
         ({"model": None}, None, "cfg.model must be a model config"),
         (
             {"model": dataclasses.replace(CONFIG, num_hidden_layers=4, layer_types=())},
@@ -233,8 +233,8 @@ class Judge(NamedTuple):
     unseen: np.ndarray
 
     def compress(self, cluster, tuning=None):
-        samples = CalibrationSettings(samples=32, length=128)
-        cfg = RunConfig(model=self.config, cluster=cluster, tuning=tuning, calibration=samples)
+        samples = CalibrationConfig(samples=32, length=128)
+        cfg = CompressConfig(model=self.config, cluster=cluster, tuning=tuning, calibration=samples)
         return compress(self.params, cfg, calibration=self.tokens)
 
     def perplexity(self, params):
@@ -259,22 +259,25 @@ def test_claims_on_held_out_text(judge):
     def score(cluster, tuning=None):
         return judge.perplexity(judge.compress(cluster, tuning))
 
-    rule = CompressionRule(g=4, num_codes=64)
+    rule = CompressionRule(group_size=4, num_codes=64)
     alone = {"rules": (rule,), "iterations": 10, "correction": False, "sequential": False}
-    blind = score(ClusterSettings(weighted=False, feedback=False, **alone))
-    weighted = score(ClusterSettings(feedback=False, **alone))
-    fed_back = score(ClusterSettings(refits=0, **alone))
-    refitted = score(ClusterSettings(**alone))
-    corrected = score(ClusterSettings(rules=(rule,), iterations=10))
-    tuned = score(ClusterSettings(**alone), TuningSettings())
+    blind = score(ClusterConfig(weighted=False, error_feedback=False, **alone))
+    weighted = score(ClusterConfig(error_feedback=False, **alone))
+    fed_back = score(ClusterConfig(refine_rounds=0, **alone))
+    refitted = score(ClusterConfig(**alone))
+    corrected = score(ClusterConfig(rules=(rule,), iterations=10))
+    tuned = score(ClusterConfig(**alone), BlockTuningConfig())
     assert judge.perplexity(judge.params) < min(corrected, tuned)
     assert max(corrected, tuned) < refitted < fed_back < weighted < blind
 
 
 def test_bits_spent_where_they_count_beat_even_ones_on_held_out_text(judge):
-    even = ClusterSettings(rules=(CompressionRule(g=4, num_codes=64),), iterations=10)
+    even = ClusterConfig(rules=(CompressionRule(group_size=4, num_codes=64),), iterations=10)
     bits, perplexity = {}, {"original": judge.perplexity(judge.params)}
-    for name, cluster in (("even", even), ("mixed", ClusterSettings(bits=1.573, mixed="matrix", iterations=10))):
+    for name, cluster in (
+        ("even", even),
+        ("mixed", ClusterConfig(bits=1.573, mixed_precision="per_matrix", iterations=10)),
+    ):
         compressed = judge.compress(cluster)
         bits[name] = cluscomp_jax.size_report(compressed).bits_per_weight
         perplexity[name] = judge.perplexity(compressed)
@@ -284,9 +287,13 @@ def test_bits_spent_where_they_count_beat_even_ones_on_held_out_text(judge):
     assert 0 < excess["mixed"] < 0.85 * excess["even"]
 
 
-@pytest.mark.parametrize(("mixed", "share"), [("kernel", "none"), ("matrix", "block")])
-def test_a_budget_spent_unevenly_is_kept_and_resumes_with_the_same_choice(params, tmp_path, monkeypatch, mixed, share):
-    cluster = ClusterSettings(bits=4.4, mixed=mixed, share=share, iterations=2, refits=1)
+@pytest.mark.parametrize(("mixed_precision", "tie_codebooks"), [("per_matrix", "none"), ("per_matrix", "block")])
+def test_a_budget_spent_unevenly_is_kept_and_resumes_with_the_same_choice(
+    params, tmp_path, monkeypatch, mixed_precision, tie_codebooks
+):
+    cluster = ClusterConfig(
+        bits=4.4, mixed_precision=mixed_precision, tie_codebooks=tie_codebooks, iterations=2, refine_rounds=1
+    )
     cfg = dataclasses.replace(RUN, cluster=cluster, tuning=None)
     model, sink = build_model(CONFIG), FoldersSink(fail_at=2)
     go = partial(compress_stream, as_source(params, model), cfg=cfg, calibration=TOKENS)
@@ -294,9 +301,7 @@ def test_a_budget_spent_unevenly_is_kept_and_resumes_with_the_same_choice(params
     summary = go(whole, work_dir=tmp_path / "whole")
     assert 4.0 < summary.bits_per_weight <= 4.4
     settings = {m["path"]: (m["g"], m["num_codes"]) for m in summary.matrices}
-    of_q = {setting for path, setting in settings.items() if "q_proj" in path}
     assert len(set(settings.values())) > 1
-    assert mixed == "matrix" or len(of_q) == 1
     known = json.loads((tmp_path / "whole" / "records" / "sensitivities.json").read_text())
     assert known.keys() == settings.keys()
     assert all(value > 0 for value in known.values())
@@ -310,7 +315,7 @@ def test_a_budget_spent_unevenly_is_kept_and_resumes_with_the_same_choice(params
 
 def test_a_mixed_budget_that_nothing_meets_is_told_before_sensitivities_are_measured(params, monkeypatch):
     monkeypatch.setattr(pipeline, "sensitivities", None)
-    cfg = dataclasses.replace(RUN, cluster=ClusterSettings(bits=0.75, mixed="kernel"))
+    cfg = dataclasses.replace(RUN, cluster=ClusterConfig(bits=0.75, mixed_precision="per_matrix"))
     with pytest.raises(InputError, match=r"bits is 0\.75; the least that mixed settings reach on this model is"):
         compress(params, cfg, calibration=TOKENS)
 

@@ -5,8 +5,8 @@ import pytest
 from paths import HELPERS
 from virtual_devices import run_on_devices
 
-from cluscomp_jax.config.run import RunConfig
-from cluscomp_jax.config.settings import MeshSettings
+from cluscomp_jax.config.run import CompressConfig
+from cluscomp_jax.config.settings import MeshConfig
 from cluscomp_jax.errors import InputError
 
 PROGRAM = HELPERS / "spread_runs.py"
@@ -43,4 +43,4 @@ def test_samples_of_a_batch_are_spread_where_they_divide(runs):
 
 def test_an_axis_that_compression_does_not_have_is_refused():
     with pytest.raises(InputError, match=r"mesh is data=1,fsdp=2,tensor=1; .* use data"):
-        RunConfig(mesh=MeshSettings(fsdp=2))
+        CompressConfig(mesh=MeshConfig(fsdp=2))

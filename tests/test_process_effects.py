@@ -14,9 +14,9 @@ import ctypes, json, sys
 from pathlib import Path
 import jax
 import numpy as np
-from cluscomp_jax import CompressionRule, RunConfig, compress, llama, perplexity
+from cluscomp_jax import CompressionRule, CompressConfig, compress, llama, perplexity
 from cluscomp_jax.pipeline import compress_stream
-from cluscomp_jax.config.settings import CalibrationSettings, ClusterSettings
+from cluscomp_jax.config.settings import CalibrationConfig, ClusterConfig
 from cluscomp_jax.models.source import DictSink, as_source
 from cluscomp_jax.models.model import build_model
 
@@ -41,10 +41,10 @@ config = llama.LlamaConfig(
     vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=1, head_dim=8,
 )
-cfg = RunConfig(
+cfg = CompressConfig(
     model=config,
-    cluster=ClusterSettings(rules=(CompressionRule(g=4, num_codes=12),), iterations=1, feedback=False),
-    calibration=CalibrationSettings(samples=2, length=8),
+    cluster=ClusterConfig(rules=(CompressionRule(group_size=4, num_codes=12),), iterations=1, error_feedback=False),
+    calibration=CalibrationConfig(samples=2, length=8),
     tuning=None,
 )
 params, tokens = llama.init_params(config, jax.random.key(0)), np.arange(16, dtype=np.int32).reshape(2, 8)

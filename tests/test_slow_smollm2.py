@@ -27,7 +27,7 @@ tuning = false
 iterations = 1
 
 [[cluster.rules]]
-g = 4
+group_size = 4
 num_codes = 256
 """
 

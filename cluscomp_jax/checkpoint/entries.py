@@ -35,7 +35,7 @@ class MatrixEntry:
       group_size: weights per code, 1 to 32.
       num_codes: 1 to 65536.
       codebook_dtype: a key of DTYPES.
-      codebook_of: path of the kernel that stores the codebook; None: this one.
+      tied_to: path of the kernel that stores the codebook; None: this one.
     """
 
     shape: tuple[int, int]
@@ -43,7 +43,7 @@ class MatrixEntry:
     group_size: int
     num_codes: int
     codebook_dtype: str
-    codebook_of: str | None = None
+    tied_to: str | None = None
 
     @property
     def index_bits(self) -> int:
@@ -68,7 +68,7 @@ class MatrixEntry:
             g=self.group_size,
             num_codes=self.num_codes,
             axis=self.axis,
-            own=self.codebook_of is None,
+            own=self.tied_to is None,
             codebook_bits=8 * DTYPES[self.codebook_dtype].itemsize,
         )
 
@@ -76,7 +76,7 @@ class MatrixEntry:
     def loaded_bytes(self) -> int:
         """The bytes in memory of the unpacked index and of the codebook, where it is stored here."""
         (codes, group), dtype = self.codebook_spec
-        own = codes * group * dtype.itemsize if self.codebook_of is None else 0
+        own = codes * group * dtype.itemsize if self.tied_to is None else 0
         return math.prod(self.index_shape) * (1 if self.index_bits <= 8 else 2) + own
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class MatrixEntry:
             "codebook_dtype": self.codebook_dtype,
             "bits_per_weight": self.stored_bits / math.prod(self.shape),
         }
-        return fields if self.codebook_of is None else {**fields, "codebook_of": self.codebook_of}
+        return fields if self.tied_to is None else {**fields, "codebook_of": self.tied_to}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +140,7 @@ def encode(path: str, leaf: Any) -> tuple[Entry, dict[str, np.ndarray[Any, Any]]
     codes = np.asarray(leaf.codebook)
     d_in, d_out = leaf.shape
     dtype = _dtype_name(codes.dtype, path)
-    shape, owner = (int(d_in), int(d_out)), leaf.codebook_of
+    shape, owner = (int(d_in), int(d_out)), leaf.tied_to
     entry = MatrixEntry(shape, leaf.axis, leaf.group_size, leaf.num_codes, dtype, owner)
     arrays = {f"{path}/codebook": codes} if owner is None else {}
     if entry.index_bits:
@@ -152,7 +152,7 @@ def stored_arrays(path: str, entry: Entry) -> dict[str, ArraySpec]:
     """Returns {path: (shape, dtype)} of what `encode` writes for a parameter of that entry."""
     if isinstance(entry, TensorEntry):
         return {path: (entry.shape, DTYPES[entry.dtype])}
-    stored = {f"{path}/codebook": entry.codebook_spec} if entry.codebook_of is None else {}
+    stored = {f"{path}/codebook": entry.codebook_spec} if entry.tied_to is None else {}
     if entry.index_bits:
         size = bitpack.packed_bytes(math.prod(entry.index_shape), entry.index_bits)
         stored[f"{path}/index"] = ((size,), np.dtype(np.uint8))
@@ -178,7 +178,7 @@ def decode(path: str, entry: Entry, arrays: Mapping[str, np.ndarray[Any, Any]]) 
         index = bitpack.unpack(arrays[f"{path}/index"], entry.index_bits, count)
     else:
         index = np.zeros(count, np.uint8)
-    owner, index = entry.codebook_of, index.reshape(entry.index_shape)
+    owner, index = entry.tied_to, index.reshape(entry.index_shape)
     matrix = CodebookArray(arrays[f"{owner or path}/codebook"], index, entry.shape, entry.axis, owner)
     return codebook.validate(matrix, path)
 
@@ -190,13 +190,13 @@ def check_owners(entries: Mapping[str, Entry], where: Any) -> None:
       InputError: it is not; `where` names what holds the entries.
     """
     for path, entry in entries.items():
-        if isinstance(entry, TensorEntry) or entry.codebook_of is None:
+        if isinstance(entry, TensorEntry) or entry.tied_to is None:
             continue
-        owner = entries.get(entry.codebook_of)
-        stored = owner.codebook_spec if isinstance(owner, MatrixEntry) and owner.codebook_of is None else None
+        owner = entries.get(entry.tied_to)
+        stored = owner.codebook_spec if isinstance(owner, MatrixEntry) and owner.tied_to is None else None
         if stored != entry.codebook_spec:
             raise InputError(
-                f"{where}: {path} has the codebook of {entry.codebook_of!r}, which stores none of "
+                f"{where}: {path} has the codebook of {entry.tied_to!r}, which stores none of "
                 f"[{entry.num_codes}, {entry.group_size}] {entry.codebook_dtype}"
             )
 
@@ -208,11 +208,11 @@ def check_shared(leaves: Mapping[str, Any], where: Any) -> None:
       InputError: they differ, so that storing one would lose the other.
     """
     for path, leaf in leaves.items():
-        if isinstance(leaf, CodebookArray) and leaf.codebook_of is not None:
-            owner = leaves.get(leaf.codebook_of)
-            own = owner.codebook if isinstance(owner, CodebookArray) and owner.codebook_of is None else None
+        if isinstance(leaf, CodebookArray) and leaf.tied_to is not None:
+            owner = leaves.get(leaf.tied_to)
+            own = owner.codebook if isinstance(owner, CodebookArray) and owner.tied_to is None else None
             if own is None or np.asarray(own).tobytes() != np.asarray(leaf.codebook).tobytes():
                 raise InputError(
-                    f"{where}: the codebook of {path} is not that of {leaf.codebook_of}, whose it is said to be; "
-                    "change both, or set codebook_of to None"
+                    f"{where}: the codebook of {path} is not that of {leaf.tied_to}, whose it is said to be; "
+                    "change both, or set tied_to to None"
                 )

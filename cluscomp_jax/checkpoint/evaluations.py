@@ -28,7 +28,12 @@ def stage_of(manifest: Mapping[str, Any]) -> str:
         return "clustered"
     if settings.get("tuning"):
         return "tuned"
-    return "corrected" if (settings.get("cluster") or {}).get("correction") else "clustered"
+    return "corrected" if _corrects(settings) else "clustered"
+
+
+def _corrects(settings: Mapping[str, Any]) -> bool:
+    cluster = settings.get("cluster") or {}
+    return bool(cluster.get("drift_correction", cluster.get("correction")))  # named so in older manifests
 
 
 def stages_until(manifest: Mapping[str, Any]) -> tuple[str, ...]:
@@ -36,7 +41,7 @@ def stages_until(manifest: Mapping[str, Any]) -> tuple[str, ...]:
     own, settings = stage_of(manifest), manifest["run_config"]
     if own in ("imported", "finetuned"):
         return ("original", own)
-    corrected = bool((settings.get("cluster") or {}).get("correction")) and own != "clustered"
+    corrected = _corrects(settings) and own != "clustered"
     passed = ("original", "clustered", *(["corrected"] if corrected else []), own)
     return tuple(dict.fromkeys(passed))
 

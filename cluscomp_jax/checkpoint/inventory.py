@@ -41,7 +41,7 @@ def model_shapes(model: Model) -> dict[str, dict[str, tuple[int, ...]]]:
         block_folder(i): {f"{model.blocks_path}/{i}/{path}": shape for path, shape in model.block_shapes(i).items()}
         for i in range(model.num_blocks)
     }
-    return {**shapes, REST: dict(model.rest_shapes())}
+    return {**shapes, REST: dict(model.outer_shapes())}
 
 
 def item_prefix(model: Model, folder: str) -> str:

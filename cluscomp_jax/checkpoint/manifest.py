@@ -56,7 +56,7 @@ class Contents:
     @property
     def format_version(self) -> int:
         """The lowest version that can say it: 2 where a codebook is another matrix's."""
-        return 2 if any(isinstance(e, MatrixEntry) and e.codebook_of for e in self.entries.values()) else 1
+        return 2 if any(isinstance(e, MatrixEntry) and e.tied_to for e in self.entries.values()) else 1
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def _matrix(fields: Any, where: str) -> MatrixEntry:
         group_size=_count(fields, "group_size", MAX_GROUP, where),
         num_codes=_count(fields, "num_codes", MAX_CODES, where),
         codebook_dtype=_choice(fields, "codebook_dtype", tuple(DTYPES), where),
-        codebook_of=_field(fields, "codebook_of", str, where) if "codebook_of" in fields else None,
+        tied_to=_field(fields, "codebook_of", str, where) if "codebook_of" in fields else None,
     )
 
 

@@ -50,7 +50,7 @@ class CheckpointSource:
         """
         return self._load(block_folder(i))
 
-    def load_rest(self) -> Params:
+    def load_outer(self) -> Params:
         """Returns everything outside the blocks, by full paths.
 
         Raises:
@@ -135,11 +135,11 @@ def save_checkpoint(
     Args:
       path: absent, or an empty folder.
       params: the nested dict, dense or compressed, or a source of it.
-      cfg: its `model` is the family's config, its `to_dict()` the settings that are recorded: a RunConfig.
+      cfg: its `model` is the family's config, its `to_dict()` the settings that are recorded: a CompressConfig.
       provenance: any JSON to record of where it came from.
       metrics: any JSON to record of what was measured.
       tokenizer: as for `CheckpointWriter.store_tokenizer`.
-      zstd: codes the files, see `RunConfig`.
+      zstd: codes the files, see `CompressConfig`.
 
     Raises:
       AlreadyFinished: this very model is saved there.
@@ -153,7 +153,7 @@ def save_checkpoint(
     ) as writer:
         for i in range(writer.finished_blocks, model.num_blocks):
             writer.store_block(i, source.load_block(i))
-        writer.store_rest(source.load_rest())
+        writer.store_outer(source.load_outer())
         if tokenizer is not None:
             writer.store_tokenizer(tokenizer)
         writer.finish(provenance=provenance or {}, metrics=metrics or {})

@@ -69,7 +69,7 @@ class CheckpointWriter:
         Args:
           path: absent, an empty folder, or the unfinished output of this very run.
           model_config: a family's config (LlamaConfig, say), or a Model.
-          run_config: the settings of the run, plain values as `RunConfig.to_dict()` gives them.
+          run_config: the settings of the run, plain values as `CompressConfig.to_dict()` gives them.
           fingerprint: changes with everything that decides the result and is not in the configs.
           inputs: {what the fingerprint is made of: digest or value}, by which a refusal names what differs.
           zstd: as for `write_item`.
@@ -125,7 +125,7 @@ class CheckpointWriter:
         return len(self._parts.keys() - {REST, TOKENIZER})
 
     @property
-    def rest_finished(self) -> bool:
+    def outer_finished(self) -> bool:
         """Whether the parameters outside the blocks are whole."""
         return REST in self._parts
 
@@ -151,14 +151,14 @@ class CheckpointWriter:
             )
         self._store_parameters(block_folder(i), tree)
 
-    def store_rest(self, tree: Params) -> None:
+    def store_outer(self, tree: Params) -> None:
         """Stores the parameters outside the blocks, by full paths; keeps them if an earlier process stored them.
 
         Raises:
           InputError: parameters that are not those of the model.
           RunError: the disk is full or fails.
         """
-        if not self.rest_finished:
+        if not self.outer_finished:
             self._store_parameters(REST, tree)
 
     def store_tokenizer(self, source: str | Path | Callable[[Path], Any]) -> None:

@@ -49,13 +49,13 @@ class CompressArguments(Common):
     """calibration samples"""
     length: Annotated[int | None, arg(metavar="INT")] = None
     """tokens per calibration sample"""
-    starts: Annotated[str | None, arg(metavar="FILE")] = None
+    sample_offsets: Annotated[str | None, arg(metavar="FILE")] = None
     """file of start positions of the samples, one token position per line"""
     bits: Annotated[float | None, arg(metavar="FLOAT")] = None
     """budget in stored bits per weight, codebooks included, instead of --g and --num-codes"""
-    mixed: Literal["none", "kernel", "matrix"] | None = None
+    mixed_precision: Literal["none", "per_matrix"] | None = None
     """with --bits: one setting for all (default), or by sensitivity one by kernel or matrix; no better so far"""
-    share: Literal["none", "site", "block"] | None = None
+    tie_codebooks: Literal["none", "input", "block"] | None = None
     """kernels with one codebook: those of one input, or all of a block; for small models at 4 bits and more"""
     export: Annotated[Literal["any", "aqlm"] | None, arg(name="for")] = None
     """the form the result is meant for; aqlm: one setting for all matrices, which its checkpoints can hold"""
@@ -110,7 +110,7 @@ class FinetuneArguments(Common):
     """tokens per row; conversations are padded to it"""
     batch_size: Annotated[int | None, arg(metavar="INT")] = None
     """rows that pass through the model together"""
-    accumulation: Annotated[int | None, arg(metavar="INT")] = None
+    grad_accumulation_steps: Annotated[int | None, arg(metavar="INT")] = None
     """such batches per step"""
     learning_rate: Annotated[float | None, arg(metavar="FLOAT")] = None
     """peak learning rate"""
@@ -214,7 +214,7 @@ class GenerateArguments(Common):
     """print the completion of a single prompt as it comes"""
     cache: Annotated[Literal["float32", "bfloat16", "float16", "int8"] | None, arg(metavar="DTYPE")] = None
     """dtype of the key-value cache; int8 halves it beside bfloat16; default: that of --dtype"""
-    materialize: Literal["once", "call"] = "once"
+    decode_weights: Literal["once", "call"] = "once"
     """decode compressed matrices once when loading (fast, memory of the dense model) or at every step"""
     dtype: Dtype = "float32"
     """compute dtype"""

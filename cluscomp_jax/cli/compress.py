@@ -15,7 +15,7 @@ from cluscomp_jax.cli.outcome import Result, note
 from cluscomp_jax.cli.overrides import run_config
 from cluscomp_jax.clustering.resolve import Rules, bits_per_weight, check_calibration, mixes, rules_by_block
 from cluscomp_jax.clustering.rules import describe as describe_rule
-from cluscomp_jax.config.run import RunConfig
+from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.evaluation.perplexity import perplexity
 from cluscomp_jax.io.open import OpenedModel, open_model
@@ -60,7 +60,7 @@ def run(arguments: CompressArguments) -> Result:
     return Result(_text(done, out), _fields(done, out))
 
 
-def read_calibration(opened: OpenedModel, cfg: RunConfig, spec: str) -> np.ndarray:
+def read_calibration(opened: OpenedModel, cfg: CompressConfig, spec: str) -> np.ndarray:
     """Returns int32 [samples, length] of a calibration text, as `cfg.calibration` says.
 
     Raises:
@@ -68,9 +68,11 @@ def read_calibration(opened: OpenedModel, cfg: RunConfig, spec: str) -> np.ndarr
     """
     settings = cfg.calibration
     note_context("--length", settings.length, opened)
-    starts = None if settings.starts is None else read_starts(settings.starts)
+    sample_offsets = None if settings.sample_offsets is None else read_starts(settings.sample_offsets)
     tokens = read_tokens(opened, spec, split="train")
-    return calibration_samples(tokens, samples=settings.samples, length=settings.length, seed=cfg.seed, starts=starts)
+    return calibration_samples(
+        tokens, samples=settings.samples, length=settings.length, seed=cfg.seed, sample_offsets=sample_offsets
+    )
 
 
 def _measure(opened: OpenedModel, arguments: CompressArguments) -> Measure:
@@ -87,20 +89,20 @@ def _measure(opened: OpenedModel, arguments: CompressArguments) -> Measure:
     return measure
 
 
-def _describe_rules(cfg: RunConfig, by_block: list[Rules], calibration: np.ndarray | None) -> str:
+def _describe_rules(cfg: CompressConfig, by_block: list[Rules], calibration: np.ndarray | None) -> str:
     """Returns how finely matrices are cut, in one phrase."""
     if mixes(cfg, calibration):
-        return f"{cfg.cluster.bits} bits per weight, spent by {cfg.cluster.mixed} where they count"
+        return f"{cfg.cluster.bits} bits per weight, spent by {cfg.cluster.mixed_precision} where they count"
     return ", ".join(sorted({describe_rule(rule) for rules in by_block for rule in rules.values()}))
 
 
-def _describe_stages(cfg: RunConfig, calibration: np.ndarray | None) -> str:
+def _describe_stages(cfg: CompressConfig, calibration: np.ndarray | None) -> str:
     """Returns which stages of the method will run, in one phrase."""
     if calibration is None:
         return "clustering only (ClusComp-), for want of --calibration"
     samples, length = calibration.shape
     weighted = "activation-weighted clustering" if cfg.cluster.weighted else "clustering"
-    if cfg.cluster.feedback:
+    if cfg.cluster.error_feedback:
         weighted += " with error feedback"
     if cfg.tuning is None:
         return f"{weighted} only, {samples} x {length} tokens"

@@ -21,8 +21,8 @@ from cluscomp_jax.cli.demo_report import Demo, demo_table
 from cluscomp_jax.cli.folder import compress_to_folder
 from cluscomp_jax.cli.generate import encode_prompt, stop_tokens
 from cluscomp_jax.cli.outcome import Result, note
-from cluscomp_jax.config.run import PAPER, RunConfig
-from cluscomp_jax.config.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
+from cluscomp_jax.config.run import PAPER, CompressConfig
+from cluscomp_jax.config.settings import BlockTuningConfig, CalibrationConfig, ClusterConfig, CompressionRule
 from cluscomp_jax.errors import InputError, RunError
 from cluscomp_jax.evaluation.perplexity import Perplexity, perplexity
 from cluscomp_jax.inference.decoder import generate
@@ -31,13 +31,13 @@ from cluscomp_jax.models.source import ParamSource
 from cluscomp_jax.reporting.tables import save_figure
 from cluscomp_jax.runtime import atomic
 from cluscomp_jax.runtime.reporter import Reporter, console_reporter, to_json
-from cluscomp_jax.runtime.timing import StageClock, process_peak_rss_bytes
+from cluscomp_jax.runtime.timing import StageTimer, process_peak_rss_bytes
 from cluscomp_jax.text.text import calibration_samples, load_tokens
 
-SETTINGS = RunConfig(
-    cluster=ClusterSettings(rules=(CompressionRule(g=3, num_codes=512),)),
-    calibration=CalibrationSettings(samples=32, length=512),
-    tuning=TuningSettings(),
+SETTINGS = CompressConfig(
+    cluster=ClusterConfig(rules=(CompressionRule(group_size=3, num_codes=512),)),
+    calibration=CalibrationConfig(samples=32, length=512),
+    tuning=BlockTuningConfig(),
 )
 """What the demo runs: 3.05 bits per weight, and the first 32 x 512 tokens of the project's fixed calibration set."""
 
@@ -53,7 +53,7 @@ class Inputs:
     """What a demo works on: the original, the run, calibration tokens [samples, length], and a text [t] to score."""
 
     opened: OpenedModel
-    cfg: RunConfig
+    cfg: CompressConfig
     calibration: np.ndarray
     calibration_name: str
     text: np.ndarray
@@ -69,8 +69,10 @@ def run(arguments: DemoArguments) -> Result:
     tokens = load_tokens(data.path("wiki_train"), tokenizer)
     cfg = dataclasses.replace(SETTINGS, model=opened.config)
     samples, length = cfg.calibration.samples, cfg.calibration.length
-    starts = np.asarray(data.calibration_starts())
-    calibration = calibration_samples(tokens, samples=samples, length=length, seed=cfg.seed, starts=starts)
+    sample_offsets = np.asarray(data.calibration_starts())
+    calibration = calibration_samples(
+        tokens, samples=samples, length=length, seed=cfg.seed, sample_offsets=sample_offsets
+    )
     text = load_tokens(data.path("wiki_test"), tokenizer)[:EVALUATED_TOKENS]
     return run_demo(Inputs(opened, cfg, calibration, "wiki_train", text, CONTEXT), out)
 
@@ -119,7 +121,7 @@ def refuse_occupied(out: Path) -> None:
 def run_demo(inputs: Inputs, out: Path) -> Result:
     """Runs all stages into `out`, resuming what an earlier demo there has finished, and returns the report."""
     began, resumed = time.monotonic(), (out / "clustered").exists()
-    opened, clock = inputs.opened, StageClock(owns_process=True)
+    opened, clock = inputs.opened, StageTimer(owns_process=True)
 
     def measure(source: ParamSource, reporter: Reporter) -> Perplexity:
         return perplexity(source, inputs.text, opened.model, context=inputs.context, reporter=reporter)
@@ -161,7 +163,10 @@ def run_demo(inputs: Inputs, out: Path) -> Result:
 
 
 def _checkpoint(
-    folder: Path, inputs: Inputs, cfg: RunConfig, measure: Callable[[ParamSource, Reporter], Perplexity] | None = None
+    folder: Path,
+    inputs: Inputs,
+    cfg: CompressConfig,
+    measure: Callable[[ParamSource, Reporter], Perplexity] | None = None,
 ) -> dict[str, Any]:
     """Returns the manifest of a finished checkpoint, which is made unless this very run has already made it."""
     reads_text = cfg.cluster.calibrated or cfg.tuning is not None

@@ -146,7 +146,7 @@ def _run_exact_match(arguments: EvaluateArguments, file: str) -> Result:
     opened = open_model(arguments.model)
     tokenizer = opened.load_tokenizer()
     questions = read_questions(file, tokenizer, vocab_size=opened.config.vocab_size)
-    decoder = Decoder.load(opened.source, opened.model, dtype=arguments.dtype, materialize="once")
+    decoder = Decoder.load(opened.source, opened.model, dtype=arguments.dtype, decode_weights="once")
     with console_reporter() as reporter:
         found = exact_match(
             decoder,

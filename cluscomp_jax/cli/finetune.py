@@ -17,7 +17,7 @@ from cluscomp_jax.cli.folder import METRICS_NAME, claim_folder, tokenizer_files
 from cluscomp_jax.cli.mesh import parse_mesh
 from cluscomp_jax.cli.outcome import Result, note
 from cluscomp_jax.config.finetune import FinetuneConfig, load_finetune_config
-from cluscomp_jax.config.settings import DistillationSettings
+from cluscomp_jax.config.settings import DistillationConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.finetuning import (
     FinetuneSummary,
@@ -34,7 +34,7 @@ from cluscomp_jax.runtime import distributed
 from cluscomp_jax.runtime.reporter import JsonLinesLog, RecordLog, console_reporter
 from cluscomp_jax.runtime.tensorboard import FOLDER_NAME as TENSORBOARD_FOLDER
 from cluscomp_jax.runtime.tensorboard import TensorBoardLog, remove_scalars
-from cluscomp_jax.text.token_rows import Batches, Examples
+from cluscomp_jax.text.token_rows import Batches, TokenRows
 from cluscomp_jax.text.token_rows_cache import read_cached_examples
 from cluscomp_jax.text.training_data import read_examples
 from cluscomp_jax.training import make_sharding
@@ -76,7 +76,7 @@ class _Task:
     opened: OpenedModel
     cfg: FinetuneConfig
     batches: Batches
-    evaluation: Examples | None
+    evaluation: TokenRows | None
     teacher: TeacherSource | None
     out: Path
     logs: tuple[RecordLog, ...]
@@ -104,7 +104,7 @@ def _write(task: _Task, rows: int, provenance: dict[str, Any]) -> FinetuneSummar
         claim = claim_folder(out, opened, cfg, identity)
     with claim as writer:
         remove_scalars(out / TENSORBOARD_FOLDER)  # of a process that was stopped, whose run may go on without any
-        tokens = cfg.training.steps * cfg.training.batch_size * cfg.training.accumulation * cfg.data.length
+        tokens = cfg.training.steps * cfg.training.batch_size * cfg.training.grad_accumulation_steps * cfg.data.length
         note(f"{opened.name}: {cfg.training.steps} steps, {tokens:,} tokens of {rows} rows of {cfg.data.length}")
         with console_reporter(*task.logs) as reporter:
             summary = task.work(writer, reporter=reporter, finished_blocks=writer.finished_blocks)
@@ -138,11 +138,11 @@ def finetune_config(arguments: FinetuneArguments) -> FinetuneConfig:
         )
     config = FinetuneConfig() if arguments.config is None else load_finetune_config(arguments.config)
     data = _given(arguments, "length", "too_long") | ({"responses_only": True} if arguments.responses_only else {})
-    training = _given(arguments, "steps", "batch_size", "accumulation", "learning_rate", "trainable")
+    training = _given(arguments, "steps", "batch_size", "grad_accumulation_steps", "learning_rate", "trainable")
     if arguments.dtype is not None:
         training["compute_dtype"] = arguments.dtype
     if arguments.teacher is not None and config.training.distillation is None:
-        training["distillation"] = DistillationSettings()
+        training["distillation"] = DistillationConfig()
     config = dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, **data),
@@ -165,7 +165,7 @@ def _logs(arguments: FinetuneArguments) -> Iterator[RecordLog]:
         yield TensorBoardLog(Path(arguments.out) / TENSORBOARD_FOLDER)
 
 
-def _read(opened: OpenedModel, cfg: FinetuneConfig, spec: str, cache: str | None) -> Examples:
+def _read(opened: OpenedModel, cfg: FinetuneConfig, spec: str, cache: str | None) -> TokenRows:
     tokenizer: Any = None if Path(spec).suffix == ".npy" else opened.load_tokenizer()
     vocab_size = opened.config.vocab_size
     if cache is None:
@@ -175,9 +175,9 @@ def _read(opened: OpenedModel, cfg: FinetuneConfig, spec: str, cache: str | None
 
 
 def _provenance(
-    opened: OpenedModel, arguments: FinetuneArguments, rows: Examples, evaluation: Examples | None
+    opened: OpenedModel, arguments: FinetuneArguments, rows: TokenRows, evaluation: TokenRows | None
 ) -> dict[str, Any]:
-    def of(name: str | None, examples: Examples | None) -> dict[str, Any] | None:
+    def of(name: str | None, examples: TokenRows | None) -> dict[str, Any] | None:
         if examples is None:
             return None
         return {"name": name, "shape": list(examples.tokens.shape), "sha256": examples.fingerprint}

@@ -18,7 +18,7 @@ from cluscomp_jax.checkpoint.reader import CheckpointSource
 from cluscomp_jax.checkpoint.writer import CheckpointWriter
 from cluscomp_jax.cli.outcome import note
 from cluscomp_jax.config.finetune import FinetuneConfig
-from cluscomp_jax.config.run import RunConfig
+from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.evaluation.perplexity import Perplexity
@@ -30,7 +30,7 @@ from cluscomp_jax.reporting.tables import format_bytes
 from cluscomp_jax.runtime.host_memory import return_freed_memory
 from cluscomp_jax.runtime.reporter import JsonLinesLog, Reporter, console_reporter
 from cluscomp_jax.runtime.scratch import require_room
-from cluscomp_jax.runtime.timing import StageClock, process_peak_rss_bytes
+from cluscomp_jax.runtime.timing import StageTimer, process_peak_rss_bytes
 
 METRICS_NAME = "metrics.jsonl"
 Measure = Callable[[ParamSource, Reporter], Perplexity]
@@ -74,7 +74,7 @@ class Compressed:
 
 def compress_to_folder(
     opened: OpenedModel,
-    cfg: RunConfig,
+    cfg: CompressConfig,
     out: Path,
     *,
     calibration: np.ndarray | None,
@@ -132,12 +132,12 @@ class _Course:
     """What a run measures and spends outside the pipeline: stages before and after it, and perplexities."""
 
     def __init__(self, measure: Measure | None):
-        self.before, self.after = StageClock(owns_process=True), StageClock(owns_process=True)
+        self.before, self.after = StageTimer(owns_process=True), StageTimer(owns_process=True)
         self._measure = measure
         self._perplexity: dict[str, Perplexity] = {}
         self._began = time.monotonic()
 
-    def evaluate(self, which: str, source: ParamSource, clock: StageClock, reporter: Reporter) -> None:
+    def evaluate(self, which: str, source: ParamSource, clock: StageTimer, reporter: Reporter) -> None:
         """Measures the model `which`, if anything is to be measured."""
         if self._measure is not None:
             with clock(f"evaluate {which}"):
@@ -151,7 +151,7 @@ class _Course:
 
 
 def claim_folder(
-    out: Path, opened: OpenedModel, cfg: RunConfig | FinetuneConfig, identity: Fingerprint, *, zstd: bool = False
+    out: Path, opened: OpenedModel, cfg: CompressConfig | FinetuneConfig, identity: Fingerprint, *, zstd: bool = False
 ) -> CheckpointWriter:
     """Returns the writer of `out`, claimed for this run or resumed. Raises as `CheckpointWriter` does."""
     return CheckpointWriter(
@@ -164,7 +164,7 @@ def claim_folder(
     )
 
 
-def _check_scratch(opened: OpenedModel, cfg: RunConfig, calibration: np.ndarray | None, work_path: Path) -> None:
+def _check_scratch(opened: OpenedModel, cfg: CompressConfig, calibration: np.ndarray | None, work_path: Path) -> None:
     """Says what will lie on the disk meanwhile; a person who finds it after a crash should know what it is.
 
     Raises:
@@ -198,7 +198,7 @@ def tokenizer_files(opened: OpenedModel) -> Path | Callable[[Path], Any] | None:
 def _check_weights(opened: OpenedModel, reporter: Reporter) -> None:
     """Reads every weight once: what is broken in the last block is said now, not after hours."""
     reporter.start("check weights", opened.model.num_blocks, "blocks")
-    opened.source.load_rest()
+    opened.source.load_outer()
     for i in range(opened.model.num_blocks):
         opened.source.load_block(i)
         return_freed_memory()
@@ -229,8 +229,8 @@ class _Unfinished:
     def load_block(self, i: int) -> Params:
         return self.writer.load_block(i)
 
-    def load_rest(self) -> Params:
-        return self.original.load_rest()
+    def load_outer(self) -> Params:
+        return self.original.load_outer()
 
     def fingerprint(self) -> str:
         return f"unfinished {self.original.fingerprint()}"

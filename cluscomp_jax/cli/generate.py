@@ -37,7 +37,7 @@ def run(arguments: GenerateArguments) -> Result:
         opened.source,
         opened.model,
         dtype=arguments.dtype,
-        materialize=arguments.materialize,
+        decode_weights=arguments.decode_weights,
         cache_dtype=arguments.cache,
     )
     if arguments.stream and not arguments.chat:

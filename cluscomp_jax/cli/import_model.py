@@ -18,7 +18,7 @@ from cluscomp_jax.reporting.tables import format_bytes
 
 @dataclasses.dataclass(frozen=True)
 class _Imported:
-    """Stands where a RunConfig does: nothing was run here."""
+    """Stands where a CompressConfig does: nothing was run here."""
 
     model: Any
 

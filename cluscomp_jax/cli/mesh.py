@@ -1,11 +1,11 @@
-"""--mesh: from "data=2,fsdp=4" to MeshSettings. Knows no command."""
+"""--mesh: from "data=2,fsdp=4" to MeshConfig. Knows no command."""
 
-from cluscomp_jax.config.settings import MeshSettings
+from cluscomp_jax.config.settings import MeshConfig
 from cluscomp_jax.config.toml import overlay
 from cluscomp_jax.errors import InputError
 
 
-def parse_mesh(text: str) -> MeshSettings:
+def parse_mesh(text: str) -> MeshConfig:
     """Returns the mesh of AXIS=SIZE pairs with commas between; axes that are not named have size 1.
 
     Raises:
@@ -18,6 +18,6 @@ def parse_mesh(text: str) -> MeshSettings:
             raise InputError(f"--mesh {text!r}: {pair!r} must be AXIS=SIZE, every axis once: data=2,fsdp=2,tensor=2")
         sizes[axis] = int(size)
     try:
-        return overlay(MeshSettings(), sizes)  # type: ignore[no-any-return]
+        return overlay(MeshConfig(), sizes)  # type: ignore[no-any-return]
     except InputError as error:
         raise InputError(f"--mesh {text!r}: {error}") from error

@@ -1,23 +1,23 @@
-"""From the options of `compress` to its RunConfig: recipe, then config file, then options. Reads no model."""
+"""From the options of `compress` to its CompressConfig: recipe, then config file, then options. Reads no model."""
 
 import dataclasses
 from typing import Any, TypeVar
 
 from cluscomp_jax.cli.arguments import CompressArguments
 from cluscomp_jax.cli.mesh import parse_mesh
-from cluscomp_jax.config.run import RECIPES, RunConfig, load_config
-from cluscomp_jax.config.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
+from cluscomp_jax.config.run import RECIPES, CompressConfig, load_config
+from cluscomp_jax.config.settings import BlockTuningConfig, CalibrationConfig, ClusterConfig, CompressionRule
 from cluscomp_jax.errors import InputError
 
-Settings = TypeVar("Settings", CompressionRule, CalibrationSettings, TuningSettings)
+Settings = TypeVar("Settings", CompressionRule, CalibrationConfig, BlockTuningConfig)
 _NEEDED_BY = {
-    "calibration": ("samples", "length", "starts", "epochs", "learning_rate", "unweighted"),
+    "calibration": ("samples", "length", "sample_offsets", "epochs", "learning_rate", "unweighted"),
     "evaluate": ("context", "tokens"),
 }
 _NEED_TUNING = ("epochs", "learning_rate")
 
 
-def run_config(arguments: CompressArguments) -> RunConfig:
+def run_config(arguments: CompressArguments) -> CompressConfig:
     """Returns the settings of a run, without its model.
 
     Without --calibration nothing can be tuned. A bare command is then clustering only; one that asks for tuning, by
@@ -39,7 +39,7 @@ def run_config(arguments: CompressArguments) -> RunConfig:
     changed = dataclasses.replace(
         config,
         cluster=_cluster(arguments, config.cluster),
-        calibration=_replaced(config.calibration, arguments, "samples", "length", "starts"),
+        calibration=_replaced(config.calibration, arguments, "samples", "length", "sample_offsets"),
         tuning=_tuning(arguments, config.tuning),
         seed=config.seed if arguments.seed is None else arguments.seed,
         mesh=config.mesh if arguments.mesh is None else parse_mesh(arguments.mesh),
@@ -48,8 +48,8 @@ def run_config(arguments: CompressArguments) -> RunConfig:
     asked = arguments.config or arguments.recipe
     if changed.cluster.uneven and arguments.calibration is None:
         raise InputError(
-            f"mixed is {changed.cluster.mixed!r}, which spends a budget by sensitivities that are measured with "
-            "--calibration TEXT; add that, or --mixed none"
+            f"mixed_precision is {changed.cluster.mixed_precision!r}, which spends a budget by sensitivities that are "
+            "measured with --calibration TEXT; add that, or --mixed-precision none"
         )
     if changed.tuning is not None and arguments.calibration is None:
         if asked is not None:
@@ -71,8 +71,10 @@ def _refuse_contradictions(arguments: CompressArguments) -> None:
             raise InputError(
                 f"{_given(arguments, name)} and --bits {arguments.bits}: the budget chooses both; leave one out"
             )
-    if arguments.mixed not in (None, "none") and arguments.unweighted:
-        raise InputError(f"{_given(arguments, 'mixed')} and --unweighted contradict each other; leave one out")
+    if arguments.mixed_precision not in (None, "none") and arguments.unweighted:
+        raise InputError(
+            f"{_given(arguments, 'mixed_precision')} and --unweighted contradict each other; leave one out"
+        )
     for name in _NEED_TUNING:
         if arguments.no_tuning and getattr(arguments, name) is not None:
             raise InputError(f"{_given(arguments, name)} and --no-tuning contradict each other; leave one out")
@@ -93,21 +95,22 @@ def _given(arguments: CompressArguments, name: str) -> str:
     return flag if value is True else f"{flag} {value}"
 
 
-def _cluster(arguments: CompressArguments, settings: ClusterSettings) -> ClusterSettings:
-    rules = tuple(_replaced(rule, arguments, "g", "num_codes", "axis") for rule in settings.rules)
-    alone: dict[str, Any] = {
-        name: getattr(arguments, name) for name in ("mixed", "share", "export") if getattr(arguments, name) is not None
-    }
+def _cluster(arguments: CompressArguments, settings: ClusterConfig) -> ClusterConfig:
+    rules = tuple(_replaced(rule, arguments, "num_codes", "axis") for rule in settings.rules)
+    if arguments.g is not None:
+        rules = tuple(dataclasses.replace(rule, group_size=arguments.g) for rule in rules)
+    names = ("mixed_precision", "tie_codebooks", "export")
+    alone: dict[str, Any] = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if arguments.unweighted:
-        alone |= {"weighted": False, "feedback": False, "mixed": "none"}
+        alone |= {"weighted": False, "error_feedback": False, "mixed_precision": "none"}
     if arguments.bits is not None:
         alone["bits"] = arguments.bits
     elif arguments.g is not None or arguments.num_codes is not None:
-        alone = {"mixed": "none", **alone, "bits": None}
+        alone = {"mixed_precision": "none", **alone, "bits": None}
     return dataclasses.replace(settings, rules=rules, **alone)
 
 
-def _tuning(arguments: CompressArguments, settings: TuningSettings | None) -> TuningSettings | None:
+def _tuning(arguments: CompressArguments, settings: BlockTuningConfig | None) -> BlockTuningConfig | None:
     if settings is None or arguments.no_tuning:
         return None
     return _replaced(settings, arguments, "epochs", "learning_rate")

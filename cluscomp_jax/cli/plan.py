@@ -14,12 +14,12 @@ from cluscomp_jax.cli.arguments import PlanArguments
 from cluscomp_jax.cli.mesh import parse_mesh
 from cluscomp_jax.cli.outcome import DONE, FAILED, Result
 from cluscomp_jax.config.finetune import FinetuneConfig, load_finetune_config
-from cluscomp_jax.config.run import RECIPES, RunConfig, load_config
+from cluscomp_jax.config.run import RECIPES, CompressConfig, load_config
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.hf.safetensors_source import read_config
 from cluscomp_jax.models.model import parse_model_config
 from cluscomp_jax.plan import PRESETS, Plan, Reserve, find_target, placement, plan, preset_config
-from cluscomp_jax.plan.shapes import Place
+from cluscomp_jax.plan.shapes import AbstractDevice
 from cluscomp_jax.plan.whole import GIB, finetuning_of
 from cluscomp_jax.plan.work import LAUNCH_SECONDS
 from cluscomp_jax.reporting.tables import format_bytes, format_table
@@ -44,7 +44,7 @@ def run(arguments: PlanArguments) -> Result:
     settings: Any = jax.config
     settings.update("jax_platforms", "cpu")  # the compiler for CUDA is there all the same, and nothing runs
     settings.update("jax_enable_compilation_cache", False)  # it can store programs of absent cards, not read them
-    place = Place(placement(target))
+    place = AbstractDevice(placement(target))
     with console_reporter() as reporter:
         made = plan(
             cfg, target, place, finetune=finetune, context=arguments.context, reserve=reserve, reporter=reporter
@@ -53,7 +53,7 @@ def run(arguments: PlanArguments) -> Result:
     return Result(text, {"model": arguments.model, **made.to_dict()}, DONE if made.fits else FAILED)
 
 
-def _finetune(arguments: PlanArguments, cfg: RunConfig) -> FinetuneConfig:
+def _finetune(arguments: PlanArguments, cfg: CompressConfig) -> FinetuneConfig:
     mesh = None if arguments.mesh is None else parse_mesh(arguments.mesh)
     if arguments.finetune_config is None:
         return finetuning_of(cfg, mesh)
@@ -61,7 +61,7 @@ def _finetune(arguments: PlanArguments, cfg: RunConfig) -> FinetuneConfig:
     return given if mesh is None else dataclasses.replace(given, mesh=mesh)
 
 
-def _settings(arguments: PlanArguments) -> RunConfig:
+def _settings(arguments: PlanArguments) -> CompressConfig:
     if arguments.config is not None:
         return load_config(arguments.config, recipe=arguments.recipe)
     return RECIPES[arguments.recipe or "default"]

@@ -1,7 +1,6 @@
 """Bits where they count: (g, num_codes) by matrix under one budget, of the least predicted loss."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -51,7 +50,6 @@ def allocate_unevenly(
     bits: float,
     *,
     like: CompressionRule,
-    by_kernel: bool,
     pools: Mapping[str, str] | None = None,
 ) -> dict[str, CompressionRule]:
     """Returns {path: rule} of the least sum of cost times predicted distortion within the budget.
@@ -61,32 +59,28 @@ def allocate_unevenly(
       costs: {path: loss per unit of relative squared error, by some measure}, at least those of `matrices`.
       bits: budget, stored bits per weight of all together, codebooks included.
       like: the rule whose pattern and axis are kept.
-      by_kernel: one choice for a kernel in all blocks (paths that differ in a number only), so that blocks keep one
-        shape and are compiled once.
       pools: {path: pool}; matrices of one pool that get the same (g, num_codes) have one codebook in common. None:
         every matrix has its own.
 
     Raises:
       ArithmeticError: no choice is within the budget; `check_reachable` tells before.
     """
-    problem = _problem(matrices, by_kernel, pools, like.axis)
+    problem = _problem(matrices, pools, like.axis)
     return {
-        path: CompressionRule(pattern=like.pattern, g=g, num_codes=num_codes, axis=like.axis)
+        path: CompressionRule(pattern=like.pattern, group_size=g, num_codes=num_codes, axis=like.axis)
         for paths, (g, num_codes) in zip(problem.units, _least_cost(problem, costs, bits), strict=True)
         for path in paths
     }
 
 
-def check_reachable(
-    matrices: Shapes, bits: float, *, axis: Axis, by_kernel: bool, pools: Mapping[str, str] | None = None
-) -> None:
+def check_reachable(matrices: Shapes, bits: float, *, axis: Axis, pools: Mapping[str, str] | None = None) -> None:
     """Raises InputError where `allocate_unevenly` has nothing to offer that is within the budget, whatever the costs.
 
     Args:
-      matrices, bits, by_kernel, pools: as there.
+      matrices, bits, pools: as there.
       axis: that is cut.
     """
-    problem = _problem(matrices, by_kernel, pools, axis)
+    problem = _problem(matrices, pools, axis)
     least = _least_bits(_system(problem, _offers(bits, least=0.0))) / _weights(matrices)
     if least > bits * (1.0 - _TOLERANCE):
         reached = math.ceil(1000 * least / (1.0 - 2 * _TOLERANCE)) / 1000
@@ -114,11 +108,8 @@ class _Problem(NamedTuple):
     axis: Axis
 
 
-def _problem(matrices: Shapes, by_kernel: bool, pools: Mapping[str, str] | None, axis: Axis) -> _Problem:
-    units: dict[str, list[str]] = {}
-    for path in matrices:
-        units.setdefault(re.sub(r"(?<=/)\d+(?=/)", "*", path) if by_kernel else path, []).append(path)
-    return _Problem(matrices, list(units.values()), pools or {path: path for path in matrices}, axis)
+def _problem(matrices: Shapes, pools: Mapping[str, str] | None, axis: Axis) -> _Problem:
+    return _Problem(matrices, [(path,) for path in matrices], pools or {path: path for path in matrices}, axis)
 
 
 class _System(NamedTuple):

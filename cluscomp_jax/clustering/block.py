@@ -13,25 +13,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cluscomp_jax.clustering.drift_correction import SiteMoments, corrected
-from cluscomp_jax.clustering.error_feedback import Feedback, factorise
-from cluscomp_jax.clustering.hessian import Batch, channel_moments, site_moments
+from cluscomp_jax.clustering.drift_correction import LayerStatistics, corrected
+from cluscomp_jax.clustering.error_feedback import HessianFactor, factor_hessian
+from cluscomp_jax.clustering.hessian import Batch, collect_hessian_diagonals, collect_hessians
 from cluscomp_jax.clustering.matrix import ClusterStats, SharedStart, cluster_matrix, matrix_key, matrix_size
 from cluscomp_jax.clustering.tied_codebooks import fit_shared, sharing_groups
-from cluscomp_jax.config.settings import ClusterSettings, CompressionRule
+from cluscomp_jax.config.settings import ClusterConfig, CompressionRule
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray, decode
-from cluscomp_jax.core.losses import position_weights
+from cluscomp_jax.core.losses import token_weights
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.activations import ActivationStore
 from cluscomp_jax.models.model import Model, run_block
 from cluscomp_jax.models.sharding import Sharding, put_samples, put_whole
 from cluscomp_jax.runtime.reporter import Reporter
-from cluscomp_jax.runtime.timing import StageClock
+from cluscomp_jax.runtime.timing import StageTimer
 
 _T = TypeVar("_T")
-weigh_tokens = jax.jit(position_weights, static_argnames="limit")
+weigh_tokens = jax.jit(token_weights, static_argnames="limit")
 
 
 class Streams(NamedTuple):
@@ -62,7 +62,7 @@ class Streams(NamedTuple):
             counted = None if weights is None else put_samples(weights[where], self.sharding)
             yield Batch(self._on_device(x), original, counted)
 
-    def position_weights(self, block: Callable[[jax.Array], jax.Array], limit: float) -> np.ndarray | None:
+    def token_weights(self, block: Callable[[jax.Array], jax.Array], limit: float) -> np.ndarray | None:
         """Returns float32 [samples, t], what each position counts by its output of the original block."""
         if not limit:
             return None
@@ -92,9 +92,9 @@ class BlockClustering:
     """
 
     model: Model
-    settings: ClusterSettings
+    settings: ClusterConfig
     seed: int
-    clock: StageClock
+    clock: StageTimer
     reporter: Reporter
     sharding: Sharding | None = None
 
@@ -119,32 +119,32 @@ class BlockClustering:
         self._check_kernels(i, original, rules)
         found: dict[str, tuple[CodebookArray, ClusterStats]] = {}
         self.reporter.start(f"block {i + 1}/{self.model.num_blocks}: cluster", len(rules), "matrices")
-        kind = self.model.block_kind(i)
-        positions = self._position_weights(kind, dense, streams)
+        layer_type = self.model.layer_type(i)
+        positions = self._position_weights(layer_type, dense, streams)
         weights = self._channel_weights(i, dense, streams, positions)
-        starts = self._shared_starts(i, original, rules, weights) if self.settings.share != "none" else {}
-        last = list(self.model.sites)[-1]
-        for site, paths in self.model.sites.items():
+        starts = self._tied_codebooks(i, original, rules, weights) if self.settings.tie_codebooks != "none" else {}
+        last = list(self.model.input_groups)[-1]
+        for group, paths in self.model.input_groups.items():
             kernels = {path: original[path] for path in paths if path in rules}
-            feedback = None
-            if kernels and streams is not None and self.settings.feedback:
+            factor = None
+            if kernels and streams is not None and self.settings.error_feedback:
                 batches = streams.batches(positions, both=self.settings.corrects)
-                moments = self._moments(kind, site, now, original, batches)
-                self._check_activations(i, site, jnp.diagonal(moments.inputs), streams)
-                if site == last:
+                statistics = self._collect_statistics(layer_type, group, now, original, batches)
+                self._check_activations(i, group, jnp.diagonal(statistics.hessian), streams)
+                if group == last:
                     now.clear()  # nothing reads it any more, and the roots of the moments are large
-                kernels, inputs = self._corrected(kernels, moments), moments.inputs
-                del moments  # the rest of them would lie beside the root, and both are large
-                feedback = self._factorised(inputs)
+                kernels, inputs = self._corrected(kernels, statistics), statistics.hessian
+                del statistics  # the rest of them would lie beside the root, and both are large
+                factor = self._factorised(inputs)
                 if self.settings.weighted:
                     weights |= dict.fromkeys(kernels, jax.device_get(jnp.diagonal(inputs)))
                 del inputs
-            task, matched = partial(self._cluster, i, kernels, rules, weights, feedback, starts), list(kernels)
+            task, matched = partial(self._cluster, i, kernels, rules, weights, factor, starts), list(kernels)
             for path, done in zip(matched, self._in_turn(task, matched), strict=True):
                 found[path] = done
                 self.reporter.advance(note=path)
                 self.clock.release()
-            if self.settings.sequential and feedback is not None and now:
+            if self.settings.true_sequential and factor is not None and now:
                 # Dense again, so that one program serves all blocks, however finely each is cut.
                 now |= {path: jax.device_get(decode(found[path][0])) for path in matched}
         records = [_record(f"{self.model.blocks_path}/{i}/{path}", *done) for path, done in found.items()]
@@ -158,14 +158,14 @@ class BlockClustering:
             if not np.isfinite(np.asarray(flat[path])).all():
                 raise InputError(f"{full} holds NaN or Inf; only finite weights can be compressed")
 
-    def _check_activations(self, i: int, site: str, squares: jax.Array, streams: Streams) -> None:
+    def _check_activations(self, i: int, group: str, squares: jax.Array, streams: Streams) -> None:
         if not bool(jnp.isfinite(squares).all()):
             raise FloatingPointError(
-                f"block {i}: the inputs of {site} are not finite in {jnp.dtype(streams.dtype).name}; "
+                f"block {i}: the inputs of {group} are not finite in {jnp.dtype(streams.dtype).name}; "
                 "compute in bfloat16 or float32 (tuning.compute_dtype, tuning.activation_dtype)"
             )
 
-    def _shared_starts(
+    def _tied_codebooks(
         self,
         i: int,
         flat: Mapping[str, Any],
@@ -175,7 +175,7 @@ class BlockClustering:
         """Returns {path: what it begins with} of kernels that share a codebook; `weights` are E[x_i^2] where wanted."""
         starts = dict[str, SharedStart]()
         with self.clock("cluster"):
-            for group in sharing_groups(self.model.sites, rules, self.settings.share):
+            for group in sharing_groups(self.model.input_groups, rules, self.settings.tie_codebooks):
                 full = f"{self.model.blocks_path}/{i}/{group[0]}"
                 try:
                     starts |= fit_shared(
@@ -189,17 +189,17 @@ class BlockClustering:
                     raise InputError(f"{full} and those that share its codebook: {error}") from error
         return starts
 
-    def _position_weights(self, kind: Hashable, dense: Params, streams: Streams | None) -> np.ndarray | None:
+    def _position_weights(self, layer_type: Hashable, dense: Params, streams: Streams | None) -> np.ndarray | None:
         """Returns float32 [samples, t], what each position counts in second moments, or None where all count alike."""
-        if streams is None or not self.settings.feedback:
+        if streams is None or not self.settings.error_feedback:
             return None
         with self.clock("statistics"):
-            step = partial(run_block, put_whole(dense, self.sharding), model=self.model, kind=kind)
-            return streams.position_weights(step, self.settings.outlier_limit)
+            step = partial(run_block, put_whole(dense, self.sharding), model=self.model, layer_type=layer_type)
+            return streams.token_weights(step, self.settings.massive_activation_limit)
 
-    def _moments(
-        self, kind: Hashable, site: str, now: dict[str, Any], original: dict[str, Any], batches: Iterator[Batch]
-    ) -> SiteMoments:
+    def _collect_statistics(
+        self, layer_type: Hashable, group: str, now: dict[str, Any], original: dict[str, Any], batches: Iterator[Batch]
+    ) -> LayerStatistics:
         """Returns the moments of a site.
 
         Args:
@@ -213,35 +213,39 @@ class BlockClustering:
                 changed = {path: leaf for path, leaf in original.items() if leaf is not now[path]}
                 wanted = trees.unflatten(there | put_whole(changed, self.sharding))
             block = trees.unflatten(there)
-            return _computed(site_moments(self.model, kind, site, block, batches, original=wanted))
+            return _computed(collect_hessians(self.model, layer_type, group, block, batches, original=wanted))
 
     def _channel_weights(
         self, i: int, dense: Params, streams: Streams | None, positions: np.ndarray | None
     ) -> dict[str, np.ndarray]:
         """Returns {path: E[x_i^2]} on the host, where all of a block's are wanted before any kernel is clustered."""
-        if streams is None or not self.settings.weighted or (self.settings.feedback and self.settings.share == "none"):
+        if (
+            streams is None
+            or not self.settings.weighted
+            or (self.settings.error_feedback and self.settings.tie_codebooks == "none")
+        ):
             return {}
         with self.clock("statistics"):
             there, batches = put_whole(dense, self.sharding), streams.batches(positions)
-            found = channel_moments(self.model, self.model.block_kind(i), there, batches)
-            for site, paths in self.model.sites.items():
-                self._check_activations(i, site, found[paths[0]], streams)
+            found = collect_hessian_diagonals(self.model, self.model.layer_type(i), there, batches)
+            for group, paths in self.model.input_groups.items():
+                self._check_activations(i, group, found[paths[0]], streams)
             weights: dict[str, np.ndarray] = jax.device_get(found)
             return weights
 
-    def _corrected(self, kernels: dict[str, jax.Array], moments: SiteMoments) -> dict[str, jax.Array]:
+    def _corrected(self, kernels: dict[str, jax.Array], statistics: LayerStatistics) -> dict[str, jax.Array]:
         """Returns the kernels as they should be clustered, on the host."""
         if not self.settings.corrects:
             return kernels
         with self.clock("statistics"):
             ridge = self.settings.ridge
-            return {path: jax.device_get(corrected(w, moments, ridge=ridge)) for path, w in kernels.items()}
+            return {path: jax.device_get(corrected(w, statistics, ridge=ridge)) for path, w in kernels.items()}
 
-    def _factorised(self, inputs: jax.Array) -> Feedback:
+    def _factorised(self, inputs: jax.Array) -> HessianFactor:
         """Returns what feedback needs of the second moments of a site's input, on the host."""
         with self.clock("statistics"):
-            feedback: Feedback = jax.device_get(factorise(inputs, damping=self.settings.damping))
-            return feedback
+            factor: HessianFactor = jax.device_get(factor_hessian(inputs, damping=self.settings.damping))
+            return factor
 
     def _in_turn(self, task: Callable[[str], _T], paths: list[str]) -> Iterator[_T]:
         """Yields task(path) of every path in order, computed one after the other, or side by side where devices are."""
@@ -268,7 +272,7 @@ class BlockClustering:
         kernels: dict[str, np.ndarray],
         rules: Mapping[str, CompressionRule],
         weights: Mapping[str, np.ndarray],
-        feedback: Feedback | None,
+        factor: HessianFactor | None,
         starts: Mapping[str, SharedStart],
         path: str,
     ) -> tuple[CodebookArray, ClusterStats]:
@@ -281,7 +285,7 @@ class BlockClustering:
                 self.settings,
                 key=matrix_key(self.seed, full),
                 channel_weights=weights.get(path),
-                feedback=feedback,
+                factor=factor,
                 shared=starts.get(path),
             )
         except InputError as error:

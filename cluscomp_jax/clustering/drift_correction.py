@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cluscomp_jax.core.cholesky import TRIES, lower_root
+from cluscomp_jax.core.cholesky import DAMPING_RETRIES, blocked_cholesky
 
 
-class SiteMoments(NamedTuple):
+class LayerStatistics(NamedTuple):
     """Second moments of the inputs x [d_in] of a site, float32, means over positions.
 
     Attributes:
@@ -27,12 +27,12 @@ class SiteMoments(NamedTuple):
         residual; None where outputs are added to none.
     """
 
-    inputs: jax.Array
+    hessian: jax.Array
     drift: jax.Array | None = None
     errors: jax.Array | None = None
 
 
-def corrected(weight: jax.Array | np.ndarray, moments: SiteMoments, *, ridge: float) -> jax.Array:
+def corrected(weight: jax.Array | np.ndarray, statistics: LayerStatistics, *, ridge: float) -> jax.Array:
     """Returns the kernel float32 [d_in, d_out] W + (E[x x^T] + ridge m I)^-1 E[x e^T], m the mean of E[x_i^2].
 
     Args:
@@ -43,23 +43,23 @@ def corrected(weight: jax.Array | np.ndarray, moments: SiteMoments, *, ridge: fl
     Raises:
       FloatingPointError: the moments cannot be factorised.
     """
-    for retry in range(TRIES):
-        root = ridge_root(moments.inputs, ridge * 10.0**retry)
+    for retry in range(DAMPING_RETRIES):
+        root = ridge_root(statistics.hessian, ridge * 10.0**retry)
         if bool(jnp.isfinite(jnp.diagonal(root)).all()):
-            moved: jax.Array = corrected_kernel(weight, root, moments.drift, moments.errors)
+            moved: jax.Array = corrected_kernel(weight, root, statistics.drift, statistics.errors)
             return moved
     raise FloatingPointError(
-        f"second moments of {moments.inputs.shape[0]} channels cannot be factorised even with a ridge of "
-        f"{ridge * 10.0 ** (TRIES - 1)} times their mean"
+        f"second moments of {statistics.hessian.shape[0]} channels cannot be factorised even with a ridge of "
+        f"{ridge * 10.0 ** (DAMPING_RETRIES - 1)} times their mean"
     )
 
 
 @jax.jit
-def ridge_root(inputs: jax.Array, ridge: jax.Array) -> jax.Array:
+def ridge_root(hessian: jax.Array, ridge: jax.Array) -> jax.Array:
     """Returns the lower root of E[x x^T] + ridge m I, a program of its own: it needs twice its memory while it runs."""
-    mean = jnp.mean(jnp.diagonal(inputs))
-    damped = inputs + ridge * jnp.where(mean > 0, mean, 1.0) * jnp.eye(len(inputs), dtype=jnp.float32)
-    return lower_root(damped)
+    mean = jnp.mean(jnp.diagonal(hessian))
+    damped = hessian + ridge * jnp.where(mean > 0, mean, 1.0) * jnp.eye(len(hessian), dtype=jnp.float32)
+    return blocked_cholesky(damped)
 
 
 @jax.jit

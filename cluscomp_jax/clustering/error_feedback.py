@@ -18,30 +18,30 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cluscomp_jax.core.cholesky import TRIES, lower_root
-from cluscomp_jax.kmeans import Forest, nearest_code
+from cluscomp_jax.core.cholesky import DAMPING_RETRIES, blocked_cholesky
+from cluscomp_jax.kmeans import CodeIndex, nearest_code
 
-_ROWS = 128
+_BLOCK_SIZE = 128
 """Channels whose errors reach the channels after them together: one product of matrices instead of many sums."""
 
 
-class Feedback(NamedTuple):
+class HessianFactor(NamedTuple):
     """Channels int32 [i] from the one coded last to the one coded first, and the lower root [i, i] of H in that order.
 
     Running backwards through it is running forwards through R.
     """
 
-    order: jax.Array
+    act_order: jax.Array
     root: jax.Array
 
     @property
     def channel_weights(self) -> jax.Array:
         """The weight R_ii^2, float32 [i], of each channel's squared distance from what it should have been."""
         squares = jnp.square(jnp.diagonal(self.root))
-        return jnp.zeros_like(squares).at[self.order].set(squares)
+        return jnp.zeros_like(squares).at[self.act_order].set(squares)
 
 
-def factorise(moments: jax.Array, *, damping: float = 0.01) -> Feedback:
+def factor_hessian(hessian: jax.Array, *, damping: float = 0.01) -> HessianFactor:
     """Returns the order and root of the damped second moments E[x x^T], float32 [i, i].
 
     Channels of large moment come first, while many are left to make good their errors. A channel that is never active
@@ -54,30 +54,30 @@ def factorise(moments: jax.Array, *, damping: float = 0.01) -> Feedback:
     Raises:
       FloatingPointError: the moments cannot be factorised.
     """
-    for retry in range(TRIES):
-        feedback: Feedback = factor_damped(moments, damping * 10.0**retry)
-        if bool(jnp.isfinite(jnp.diagonal(feedback.root)).all()):
-            return feedback
+    for retry in range(DAMPING_RETRIES):
+        factor: HessianFactor = factor_damped(hessian, damping * 10.0**retry)
+        if bool(jnp.isfinite(jnp.diagonal(factor.root)).all()):
+            return factor
     raise FloatingPointError(
-        f"second moments of {moments.shape[0]} channels cannot be factorised even with a damping of "
-        f"{damping * 10.0 ** (TRIES - 1)} times their mean"
+        f"second moments of {hessian.shape[0]} channels cannot be factorised even with a damping of "
+        f"{damping * 10.0 ** (DAMPING_RETRIES - 1)} times their mean"
     )
 
 
 @jax.jit
-def factor_damped(moments: jax.Array, damping: jax.Array) -> Feedback:
-    """Returns the factor of E[x x^T] plus `damping` times the mean of its diagonal; one try of `factorise`."""
-    diagonal = jnp.diagonal(moments)
+def factor_damped(hessian: jax.Array, damping: jax.Array) -> HessianFactor:
+    """Returns the factor of E[x x^T] plus `damping` times the mean of its diagonal; one try of `factor_hessian`."""
+    diagonal = jnp.diagonal(hessian)
     order = jnp.argsort(diagonal, stable=True).astype(jnp.int32)
     mean = jnp.mean(diagonal)
     added = damping * jnp.where(mean > 0, mean, 1.0)
-    damped = moments[order[:, None], order[None, :]] + added * jnp.eye(len(order), dtype=jnp.float32)
-    return Feedback(order, lower_root(damped))
+    damped = hessian[order[:, None], order[None, :]] + added * jnp.eye(len(order), dtype=jnp.float32)
+    return HessianFactor(order, blocked_cholesky(damped))
 
 
 @partial(jax.jit, static_argnames="g")
-def assign_with_feedback(
-    weight: jax.Array, codebook: jax.Array, feedback: Feedback, *, g: int, forest: Forest | None = None
+def assign_with_error_feedback(
+    weight: jax.Array, codebook: jax.Array, factor: HessianFactor, *, g: int, code_index: CodeIndex | None = None
 ) -> jax.Array:
     """Returns the index int32 [i, c] of the codes.
 
@@ -88,11 +88,11 @@ def assign_with_feedback(
     """
     channels, outputs = weight.shape
     codebook = codebook.astype(jnp.float32)
-    rows = min(_ROWS, channels)
+    rows = min(_BLOCK_SIZE, channels)
     spare = -channels % rows
     # Spare channels in front, which are coded last, are zero, and their part of the root an identity's.
-    ordered = jnp.pad(weight.astype(jnp.float32)[feedback.order], ((spare, 0), (0, -outputs % g)))
-    root = jnp.pad(feedback.root, ((spare, 0), (spare, 0))) if spare else feedback.root
+    ordered = jnp.pad(weight.astype(jnp.float32)[factor.act_order], ((spare, 0), (0, -outputs % g)))
+    root = jnp.pad(factor.root, ((spare, 0), (spare, 0))) if spare else factor.root
     diagonal = jnp.where(jnp.arange(spare + channels) < spare, 1.0, jnp.diagonal(root))
     real = jnp.arange(ordered.shape[1]) < outputs  # what pads the last vector stays zero
 
@@ -105,7 +105,7 @@ def assign_with_feedback(
 
         def code_row(own: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
             target = block[i] + (before[i] + jnp.dot(within[:, i], own, precision="highest")) / scale[i]
-            index = nearest_to_row(target, codebook, forest, outputs=outputs)
+            index = nearest_to_row(target, codebook, code_index, outputs=outputs)
             error = jnp.where(real, block[i] - codebook[index].reshape(-1), 0.0)
             return own.at[i].set(error), index
 
@@ -114,11 +114,16 @@ def assign_with_feedback(
 
     firsts = jnp.arange(0, spare + channels, rows)
     _, index = jax.lax.scan(code_rows, jnp.zeros_like(ordered), firsts, reverse=True)
-    return index.reshape(spare + channels, -1)[jnp.argsort(feedback.order) + spare]
+    return index.reshape(spare + channels, -1)[jnp.argsort(factor.act_order) + spare]
 
 
 def nearest_to_row(
-    target: jax.Array, codebook: jax.Array, forest: Forest | None, known: jax.Array | None = None, *, outputs: int
+    target: jax.Array,
+    codebook: jax.Array,
+    code_index: CodeIndex | None,
+    previous: jax.Array | None = None,
+    *,
+    outputs: int,
 ) -> jax.Array:
     """Returns the index int32 [c] of the codes nearest to what one channel should be.
 
@@ -130,7 +135,7 @@ def nearest_to_row(
       outputs: a last vector that reaches beyond them is compared with all codes, by its weights within them.
     """
     g = codebook.shape[1]
-    index = nearest_code(target.reshape(-1, g), codebook, forest, known)
+    index = nearest_code(target.reshape(-1, g), codebook, code_index, previous)
     within = outputs % g
     if not within:
         return index

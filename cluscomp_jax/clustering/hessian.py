@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cluscomp_jax.clustering.drift_correction import SiteMoments
+from cluscomp_jax.clustering.drift_correction import LayerStatistics
 from cluscomp_jax.core.trees import Params, flatten
 from cluscomp_jax.models.model import Model
 
@@ -26,7 +26,9 @@ class Batch(NamedTuple):
     weights: jax.Array | None = None
 
 
-def channel_moments(model: Model, kind: Hashable, block: Params, batches: Iterable[Batch]) -> dict[str, jax.Array]:
+def collect_hessian_diagonals(
+    model: Model, layer_type: Hashable, block: Params, batches: Iterable[Batch]
+) -> dict[str, jax.Array]:
     """Returns {block-relative kernel path: E[x_i^2] float32 [d_in]} over all positions of all batches.
 
     Args:
@@ -36,19 +38,19 @@ def channel_moments(model: Model, kind: Hashable, block: Params, batches: Iterab
     Raises:
       ValueError: no batch.
     """
-    means = _means(batches, partial(add_squares, model=model, kind=kind, block=block))
-    return {path: means[site] for site, paths in model.sites.items() for path in paths}
+    means = _means(batches, partial(add_squares, model=model, layer_type=layer_type, block=block))
+    return {path: means[group] for group, paths in model.input_groups.items() for path in paths}
 
 
-def site_moments(
+def collect_hessians(
     model: Model,
-    kind: Hashable,
-    site: str,
+    layer_type: Hashable,
+    group: str,
     block: Params,
     batches: Iterable[Batch],
     *,
     original: Params | None = None,
-) -> SiteMoments:
+) -> LayerStatistics:
     """Returns the second moments of one site's inputs over all positions of all batches.
 
     Args:
@@ -60,10 +62,10 @@ def site_moments(
     Raises:
       ValueError: no batch.
     """
-    fixed = {"model": model, "kind": kind, "site": site, "block": block}
+    fixed = {"model": model, "layer_type": layer_type, "group": group, "block": block}
     if original is None:
-        return SiteMoments(**_means(batches, partial(add_products, **fixed)))
-    return SiteMoments(**_means(batches, partial(add_pair, original=original, **fixed)))
+        return LayerStatistics(**_means(batches, partial(add_products, **fixed)))
+    return LayerStatistics(**_means(batches, partial(add_pair, original=original, **fixed)))
 
 
 def _means(batches: Iterable[Batch], add: Callable[[Any, Batch], dict[str, jax.Array]]) -> dict[str, jax.Array]:
@@ -87,64 +89,66 @@ def divide(sums: dict[str, jax.Array], count: jax.Array) -> dict[str, jax.Array]
     return {name: total / count for name, total in sums.items()}
 
 
-@partial(jax.jit, static_argnames=("model", "kind"), donate_argnames="sums")
+@partial(jax.jit, static_argnames=("model", "layer_type"), donate_argnames="sums")
 def add_squares(
-    sums: dict[str, jax.Array] | None, batch: Batch, *, model: Model, kind: Hashable, block: Params
+    sums: dict[str, jax.Array] | None, batch: Batch, *, model: Model, layer_type: Hashable, block: Params
 ) -> dict[str, jax.Array]:
     """Adds the sums of x_i^2 of a batch, float32 [d_in] for each site, to `sums` (None: zero)."""
 
-    def tap(site: str, value: jax.Array, residual: jax.Array | None) -> jax.Array:
+    def observer(group: str, value: jax.Array, residual: jax.Array | None) -> jax.Array:
         rows = _rows(value)
         total = jnp.sum(_weighted(rows, batch.weights) * rows, axis=0)
-        return total if sums is None else sums[site] + total
+        return total if sums is None else sums[group] + total
 
-    return dict(model.block(block, batch.x, kind=kind, tap=tap)[1])
+    return dict(model.block(block, batch.x, layer_type=layer_type, observer=observer)[1])
 
 
-@partial(jax.jit, static_argnames=("model", "kind", "site"), donate_argnames="sums")
+@partial(jax.jit, static_argnames=("model", "layer_type", "group"), donate_argnames="sums")
 def add_products(
-    sums: dict[str, jax.Array] | None, batch: Batch, *, model: Model, kind: Hashable, site: str, block: Params
+    sums: dict[str, jax.Array] | None, batch: Batch, *, model: Model, layer_type: Hashable, group: str, block: Params
 ) -> dict[str, jax.Array]:
     """Adds the sums of x x^T of a batch, float32 [d_in, d_in], at one site to `sums` (None: zero)."""
-    value, _ = _at_site(model, kind, site, block, batch.x)
-    return _sum(sums, {"inputs": _product(_weighted(value, batch.weights), value)})
+    value, _ = _at_group(model, layer_type, group, block, batch.x)
+    return _sum(sums, {"hessian": _product(_weighted(value, batch.weights), value)})
 
 
-@partial(jax.jit, static_argnames=("model", "kind", "site"), donate_argnames="sums")
+@partial(jax.jit, static_argnames=("model", "layer_type", "group"), donate_argnames="sums")
 def add_pair(
     sums: dict[str, jax.Array] | None,
     batch: Batch,
     *,
     model: Model,
-    kind: Hashable,
-    site: str,
+    layer_type: Hashable,
+    group: str,
     block: Params,
     original: Params,
 ) -> dict[str, jax.Array]:
     """Adds what `add_products` adds, and the sums of x e^T of the input's and the residual's drift."""
     assert batch.original is not None
-    x, onto = _at_site(model, kind, site, block, batch.x)
-    wanted, wanted_onto = _at_site(model, kind, site, original, batch.original)
+    x, onto = _at_group(model, layer_type, group, block, batch.x)
+    wanted, wanted_onto = _at_group(model, layer_type, group, original, batch.original)
     drift, weighted = wanted - x, _weighted(x, batch.weights)
-    new = {"inputs": _product(weighted, x)}
+    new = {"hessian": _product(weighted, x)}
     if onto is None or wanted_onto is None:
         new["drift"] = _product(weighted, drift)
     else:
-        (path,) = model.sites[site]
+        (path,) = model.input_groups[group]
         kernel = flatten(original)[path].astype(jnp.float32)
         new["errors"] = _product(weighted, wanted_onto - onto + jnp.dot(drift, kernel, precision="highest"))
     return _sum(sums, new)
 
 
-def _at_site(
-    model: Model, kind: Hashable, site: str, block: Params, x: jax.Array
+def _at_group(
+    model: Model, layer_type: Hashable, group: str, block: Params, x: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
     """Returns (input float32 [m, d_in] of the site, residual float32 [m, d] that its output is added to or None)."""
 
-    def tap(name: str, value: jax.Array, residual: jax.Array | None) -> Any:
-        return (_rows(value), None if residual is None else _rows(residual)) if name == site else None
+    def observer(name: str, value: jax.Array, residual: jax.Array | None) -> Any:
+        return (_rows(value), None if residual is None else _rows(residual)) if name == group else None
 
-    found: tuple[jax.Array, jax.Array | None] = model.block(block, x, kind=kind, tap=tap)[1][site]
+    found: tuple[jax.Array, jax.Array | None] = model.block(block, x, layer_type=layer_type, observer=observer)[1][
+        group
+    ]
     return found
 
 

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from cluscomp_jax import kmeans
-from cluscomp_jax.clustering.error_feedback import Feedback, assign_with_feedback
-from cluscomp_jax.clustering.refine import refit
-from cluscomp_jax.config.settings import ClusterSettings, CompressionRule
+from cluscomp_jax.clustering.error_feedback import HessianFactor, assign_with_error_feedback
+from cluscomp_jax.clustering.refine import refine
+from cluscomp_jax.config.settings import ClusterConfig, CompressionRule
 from cluscomp_jax.core import codebook as cb
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.caller_mesh import on_one_device
@@ -28,7 +28,7 @@ from cluscomp_jax.errors import InputError
 
 NOT_IN = (
     "axis 'in' takes neither activation weights nor error feedback: its vectors span input channels of different "
-    "weight that answer for each other; set weighted = false and feedback = false (--unweighted), or axis = 'out'"
+    "weight that answer for each other; set weighted = false and error_feedback = false (--unweighted), or axis = 'out'"
 )
 
 
@@ -83,11 +83,11 @@ class ClusterStats:
 def cluster_matrix(
     weight: jax.Array | np.ndarray,
     rule: CompressionRule,
-    settings: ClusterSettings,
+    settings: ClusterConfig,
     *,
     key: jax.Array,
     channel_weights: jax.Array | np.ndarray | None = None,
-    feedback: Feedback | None = None,
+    factor: HessianFactor | None = None,
     shared: SharedStart | None = None,
 ) -> tuple[CodebookArray, ClusterStats]:
     """Returns the CodebookArray of a kernel [d_in, d_out] and its error; the codebook is already 16 bit.
@@ -96,7 +96,7 @@ def cluster_matrix(
       weight: [d_in, d_out], finite. What lies on the host, weight or feedback, is on the device only while it is used:
         k-means, which needs the most memory for itself, has it to itself.
       rule: gives g, num_codes and axis; its pattern is not looked at.
-      settings: iterations, codebook_dtype and, with feedback, refits are used.
+      settings: iterations, codebook_dtype and, with feedback, refine_rounds are used.
       key: same key, same bytes.
       channel_weights: [d_in] >= 0, weight of each input channel's error (E[x_i^2]); axis "out" only.
       feedback: of the kernel's input: codes are chosen channel by channel, each making good the errors before it;
@@ -107,19 +107,19 @@ def cluster_matrix(
       InputError: weights that are not finite, or channel weights or feedback for axis "in".
     """
     d_in, d_out = weight.shape
-    if rule.axis != "out" and (feedback is not None or channel_weights is not None):
+    if rule.axis != "out" and (factor is not None or channel_weights is not None):
         raise InputError(NOT_IN)
     began, owner = time.monotonic(), None
     weight, channel_weights = on_one_device(weight), on_one_device(channel_weights)
     if shared is None:
         # No name here holds the vectors and their weights, so that k-means can let go of them.
         codes, index, _ = kmeans.fit_codebook(
-            to_vectors(jax.device_put(weight), g=rule.g, axis=rule.axis),
+            to_vectors(jax.device_put(weight), g=rule.group_size, axis=rule.axis),
             num_codes=rule.num_codes,
             key=key,
             weights=None
             if channel_weights is None
-            else vector_weights(jnp.asarray(channel_weights), d_out=d_out, g=rule.g),
+            else vector_weights(jnp.asarray(channel_weights), d_out=d_out, g=rule.group_size),
             iterations=settings.iterations,
         )
         rounded = cb.round_codebook(codes, settings.codebook_dtype)
@@ -127,12 +127,12 @@ def cluster_matrix(
     else:
         began -= shared.seconds
         owner, rounded, index = shared.owner, jnp.asarray(shared.codebook), jnp.asarray(shared.codes)
-    if feedback is not None:
+    if factor is not None:
         del index  # all codes are chosen anew
-        rounded, index = _with_feedback(weight, rounded, feedback, rule, settings, key, shared is None)
+        rounded, index = _with_feedback(weight, rounded, factor, rule, settings, key, shared is None)
     shape = (d_in, d_out)
-    packed = index.reshape(cb.index_shape(shape, rule.g, rule.axis)).astype(cb.index_dtype(rule.num_codes))
-    array = CodebookArray(codebook=rounded, index=packed, shape=shape, axis=rule.axis, codebook_of=owner)
+    packed = index.reshape(cb.index_shape(shape, rule.group_size, rule.axis)).astype(cb.index_dtype(rule.num_codes))
+    array = CodebookArray(codebook=rounded, index=packed, shape=shape, axis=rule.axis, tied_to=owner)
     plain, weighted = relative_errors(jax.device_put(weight), array, channel_weights)
     entropy = index_entropy(np.asarray(packed), rule.num_codes)
     return array, ClusterStats(plain, weighted, entropy, time.monotonic() - began)
@@ -141,23 +141,23 @@ def cluster_matrix(
 def _with_feedback(
     weight: jax.Array | np.ndarray,
     codebook: jax.Array,
-    feedback: Feedback,
+    factor: HessianFactor,
     rule: CompressionRule,
-    settings: ClusterSettings,
+    settings: ClusterConfig,
     key: jax.Array,
     solve: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (codebook, rounded; index), chosen with feedback and refitted; `solve`: the codebook too."""
     there: jax.Array = jax.device_put(weight)
-    feedback = jax.device_put(feedback)
-    forest = kmeans.plant_forest(codebook, key)
-    codes, index = refit(
+    factor = jax.device_put(factor)
+    code_index = kmeans.build_code_index(codebook, key)
+    codes, index = refine(
         there,
         codebook,
-        assign_with_feedback(there, codebook, feedback, g=rule.g, forest=forest),
-        feedback,
-        rounds=settings.refits,
-        forest=forest,
+        assign_with_error_feedback(there, codebook, factor, g=rule.group_size, code_index=code_index),
+        factor,
+        rounds=settings.refine_rounds,
+        code_index=code_index,
         key=key,
         solve=solve,
     )
@@ -167,8 +167,8 @@ def _with_feedback(
 def index_entropy(index: np.ndarray, num_codes: int) -> float:
     """Returns the entropy of the entries of an index, in bits: what a perfect entropy coder would spend on each."""
     counts = np.bincount(index.reshape(-1), minlength=num_codes)
-    share = counts[counts > 0] / index.size
-    return float(-np.sum(share * np.log2(share)))
+    tie_codebooks = counts[counts > 0] / index.size
+    return float(-np.sum(tie_codebooks * np.log2(tie_codebooks)))
 
 
 @partial(jax.jit, static_argnames=("d_out", "g"))
@@ -268,7 +268,7 @@ class SizeReport:
 
 def matrix_size(path: str, array: CodebookArray) -> MatrixSize:
     """Returns the stored size of one CodebookArray; a codebook counts where it is its own."""
-    own, n = array.codebook_of is None, array.num_codes
+    own, n = array.tied_to is None, array.num_codes
     bits = cb.stored_bits(array.shape, g=array.group_size, num_codes=n, axis=array.axis, own=own)
     return MatrixSize(path, array.shape, array.axis, array.group_size, n, bits)
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cluscomp_jax.clustering.error_feedback import Feedback, nearest_to_row
-from cluscomp_jax.kmeans import Forest, plant_forest
+from cluscomp_jax.clustering.error_feedback import HessianFactor, nearest_to_row
+from cluscomp_jax.kmeans import CodeIndex, build_code_index
 
 _ROWS = 128
 """Channels whose changes reach the others together."""
@@ -33,23 +33,23 @@ class Curvature(NamedTuple):
     """H float32 [i, i], its channels in the order int32 [i] of a `Feedback`."""
 
     order: jax.Array
-    moments: jax.Array
+    hessian: jax.Array
 
 
 @jax.jit
-def curvature_of(feedback: Feedback) -> Curvature:
+def curvature_of(factor: HessianFactor) -> Curvature:
     """Returns the damped second moments of which the feedback has the root."""
-    return Curvature(feedback.order, jnp.dot(feedback.root, feedback.root.T, precision="highest"))
+    return Curvature(factor.act_order, jnp.dot(factor.root, factor.root.T, precision="highest"))
 
 
-def refit(
+def refine(
     weight: jax.Array,
     codebook: jax.Array,
     index: jax.Array,
-    feedback: Feedback,
+    factor: HessianFactor,
     *,
     rounds: int,
-    forest: Forest | None,
+    code_index: CodeIndex | None,
     key: jax.Array,
     solve: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
@@ -62,31 +62,31 @@ def refit(
       feedback: order and root of the moments.
       rounds: >= 0; the first lowers the output error most.
       forest: of the codes as they are given.
-      key: decides the trees of the codes that follow (`plant_forest`).
+      key: decides the trees of the codes that follow (`build_code_index`).
       solve: False leaves the codebook as it is, for other kernels have it too.
     """
     codebook = codebook.astype(jnp.float32)
     if rounds == 0:
         return codebook, index
-    curvature = curvature_of(feedback)
+    curvature = curvature_of(factor)
     for turn in range(rounds):
         if turn and solve:
-            forest = plant_forest(codebook, key)
-        index = improved_index(weight, codebook, index, curvature, g=codebook.shape[1], forest=forest)
+            code_index = build_code_index(codebook, key)
+        index = reassign_codes(weight, codebook, index, curvature, g=codebook.shape[1], code_index=code_index)
         if solve:
-            codebook = least_squares_codebook(weight, codebook, index, curvature)
+            codebook = update_codebook(weight, codebook, index, curvature)
     return codebook, index
 
 
 @partial(jax.jit, static_argnames="g")
-def improved_index(
+def reassign_codes(
     weight: jax.Array,
     codebook: jax.Array,
     index: jax.Array,
     curvature: Curvature,
     *,
     g: int,
-    forest: Forest | None = None,
+    code_index: CodeIndex | None = None,
 ) -> jax.Array:
     """Returns the index int32 [i, c] after one round in which every channel chooses anew, those of large moment first.
 
@@ -106,14 +106,14 @@ def improved_index(
     real = (jnp.arange(-(-outputs // g) * g) < outputs) & (jnp.arange(channels + spare) < channels)[:, None]
     ordered = jnp.pad(weight.astype(jnp.float32)[curvature.order], ((0, spare), (0, -outputs % g)))
     index = jnp.pad(index[curvature.order].astype(jnp.int32), ((0, spare), (0, 0)))
-    padded = jnp.pad(curvature.moments, ((0, spare), (0, spare)))
+    padded = jnp.pad(curvature.hessian, ((0, spare), (0, spare)))
     errors = jnp.where(real, ordered - codebook[index].reshape(ordered.shape), 0.0)
 
     def choose_rows(carry: tuple[jax.Array, jax.Array], first: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         errors, index = carry
-        moments = jax.lax.dynamic_slice_in_dim(padded, first, rows)
-        slopes = jnp.dot(moments, errors, precision="highest")
-        within = jax.lax.dynamic_slice_in_dim(moments, first, rows, axis=1)
+        hessian = jax.lax.dynamic_slice_in_dim(padded, first, rows)
+        slopes = jnp.dot(hessian, errors, precision="highest")
+        within = jax.lax.dynamic_slice_in_dim(hessian, first, rows, axis=1)
         own = jnp.where(jnp.diagonal(within) > 0, jnp.diagonal(within), 1.0)  # 0 where channels are spare
         before = jax.lax.dynamic_slice_in_dim(errors, first, rows)
         block, used, held = (jax.lax.dynamic_slice_in_dim(a, first, rows) for a in (ordered, real, index))
@@ -121,7 +121,7 @@ def improved_index(
         def choose_row(now: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
             slope = slopes[i] + jnp.dot(within[i], now - before, precision="highest")
             target = jnp.where(used[i], block[i] - before[i] + slope / own[i], 0.0)
-            chosen = nearest_to_row(target, codebook, forest, held[i], outputs=outputs)
+            chosen = nearest_to_row(target, codebook, code_index, held[i], outputs=outputs)
             return now.at[i].set(jnp.where(used[i], block[i] - codebook[chosen].reshape(-1), 0.0)), chosen
 
         now, chosen = jax.lax.scan(choose_row, before, jnp.arange(rows), reverse=True)
@@ -134,7 +134,7 @@ def improved_index(
 
 
 @jax.jit
-def least_squares_codebook(weight: jax.Array, codebook: jax.Array, index: jax.Array, curvature: Curvature) -> jax.Array:
+def update_codebook(weight: jax.Array, codebook: jax.Array, index: jax.Array, curvature: Curvature) -> jax.Array:
     """Returns the codebook float32 [n, g] of nearly the least output error with these codes.
 
     Conjugate gradients on the normal equations sum_i H (W - Q) = 0 over the places of each code, preconditioned by a
@@ -161,9 +161,9 @@ def least_squares_codebook(weight: jax.Array, codebook: jax.Array, index: jax.Ar
         return total
 
     def weighed(errors: jax.Array) -> jax.Array:
-        return jnp.dot(curvature.moments, errors, precision="highest")
+        return jnp.dot(curvature.hessian, errors, precision="highest")
 
-    squares = jnp.diagonal(curvature.moments)[:, None]
+    squares = jnp.diagonal(curvature.hessian)[:, None]
     mass = gathered(lambda piece: jnp.broadcast_to(squares, piece.weight.shape))
     held = _HELD * mass
     inverse = jnp.where(mass > 0, 1.0 / jnp.where(mass > 0, mass, 1.0), 0.0)

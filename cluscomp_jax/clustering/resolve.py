@@ -8,8 +8,8 @@ from cluscomp_jax.clustering import rules as rules_of
 from cluscomp_jax.clustering.bit_allocation import allocate_unevenly, check_reachable, tempered
 from cluscomp_jax.clustering.matrix import NOT_IN
 from cluscomp_jax.clustering.tied_codebooks import sharing_groups
-from cluscomp_jax.config.run import RunConfig
-from cluscomp_jax.config.settings import ClusterSettings, CompressionRule, Share
+from cluscomp_jax.config.run import CompressConfig
+from cluscomp_jax.config.settings import ClusterConfig, CompressionRule, TieCodebooks
 from cluscomp_jax.core.codebook import stored_bits
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.model import Model, check_tokens, parameter_shapes
@@ -17,7 +17,7 @@ from cluscomp_jax.models.model import Model, check_tokens, parameter_shapes
 Rules = dict[str, CompressionRule]
 
 
-def rules_by_block(model: Model, cfg: RunConfig, sensitivities: Mapping[str, float] | None = None) -> list[Rules]:
+def rules_by_block(model: Model, cfg: CompressConfig, sensitivities: Mapping[str, float] | None = None) -> list[Rules]:
     """Returns, per block, {block-relative kernel path: rule}, a bit budget already turned into rules.
 
     Args:
@@ -30,7 +30,9 @@ def rules_by_block(model: Model, cfg: RunConfig, sensitivities: Mapping[str, flo
     """
     shapes = parameter_shapes(model)
     blocks = range(model.num_blocks)
-    kernels = {f"{model.blocks_path}/{i}/{path}" for i in blocks for paths in model.sites.values() for path in paths}
+    kernels = {
+        f"{model.blocks_path}/{i}/{path}" for i in blocks for paths in model.input_groups.values() for path in paths
+    }
     rules = cfg.cluster.rules
     matched = rules_of.match(rules, shapes)
     outside = next((path for path in matched if path not in kernels), None)
@@ -43,7 +45,9 @@ def rules_by_block(model: Model, cfg: RunConfig, sensitivities: Mapping[str, flo
         for rule in rules:
             own = {path: shapes[path] for path, first in matched.items() if first is rule}
             if own:
-                chosen |= _within_budget(own, rule, cfg.cluster, sensitivities, _pools(model, own, cfg.cluster.share))
+                chosen |= _within_budget(
+                    own, rule, cfg.cluster, sensitivities, _pools(model, own, cfg.cluster.tie_codebooks)
+                )
         matched = chosen
     if cfg.cluster.export == "aqlm":
         _check_aqlm(matched, shapes)
@@ -54,20 +58,24 @@ def rules_by_block(model: Model, cfg: RunConfig, sensitivities: Mapping[str, flo
     return by_block
 
 
-def bits_per_weight(model: Model, cfg: RunConfig, by_block: list[Rules]) -> float:
+def bits_per_weight(model: Model, cfg: CompressConfig, by_block: list[Rules]) -> float:
     """Returns the stored bits per weight of all matrices that rules compress, shared codebooks counted once."""
     bits, weights = 0, 0
     for i, rules in enumerate(by_block):
         shapes = model.block_shapes(i)
-        shared = {path for group in sharing_groups(model.sites, rules, cfg.cluster.share) for path in group[1:]}
+        shared = {
+            path for group in sharing_groups(model.input_groups, rules, cfg.cluster.tie_codebooks) for path in group[1:]
+        }
         for path, rule in rules.items():
             shape = (shapes[path][0], shapes[path][1])
-            bits += stored_bits(shape, g=rule.g, num_codes=rule.num_codes, axis=rule.axis, own=path not in shared)
+            bits += stored_bits(
+                shape, g=rule.group_size, num_codes=rule.num_codes, axis=rule.axis, own=path not in shared
+            )
             weights += shape[0] * shape[1]
     return bits / weights
 
 
-def mixes(cfg: RunConfig, calibration: np.ndarray | None) -> bool:
+def mixes(cfg: CompressConfig, calibration: np.ndarray | None) -> bool:
     """Returns whether a budget is spent unevenly, by sensitivities that calibration tells."""
     return cfg.cluster.uneven and calibration is not None
 
@@ -75,31 +83,30 @@ def mixes(cfg: RunConfig, calibration: np.ndarray | None) -> bool:
 def _within_budget(
     shapes: Mapping[str, tuple[int, ...]],
     rule: CompressionRule,
-    settings: ClusterSettings,
+    settings: ClusterConfig,
     sensitivities: Mapping[str, float] | None,
     pools: Mapping[str, str],
 ) -> Rules:
     assert settings.bits is not None
-    by_kernel = settings.mixed == "kernel"
     if settings.uneven and sensitivities is None:
-        check_reachable(shapes, settings.bits, axis=rule.axis, by_kernel=by_kernel, pools=pools)
+        check_reachable(shapes, settings.bits, axis=rule.axis, pools=pools)
     if sensitivities is not None:
         costs = tempered(sensitivities, shapes)
-        return allocate_unevenly(shapes, costs, settings.bits, like=rule, by_kernel=by_kernel, pools=pools)
+        return allocate_unevenly(shapes, costs, settings.bits, like=rule, pools=pools)
     groups = rules_of.groups_for_aqlm(shapes, axis=rule.axis) if settings.export == "aqlm" else rules_of.ALL_GROUPS
     codebooks = len(set(pools.values()))
     one = rules_of.allocate(shapes, settings.bits, like=rule, groups=groups, codebooks=codebooks)
     return dict.fromkeys(shapes, one)
 
 
-def _pools(model: Model, paths: Collection[str], share: Share) -> dict[str, str]:
+def _pools(model: Model, paths: Collection[str], tie_codebooks: TieCodebooks) -> dict[str, str]:
     """Returns {path: pool}, the same for kernels that have one codebook in common where they are cut alike."""
     pools = {}
     for i in range(model.num_blocks):
-        for site, kernels in model.sites.items():
+        for group, kernels in model.input_groups.items():
             for path in (f"{model.blocks_path}/{i}/{kernel}" for kernel in kernels):
                 if path in paths:
-                    pools[path] = {"none": path, "site": f"{i}/{site}", "block": str(i)}[share]
+                    pools[path] = {"none": path, "input": f"{i}/{group}", "block": str(i)}[tie_codebooks]
     return pools
 
 
@@ -108,25 +115,31 @@ def _check_aqlm(rules: Rules, shapes: Mapping[str, tuple[int, ...]]) -> None:
     first = next(iter(rules))
     for path, rule in rules.items():
         side = shapes[path][1] if rule.axis == "out" else shapes[path][0]
-        if side % rule.g:
-            raise InputError(f"{path}: g = {rule.g} does not divide its axis {rule.axis!r} of {side}, as AQLM demands")
-        if (rule.g, rule.num_codes, rule.axis) != (rules[first].g, rules[first].num_codes, rules[first].axis):
+        if side % rule.group_size:
+            raise InputError(
+                f"{path}: g = {rule.group_size} does not divide its axis {rule.axis!r} of {side}, as AQLM demands"
+            )
+        if (rule.group_size, rule.num_codes, rule.axis) != (
+            rules[first].group_size,
+            rules[first].num_codes,
+            rules[first].axis,
+        ):
             raise InputError(
                 f"{path} has {rules_of.describe(rule)}, {first} has {rules_of.describe(rules[first])}; "
                 "AQLM has one setting for the whole model"
             )
 
 
-def check_calibration(model: Model, cfg: RunConfig, calibration: np.ndarray, by_block: list[Rules]) -> None:
+def check_calibration(model: Model, cfg: CompressConfig, calibration: np.ndarray, by_block: list[Rules]) -> None:
     """Raises InputError where calibration tokens do not fit the model or the settings."""
     if calibration.ndim != 2 or calibration.shape[0] < 1 or calibration.shape[1] < 2:
         raise InputError(f"calibration has shape {calibration.shape}; it must be [samples, length], 1 and 2 at least")
     samples = calibration.shape[0]
     if cfg.tuning is not None:
-        train = samples - cfg.tuning.held_out
+        train = samples - cfg.tuning.validation_samples
         if train < 1 or train % cfg.tuning.batch_size:
             raise InputError(
-                f"calibration has {samples} samples; less {cfg.tuning.held_out} held out they must be a "
+                f"calibration has {samples} samples; less {cfg.tuning.validation_samples} held out they must be a "
                 f"positive multiple of batch_size {cfg.tuning.batch_size}"
             )
     check_tokens(calibration, model, "calibration")

@@ -93,7 +93,7 @@ def allocate(
             continue
         distortion = predicted_distortion(g, num_codes)
         if best is None or distortion < best[0]:
-            best = distortion, CompressionRule(pattern=like.pattern, g=g, num_codes=num_codes, axis=like.axis)
+            best = distortion, CompressionRule(pattern=like.pattern, group_size=g, num_codes=num_codes, axis=like.axis)
     if best is None:
         least = min(
             total_bits_per_weight(matrices, g=g, num_codes=2, axis=like.axis, codebooks=codebooks) for g in groups
@@ -154,4 +154,4 @@ def predicted_distortion(g: int, num_codes: int) -> float:
 
 def describe(rule: CompressionRule) -> str:
     """Returns "g=4, n=1024 (10-bit index)"."""
-    return f"g={rule.g}, n={rule.num_codes} ({index_bits(rule.num_codes)}-bit index)"
+    return f"g={rule.group_size}, n={rule.num_codes} ({index_bits(rule.num_codes)}-bit index)"

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cluscomp_jax.clustering.error_feedback import factorise
-from cluscomp_jax.clustering.hessian import Batch, site_moments
+from cluscomp_jax.clustering.error_feedback import factor_hessian
+from cluscomp_jax.clustering.hessian import Batch, collect_hessians
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.losses import token_nll
 from cluscomp_jax.core.trees import Params
@@ -52,8 +52,10 @@ def sensitivities(
     """
     tokens = np.asarray(tokens[:_SAMPLES])
     reporter.start("sensitivity", 2 * model.num_blocks, "blocks")
-    rest = jax.tree.map(jnp.asarray, source.load_rest())
-    embedded = [np.asarray(run_embed(rest, sample[None], model=model, dtype=jnp.dtype("float32"))) for sample in tokens]
+    outer = jax.tree.map(jnp.asarray, source.load_outer())
+    embedded = [
+        np.asarray(run_embed(outer, sample[None], model=model, dtype=jnp.dtype("float32"))) for sample in tokens
+    ]
     stores = [_store(work_dir, 0, np.concatenate(embedded).shape)]
     stores[0].write(slice(0, len(tokens)), np.concatenate(embedded))
     kept: dict[str, float] = {}
@@ -61,8 +63,8 @@ def sensitivities(
         stores.append(_store(work_dir, i + 1, stores[0].shape))
         kept |= _forward(model, source, i, stores[-2], stores[-1], damping)
         reporter.advance()
-    slopes = [_head_slope(rest, x, tokens[where], model=model) for where, x in stores[-1].batches(1)]
-    del rest
+    slopes = [_head_slope(outer, x, tokens[where], model=model) for where, x in stores[-1].batches(1)]
+    del outer
     stores.pop().delete()
     result: dict[str, float] = {}
     for i in reversed(range(model.num_blocks)):
@@ -77,10 +79,10 @@ def _forward(
     model: Model, source: ParamSource, i: int, inputs: ActivationStore, outputs: ActivationStore, damping: float | None
 ) -> dict[str, float]:
     """Writes the outputs of block i; returns {path: share of an error that feedback leaves}, if there is feedback."""
-    block, kind = _block(source, i), model.block_kind(i)
-    step = partial(run_block, block, model=model, kind=kind)
+    block, layer_type = _block(source, i), model.layer_type(i)
+    step = partial(run_block, block, model=model, layer_type=layer_type)
     run_through(step, inputs, outputs, batch_size=1, dtype=jnp.dtype("float32"))
-    return {} if damping is None else _named(model, i, _kept_by_feedback(model, kind, block, inputs, damping))
+    return {} if damping is None else _named(model, i, _kept_by_feedback(model, layer_type, block, inputs, damping))
 
 
 def _backward(
@@ -88,10 +90,10 @@ def _backward(
 ) -> dict[str, float]:
     """Returns {block-relative path: sum(F) mean(W^2) over all samples}; `slopes`, by block i's outputs, become those by
     its inputs."""
-    block, kind = _block(source, i), model.block_kind(i)
+    block, layer_type = _block(source, i), model.layer_type(i)
     totals: dict[str, jax.Array] = {}
     for j, (_, x) in enumerate(inputs.batches(1)):
-        squares, slopes[j] = _block_slope(block, x, slopes[j], model=model, kind=kind)
+        squares, slopes[j] = _block_slope(block, x, slopes[j], model=model, layer_type=layer_type)
         totals = jax.tree.map(jnp.add, totals, squares) if totals else squares
     return {path: float(total) for path, total in totals.items()}
 
@@ -122,39 +124,39 @@ def _named(model: Model, i: int, values: dict[str, float]) -> dict[str, float]:
 
 
 def _kept_by_feedback(
-    model: Model, kind: Hashable, block: Params, inputs: ActivationStore, damping: float
+    model: Model, layer_type: Hashable, block: Params, inputs: ActivationStore, damping: float
 ) -> dict[str, float]:
     """Returns {block-relative path: sum_i R_ii^2 / sum_i E[x_i^2]}, the share of an error that feedback leaves."""
     shares: dict[str, float] = {}
-    for site, paths in model.sites.items():
+    for group, paths in model.input_groups.items():
         batches = (Batch(jnp.asarray(x)) for _, x in inputs.batches(1))
-        moments = site_moments(model, kind, site, block, batches).inputs
-        left = jnp.sum(factorise(moments, damping=damping).channel_weights) / jnp.trace(moments)
+        hessian = collect_hessians(model, layer_type, group, block, batches).hessian
+        left = jnp.sum(factor_hessian(hessian, damping=damping).channel_weights) / jnp.trace(hessian)
         shares |= dict.fromkeys(paths, float(jnp.where(jnp.isfinite(left), jnp.minimum(left, 1.0), 1.0)))
     return shares
 
 
 @partial(jax.jit, static_argnames="model")
-def _head_slope(rest: Params, x: jax.Array, tokens: jax.Array, *, model: Model) -> jax.Array:
+def _head_slope(outer: Params, x: jax.Array, tokens: jax.Array, *, model: Model) -> jax.Array:
     """Returns the gradient [1, t, d] of the summed loss of a sample's next tokens by the last block's output."""
 
     def loss(x: jax.Array) -> jax.Array:
-        return jnp.sum(token_nll(model.head(rest, x[:, :-1]), tokens[:, 1:]))
+        return jnp.sum(token_nll(model.head(outer, x[:, :-1]), tokens[:, 1:]))
 
     slope: jax.Array = jax.grad(loss)(jnp.asarray(x))
     return slope
 
 
-@partial(jax.jit, static_argnames=("model", "kind"))
+@partial(jax.jit, static_argnames=("model", "layer_type"))
 def _block_slope(
-    block: Params, x: jax.Array, slope: jax.Array, *, model: Model, kind: Hashable
+    block: Params, x: jax.Array, slope: jax.Array, *, model: Model, layer_type: Hashable
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     """Returns ({path: sum(F) mean(W^2) of one sample}, the gradient by the block's input)."""
     flat = trees.flatten(block)
-    kernels = {path: flat[path] for paths in model.sites.values() for path in paths}
+    kernels = {path: flat[path] for paths in model.input_groups.values() for path in paths}
 
     def run(kernels: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-        y: jax.Array = model.block(trees.unflatten(flat | kernels), x, kind=kind)
+        y: jax.Array = model.block(trees.unflatten(flat | kernels), x, layer_type=layer_type)
         return y
 
     _, back = jax.vjp(run, kernels, jnp.asarray(x))

@@ -14,13 +14,15 @@ import numpy as np
 
 from cluscomp_jax import kmeans
 from cluscomp_jax.clustering.matrix import SharedStart, channel_mass, to_vectors
-from cluscomp_jax.config.settings import ClusterSettings, CompressionRule, Share
+from cluscomp_jax.config.settings import ClusterConfig, CompressionRule, TieCodebooks
 from cluscomp_jax.core import codebook as cb
 
 Rules = Mapping[str, CompressionRule]
 
 
-def sharing_groups(sites: Mapping[str, Sequence[str]], rules: Rules, share: Share) -> list[tuple[str, ...]]:
+def sharing_groups(
+    input_groups: Mapping[str, Sequence[str]], rules: Rules, tie_codebooks: TieCodebooks
+) -> list[tuple[str, ...]]:
     """Returns the paths of a block's kernels with a codebook in common, two or more each, the owner first.
 
     Kernels that are cut differently (g, num_codes, axis) do not share, whatever stands between them.
@@ -28,23 +30,23 @@ def sharing_groups(sites: Mapping[str, Sequence[str]], rules: Rules, share: Shar
     Args:
       sites: {site: block-relative paths of its kernels}.
       rules: {block-relative path: rule} of what is compressed.
-      share: "none", "site" or "block".
+      tie_codebooks: "none", "input" or "block".
     """
-    if share == "none":
+    if tie_codebooks == "none":
         return []
     groups: dict[tuple[Any, ...], list[str]] = {}
-    for site, paths in sites.items():
+    for group, paths in input_groups.items():
         for path in paths:
             if path in rules:
                 cut = dataclasses.astuple(dataclasses.replace(rules[path], pattern=""))
-                groups.setdefault((site if share == "site" else None, *cut), []).append(path)
+                groups.setdefault((group if tie_codebooks == "input" else None, *cut), []).append(path)
     return [tuple(paths) for paths in groups.values() if len(paths) > 1]
 
 
 def fit_shared(
     kernels: Mapping[str, Any],
     rule: CompressionRule,
-    settings: ClusterSettings,
+    settings: ClusterConfig,
     *,
     key: jax.Array,
     channel_weights: Mapping[str, Any],
@@ -67,7 +69,7 @@ def fit_shared(
     began = time.monotonic()
     vectors, weights = [], []  # on the host: on the device lies one kernel, and later all that k-means needs
     for path, kernel in kernels.items():
-        own = np.array(to_vectors(jnp.asarray(kernel), g=rule.g, axis=rule.axis))
+        own = np.array(to_vectors(jnp.asarray(kernel), g=rule.group_size, axis=rule.axis))
         given = channel_weights.get(path)
         mass = np.ones(1, np.float32) if given is None else np.array(channel_mass(jnp.asarray(given)))
         counted = np.repeat(mass, len(own) // len(mass))

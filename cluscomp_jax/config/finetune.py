@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from cluscomp_jax.config.settings import DataSettings, MeshSettings, TrainingSettings
+from cluscomp_jax.config.settings import DataConfig, MeshConfig, TrainingConfig
 from cluscomp_jax.config.toml import overlay, read_toml
 from cluscomp_jax.errors import InputError
 
@@ -28,9 +28,9 @@ class FinetuneConfig:
     """
 
     model: Any = None
-    data: DataSettings = DataSettings()
-    training: TrainingSettings = TrainingSettings()
-    mesh: MeshSettings = MeshSettings()
+    data: DataConfig = DataConfig()
+    training: TrainingConfig = TrainingConfig()
+    mesh: MeshConfig = MeshConfig()
     evaluate_every: int | None = None
     save_every: int = 100
     keep: int = 2

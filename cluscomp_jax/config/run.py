@@ -1,4 +1,4 @@
-"""RunConfig: everything a compression run depends on, and its strict TOML form."""
+"""CompressConfig: everything a compression run depends on, and its strict TOML form."""
 
 import dataclasses
 import math
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from cluscomp_jax.config.settings import CalibrationSettings, ClusterSettings, MeshSettings, TuningSettings
+from cluscomp_jax.config.settings import BlockTuningConfig, CalibrationConfig, ClusterConfig, MeshConfig
 from cluscomp_jax.config.toml import overlay, read_toml
 from cluscomp_jax.errors import InputError
 
@@ -14,7 +14,7 @@ Recipe = Literal["default", "paper"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class CompressConfig:
     """What `compress` does.
 
     Attributes:
@@ -32,12 +32,12 @@ class RunConfig:
     """
 
     model: Any = None
-    cluster: ClusterSettings = ClusterSettings()
-    calibration: CalibrationSettings = CalibrationSettings()
-    tuning: TuningSettings | None = TuningSettings()
+    cluster: ClusterConfig = ClusterConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    tuning: BlockTuningConfig | None = BlockTuningConfig()
     seed: int = 42
     device_memory_gib: float | None = None
-    mesh: MeshSettings = MeshSettings()
+    mesh: MeshConfig = MeshConfig()
     zstd: bool = False
 
     def __post_init__(self) -> None:
@@ -52,10 +52,10 @@ class RunConfig:
                 "use data, leave fsdp and tensor out"
             )
         if self.tuning is not None:
-            train = self.calibration.samples - self.tuning.held_out
+            train = self.calibration.samples - self.tuning.validation_samples
             if train < 1:
                 raise InputError(
-                    f"held_out is {self.tuning.held_out} of {self.calibration.samples} samples; "
+                    f"held_out is {self.tuning.validation_samples} of {self.calibration.samples} samples; "
                     "at least one must be left to tune on"
                 )
             if train % self.tuning.batch_size:
@@ -71,36 +71,36 @@ class RunConfig:
         return fields
 
 
-PAPER = RunConfig(
-    cluster=ClusterSettings(
+PAPER = CompressConfig(
+    cluster=ClusterConfig(
         weighted=False,
-        feedback=False,
-        correction=False,
-        sequential=False,
-        refits=0,
-        mixed="none",
-        outlier_limit=0.0,
+        error_feedback=False,
+        drift_correction=False,
+        true_sequential=False,
+        refine_rounds=0,
+        mixed_precision="none",
+        massive_activation_limit=0.0,
     ),
-    tuning=TuningSettings(
+    tuning=BlockTuningConfig(
         epochs=20,
         learning_rate=0.005,
         relative_rate=False,
         schedule="constant",
         weight_decay=0.1,
         norms=False,
-        outlier_limit=0.0,
+        massive_activation_limit=0.0,
     ),
 )
 """The official recipe: blind k-means; AdamW at a constant 0.005, weight decay 0.1, 20 epochs.
 
-One thing differs: a block that ends worse than it began keeps its clustered codebooks (`TuningSettings`).
+One thing differs: a block that ends worse than it began keeps its clustered codebooks (`BlockTuningConfig`).
 """
 
-RECIPES: dict[str, RunConfig] = {"default": RunConfig(), "paper": PAPER}
+RECIPES: dict[str, CompressConfig] = {"default": CompressConfig(), "paper": PAPER}
 
 
-def load_config(path: str | Path, *, recipe: Recipe | None = None) -> RunConfig:
-    """Returns the RunConfig of a TOML file: tables [cluster], [[cluster.rules]], [calibration], [tuning].
+def load_config(path: str | Path, *, recipe: Recipe | None = None) -> CompressConfig:
+    """Returns the CompressConfig of a TOML file: tables [cluster], [[cluster.rules]], [calibration], [tuning].
 
     A top-level `recipe` names the defaults that the file's keys override; `tuning = false` turns tuning off.
 
@@ -128,7 +128,7 @@ def load_config(path: str | Path, *, recipe: Recipe | None = None) -> RunConfig:
 def _refuse_codes_beside_budget(cluster: Mapping[str, Any]) -> None:
     """Not in `from_dict`: settings of a run name every value, those that a budget replaces too."""
     for i, rule in enumerate(cluster.get("rules", ())):
-        own = [name for name in ("g", "num_codes") if name in rule]
+        own = [name for name in ("group_size", "num_codes") if name in rule]
         if own and "bits" in cluster:
             raise InputError(
                 f"'cluster.rules[{i}].{own[0]}' is {rule[own[0]]}, but the budget 'cluster.bits' = {cluster['bits']} "
@@ -136,8 +136,8 @@ def _refuse_codes_beside_budget(cluster: Mapping[str, Any]) -> None:
             )
 
 
-def from_dict(fields: Mapping[str, Any]) -> RunConfig:
-    """Returns the RunConfig of nested plain values; the inverse of `RunConfig.to_dict`.
+def from_dict(fields: Mapping[str, Any]) -> CompressConfig:
+    """Returns the CompressConfig of nested plain values; the inverse of `CompressConfig.to_dict`.
 
     Raises:
       InputError: an unknown recipe, an unknown key, or a value of the wrong type or range.
@@ -149,5 +149,5 @@ def from_dict(fields: Mapping[str, Any]) -> RunConfig:
     if fields.get("tuning", ...) is False:
         fields["tuning"] = None
     config = overlay(RECIPES[recipe], fields)
-    assert isinstance(config, RunConfig)
+    assert isinstance(config, CompressConfig)
     return config

@@ -12,7 +12,7 @@ from cluscomp_jax.errors import InputError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Schedule = Literal["constant", "cosine", "linear"]
-Share = Literal["none", "site", "block"]
+TieCodebooks = Literal["none", "input", "block"]
 
 DECODER_KERNELS = r"model/layers/\d+/(self_attn/[qkvo]_proj|mlp/(gate|up|down)_proj)/kernel"
 """The seven projections of every decoder block; embeddings, norms and lm_head stay in 16 bit (paper section 4)."""
@@ -36,38 +36,38 @@ def _require_pattern(name: str, pattern: str) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompressionRule:
-    """Matrices whose whole path matches `pattern` are cut into g-vectors of `num_codes` codes along `axis`.
+    """Matrices whose whole path matches `pattern` are cut into vectors of `group_size` weights along `axis`.
 
     Attributes:
       pattern: regular expression, matched against the whole path.
-      g: weights per code, 1 to 32.
+      group_size: weights per code, g of the paper, 1 to 32.
       num_codes: codes per codebook, 2 to 65536.
       axis: the axis of the kernel [d_in, d_out] that is cut.
     """
 
     pattern: str = DECODER_KERNELS
-    g: int = 4
+    group_size: int = 4
     num_codes: int = 65500
     axis: Axis = "out"
 
     def __post_init__(self) -> None:
-        _require(1 <= self.g <= MAX_GROUP, "g", self.g, f"1 to {MAX_GROUP}")
+        _require(1 <= self.group_size <= MAX_GROUP, "group_size", self.group_size, f"1 to {MAX_GROUP}")
         _require(2 <= self.num_codes <= MAX_CODES, "num_codes", self.num_codes, f"2 to {MAX_CODES}")
         _require(self.axis in ("out", "in"), "axis", self.axis, "'out' or 'in'")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ClusterSettings:
+class ClusterConfig:
     """How matrices become codebooks.
 
     Attributes:
       rules: the first rule whose pattern matches decides; what no rule matches stays dense.
       bits: a budget in stored bits per weight instead of g and num_codes: every rule keeps its pattern and axis,
         and (g, num_codes) are chosen to meet the budget. None: the rules stand as they are.
-      mixed: how a budget is spent where calibration is given: "none": one (g, num_codes) for all; "kernel": one for
-        q_proj in all blocks, one for k_proj and so on; "matrix": one for every matrix, which is compiled block by
-        block. The choice is by measured sensitivity of the model's loss.
-      share: which kernels of a block have one codebook in common: "none"; "site": those that read the same input (q, k
+      mixed_precision: how a budget is spent where calibration is given: "none": one (group_size, num_codes) for all;
+        "per_matrix": one for every matrix, by the measured sensitivity of the model's loss; every block is compiled
+        anew.
+      tie_codebooks: which projections of a block have one codebook: "none"; "input": those that read one input (q, k
         and v; gate and up); "block": all; as far as their rules give them one (g, num_codes, axis). Worth its while
         where codebooks are large beside their matrices (docs/experiments.md).
       export: the form the result is meant for: "aqlm" restricts a budget, and refuses rules, to what an AQLM
@@ -75,51 +75,71 @@ class ClusterSettings:
       iterations: Lloyd iterations, >= 0 (paper: 20).
       weighted: weight each vector by the mean square of its input channel, E[x_i^2], from calibration; used for
         axis "out" only, and only where calibration is given.
-      feedback: choose the codes of one input channel after another, each making good the errors before it, by the
+      error_feedback: choose the codes of one input channel after another, each making good the errors before it, by the
         second moments E[x x^T] from calibration; used for axis "out" only, and only where calibration is given.
       damping: share of the mean of E[x_i^2] added to the diagonal of those moments, > 0.
-      correction: before a kernel is clustered, move it towards what gives the original model's outputs from the
-        compressed model's inputs (`cluscomp_jax.clustering.drift_correction`); with feedback only.
+      drift_correction: before a kernel is clustered, move it towards what gives the original model's outputs from the
+        compressed model's inputs (`cluscomp_jax.clustering.drift_correction`); with error feedback only.
       ridge: how strongly the correction is held back, as a share of the mean of E[x_i^2], > 0.
-      sequential: inside a block, kernels see the outputs of those clustered before them, not of the original ones;
-        with feedback only.
-      outlier_limit: positions whose output of the block has more than so many times the median mean square count in
-        proportion less in second moments, >= 0; 0: all count alike; with feedback only.
-      refits: rounds in which every channel chooses its codes anew, all other errors known, and the codebook is solved
-        for by least squares, >= 0; with feedback only.
+      true_sequential: inside a block, kernels see the outputs of those clustered before them, not of the original ones;
+        with error feedback only.
+      massive_activation_limit: a position whose output of the block has more than so many times the median mean square
+        weighs in proportion less in the Hessian, >= 0; 0: all weigh the same; with error feedback only.
+      refine_rounds: rounds in which every channel is assigned anew, all other errors known, and the codebook is
+        updated by least squares, >= 0; with error feedback only.
       codebook_dtype: 16-bit type codebooks are stored and evaluated in; a matrix with codes beyond the range of
         float16 is kept in bfloat16.
     """
 
     rules: tuple[CompressionRule, ...] = (CompressionRule(),)
     bits: float | None = None
-    mixed: Literal["none", "kernel", "matrix"] = "none"
-    share: Share = "none"
+    mixed_precision: Literal["none", "per_matrix"] = "none"
+    tie_codebooks: TieCodebooks = "none"
     export: Literal["any", "aqlm"] = "any"
     iterations: int = 20
     weighted: bool = True
-    feedback: bool = True
+    error_feedback: bool = True
     damping: float = 0.01
-    correction: bool = True
+    drift_correction: bool = True
     ridge: float = 1.0
-    sequential: bool = True
-    outlier_limit: float = 4.0
-    refits: int = 3
+    true_sequential: bool = True
+    massive_activation_limit: float = 4.0
+    refine_rounds: int = 3
     codebook_dtype: Literal["bfloat16", "float16"] = "float16"
 
     def __post_init__(self) -> None:
         _require(len(self.rules) > 0, "rules", self.rules, "at least one rule")
-        _require(self.mixed in ("none", "kernel", "matrix"), "mixed", self.mixed, "'none', 'kernel' or 'matrix'")
-        _require(self.share in ("none", "site", "block"), "share", self.share, "'none', 'site' or 'block'")
+        _require(
+            self.mixed_precision in ("none", "per_matrix"),
+            "mixed_precision",
+            self.mixed_precision,
+            "'none' or 'per_matrix'",
+        )
+        _require(
+            self.tie_codebooks in ("none", "input", "block"),
+            "tie_codebooks",
+            self.tie_codebooks,
+            "'none', 'input' or 'block'",
+        )
         _require(self.export in ("any", "aqlm"), "export", self.export, "'any' or 'aqlm'")
-        if self.mixed != "none":
-            _require(self.bits is not None, "mixed", self.mixed, "'none' without a budget to spend (bits)")
-            _require(self.export == "any", "mixed", self.mixed, "'none' where export is 'aqlm', which has one setting")
+        if self.mixed_precision != "none":
+            _require(
+                self.bits is not None,
+                "mixed_precision",
+                self.mixed_precision,
+                "'none' without a budget to spend (bits)",
+            )
+            _require(
+                self.export == "any",
+                "mixed_precision",
+                self.mixed_precision,
+                "'none' where export is 'aqlm', which has one setting",
+            )
         _require(self.iterations >= 0, "iterations", self.iterations, "0 or more")
         _require(math.isfinite(self.damping) and self.damping > 0, "damping", self.damping, "above 0")
-        _require_finite("outlier_limit", self.outlier_limit, low=0.0)
+        _require_finite("massive_activation_limit", self.massive_activation_limit, low=0.0)
         _require(math.isfinite(self.ridge) and self.ridge > 0, "ridge", self.ridge, "above 0")
-        _require(self.refits >= 0, "refits", self.refits, "0 or more")
+        _require(self.refine_rounds >= 0, "refine_rounds", self.refine_rounds, "0 or more")
         _require(
             self.codebook_dtype in ("bfloat16", "float16"),
             "codebook_dtype",
@@ -132,21 +152,21 @@ class ClusterSettings:
     @property
     def calibrated(self) -> bool:
         """Whether clustering looks at the activations."""
-        return self.weighted or self.feedback
+        return self.weighted or self.error_feedback
 
     @property
     def uneven(self) -> bool:
         """Whether a budget is spent by sensitivities, where calibration tells them."""
-        return self.mixed != "none"
+        return self.mixed_precision != "none"
 
     @property
     def corrects(self) -> bool:
         """Whether kernels are corrected for drifted inputs."""
-        return self.feedback and self.correction
+        return self.error_feedback and self.drift_correction
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CalibrationSettings:
+class CalibrationConfig:
     """Which samples of the calibration text are used.
 
     Attributes:
@@ -157,7 +177,7 @@ class CalibrationSettings:
 
     samples: int = 128
     length: int = 2048
-    starts: str | None = None
+    sample_offsets: str | None = None
 
     def __post_init__(self) -> None:
         _require(self.samples >= 1, "samples", self.samples, "1 or more")
@@ -165,7 +185,7 @@ class CalibrationSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TuningSettings:
+class BlockTuningConfig:
     """Block-wise error minimisation (paper section 3.3): what trains of one block at a time, indices frozen.
 
     A block whose last epoch ran at a higher loss than that of its clustered codebooks is measured once more, and
@@ -183,15 +203,16 @@ class TuningSettings:
       weight_decay: decoupled weight decay, >= 0.
       clip_norm: largest global gradient norm, > 0; None: no clipping.
       aug_loss: also match the original block's output on the compressed stream (official option, off by default).
-      outlier_limit: the same for the squared errors of outputs.
+      massive_activation_limit: a position whose target has more than so many times the median mean square weighs in
+        proportion less in the loss, >= 0; 0: all weigh the same.
       norms: train the block's one-dimensional parameters too (norm weights, biases), at a tenth of the rate; they are
         then stored in the dtype of codebooks.
       compute_dtype: dtype of activations and decoded weights; masters and moments stay float32. None: bfloat16 on a
         GPU, whose float32 products take eight times as long; float32 elsewhere (`compute_dtype_of`).
       activation_dtype: dtype of the stored activation streams.
-      held_out: samples kept out of tuning and scored after each epoch, >= 0; the epoch with the lowest held-out
-        loss is kept. 0: the last epoch is kept.
-      fast_gradients: a GPU adds up the codebooks' gradients by atomic additions: faster, but two runs differ in their
+      validation_samples: samples kept out of tuning and scored after each epoch, >= 0; the epoch with the lowest loss
+        on them is kept. 0: the last epoch is kept.
+      atomic_gradients: a GPU adds up the codebooks' gradients by atomic additions: faster, but two runs differ in their
         last bits. A CPU pays no attention.
     """
 
@@ -205,11 +226,11 @@ class TuningSettings:
     clip_norm: float | None = None
     aug_loss: bool = False
     norms: bool = True
-    outlier_limit: float = 4.0
+    massive_activation_limit: float = 4.0
     compute_dtype: Dtype | None = None
     activation_dtype: Dtype = "float32"
-    held_out: int = 0
-    fast_gradients: bool = False
+    validation_samples: int = 0
+    atomic_gradients: bool = False
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 0, "epochs", self.epochs, "0 or more")
@@ -239,12 +260,12 @@ class TuningSettings:
         _require(
             self.activation_dtype in dtypes, "activation_dtype", self.activation_dtype, f"one of {', '.join(dtypes)}"
         )
-        _require_finite("outlier_limit", self.outlier_limit, low=0.0)
-        _require(self.held_out >= 0, "held_out", self.held_out, "0 or more")
+        _require_finite("massive_activation_limit", self.massive_activation_limit, low=0.0)
+        _require(self.validation_samples >= 0, "validation_samples", self.validation_samples, "0 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataSettings:
+class DataConfig:
     """How texts become rows of tokens to train on.
 
     Attributes:
@@ -265,7 +286,7 @@ class DataSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshSettings:
+class MeshConfig:
     """How the devices of a run are arranged. The result is the same, within rounding, on every mesh.
 
     The product of the sizes is the number of devices of all processes; where all are 1, one process works on its first
@@ -305,11 +326,11 @@ class MeshSettings:
 
 
 EVERY_CODEBOOK = ".*/codebook"
-"""All codebooks, as `TrainingSettings.trainable` names them."""
+"""All codebooks, as `TrainingConfig.trainable` names them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DistillationSettings:
+class DistillationConfig:
     """How far a model follows a teacher instead of the data.
 
     The loss of a token is (1 - weight) times its -log p, plus weight times temperature^2 times the divergence
@@ -330,7 +351,7 @@ class DistillationSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
+class TrainingConfig:
     """How a whole model is trained on next tokens, indices frozen.
 
     Attributes:
@@ -339,21 +360,21 @@ class TrainingSettings:
         trains. The codebook of a compressed kernel has the kernel's path with "/codebook" behind it
         ("model/layers/0/mlp/up_proj/kernel/codebook"), any other array its path ("model/norm/weight").
       batch_size: sequences that pass through the model together, >= 1.
-      accumulation: such batches per step, >= 1. The loss of a step is the mean over all its scored tokens, however
-        they are divided into batches; gradients agree within rounding.
+      grad_accumulation_steps: such batches per step, >= 1. The loss of a step is the mean over all its scored tokens,
+        however they are divided into batches; gradients agree within rounding.
       learning_rate: peak learning rate of AdamW, > 0.
-      relative_rate: as in `TuningSettings`.
-      vector_rate: the rate of one-dimensional arrays (norm weights, biases) as a share of it, > 0.
+      relative_rate: as in `BlockTuningConfig`.
+      vector_lr_scale: the rate of one-dimensional arrays (norm weights, biases) as a share of it, > 0.
       schedule: course of the rate after warm-up; "cosine" and "linear" fall to zero.
       warmup_fraction: share of all steps over which the rate rises linearly to its peak, 0 to 1.
       weight_decay: decoupled weight decay, >= 0.
       clip_norm: largest global gradient norm, > 0; None: no clipping.
       distillation: how far a teacher is followed; None without one.
-      compute_dtype: as in `TuningSettings`.
-      recompute: what of a block is computed anew in the backward pass: "all", a block keeps its input alone; "cheap",
-        all but its matrix products, whose outputs it keeps: about a tenth faster on a CPU, and memory for about
+      compute_dtype: as in `BlockTuningConfig`.
+      remat_policy: what of a block is computed anew in the backward pass: "all", a block keeps its input alone;
+        "cheap", all but its matrix products, whose outputs it keeps: a tenth faster on a CPU, and memory for about
         7 * hidden_size + 2 * intermediate_size numbers per position and block. Changes results within rounding.
-      fast_gradients: as in `TuningSettings`.
+      atomic_gradients: as in `BlockTuningConfig`.
       offload_inputs: the input of every block waits for the backward pass in pinned memory of the host; same bits,
         less device memory, more traffic. On a CPU host and device are one.
     """
@@ -361,36 +382,36 @@ class TrainingSettings:
     steps: int = 1000
     trainable: tuple[str, ...] = (EVERY_CODEBOOK,)
     batch_size: int = 1
-    accumulation: int = 1
+    grad_accumulation_steps: int = 1
     learning_rate: float = 0.004
     relative_rate: bool = True
-    vector_rate: float = 0.1
+    vector_lr_scale: float = 0.1
     schedule: Schedule = "cosine"
     warmup_fraction: float = 0.05
     weight_decay: float = 0.0
     clip_norm: float | None = 1.0
-    distillation: DistillationSettings | None = None
+    distillation: DistillationConfig | None = None
     compute_dtype: Dtype | None = None
-    recompute: Literal["all", "cheap"] = "all"
-    fast_gradients: bool = False
+    remat_policy: Literal["all", "cheap"] = "all"
+    atomic_gradients: bool = False
     offload_inputs: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation"):
+        for name in ("steps", "batch_size", "grad_accumulation_steps"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         _require(len(self.trainable) > 0, "trainable", self.trainable, "at least one regular expression")
         for pattern in self.trainable:
             _require_pattern("trainable", pattern)
-        for name in ("learning_rate", "vector_rate"):
+        for name in ("learning_rate", "vector_lr_scale"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value > 0, name, value, "above 0")
         schedules, dtypes = get_args(Schedule), get_args(Dtype)
         _require(self.schedule in schedules, "schedule", self.schedule, f"one of {', '.join(schedules)}")
         known = (None, *dtypes)
         _require(self.compute_dtype in known, "compute_dtype", self.compute_dtype, f"one of {', '.join(dtypes)}")
-        _require(self.recompute in ("all", "cheap"), "recompute", self.recompute, "'all' or 'cheap'")
-        whole = not self.offload_inputs or self.recompute == "all"
-        _require(whole, "recompute", self.recompute, "'all' where offload_inputs is true")
+        _require(self.remat_policy in ("all", "cheap"), "remat_policy", self.remat_policy, "'all' or 'cheap'")
+        whole = not self.offload_inputs or self.remat_policy == "all"
+        _require(whole, "remat_policy", self.remat_policy, "'all' where offload_inputs is true")
         _require_finite("warmup_fraction", self.warmup_fraction, low=0.0, high=1.0)
         _require_finite("weight_decay", self.weight_decay, low=0.0)
         if self.clip_norm is not None:
@@ -398,7 +419,7 @@ class TrainingSettings:
             _require(legal, "clip_norm", self.clip_norm, "above 0, or left out")
 
 
-def compute_dtype_of(settings: TuningSettings | TrainingSettings, platform: str | None = None) -> Dtype:
+def compute_dtype_of(settings: BlockTuningConfig | TrainingConfig, platform: str | None = None) -> Dtype:
     """Returns the compute dtype that the settings mean.
 
     Args:

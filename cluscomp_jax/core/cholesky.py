@@ -9,11 +9,11 @@ _WHOLE = 16384
 """Rows that one call of the backend's own factorisation takes."""
 _PANEL = 4096
 
-TRIES = 5
+DAMPING_RETRIES = 5
 """How often a factorisation is begun, each time with ten times as much added to the diagonal."""
 
 
-def lower_root(matrix: jax.Array) -> jax.Array:
+def blocked_cholesky(matrix: jax.Array) -> jax.Array:
     """Returns the lower triangular L of L L^T = matrix, float32 [i, i]; NaN where it is not positive definite.
 
     More than 16,384 rows are factorised in panels of columns, from left to right: OpenBLAS, which JAX calls on a CPU,

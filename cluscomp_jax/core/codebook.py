@@ -17,9 +17,7 @@ MAX_CODES = 65536
 MAX_GROUP = 32
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=["codebook", "index"], meta_fields=["shape", "axis", "codebook_of"]
-)
+@partial(jax.tree_util.register_dataclass, data_fields=["codebook", "index"], meta_fields=["shape", "axis", "tied_to"])
 @dataclasses.dataclass(frozen=True)
 class CodebookArray:
     """A matrix W [d_in, d_out] of g-vectors drawn from n codes (paper section 3).
@@ -30,7 +28,7 @@ class CodebookArray:
       shape: (d_in, d_out).
       axis: the axis that is cut: "out": W[i, j*g+t] = codebook[index[i, j], t];
         "in": W[j*g+t, o] = codebook[index[j, o], t].
-      codebook_of: path, within the block, of the kernel whose codebook this one is; it is stored once and trains as
+      tied_to: path, within the block, of the kernel whose codebook this one is; it is stored once and trains as
         one. None: its own.
 
     Invariant: decode(w).shape == w.shape; index.max() < n. Padding lies only past the end of the cut axis.
@@ -40,7 +38,7 @@ class CodebookArray:
     index: Any
     shape: tuple[int, int]
     axis: Axis = "out"
-    codebook_of: str | None = None
+    tied_to: str | None = None
 
     @property
     def num_codes(self) -> int:
@@ -59,7 +57,7 @@ class CodebookArray:
 
     def owner(self, path: str) -> str:
         """Returns the path of the kernel whose codebook this one is, `path` being its own."""
-        return self.codebook_of or path
+        return self.tied_to or path
 
 
 def index_dtype(num_codes: int) -> Any:

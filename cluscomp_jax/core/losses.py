@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def position_weights(outputs: jax.Array, limit: float) -> jax.Array:
+def token_weights(outputs: jax.Array, limit: float) -> jax.Array:
     """Returns what every position counts, float32 [b, t], 0 to 1: min(1, limit median / mean square) of its output.
 
     A few positions, above all the first, carry activations thousands of times as large as all others (Sun et al.,
@@ -20,18 +20,18 @@ def position_weights(outputs: jax.Array, limit: float) -> jax.Array:
     return jnp.minimum(1.0, limit * jnp.median(squares, axis=-1, keepdims=True) / jnp.maximum(squares, 1e-30))
 
 
-def mean_squared_error(prediction: jax.Array, target: jax.Array, *, outlier_limit: float = 0.0) -> jax.Array:
+def mean_squared_error(prediction: jax.Array, target: jax.Array, *, massive_activation_limit: float = 0.0) -> jax.Array:
     """Returns mean((prediction - target)^2), float32 scalar, over all entries (paper eq. 4).
 
     Args:
       prediction: [b, t, d].
       target: [b, t, d].
-      outlier_limit: positions are weighted by `position_weights` of the target.
+      massive_activation_limit: positions are weighted by `token_weights` of the target.
     """
     difference = prediction.astype(jnp.float32) - target.astype(jnp.float32)
-    if not outlier_limit:
+    if not massive_activation_limit:
         return jnp.mean(difference * difference)
-    return jnp.mean(position_weights(target, outlier_limit)[..., None] * difference * difference)
+    return jnp.mean(token_weights(target, massive_activation_limit)[..., None] * difference * difference)
 
 
 def token_nll(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -27,7 +27,7 @@ from cluscomp_jax.io.open import open_model
 from cluscomp_jax.runtime.host_memory import keep_freed_memory, schedule_for_memory
 
 _DEFAULT_NEW_TOKENS = 256
-_MODEL_ARGS = ("path", "max_length", "dtype", "materialize", "cache")
+_MODEL_ARGS = ("path", "max_length", "dtype", "decode_weights", "cache")
 
 
 def _whole(name: str, value: int | str, *, least: int) -> int:
@@ -52,7 +52,7 @@ class CluscompLM(TemplateLM):  # type: ignore[misc]
         max_batch_size: int | None = None,
         device: str | None = None,
         dtype: str = "float32",
-        materialize: str = "once",
+        decode_weights: str = "once",
         cache: str | None = None,
         **unknown: Any,
     ):
@@ -65,7 +65,7 @@ class CluscompLM(TemplateLM):  # type: ignore[misc]
           max_batch_size: handed over by the harness and not used.
           device: the same; JAX chooses the device.
           dtype: compute dtype.
-          materialize: as for `cluscomp_jax.generate`.
+          decode_weights: as for `cluscomp_jax.generate`.
           cache: `cache_dtype` of `cluscomp_jax.generate`.
           **unknown: refused.
 
@@ -89,7 +89,7 @@ class CluscompLM(TemplateLM):  # type: ignore[misc]
             opened.source,
             opened.model,
             dtype=dtype,
-            materialize=materialize,  # type: ignore[arg-type]
+            decode_weights=decode_weights,  # type: ignore[arg-type]
             cache_dtype=cache,  # type: ignore[arg-type]
         )
         stops = {*getattr(opened.config, "eos_token_id", ()), self.tokenizer.eos_token_id}

@@ -174,9 +174,9 @@ def _pass_size(lengths: Sequence[int], batch_size: int, positions: int) -> int:
 
 
 def _through_blocks(decoder: Decoder, inputs: np.ndarray) -> jax.Array:
-    x: jax.Array = run_embed(decoder.rest, jnp.asarray(inputs), model=decoder.model, dtype=decoder.dtype)
+    x: jax.Array = run_embed(decoder.outer, jnp.asarray(inputs), model=decoder.model, dtype=decoder.dtype)
     for i, block in enumerate(decoder.blocks):
-        x = run_block(block, x, model=decoder.model, kind=decoder.model.block_kind(i))
+        x = run_block(block, x, model=decoder.model, layer_type=decoder.model.layer_type(i))
     return x
 
 
@@ -192,10 +192,10 @@ def _branched(
 
     Copies of one block's cache exist at a time.
     """
-    x: jax.Array = run_embed(decoder.rest, jnp.asarray(inputs), model=decoder.model, dtype=decoder.dtype)
+    x: jax.Array = run_embed(decoder.outer, jnp.asarray(inputs), model=decoder.model, dtype=decoder.dtype)
     for i, block in enumerate(decoder.blocks):
         copies = _copies(caches[i], owner)
-        x, _ = cached_rows(decoder.model, decoder.model.block_kind(i), block, x, copies, begin, lengths)
+        x, _ = cached_rows(decoder.model, decoder.model.layer_type(i), block, x, copies, begin, lengths)
     return x
 
 
@@ -237,7 +237,7 @@ def _add_scores(
         at = np.zeros((3, _HEAD_TOKENS), np.int32)
         at[:, : len(numbers[part])] = rows[part], columns[part], targets[part]
         hidden = _gathered(x, at[0], at[1])
-        found, likeliest = map(np.asarray, _target_scores(decoder.rest, hidden, at[2], model=decoder.model))
+        found, likeliest = map(np.asarray, _target_scores(decoder.outer, hidden, at[2], model=decoder.model))
         np.add.at(log_likelihoods, numbers[part], found[: len(numbers[part])].astype(np.float64))
         np.logical_and.at(greedy, numbers[part], likeliest[: len(numbers[part])])
 
@@ -249,8 +249,10 @@ def _gathered(x: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="model")
-def _target_scores(rest: Params, hidden: jax.Array, targets: jax.Array, *, model: Model) -> tuple[jax.Array, jax.Array]:
+def _target_scores(
+    outer: Params, hidden: jax.Array, targets: jax.Array, *, model: Model
+) -> tuple[jax.Array, jax.Array]:
     """Returns (log-likelihood [p], whether most likely [p]) of targets int32 [p] behind hidden [p, d]."""
-    logits = model.head(rest, hidden[None])[0]
+    logits = model.head(outer, hidden[None])[0]
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=1), jnp.argmax(logits, axis=1) == targets

@@ -93,16 +93,16 @@ def perplexity(
     reporter = reporter or SilentReporter()
     with scratch_folder(work_dir, scratch_bytes(model, windows.shape, dtype)) as folder:
         reporter.start("evaluate", model.num_blocks * windows.size, "tokens")
-        rest = jax.tree.map(jnp.asarray, source.load_rest())
-        stream = _embedded(model, rest, windows, jnp.dtype(dtype), folder)
+        outer = jax.tree.map(jnp.asarray, source.load_outer())
+        stream = _embedded(model, outer, windows, jnp.dtype(dtype), folder)
         for i in range(model.num_blocks):
             # Decoded once, not window by window; and one program serves all blocks, however finely each is cut.
             block = jax.tree.map(jnp.asarray, decompress(source.load_block(i)))
-            step = partial(run_block, block, model=model, kind=model.block_kind(i))
+            step = partial(run_block, block, model=model, layer_type=model.layer_type(i))
             run_through(step, stream, stream, batch_size=batch_size, dtype=jnp.dtype(dtype))
             del block, step  # or two blocks would be on the device
             reporter.advance(windows.size)
-        nll = _mean_nll(model, rest, stream, windows)
+        nll = _mean_nll(model, outer, stream, windows)
     scored = len(windows) * (context - 1)
     digest = hashlib.sha256(windows.astype("<i4").tobytes()).hexdigest()
     return Perplexity(float(np.exp(nll)), nll, scored, len(windows), context, time.monotonic() - began, digest)
@@ -135,10 +135,10 @@ def _windows(tokens: np.ndarray, context: int, model: Model) -> np.ndarray:
     return tokens[: len(tokens) // context * context].reshape(-1, context).astype(np.int32)
 
 
-def _embedded(model: Model, rest: Params, windows: np.ndarray, dtype: Any, work_dir: Path) -> ActivationStore:
+def _embedded(model: Model, outer: Params, windows: np.ndarray, dtype: Any, work_dir: Path) -> ActivationStore:
     stream = None
     for i, window in enumerate(windows):
-        x = run_embed(rest, jnp.asarray(window[None]), model=model, dtype=dtype)
+        x = run_embed(outer, jnp.asarray(window[None]), model=model, dtype=dtype)
         if stream is None:
             stream = ActivationStore(work_dir / "stream.bin", (*windows.shape, x.shape[-1]), dtype)
         stream.write(slice(i, i + 1), x)
@@ -146,7 +146,7 @@ def _embedded(model: Model, rest: Params, windows: np.ndarray, dtype: Any, work_
     return stream
 
 
-def _mean_nll(model: Model, rest: Params, stream: ActivationStore, windows: np.ndarray) -> float:
+def _mean_nll(model: Model, outer: Params, stream: ActivationStore, windows: np.ndarray) -> float:
     """Returns the mean over all scored positions, summed in float64."""
     context = windows.shape[1]
     total = 0.0
@@ -154,12 +154,12 @@ def _mean_nll(model: Model, rest: Params, stream: ActivationStore, windows: np.n
         for begin in range(0, context - 1, HEAD_TOKENS):
             span = slice(begin, min(begin + HEAD_TOKENS, context - 1))
             targets = windows[where, span.start + 1 : span.stop + 1]
-            losses = head_losses(rest, jnp.asarray(x[:, span]), jnp.asarray(targets), model=model)
+            losses = head_losses(outer, jnp.asarray(x[:, span]), jnp.asarray(targets), model=model)
             total += float(np.sum(np.asarray(losses), dtype=np.float64))
     return float(total / (len(windows) * (context - 1)))
 
 
 @partial(jax.jit, static_argnames="model")
-def head_losses(rest: Params, x: jax.Array, targets: jax.Array, *, model: Model) -> jax.Array:
+def head_losses(outer: Params, x: jax.Array, targets: jax.Array, *, model: Model) -> jax.Array:
     """Returns -log p of the targets int32 [b, t] after the last block's outputs x [b, t, d], float32 [b, t]."""
-    return token_nll(model.head(rest, x), targets)
+    return token_nll(model.head(outer, x), targets)

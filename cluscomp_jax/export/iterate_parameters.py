@@ -35,7 +35,7 @@ def walk(source: CheckpointSource, entries: Mapping[str, Entry]) -> Iterator[tup
         which, name = _block(path, blocks_path)
         if which != number:
             item.clear()
-            number, item = which, trees.flatten(source.load_rest() if which < 0 else source.load_block(which))
+            number, item = which, trees.flatten(source.load_outer() if which < 0 else source.load_block(which))
         yield path, item.pop(name)
 
 

@@ -18,7 +18,7 @@ from cluscomp_jax.core import codebook, trees
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.inference.ragged import cached_rows, next_unseen, seen_tokens, take_columns
+from cluscomp_jax.inference.ragged import cached_rows, gather_last, next_unseen, seen_tokens
 from cluscomp_jax.inference.sampling import Sampling, sample
 from cluscomp_jax.models.model import Cache, Model, build_model, check_tokens
 from cluscomp_jax.models.source import ParamSource, as_source
@@ -45,7 +45,7 @@ def generate(
     key: jax.Array | None = None,
     dtype: Any = jnp.float32,
     cache_dtype: CacheDtype | None = None,
-    materialize: Materialize = "once",
+    decode_weights: Materialize = "once",
 ) -> np.ndarray:
     """Returns the tokens that follow the prompt, int32 [n] or [b, n], n <= max_new_tokens.
 
@@ -67,7 +67,7 @@ def generate(
       key: JAX random key of the draws; None: jax.random.key(0). The same key gives the same tokens.
       dtype: compute dtype; changes the result within rounding.
       cache_dtype: of the key-value cache; None: `dtype`. "int8" keeps one bfloat16 scale per position and head.
-      materialize: "once" decodes compressed kernels when loading: fast steps, memory of the dense model in `dtype`.
+      decode_weights: "once" decodes compressed kernels when loading: fast steps, memory of the dense model in `dtype`.
         "call" keeps the memory of the compressed model: on a CUDA device kernels multiply by codebook and index
         directly, elsewhere every step decodes anew, which is slower. The tokens are the same up to rounding.
 
@@ -80,7 +80,7 @@ def generate(
     )
     prompts = checked_prompts(prompt_tokens, model, max_new_tokens)
     decoder = Decoder.load(
-        as_source(params, model), model, dtype=dtype, materialize=materialize, cache_dtype=cache_dtype
+        as_source(params, model), model, dtype=dtype, decode_weights=decode_weights, cache_dtype=cache_dtype
     )
     key = jax.random.key(0) if key is None else key
     drawn = decoder.stream(prompts, max_new_tokens, sampling, key)
@@ -166,7 +166,7 @@ class Decoder:
     """
 
     model: Model
-    rest: Params
+    outer: Params
     blocks: tuple[Params, ...]
     dtype: Any
     cache_dtype: Any
@@ -178,7 +178,7 @@ class Decoder:
         model: Model,
         *,
         dtype: Any,
-        materialize: Materialize,
+        decode_weights: Materialize,
         cache_dtype: CacheDtype | None = None,
     ) -> "Decoder":
         """Returns the Decoder of a source; the options are those of `generate`, as are the errors."""
@@ -188,14 +188,14 @@ class Decoder:
             raise InputError(f"dtype is {dtype!r}; it must be a floating type such as float32 or bfloat16") from None
         if not jnp.issubdtype(dtype, jnp.floating):
             raise InputError(f"dtype is {dtype}; it must be a floating type")
-        if materialize not in get_args(Materialize):
-            raise InputError(f"materialize is {materialize!r}; it must be 'once' or 'call'")
+        if decode_weights not in get_args(Materialize):
+            raise InputError(f"decode_weights is {decode_weights!r}; it must be 'once' or 'call'")
         if cache_dtype not in (None, *get_args(CacheDtype)):
             raise InputError(f"cache_dtype is {cache_dtype!r}; it must be one of {', '.join(get_args(CacheDtype))}")
-        place = partial(_place, dtype=dtype, decode=materialize == "once")
-        rest = trees.map_by_path(place, source.load_rest())
+        place = partial(_place, dtype=dtype, decode=decode_weights == "once")
+        outer = trees.map_by_path(place, source.load_outer())
         blocks = (trees.map_by_path(place, source.load_block(i)) for i in range(model.num_blocks))
-        return cls(model, rest, tuple(blocks), dtype, jnp.dtype(cache_dtype or dtype))
+        return cls(model, outer, tuple(blocks), dtype, jnp.dtype(cache_dtype or dtype))
 
     def stream(
         self, prompts: Sequence[np.ndarray], max_new_tokens: int, sampling: Sampling, key: jax.Array
@@ -213,9 +213,9 @@ class Decoder:
         seen = None if sampling.repetition_penalty == 1 else seen_tokens(list(prompts), self.model.config.vocab_size)
         for step in range(max_new_tokens):
             if seen is None:
-                token = next_token(self.model, sampling, self.rest, last, 0, t - 1 + step, key)
+                token = next_token(self.model, sampling, self.outer, last, 0, t - 1 + step, key)
             else:
-                token, seen = next_unseen(self.model, sampling, self.rest, last, t - 1 + step, key, seen)
+                token, seen = next_unseen(self.model, sampling, self.outer, last, t - 1 + step, key, seen)
             yield token
             if step + 1 < max_new_tokens:
                 length = lengths + step + 1
@@ -232,7 +232,7 @@ class Decoder:
         for begin in range(0, t, width):
             position = None if begin == 0 else np.full_like(lengths, begin) if np.ndim(lengths) else begin
             x = self.through_blocks(jnp.asarray(padded[:, begin : begin + width]), caches, position, lengths)
-            last = take_columns(jnp.broadcast_to(last, (len(prompts), 1, x.shape[-1])), x, ends - begin)
+            last = gather_last(jnp.broadcast_to(last, (len(prompts), 1, x.shape[-1])), x, ends - begin)
         return last
 
     def empty_caches(self, batch: int, length: int) -> list[Cache]:
@@ -245,10 +245,10 @@ class Decoder:
         The sequences have `length` positions in all; what lies behind them is padding. Both are numbers, or
         int [b] where the rows differ; `position` None is the beginning of all.
         """
-        x: jax.Array = embed_tokens(self.model, self.dtype, self.rest, tokens)
+        x: jax.Array = embed_tokens(self.model, self.dtype, self.outer, tokens)
         step = cached_rows if np.ndim(length) else cached_block
         for i, block in enumerate(self.blocks):
-            x, caches[i] = step(self.model, self.model.block_kind(i), block, x, caches[i], position, length)
+            x, caches[i] = step(self.model, self.model.layer_type(i), block, x, caches[i], position, length)
         return x
 
 
@@ -262,15 +262,15 @@ def _place(_path: str, leaf: Any, *, dtype: Any, decode: bool) -> Any:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def embed_tokens(model: Model, dtype: Any, rest: Params, tokens: jax.Array) -> jax.Array:
+def embed_tokens(model: Model, dtype: Any, outer: Params, tokens: jax.Array) -> jax.Array:
     """Jitted `model.embed`: tokens int32 [b, t] -> [b, t, d] of `dtype`."""
-    return model.embed(rest, tokens, dtype=dtype)
+    return model.embed(outer, tokens, dtype=dtype)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def cached_block(
     model: Model,
-    kind: Hashable,
+    layer_type: Hashable,
     params: Params,
     x: jax.Array,
     cache: Cache,
@@ -279,13 +279,13 @@ def cached_block(
 ) -> tuple[jax.Array, Cache]:
     """`position` None: the beginning, which a program of its own serves faster."""
     begin = 0 if position is None else position
-    return model.cached_block(params, x, cache, begin, kind=kind, length=length)
+    return model.cached_block(params, x, cache, begin, layer_type=layer_type, length=length)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def next_token(
-    model: Model, sampling: Sampling, rest: Params, x: jax.Array, at: jax.Array, position: jax.Array, key: jax.Array
+    model: Model, sampling: Sampling, outer: Params, x: jax.Array, at: jax.Array, position: jax.Array, key: jax.Array
 ) -> jax.Array:
     """Draws the token int32 [b] after the output x [b, t, d] at position `at` of the piece."""
     last = jax.lax.dynamic_slice_in_dim(x, at, 1, axis=1)
-    return sample(model.head(rest, last)[:, 0], sampling, jax.random.fold_in(key, position + at))
+    return sample(model.head(outer, last)[:, 0], sampling, jax.random.fold_in(key, position + at))

@@ -19,7 +19,7 @@ from cluscomp_jax.models.model import Cache, Model
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
 def cached_rows(
     model: Model,
-    kind: Hashable,
+    layer_type: Hashable,
     params: Params,
     x: jax.Array,
     cache: Cache,
@@ -34,7 +34,7 @@ def cached_rows(
     def row(x: jax.Array, cache: Cache, position: jax.Array | None, length: jax.Array) -> tuple[jax.Array, Cache]:
         single = jax.tree.map(lambda leaf: leaf[None], cache)
         begin = 0 if position is None else position
-        y, written = model.cached_block(params, x[None], single, begin, kind=kind, length=length)
+        y, written = model.cached_block(params, x[None], single, begin, layer_type=layer_type, length=length)
         return y[0], jax.tree.map(lambda leaf: leaf[0], written)
 
     y, written = jax.vmap(row)(x, cache, positions, lengths)
@@ -42,7 +42,7 @@ def cached_rows(
 
 
 @jax.jit
-def take_columns(last: jax.Array, x: jax.Array, at: jax.Array) -> jax.Array:
+def gather_last(last: jax.Array, x: jax.Array, at: jax.Array) -> jax.Array:
     """Returns [b, 1, d]: column at[i] of row i of x [b, t, d] where x has that column, else row i of `last`."""
     inside = (at >= 0) & (at < x.shape[1])
     taken = jnp.take_along_axis(x, jnp.clip(at, 0, x.shape[1] - 1)[:, None, None], axis=1)
@@ -51,10 +51,10 @@ def take_columns(last: jax.Array, x: jax.Array, at: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=6)
 def next_unseen(
-    model: Model, sampling: Sampling, rest: Params, last: jax.Array, step: jax.Array, key: jax.Array, seen: jax.Array
+    model: Model, sampling: Sampling, outer: Params, last: jax.Array, step: jax.Array, key: jax.Array, seen: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (tokens int32 [b], `seen` with them), drawn behind last [b, 1, d] under the repetition penalty."""
-    logits = penalise(model.head(rest, last)[:, 0], seen, sampling.repetition_penalty)
+    logits = penalise(model.head(outer, last)[:, 0], seen, sampling.repetition_penalty)
     tokens = sample(logits, sampling, jax.random.fold_in(key, step))
     return tokens, seen.at[jnp.arange(len(tokens)), tokens].set(True)
 

@@ -19,7 +19,7 @@ class Blocks(NamedTuple):
     weights: jax.Array
 
 
-class Found(NamedTuple):
+class Assignment(NamedTuple):
     """An assignment of all vectors of `Blocks` to codes, and what the next codebook needs of it.
 
     Attributes:
@@ -60,30 +60,37 @@ def mean_offset(sums: jax.Array) -> jax.Array:
 
 @jax.jit
 def next_codebook(
-    blocks: Blocks, codebook: jax.Array, velocity: jax.Array, found: Found, step: jax.Array, momentum: jax.Array
+    blocks: Blocks,
+    codebook: jax.Array,
+    velocity: jax.Array,
+    assignment: Assignment,
+    step: jax.Array,
+    momentum: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns (codebook [n, g], velocity [n, g], codes refilled): Lloyd's update as a heavy ball.
 
     With a step of 1 and a momentum of 0 every code moves to the mean of its vectors. A code without vectors moves onto
     one of the worst vectors, if that has any error.
     """
-    velocity = step * mean_offset(found.sums) + momentum * velocity
+    velocity = step * mean_offset(assignment.sums) + momentum * velocity
     moved = codebook + velocity
-    empty = found.sums[:, -1] <= 0
+    empty = assignment.sums[:, -1] <= 0
     moved, refilled = jax.lax.cond(
-        empty.any(), _refill, lambda codes, empty, *_: (codes, empty), moved, empty, blocks, found
+        empty.any(), _refill, lambda codes, empty, *_: (codes, empty), moved, empty, blocks, assignment
     )
     return moved, jnp.where(refilled[:, None], 0.0, velocity), jnp.sum(refilled)
 
 
-def _refill(codebook: jax.Array, empty: jax.Array, blocks: Blocks, found: Found) -> tuple[jax.Array, jax.Array]:
+def _refill(
+    codebook: jax.Array, empty: jax.Array, blocks: Blocks, assignment: Assignment
+) -> tuple[jax.Array, jax.Array]:
     """Puts the empty codes, in order, onto the vectors of largest error; returns the codes and which were moved."""
-    most = min(codebook.shape[0], found.worst.shape[0], _REFILLS_AT_ONCE)
-    error, at = largest(found.worst_error, most)
+    most = min(codebook.shape[0], assignment.worst.shape[0], _REFILLS_AT_ONCE)
+    error, at = largest(assignment.worst_error, most)
     turn = jnp.cumsum(empty) - 1
     rank = jnp.clip(turn, 0, most - 1)
     taken = empty & (turn < most) & (error[rank] > 0)
-    onto = blocks.vectors.reshape(-1, codebook.shape[1])[found.worst[at[rank]]]
+    onto = blocks.vectors.reshape(-1, codebook.shape[1])[assignment.worst[at[rank]]]
     return jnp.where(taken[:, None], onto, codebook), taken
 
 

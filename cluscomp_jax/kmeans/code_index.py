@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from cluscomp_jax.kmeans.assign import assign
 from cluscomp_jax.kmeans.assignment import squared_lengths
-from cluscomp_jax.kmeans.probe_lists import make_lists
+from cluscomp_jax.kmeans.probe_lists import make_probe_lists
 from cluscomp_jax.kmeans.tree import EMPTY, CodeTree, grow_tree, leaf_of, leaves_of, random_rotation
 
 _TREES = 3
@@ -22,7 +22,7 @@ _COMPARE_ALL = 1024
 """Up to so many codes, times g, comparing with all of them is as fast."""
 
 
-class Forest(NamedTuple):
+class CodeIndex(NamedTuple):
     """Trees stacked on a leading axis: each one's parts, its codes [t, k, b, g] and lists of leaves [t, k, s]."""
 
     trees: CodeTree
@@ -30,7 +30,7 @@ class Forest(NamedTuple):
     searched: jax.Array
 
 
-def plant_forest(codebook: jax.Array, key: jax.Array) -> Forest | None:
+def build_code_index(codebook: jax.Array, key: jax.Array) -> CodeIndex | None:
     """Returns the trees of the codes [n, g], or None where there are so few that all are compared.
 
     Args:
@@ -40,48 +40,52 @@ def plant_forest(codebook: jax.Array, key: jax.Array) -> Forest | None:
     n, g = codebook.shape
     if n <= _COMPARE_ALL * g:
         return None
-    forest: Forest = grow_forest(codebook.astype(jnp.float32), key)
-    return forest
+    code_index: CodeIndex = grow_forest(codebook.astype(jnp.float32), key)
+    return code_index
 
 
 @jax.jit
-def grow_forest(codebook: jax.Array, key: jax.Array) -> Forest:
+def grow_forest(codebook: jax.Array, key: jax.Array) -> CodeIndex:
     """Returns the trees of the codes float32 [n, g], one program for all."""
     n, g = codebook.shape
     _, leaf = leaves_of(n)
 
-    def grow(turn: jax.Array) -> Forest:
+    def grow(turn: jax.Array) -> CodeIndex:
         tree = grow_tree(codebook, random_rotation(key, turn, g=g))
-        lists = make_lists(tree, codebook, length=-(-_COMPARED * g // leaf))
-        return Forest(tree, jnp.where((tree.order == EMPTY)[..., None], jnp.inf, codebook[tree.order]), lists.searched)
+        probe_lists = make_probe_lists(tree, codebook, length=-(-_COMPARED * g // leaf))
+        return CodeIndex(
+            tree, jnp.where((tree.order == EMPTY)[..., None], jnp.inf, codebook[tree.order]), probe_lists.searched
+        )
 
-    forest: Forest = jax.lax.map(grow, jnp.arange(_TREES, dtype=jnp.int32))
-    return forest
+    code_index: CodeIndex = jax.lax.map(grow, jnp.arange(_TREES, dtype=jnp.int32))
+    return code_index
 
 
 def nearest_code(
-    vectors: jax.Array, codebook: jax.Array, forest: Forest | None, known: jax.Array | None = None
+    vectors: jax.Array, codebook: jax.Array, code_index: CodeIndex | None, previous: jax.Array | None = None
 ) -> jax.Array:
     """Returns the index int32 [m] of the nearest code found, the nearest of all where there is no forest.
 
     Args:
       vectors: [m, g], finite.
       codebook: float32 [n, g], those of which the forest was planted.
-      forest: of `plant_forest`.
+      forest: of `build_code_index`.
       known: int32 [m], a code for each vector that is kept unless a nearer one is found.
     """
-    if forest is None:
+    if code_index is None:
         everywhere: jax.Array = assign(vectors, codebook)[0]
         return everywhere
     vectors = vectors.astype(jnp.float32)
-    start = jnp.zeros(len(vectors), jnp.int32) if known is None else known.astype(jnp.int32)
-    found = jax.vmap(_search_tree, in_axes=(0, None, None, None))  # side by side: on a GPU each step is a launch
-    codes, distances = found(forest, vectors, start, squared_lengths(codebook[start] - vectors))
+    start = jnp.zeros(len(vectors), jnp.int32) if previous is None else previous.astype(jnp.int32)
+    assignment = jax.vmap(_search_tree, in_axes=(0, None, None, None))  # side by side: on a GPU each step is a launch
+    codes, distances = assignment(code_index, vectors, start, squared_lengths(codebook[start] - vectors))
     nearest: jax.Array = jnp.take_along_axis(codes, jnp.argmin(distances, axis=0)[None], axis=0)[0]
     return nearest
 
 
-def _search_tree(grown: Forest, vectors: jax.Array, start: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _search_tree(
+    grown: CodeIndex, vectors: jax.Array, start: jax.Array, first: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Returns (code int32 [m], squared distance [m]) found by one tree, `start` at `first` where none is nearer."""
     listed = grown.searched[leaf_of(grown.trees, vectors)]
     size = grown.codes.shape[1]

@@ -10,9 +10,9 @@ import numpy as np
 
 from cluscomp_jax.core.caller_mesh import on_one_device, without_mesh
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.kmeans.assignment import Blocks, Found, next_codebook
-from cluscomp_jax.kmeans.init import draw_sample, spread_start
-from cluscomp_jax.kmeans.probe_lists import make_lists
+from cluscomp_jax.kmeans.assignment import Assignment, Blocks, next_codebook
+from cluscomp_jax.kmeans.init import draw_sample, init_codebook
+from cluscomp_jax.kmeans.probe_lists import make_probe_lists
 from cluscomp_jax.kmeans.search import search_all, search_listed
 from cluscomp_jax.kmeans.tree import grow_tree, leaves_of, random_rotation
 
@@ -43,7 +43,7 @@ class KMeansStats:
 
     inertia: tuple[float, ...]
     certified: float
-    refills: int
+    reseeded: int
     seconds: float
 
 
@@ -58,7 +58,7 @@ def fit_codebook(
 ) -> tuple[jax.Array, jax.Array, KMeansStats]:
     """Returns (codebook float32 [n, g], index int32 [m], stats) of k-means on `vectors` (paper section 3.2).
 
-    One start from vectors drawn where codes are due (`spread_start`), then `iterations` times assignment and update.
+    One start from vectors drawn where codes are due (`init_codebook`), then `iterations` times assignment and update.
     Up to 256 codes every assignment is exact. With more, a vector keeps the code it has unless it finds a nearer one
     on the lists of a tree, and every iteration grows another tree: almost every `index` ends at the nearest code.
     A code without vectors moves onto one of those with the largest weighted error. With at most `num_codes` distinct
@@ -89,23 +89,23 @@ def fit_codebook(
         if exact is not None:
             codebook, index = exact
             return codebook, index, KMeansStats((0.0,), 1.0, 0, time.monotonic() - began)
-        codebook = spread_start(sample, mass, key, num_codes=num_codes)
+        codebook = init_codebook(sample, mass, key, num_codes=num_codes)
         velocity = jnp.zeros_like(codebook)
-        known = jnp.full(blocks.weights.shape, -1, jnp.int32)
-        inertia, refills = [], []
+        previous = jnp.full(blocks.weights.shape, -1, jnp.int32)
+        inertia, reseeded = [], []
         for i in range(iterations):
-            found = _search(blocks, known, codebook, key, i)
+            assignment = _search(blocks, previous, codebook, key, i)
             step, momentum = (_STEP, _MOMENTUM) if accelerate and i < iterations - _PLAIN_UPDATES else (1.0, 0.0)
-            codebook, velocity, refilled = next_codebook(blocks, codebook, velocity, found, step, momentum)
-            known = found.nearest
-            inertia.append(found.inertia)
-            refills.append(refilled)
-        found = _search(blocks, known, codebook, key, iterations, longer=SETTLING)
-        values = jax.device_get(([*inertia, found.inertia], _share(found.certain, m), refills))
+            codebook, velocity, refilled = next_codebook(blocks, codebook, velocity, assignment, step, momentum)
+            previous = assignment.nearest
+            inertia.append(assignment.inertia)
+            reseeded.append(refilled)
+        assignment = _search(blocks, previous, codebook, key, iterations, longer=SETTLING)
+        values = jax.device_get(([*inertia, assignment.inertia], _share(assignment.certain, m), reseeded))
         stats = KMeansStats(
             tuple(float(value) for value in values[0]), float(values[1]), int(sum(values[2])), time.monotonic() - began
         )
-        return codebook, in_order(found.nearest, m), stats
+        return codebook, in_order(assignment.nearest, m), stats
 
 
 def fit_codebooks(
@@ -149,16 +149,16 @@ def fit_codebooks(
 
 
 def _search(
-    blocks: Blocks, known: jax.Array, codebook: jax.Array, key: jax.Array, turn: int, *, longer: int = 1
-) -> Found:
+    blocks: Blocks, previous: jax.Array, codebook: jax.Array, key: jax.Array, turn: int, *, longer: int = 1
+) -> Assignment:
     n, g = codebook.shape
     if n <= COMPARE_ALL:
-        found: Found = search_all(blocks, codebook)
-        return found
+        assignment: Assignment = search_all(blocks, codebook)
+        return assignment
     tree = grow_tree(codebook, random_rotation(key, turn + 1, g=g))
-    lists = make_lists(tree, codebook, length=longer * codes_searched(g) // leaves_of(n)[1])
-    found = search_listed(blocks, known, codebook, tree, lists)
-    return found
+    probe_lists = make_probe_lists(tree, codebook, length=longer * codes_searched(g) // leaves_of(n)[1])
+    assignment = search_listed(blocks, previous, codebook, tree, probe_lists)
+    return assignment
 
 
 @partial(jax.jit, static_argnames="m")

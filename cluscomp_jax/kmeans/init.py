@@ -22,7 +22,7 @@ _FLOOR = 0.01
 """Least error of a vector as a share of the mean: even a crowd of equal vectors gets a code."""
 
 
-def spread_start(sample: jax.Array, mass: jax.Array, key: jax.Array, *, num_codes: int) -> jax.Array:
+def init_codebook(sample: jax.Array, mass: jax.Array, key: jax.Array, *, num_codes: int) -> jax.Array:
     """Returns codes [n, g], each one of the sampled vectors; the density that counts is that of their weights.
 
     Args:
@@ -109,8 +109,8 @@ def _capped(share: jax.Array, num_codes: int) -> jax.Array:
 
     def scale(_: jax.Array, factor: jax.Array) -> jax.Array:
         full = factor * share >= 1.0
-        rest = jnp.sum(jnp.where(full, 0.0, share))
-        return jnp.where(rest > 0, (num_codes - jnp.sum(full)) / jnp.where(rest > 0, rest, 1.0), factor)
+        outer = jnp.sum(jnp.where(full, 0.0, share))
+        return jnp.where(outer > 0, (num_codes - jnp.sum(full)) / jnp.where(outer > 0, outer, 1.0), factor)
 
     factor = jax.lax.fori_loop(0, 20, scale, num_codes / jnp.sum(share))
     return jnp.minimum(factor * share, 1.0)

@@ -29,7 +29,7 @@ class Lists(NamedTuple):
 
 
 @partial(jax.jit, static_argnames="length")
-def make_lists(tree: CodeTree, codebook: jax.Array, *, length: int) -> Lists:
+def make_probe_lists(tree: CodeTree, codebook: jax.Array, *, length: int) -> Lists:
     """Returns lists of `length` leaves, or of all if there are fewer, for the codes [n, g] as they lie now."""
     k = tree.order.shape[0]
     here = tree.order != EMPTY

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from cluscomp_jax.kmeans.assign import nearest_lanes
-from cluscomp_jax.kmeans.assignment import Blocks, Found, add_up, squared_lengths
+from cluscomp_jax.kmeans.assignment import Assignment, Blocks, add_up, squared_lengths
 from cluscomp_jax.kmeans.probe_lists import Lists
 from cluscomp_jax.kmeans.tree import EMPTY, CodeTree, leaf_of
 
@@ -22,7 +22,7 @@ _PIECES = 4
 
 
 @jax.jit
-def search_all(blocks: Blocks, codebook: jax.Array) -> Found:
+def search_all(blocks: Blocks, codebook: jax.Array) -> Assignment:
     """Returns the exact assignment to the codes [n, g]; ties go to the lowest index."""
     k, m, g = blocks.vectors.shape
     index, _ = nearest_lanes(blocks.vectors.reshape(-1, g).T, codebook)
@@ -35,11 +35,13 @@ def search_all(blocks: Blocks, codebook: jax.Array) -> Found:
     start = jnp.zeros((codebook.shape[0], g + 1), jnp.float32)
     index = index.reshape(k, m)
     sums, (inertia, worst, error) = jax.lax.scan(one_block, start, (*blocks, index))
-    return Found(index, jnp.ones((k, m), bool), sums, jnp.sum(inertia), *_flat(worst, error, m))
+    return Assignment(index, jnp.ones((k, m), bool), sums, jnp.sum(inertia), *_flat(worst, error, m))
 
 
 @partial(jax.jit, donate_argnames="index")
-def search_listed(blocks: Blocks, index: jax.Array, codebook: jax.Array, tree: CodeTree, lists: Lists) -> Found:
+def search_listed(
+    blocks: Blocks, index: jax.Array, codebook: jax.Array, tree: CodeTree, probe_lists: Lists
+) -> Assignment:
     """Returns the assignment to the nearer of two codes: the one of `index` and the nearest on a list.
 
     A tile of vectors that are near each other searches the list of the leaf in its middle. Cost: l * b * s
@@ -55,20 +57,20 @@ def search_listed(blocks: Blocks, index: jax.Array, codebook: jax.Array, tree: C
     by_leaf = jnp.where((tree.order == EMPTY)[..., None], far, codebook[tree.order])
 
     def one_block(sums: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        vectors, weights, known = block
+        vectors, weights, previous = block
         # Leaf and place in one number: a sort of single numbers is the fast one.
         key = jax.lax.sort((leaf_of(tree, vectors).astype(jnp.uint32) << bits) | jnp.arange(m, dtype=jnp.uint32))
         at = (key & ((1 << bits) - 1)).astype(jnp.int32)
         leaf = (key[_TILE // 2 :: _TILE] >> bits).astype(jnp.int32)
-        vectors, weights, known = vectors[at], weights[at], known[at]
-        tiles = vectors.reshape(-1, _TILE, g) - lists.centres[leaf][:, None]
-        place = _search_tiles(tiles, leaf, by_leaf, lists)
+        vectors, weights, previous = vectors[at], weights[at], previous[at]
+        tiles = vectors.reshape(-1, _TILE, g) - probe_lists.centres[leaf][:, None]
+        place = _search_tiles(tiles, leaf, by_leaf, probe_lists)
         listed = jnp.maximum(tree.order.reshape(-1)[place], 0)
-        offset, other = vectors - codebook[listed], vectors - codebook[jnp.maximum(known, 0)]
-        nearer = (known < 0) | (squared_lengths(offset) < squared_lengths(other))
-        best, offset = jnp.where(nearer, listed, known), jnp.where(nearer[:, None], offset, other)
+        offset, other = vectors - codebook[listed], vectors - codebook[jnp.maximum(previous, 0)]
+        nearer = (previous < 0) | (squared_lengths(offset) < squared_lengths(other))
+        best, offset = jnp.where(nearer, listed, previous), jnp.where(nearer[:, None], offset, other)
         # |x - c| <= reach - |x - centre| <= |centre - other| - |x - centre| <= |x - other|
-        certain = jnp.sqrt(squared_lengths(offset)) + jnp.sqrt(squared_lengths(tiles)).reshape(-1) <= lists.reach[
+        certain = jnp.sqrt(squared_lengths(offset)) + jnp.sqrt(squared_lengths(tiles)).reshape(-1) <= probe_lists.reach[
             leaf
         ].repeat(_TILE)
         sums, error = add_up(sums, offset, weights, best)
@@ -78,10 +80,10 @@ def search_listed(blocks: Blocks, index: jax.Array, codebook: jax.Array, tree: C
 
     start = jnp.zeros((codebook.shape[0], g + 1), jnp.float32)
     sums, (back, inertia, worst, error) = jax.lax.scan(one_block, start, (*blocks, index))
-    return Found(jnp.maximum(back, ~back), back >= 0, sums, jnp.sum(inertia), *_flat(worst, error, m))
+    return Assignment(jnp.maximum(back, ~back), back >= 0, sums, jnp.sum(inertia), *_flat(worst, error, m))
 
 
-def _search_tiles(tiles: jax.Array, leaf: jax.Array, by_leaf: jax.Array, lists: Lists) -> jax.Array:
+def _search_tiles(tiles: jax.Array, leaf: jax.Array, by_leaf: jax.Array, probe_lists: Lists) -> jax.Array:
     """Returns the place, int32 [m'], in by_leaf [k, b, g] of the nearest listed code of each vector of tiles [t, l, g].
 
     The tiles' vectors are relative to the centre of their leaf: so are the codes in here, which keeps the digits
@@ -94,7 +96,7 @@ def _search_tiles(tiles: jax.Array, leaf: jax.Array, by_leaf: jax.Array, lists: 
 
     def one_piece(piece: tuple[jax.Array, jax.Array]) -> jax.Array:
         tiles, leaf = piece
-        listed, centres = lists.searched[leaf], lists.centres[leaf]
+        listed, centres = probe_lists.searched[leaf], probe_lists.centres[leaf]
 
         def step(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             place, score = best

@@ -18,7 +18,7 @@ from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
 
 Cache = dict[str, jax.Array]
-Tap = Callable[[str, jax.Array, jax.Array | None], Any]
+Observer = Callable[[str, jax.Array, jax.Array | None], Any]
 """Called as tap(site, x [..., d_in], residual [..., d] or None) with the input of a site's kernels and what their
 output is added to, if it is added to anything; block returns what it returns."""
 
@@ -47,11 +47,11 @@ class Model(Protocol):
         ...
 
     @property
-    def sites(self) -> Mapping[str, tuple[str, ...]]:
+    def input_groups(self) -> Mapping[str, tuple[str, ...]]:
         """{site: block-relative paths of the kernels that read that same input}, in order of computation."""
         ...
 
-    def block_kind(self, i: int) -> Hashable:
+    def layer_type(self, i: int) -> Hashable:
         """What distinguishes block i's program besides its shapes (its attention window, say)."""
         ...
 
@@ -59,19 +59,19 @@ class Model(Protocol):
         """{block-relative path: shape} of block i's dense parameters."""
         ...
 
-    def rest_shapes(self) -> dict[str, tuple[int, ...]]:
+    def outer_shapes(self) -> dict[str, tuple[int, ...]]:
         """{path: shape} of all parameters outside the blocks."""
         ...
 
-    def embed(self, rest: Params, tokens: jax.Array, *, dtype: Any) -> jax.Array:
+    def embed(self, outer: Params, tokens: jax.Array, *, dtype: Any) -> jax.Array:
         """tokens int [b, t] -> x [b, t, d] of `dtype`."""
         ...
 
-    def block(self, params: Params, x: jax.Array, *, kind: Hashable, tap: Tap | None = None) -> Any:
+    def block(self, params: Params, x: jax.Array, *, layer_type: Hashable, observer: Observer | None = None) -> Any:
         """x [b, t, d] -> y [b, t, d]; with a tap, (y, {site: tap(site, input, residual)})."""
         ...
 
-    def head(self, rest: Params, x: jax.Array) -> jax.Array:
+    def head(self, outer: Params, x: jax.Array) -> jax.Array:
         """x [b, t, d] -> logits float32 [b, t, v]."""
         ...
 
@@ -86,7 +86,7 @@ class Model(Protocol):
         cache: Cache,
         position: jax.Array | int,
         *,
-        kind: Hashable,
+        layer_type: Hashable,
         length: jax.Array | int | None = None,
     ) -> tuple[jax.Array, Cache]:
         """x [b, t, d] at positions position … position+t-1 against the cache -> (y, cache with them written).
@@ -142,21 +142,21 @@ def build_model(config: Any) -> Model:
 
 
 @partial(jax.jit, static_argnames=("model", "dtype"))
-def run_embed(rest: Params, tokens: jax.Array, *, model: Model, dtype: Any) -> jax.Array:
+def run_embed(outer: Params, tokens: jax.Array, *, model: Model, dtype: Any) -> jax.Array:
     """Jitted `model.embed`."""
-    return model.embed(rest, tokens, dtype=dtype)
+    return model.embed(outer, tokens, dtype=dtype)
 
 
-@partial(jax.jit, static_argnames=("model", "kind"))
-def run_block(block: Params, x: jax.Array, *, model: Model, kind: Hashable) -> jax.Array:
+@partial(jax.jit, static_argnames=("model", "layer_type"))
+def run_block(block: Params, x: jax.Array, *, model: Model, layer_type: Hashable) -> jax.Array:
     """Jitted `model.block` without a tap; compiled once per kind and structure of block."""
-    y: jax.Array = model.block(block, x, kind=kind)
+    y: jax.Array = model.block(block, x, layer_type=layer_type)
     return y
 
 
 def parameter_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Returns {path: shape} of all dense parameters, blocks in order behind the rest."""
-    shapes = dict(model.rest_shapes())
+    shapes = dict(model.outer_shapes())
     for i in range(model.num_blocks):
         shapes |= {f"{model.blocks_path}/{i}/{path}": shape for path, shape in model.block_shapes(i).items()}
     return shapes
@@ -166,8 +166,8 @@ def width(model: Model) -> int:
     """Returns d, the channels of the activations between blocks."""
 
     def embedded() -> jax.Array:
-        rest = {path: jnp.zeros(shape, jnp.bfloat16) for path, shape in model.rest_shapes().items()}
-        return model.embed(trees.unflatten(rest), jnp.zeros((1, 2), jnp.int32), dtype=jnp.bfloat16)
+        outer = {path: jnp.zeros(shape, jnp.bfloat16) for path, shape in model.outer_shapes().items()}
+        return model.embed(trees.unflatten(outer), jnp.zeros((1, 2), jnp.int32), dtype=jnp.bfloat16)
 
     return int(jax.eval_shape(embedded).shape[-1])
 

@@ -9,7 +9,7 @@ from types import TracebackType
 
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.models.source import ParamSource
-from cluscomp_jax.runtime.timing import StageClock
+from cluscomp_jax.runtime.timing import StageTimer
 
 AHEAD, BEHIND = "load ahead", "store behind"
 """The stages of a clock that run beside the others."""
@@ -22,7 +22,7 @@ class BlockReader:
     first lets go of the block it has. Use as a context manager.
     """
 
-    def __init__(self, source: ParamSource, num_blocks: int, clock: StageClock, first: int = 0):
+    def __init__(self, source: ParamSource, num_blocks: int, clock: StageTimer, first: int = 0):
         self._source, self._num_blocks, self._clock, self._taken = source, num_blocks, clock, first
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="read")
         self._next: Future[Params] | None = None
@@ -66,7 +66,7 @@ class BlockWriter:
     Use as a context manager: it is left when the last write has ended, however the block inside ends.
     """
 
-    def __init__(self, clock: StageClock):
+    def __init__(self, clock: StageTimer):
         self._clock = clock
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._last: Future[None] | None = None
@@ -75,7 +75,7 @@ class BlockWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, layer_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._thread.shutdown(wait=True)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from cluscomp_jax.config.settings import MeshSettings
+from cluscomp_jax.config.settings import MeshConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.core.sharded_kernel import ShardedKernel, Side, spec
@@ -136,7 +136,7 @@ class Sharding:
         return None if padded or not self._divides(TENSOR, pieces) else side
 
 
-def make_sharding(settings: MeshSettings, model: Model) -> Sharding | None:
+def make_sharding(settings: MeshConfig, model: Model) -> Sharding | None:
     """Returns how `model` lies on all devices of all processes; None where one process works on one device alone.
 
     Raises:
@@ -192,18 +192,18 @@ def _added_to_a_residual(model: Model) -> frozenset[str]:
     Their inputs come in parts out of kernels split along their outputs, so splitting these along their inputs moves
     nothing before the sum (Megatron-LM, arXiv 1909.08053, section 3).
     """
-    sites: set[str] = set()
+    input_groups: set[str] = set()
 
-    def tap(site: str, x: jax.Array, residual: jax.Array | None) -> None:
+    def observer(group: str, x: jax.Array, residual: jax.Array | None) -> None:
         if residual is not None:
-            sites.add(site)
+            input_groups.add(group)
 
     def zeros(shapes: Mapping[str, tuple[int, ...]]) -> Params:
         return trees.unflatten({path: jnp.zeros(shape) for path, shape in shapes.items()})
 
     def first_block() -> Any:
-        x = model.embed(zeros(model.rest_shapes()), jnp.zeros((1, 2), jnp.int32), dtype=jnp.float32)
-        return model.block(zeros(model.block_shapes(0)), x, kind=model.block_kind(0), tap=tap)
+        x = model.embed(zeros(model.outer_shapes()), jnp.zeros((1, 2), jnp.int32), dtype=jnp.float32)
+        return model.block(zeros(model.block_shapes(0)), x, layer_type=model.layer_type(0), observer=observer)
 
     jax.eval_shape(first_block)
-    return frozenset(path for site in sites for path in model.sites[site])
+    return frozenset(path for group in input_groups for path in model.input_groups[group])

@@ -26,7 +26,7 @@ class ParamSource(Protocol):
         """Returns block i's tree with block-relative paths."""
         ...
 
-    def load_rest(self) -> Params:
+    def load_outer(self) -> Params:
         """Returns everything outside the blocks, with full paths."""
         ...
 
@@ -93,7 +93,7 @@ class BlockSink(Protocol):
         """Keeps block i; `tree` has block-relative paths."""
         ...
 
-    def store_rest(self, tree: Params) -> None:
+    def store_outer(self, tree: Params) -> None:
         """Keeps everything outside the blocks; `tree` has full paths."""
         ...
 
@@ -122,10 +122,10 @@ class DictSource:
         block: Params = jax.tree.map(on_one_device, trees.subtree(self._params, f"{self._blocks_path}/{i}"))
         return block
 
-    def load_rest(self) -> Params:
+    def load_outer(self) -> Params:
         """Returns everything outside the blocks, with full paths; what lies on several devices comes from the host."""
-        rest: Params = jax.tree.map(on_one_device, trees.without(self._params, self._blocks_path))
-        return rest
+        outer: Params = jax.tree.map(on_one_device, trees.without(self._params, self._blocks_path))
+        return outer
 
     def fingerprint(self) -> str:
         """Returns the SHA-256 of every path, shape, dtype and byte."""
@@ -163,7 +163,7 @@ class DictSink:
         """Keeps block i."""
         self._blocks[i] = tree
 
-    def store_rest(self, tree: Params) -> None:
+    def store_outer(self, tree: Params) -> None:
         """Keeps everything outside the blocks."""
         self._rest = tree
 
@@ -189,7 +189,7 @@ def as_source(params: "Mapping[Any, Any] | ParamSource", model: Model) -> ParamS
 def load_all(source: ParamSource, model: Model) -> Params:
     """Returns the whole params dict of a source; for models that fit in host memory."""
     sink = DictSink()
-    sink.store_rest(source.load_rest())
+    sink.store_outer(source.load_outer())
     for i in range(model.num_blocks):
         sink.store_block(i, source.load_block(i))
     return sink.params(model)

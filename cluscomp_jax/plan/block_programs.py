@@ -6,29 +6,29 @@ from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray, decode_arrays
 from cluscomp_jax.models.model import run_block
 from cluscomp_jax.plan.program import Program
-from cluscomp_jax.plan.setting import Setting
+from cluscomp_jax.plan.setting import BlockSpec
 from cluscomp_jax.plan.shapes import nbytes
 from cluscomp_jax.tuning import blockwise
 
 
-def targets(setting: Setting) -> Iterator[Program]:
+def targets(setting: BlockSpec) -> Iterator[Program]:
     """Yields the pass of the original stream through the original block."""
     dense, x = setting.dense(), setting.activations(setting.batch)
-    traced = run_block.trace(dense, x, model=setting.model, kind=setting.kind)
+    traced = run_block.trace(dense, x, model=setting.model, layer_type=setting.layer_type)
     streams = 2 if setting.numbers.aug_loss and setting.cfg.tuning else 1
     # One batch is on its way in and one on its way out.
     yield Program("targets", "block", traced, nbytes((dense, x, x, x)), streams * setting.passes)
 
 
-def propagation(setting: Setting) -> Iterator[Program]:
+def propagation(setting: BlockSpec) -> Iterator[Program]:
     """Yields the pass of the compressed stream through the compressed block, its kernels decoded."""
     yield from decoding(setting, "propagate", 0)
     block, x = setting.decoded(), setting.activations(setting.batch)
-    traced = run_block.trace(block, x, model=setting.model, kind=setting.kind)
+    traced = run_block.trace(block, x, model=setting.model, layer_type=setting.layer_type)
     yield Program("propagate", "block", traced, nbytes((block, x, x, x)), setting.passes)
 
 
-def decoding(setting: Setting, stage: str, live: int) -> Iterator[Program]:
+def decoding(setting: BlockSpec, stage: str, live: int) -> Iterator[Program]:
     """Yields the decoding of a block's kernels one by one, beside `live` bytes."""
     for _, leaf in sorted(trees.flatten(setting.compressed()).items()):
         if isinstance(leaf, CodebookArray):
@@ -37,29 +37,29 @@ def decoding(setting: Setting, stage: str, live: int) -> Iterator[Program]:
             live += nbytes(setting.place.like(traced.out_info))
 
 
-def tuning(setting: Setting) -> Iterator[Program]:
+def tuning(setting: BlockSpec) -> Iterator[Program]:
     """Yields the tuning of one block: the first state, a step, a score."""
     settings = setting.cfg.tuning
     if settings is None:
         return
     block = setting.compressed(tuned=False)
     trained, frozen = blockwise.split_trainable(block, norms=settings.norms)
-    samples = setting.cfg.calibration.samples - settings.held_out
+    samples = setting.cfg.calibration.samples - settings.validation_samples
     steps = settings.epochs * (samples // settings.batch_size)
     total_steps = max(steps, 1)
-    fixed = {"model": setting.model, "kind": setting.kind, "settings": settings}
+    fixed = {"model": setting.model, "layer_type": setting.layer_type, "settings": settings}
     traced = blockwise.init_state.trace(trained, settings=settings, total_steps=total_steps)
     norms = {path: leaf for path, leaf in frozen.items() if path in trained and not isinstance(leaf, CodebookArray)}
     live = nbytes((trained, frozen)) - nbytes(norms)  # those are in both
     yield Program("tune", "start", traced, live, setting.blocks)
     state = setting.place.like(traced.out_info)
-    copies = 2 if settings.held_out else 1
+    copies = 2 if settings.validation_samples else 1
     live += nbytes(state) + copies * nbytes(state.trained)
     x = setting.activations(settings.batch_size, settings.activation_dtype)
     wanted = (x, x) if settings.aug_loss else (x,)
     live += nbytes((x, wanted))
     traced = blockwise.evaluate_block.trace(state.trained, frozen, x, wanted, **fixed)
-    scores = samples // settings.batch_size + (settings.epochs + 1) * settings.held_out / settings.batch_size
+    scores = samples // settings.batch_size + (settings.epochs + 1) * settings.validation_samples / settings.batch_size
     yield Program("tune", "score", traced, live, setting.blocks * scores)
     traced = blockwise.tuning_step.trace(state, frozen, x, wanted, total_steps=total_steps, **fixed)
     # Beside the batch of a step lies the one of the step before, or of the next.

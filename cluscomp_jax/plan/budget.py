@@ -3,12 +3,12 @@
 import dataclasses
 from collections.abc import Iterable
 
-from cluscomp_jax.config.run import RunConfig
+from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.model import Model
 from cluscomp_jax.plan.program import Memory, Program, compile_program
-from cluscomp_jax.plan.setting import kinds_of_blocks
-from cluscomp_jax.plan.shapes import Place
+from cluscomp_jax.plan.setting import layer_types_of
+from cluscomp_jax.plan.shapes import AbstractDevice
 from cluscomp_jax.plan.stages import PER_BLOCK, largest_alike
 
 GIB = 2**30
@@ -20,7 +20,9 @@ _WITH_BATCH = ("statistics", "targets", "propagate")
 """The stages whose memory grows with the batch."""
 
 
-def forward_batch(model: Model, cfg: RunConfig, shape: tuple[int, ...], place: Place | None = None) -> int:
+def forward_batch(
+    model: Model, cfg: CompressConfig, shape: tuple[int, ...], place: AbstractDevice | None = None
+) -> int:
     """Returns the samples that pass through a block together.
 
     Without `cfg.device_memory_gib` as many as make up 2,048 tokens. With it the largest power of two, up to 16,384
@@ -42,7 +44,7 @@ def forward_batch(model: Model, cfg: RunConfig, shape: tuple[int, ...], place: P
     cfg = dataclasses.replace(cfg, calibration=dataclasses.replace(cfg.calibration, samples=samples, length=length))
     assert cfg.device_memory_gib is not None
     usable = int(cfg.device_memory_gib * GIB)
-    place = place or Place()
+    place = place or AbstractDevice()
     batch = 1 << max(0, min(samples, max(1, _MOST_TOKENS // length)).bit_length() - 1)
     while batch > 1 and _largest(_programs(model, cfg, place, batch, _WITH_BATCH)).peak_bytes > usable:
         batch //= 2
@@ -56,9 +58,9 @@ def forward_batch(model: Model, cfg: RunConfig, shape: tuple[int, ...], place: P
 
 
 def _programs(
-    model: Model, cfg: RunConfig, place: Place, batch: int, stages: tuple[str, ...] | None
+    model: Model, cfg: CompressConfig, place: AbstractDevice, batch: int, stages: tuple[str, ...] | None
 ) -> Iterable[Program]:
-    for setting in kinds_of_blocks(model, cfg, place, batch):
+    for setting in layer_types_of(model, cfg, place, batch):
         for stage in PER_BLOCK:
             yield from (program for program in stage(setting) if stages is None or program.stage in stages)
 

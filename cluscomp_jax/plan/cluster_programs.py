@@ -11,55 +11,55 @@ import jax
 
 from cluscomp_jax.clustering import drift_correction, error_feedback, hessian, matrix, refine
 from cluscomp_jax.clustering.block import weigh_tokens
-from cluscomp_jax.clustering.drift_correction import SiteMoments
-from cluscomp_jax.clustering.error_feedback import Feedback
+from cluscomp_jax.clustering.drift_correction import LayerStatistics
+from cluscomp_jax.clustering.error_feedback import HessianFactor
 from cluscomp_jax.clustering.hessian import Batch
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray, decode_arrays, index_shape
-from cluscomp_jax.kmeans import plant_forest
+from cluscomp_jax.kmeans import build_code_index
 from cluscomp_jax.kmeans.code_index import grow_forest
 from cluscomp_jax.models.model import run_block
 from cluscomp_jax.plan.kmeans_programs import STAGE, fit_programs
 from cluscomp_jax.plan.program import Program
-from cluscomp_jax.plan.setting import STORED, Setting
+from cluscomp_jax.plan.setting import STORED, BlockSpec
 from cluscomp_jax.plan.shapes import nbytes
 
 
-def clustering(setting: Setting) -> Iterator[Program]:
+def clustering(setting: BlockSpec) -> Iterator[Program]:
     """Yields the programs of one block, in order. Between them the block, codes and roots wait on the host."""
     settings = setting.cfg.cluster
-    if not settings.feedback:
+    if not settings.error_feedback:
         yield from _without_feedback(setting)
         return
     model, dense = setting.model, setting.dense()
-    if settings.outlier_limit:
+    if settings.massive_activation_limit:
         x = setting.activations(setting.batch)
-        traced = run_block.trace(dense, x, model=model, kind=setting.kind)
+        traced = run_block.trace(dense, x, model=model, layer_type=setting.layer_type)
         yield Program("statistics", "outputs", traced, nbytes((dense, x)), setting.passes)
         y = setting.place.like(traced.out_info)
-        traced = weigh_tokens.trace(y, limit=settings.outlier_limit)
+        traced = weigh_tokens.trace(y, limit=settings.massive_activation_limit)
         yield Program("statistics", "position weights", traced, nbytes((dense, x, y)), setting.passes)
     yield from _shared_fits(setting)
     now = trees.flatten(dense)
-    last = list(model.sites)[-1]
-    for site, paths in model.sites.items():
+    last = list(model.input_groups)[-1]
+    for group, paths in model.input_groups.items():
         matched = [path for path in paths if path in setting.rules]
         if not matched:
             continue
-        sums = yield from _moments(setting, site, dense, now)
-        if site == last:
+        sums = yield from _moments(setting, group, dense, now)
+        if group == last:
             now = {}
         fed = yield from _solved(setting, matched, sums)
         for path in matched:
             weight = setting.place.array(*setting.shapes[path], dtype="float32" if settings.corrects else STORED)
             array = yield from _matrix(setting, path, weight, fed)
-            if settings.sequential and now:
+            if settings.true_sequential and now:
                 traced = decode_arrays.trace(array.codebook, array.index, shape=array.shape, axis=array.axis)
                 yield Program(STAGE, "decode", traced, nbytes(array), setting.blocks)
                 now[path] = setting.place.like(traced.out_info)
 
 
-def _without_feedback(setting: Setting) -> Iterator[Program]:
+def _without_feedback(setting: BlockSpec) -> Iterator[Program]:
     dense = setting.dense()
     if setting.cfg.cluster.weighted:
         yield from _squares(setting)
@@ -69,10 +69,10 @@ def _without_feedback(setting: Setting) -> Iterator[Program]:
         yield from _matrix(setting, path, weight, None)
 
 
-def _squares(setting: Setting) -> Iterator[Program]:
+def _squares(setting: BlockSpec) -> Iterator[Program]:
     """Yields the mean squares of all input channels."""
     dense, batch = setting.dense(), _batch(setting)
-    fixed = {"model": setting.model, "kind": setting.kind, "block": dense}
+    fixed = {"model": setting.model, "layer_type": setting.layer_type, "block": dense}
     sums = setting.place.like(hessian.add_squares.trace(None, batch, **fixed).out_info)
     traced = hessian.add_squares.trace(sums, batch, **fixed)
     yield Program("statistics", "squares", traced, nbytes((dense, batch, sums)), setting.passes)
@@ -80,14 +80,14 @@ def _squares(setting: Setting) -> Iterator[Program]:
     yield Program("statistics", "means of squares", traced, nbytes((dense, batch, sums)), setting.blocks)
 
 
-def _batch(setting: Setting, *, original: bool = False) -> Batch:
+def _batch(setting: BlockSpec, *, original: bool = False) -> Batch:
     """Returns what statistics read at one time, `original`: of both streams."""
     x, cluster_settings = setting.activations(setting.batch), setting.cfg.cluster
-    counted = cluster_settings.feedback and cluster_settings.outlier_limit > 0
+    counted = cluster_settings.error_feedback and cluster_settings.massive_activation_limit > 0
     return Batch(x, x if original else None, setting.place.array(*x.shape[:2]) if counted else None)
 
 
-def _shared_fits(setting: Setting, *, measured: bool = False) -> Iterator[Program]:
+def _shared_fits(setting: BlockSpec, *, measured: bool = False) -> Iterator[Program]:
     """Yields the k-means of codebooks that several kernels share, and what it needs where it is not `measured` yet."""
     groups, settings = setting.sharing, setting.cfg.cluster
     if groups and settings.weighted and not measured:
@@ -96,13 +96,13 @@ def _shared_fits(setting: Setting, *, measured: bool = False) -> Iterator[Progra
         rule, m = setting.rules[group[0]], 0
         for path in group:
             weight = trees.flatten(setting.dense())[path]
-            traced = matrix.to_vectors.trace(weight, g=rule.g, axis=rule.axis)
+            traced = matrix.to_vectors.trace(weight, g=rule.group_size, axis=rule.axis)
             yield Program(STAGE, "vectors", traced, nbytes(weight), setting.blocks)
             m += traced.out_info.shape[0]
         yield from fit_programs(
             setting.place,
             m,
-            rule.g,
+            rule.group_size,
             rule.num_codes,
             weighted=True,
             iterations=settings.iterations,
@@ -110,13 +110,13 @@ def _shared_fits(setting: Setting, *, measured: bool = False) -> Iterator[Progra
         )
 
 
-def _moments(setting: Setting, site: str, dense: Any, now: dict[str, Any]) -> Any:
+def _moments(setting: BlockSpec, group: str, dense: Any, now: dict[str, Any]) -> Any:
     """Yields the statistics of a site; returns its sums, which become its means in place.
 
     Args:
       now: {path: array} of the block as it is by now; what is still the same array as in `dense` is there once.
     """
-    fixed = {"model": setting.model, "kind": setting.kind, "site": site, "block": trees.unflatten(now)}
+    fixed = {"model": setting.model, "layer_type": setting.layer_type, "group": group, "block": trees.unflatten(now)}
     add: Any = hessian.add_products
     batch, live = _batch(setting, original=setting.cfg.cluster.corrects), nbytes(now)
     if setting.cfg.cluster.corrects:
@@ -124,32 +124,32 @@ def _moments(setting: Setting, site: str, dense: Any, now: dict[str, Any]) -> An
         live += nbytes([leaf for path, leaf in trees.flatten(dense).items() if leaf is not now[path]])
     sums = setting.place.like(add.trace(None, batch, **fixed).out_info)
     live += nbytes((batch, batch, sums))  # the next batch is on its way
-    yield Program("statistics", f"moments of {site}", add.trace(sums, batch, **fixed), live, setting.passes)
+    yield Program("statistics", f"moments of {group}", add.trace(sums, batch, **fixed), live, setting.passes)
     count = setting.place.array(dtype="int32")
-    yield Program("statistics", f"means of {site}", hessian.divide.trace(sums, count), live, setting.blocks)
+    yield Program("statistics", f"means of {group}", hessian.divide.trace(sums, count), live, setting.blocks)
     return sums
 
 
-def _solved(setting: Setting, paths: list[str], sums: dict[str, Any]) -> Any:
+def _solved(setting: BlockSpec, paths: list[str], sums: dict[str, Any]) -> Any:
     """Yields the correction of a site's kernels and the root for feedback; returns the Feedback."""
-    moments, ratio = SiteMoments(**sums), setting.place.array()
+    statistics, ratio = LayerStatistics(**sums), setting.place.array()
     if setting.cfg.cluster.corrects:
         for path in paths:
-            traced = drift_correction.ridge_root.trace(moments.inputs, ratio)
+            traced = drift_correction.ridge_root.trace(statistics.hessian, ratio)
             yield Program("correct", "root", traced, nbytes(sums), setting.blocks)
             weight, root = trees.flatten(setting.dense())[path], setting.place.like(traced.out_info)
-            traced = drift_correction.corrected_kernel.trace(weight, root, moments.drift, moments.errors)
+            traced = drift_correction.corrected_kernel.trace(weight, root, statistics.drift, statistics.errors)
             yield Program("correct", "kernel", traced, nbytes((sums, weight, root)), setting.blocks)
-    traced = error_feedback.factor_damped.trace(moments.inputs, ratio)
-    yield Program("assign", "root", traced, nbytes(moments.inputs), setting.blocks)
-    return Feedback(*setting.place.like(traced.out_info))
+    traced = error_feedback.factor_damped.trace(statistics.hessian, ratio)
+    yield Program("assign", "root", traced, nbytes(statistics.hessian), setting.blocks)
+    return HessianFactor(*setting.place.like(traced.out_info))
 
 
-def _matrix(setting: Setting, path: str, weight: Any, fed: Feedback | None) -> Any:
+def _matrix(setting: BlockSpec, path: str, weight: Any, fed: HessianFactor | None) -> Any:
     """Yields the programs of `cluster_matrix`, kernel and feedback coming from the host; returns the CodebookArray."""
     settings, rule, place, calls = setting.cfg.cluster, setting.rules[path], setting.place, setting.blocks
     d_in, d_out = weight.shape
-    g, n = rule.g, rule.num_codes
+    g, n = rule.group_size, rule.num_codes
     m = math.prod(index_shape((d_in, d_out), g, rule.axis))
     shared = any(path in group for group in setting.sharing)
     if not shared:
@@ -170,27 +170,29 @@ def _matrix(setting: Setting, path: str, weight: Any, fed: Feedback | None) -> A
     return array
 
 
-def _assigned(setting: Setting, weight: Any, array: CodebookArray, fed: Feedback, shared: bool) -> Iterator[Program]:
-    """Yields the choice of codes with error feedback and its refits; a shared codebook is not solved for."""
-    refits, g, place = setting.cfg.cluster.refits, array.group_size, setting.place
+def _assigned(
+    setting: BlockSpec, weight: Any, array: CodebookArray, fed: HessianFactor, shared: bool
+) -> Iterator[Program]:
+    """Yields the choice of codes with error feedback and its refine_rounds; a shared codebook is not solved for."""
+    refine_rounds, g, place = setting.cfg.cluster.refine_rounds, array.group_size, setting.place
     live = nbytes((weight, array.codebook, fed))
     stored, codes = array.codebook, place.array(*array.codebook.shape)
-    search: dict[str, Any] = {"g": g, "forest": place.like(jax.eval_shape(plant_forest, stored, place.key()))}
+    search: dict[str, Any] = {"g": g, "code_index": place.like(jax.eval_shape(build_code_index, stored, place.key()))}
     if search["forest"] is not None:
         traced = grow_forest.trace(codes, place.key())
-        yield Program("assign", "forest", traced, live + nbytes(codes), setting.blocks * max(1, refits))
+        yield Program("assign", "forest", traced, live + nbytes(codes), setting.blocks * max(1, refine_rounds))
     live += nbytes(search["forest"])
-    traced = error_feedback.assign_with_feedback.trace(weight, stored, fed, **search)
+    traced = error_feedback.assign_with_error_feedback.trace(weight, stored, fed, **search)
     yield Program("assign", "codes", traced, live, setting.blocks)
     chosen = place.like(traced.out_info)
-    if refits:
+    if refine_rounds:
         live += nbytes((chosen, codes))
         traced = refine.curvature_of.trace(fed)
         yield Program("assign", "curvature", traced, live, setting.blocks)
         curvature = place.like(traced.out_info)
-        live += nbytes(curvature.moments)
-        traced = refine.improved_index.trace(weight, codes, chosen, curvature, **search)
-        yield Program("assign", "new codes", traced, live, setting.blocks * refits)
+        live += nbytes(curvature.statistics)
+        traced = refine.reassign_codes.trace(weight, codes, chosen, curvature, **search)
+        yield Program("assign", "new codes", traced, live, setting.blocks * refine_rounds)
         if not shared:
-            traced = refine.least_squares_codebook.trace(weight, codes, chosen, curvature)
-            yield Program("assign", "new codebook", traced, live, setting.blocks * refits)
+            traced = refine.update_codebook.trace(weight, codes, chosen, curvature)
+            yield Program("assign", "new codebook", traced, live, setting.blocks * refine_rounds)

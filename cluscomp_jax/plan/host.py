@@ -10,11 +10,11 @@ import numpy as np
 
 from cluscomp_jax.clustering import sensitivity
 from cluscomp_jax.config.finetune import FinetuneConfig
-from cluscomp_jax.config.run import RunConfig
-from cluscomp_jax.config.settings import TuningSettings, compute_dtype_of
+from cluscomp_jax.config.run import CompressConfig
+from cluscomp_jax.config.settings import BlockTuningConfig, compute_dtype_of
 from cluscomp_jax.models.model import Model, width
-from cluscomp_jax.plan.setting import STORED, Setting
-from cluscomp_jax.plan.shapes import Place, nbytes
+from cluscomp_jax.plan.setting import STORED, BlockSpec
+from cluscomp_jax.plan.shapes import AbstractDevice, nbytes
 
 _PROCESS_BYTES = 1_500_000_000
 """Python, JAX, XLA's programs: a round number above what runs of small models take."""
@@ -23,7 +23,7 @@ _BLOCKS_AT_ONCE = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Needs:
+class HostRequirements:
     """Bytes beside the device.
 
     Attributes:
@@ -44,15 +44,17 @@ class Needs:
         return dataclasses.asdict(self)
 
 
-def host_needs(model: Model, cfg: RunConfig, settings: list[Setting], finetune: FinetuneConfig) -> Needs:
+def host_needs(
+    model: Model, cfg: CompressConfig, settings: list[BlockSpec], finetune: FinetuneConfig
+) -> HostRequirements:
     """Returns what a run of `cfg` on a GPU, and the finetuning of its result, need of their host."""
-    rest = nbytes(Place().tree(model.rest_shapes(), STORED))
-    checkpoint = rest + sum(setting.blocks * nbytes(setting.compressed()) for setting in settings)
+    outer = nbytes(AbstractDevice().tree(model.outer_shapes(), STORED))
+    checkpoint = outer + sum(setting.blocks * nbytes(setting.compressed()) for setting in settings)
     largest = max(
         setting.blocks * nbytes(leaf) for setting in settings for leaf in jax.tree.leaves(setting.compressed())
     )
-    return Needs(
-        host_bytes=_PROCESS_BYTES + max(*(_clustering_bytes(setting) for setting in settings), 2 * rest),
+    return HostRequirements(
+        host_bytes=_PROCESS_BYTES + max(*(_clustering_bytes(setting) for setting in settings), 2 * outer),
         scratch_bytes=scratch_bytes(model, cfg, (cfg.calibration.samples, cfg.calibration.length)),
         checkpoint_bytes=checkpoint,
         # The compressed model is read whole, and stacked for the device array by array.
@@ -60,7 +62,7 @@ def host_needs(model: Model, cfg: RunConfig, settings: list[Setting], finetune: 
     )
 
 
-def _clustering_bytes(setting: Setting) -> int:
+def _clustering_bytes(setting: BlockSpec) -> int:
     """Returns what waits on the host while a block is clustered, and at least `_BLOCKS_AT_ONCE` blocks.
 
     With feedback that is the block as it was and as it is by now, and of the largest site the root and its kernels
@@ -68,13 +70,13 @@ def _clustering_bytes(setting: Setting) -> int:
     """
     block = nbytes(setting.dense())
     joined = max((8 * sum(math.prod(setting.shapes[p]) for p in group) for group in setting.sharing), default=0)
-    if not setting.cfg.cluster.feedback:
+    if not setting.cfg.cluster.error_feedback:
         return max(_BLOCKS_AT_ONCE * block, 2 * block + joined)
-    sites = []
-    for paths in setting.model.sites.values():
+    input_groups = []
+    for paths in setting.model.input_groups.values():
         shapes = [setting.shapes[path] for path in paths if path in setting.rules]
-        sites += [4 * (shapes[0][0] ** 2 + sum(map(math.prod, shapes)))] if shapes else []
-    return max(_BLOCKS_AT_ONCE * block, 2 * block + max(joined, *sites))
+        input_groups += [4 * (shapes[0][0] ** 2 + sum(map(math.prod, shapes)))] if shapes else []
+    return max(_BLOCKS_AT_ONCE * block, 2 * block + max(joined, *input_groups))
 
 
 def _offloaded_bytes(model: Model, finetune: FinetuneConfig) -> int:
@@ -84,14 +86,14 @@ def _offloaded_bytes(model: Model, finetune: FinetuneConfig) -> int:
     return model.num_blocks * rows * width(model) * np.dtype(jnp.dtype(compute_dtype_of(training))).itemsize
 
 
-def scratch_bytes(model: Model, cfg: RunConfig, shape: tuple[int, ...]) -> int:
+def scratch_bytes(model: Model, cfg: CompressConfig, shape: tuple[int, ...]) -> int:
     """Returns the most bytes of activations that a run on calibration tokens [samples, length] has on the disk."""
     streams = 1 if cfg.cluster.calibrated or cfg.tuning else 0
     if cfg.tuning or cfg.cluster.corrects:
         streams += 1
     if cfg.tuning and cfg.tuning.aug_loss:
         streams += 1
-    dtype = np.dtype(jnp.dtype((cfg.tuning or TuningSettings()).activation_dtype))
+    dtype = np.dtype(jnp.dtype((cfg.tuning or BlockTuningConfig()).activation_dtype))
     during = streams * math.prod(shape) * width(model) * dtype.itemsize
     before = sensitivity.scratch_bytes(model.num_blocks, shape, width(model)) if cfg.cluster.uneven else 0
     return max(before, during)

@@ -11,13 +11,13 @@ import jax
 from cluscomp_jax.kmeans import fit, init, probe_lists, search, tree
 from cluscomp_jax.kmeans.assignment import next_codebook
 from cluscomp_jax.plan.program import Program
-from cluscomp_jax.plan.shapes import Place, nbytes
+from cluscomp_jax.plan.shapes import AbstractDevice, nbytes
 
 STAGE = "cluster"
 
 
 def fit_programs(
-    place: Place, m: int, g: int, n: int, *, weighted: bool, iterations: int, calls: float
+    place: AbstractDevice, m: int, g: int, n: int, *, weighted: bool, iterations: int, calls: float
 ) -> Iterator[Program]:
     """Yields the programs of one fit of n codes to m vectors [m, g], which has the device to itself.
 
@@ -50,24 +50,24 @@ def fit_programs(
     rotation = place.like(traced.out_info)
     yield program("start", init.pick.trace(sample, mass, rotation, key, num_codes=n), held + nbytes(rotation))
     codebook = place.array(n, g)
-    known = place.array(*blocks.weights.shape, dtype="int32")
-    held += nbytes((codebook, codebook, known))
+    previous = place.array(*blocks.weights.shape, dtype="int32")
+    held += nbytes((codebook, codebook, previous))
     if n <= fit.COMPARE_ALL:
         traced = search.search_all.trace(blocks, codebook)
         found = place.like(traced.out_info)
         yield program("search", traced, held + nbytes(found), iterations + 1)
     else:
-        yield from _searches(place, blocks, known, codebook, rotation, iterations, held, program)
-        found = _found(place, blocks, known, codebook, rotation)
+        yield from _searches(place, blocks, previous, codebook, rotation, iterations, held, program)
+        found = _found(place, blocks, previous, codebook, rotation)
     traced = next_codebook.trace(blocks, codebook, codebook, found, scalar, scalar)
     yield program("update", traced, held + nbytes(found), iterations)
     yield program("index", fit.in_order.trace(found.nearest, m), held + nbytes(found))
 
 
 def _searches(
-    place: Place,
+    place: AbstractDevice,
     blocks: Any,
-    known: Any,
+    previous: Any,
     codebook: Any,
     rotation: Any,
     iterations: int,
@@ -77,28 +77,28 @@ def _searches(
     """Yields what finds the nearest codes by a tree: in the iterations, and at last on longer lists."""
     n, g = codebook.shape
     # While it searches, a fit still has what the search before it found; its codes are those already known.
-    before = nbytes(_found(place, blocks, known, codebook, rotation)) - nbytes(known)
+    before = nbytes(_found(place, blocks, previous, codebook, rotation)) - nbytes(previous)
     traced = tree.grow_tree.trace(codebook, rotation)
     yield program("tree", traced, held + before, iterations + 1)
     grown = place.like(traced.out_info)
     for name, longer, count in (("", 1, iterations), (" (last)", fit.SETTLING, 1)):
-        traced = probe_lists.make_lists.trace(grown, codebook, length=_length(n, g, longer))
+        traced = probe_lists.make_probe_lists.trace(grown, codebook, length=_length(n, g, longer))
         yield program("lists" + name, traced, held + before + nbytes(grown), count)
         made = place.like(traced.out_info)
-        traced = search.search_listed.trace(blocks, known, codebook, grown, made)
+        traced = search.search_listed.trace(blocks, previous, codebook, grown, made)
         yield program("search" + name, traced, held + before + nbytes((grown, made)), count)
 
 
-def _found(place: Place, blocks: Any, known: Any, codebook: Any, rotation: Any) -> Any:
+def _found(place: AbstractDevice, blocks: Any, previous: Any, codebook: Any, rotation: Any) -> Any:
     """Returns the shapes of what a search finds."""
     n, g = codebook.shape
 
-    def searched(blocks: Any, known: Any, codebook: Any, rotation: Any) -> Any:
+    def searched(blocks: Any, previous: Any, codebook: Any, rotation: Any) -> Any:
         grown = tree.grow_tree(codebook, rotation)
-        made = probe_lists.make_lists(grown, codebook, length=_length(n, g, 1))
-        return search.search_listed(blocks, known, codebook, grown, made)
+        made = probe_lists.make_probe_lists(grown, codebook, length=_length(n, g, 1))
+        return search.search_listed(blocks, previous, codebook, grown, made)
 
-    return place.like(jax.eval_shape(searched, blocks, known, codebook, rotation))
+    return place.like(jax.eval_shape(searched, blocks, previous, codebook, rotation))
 
 
 def _length(n: int, g: int, longer: int) -> int:

@@ -11,33 +11,33 @@ from cluscomp_jax.inference.sampling import Sampling
 from cluscomp_jax.models.model import run_block, run_embed
 from cluscomp_jax.plan.block_programs import decoding
 from cluscomp_jax.plan.program import Program
-from cluscomp_jax.plan.setting import STORED, Setting
+from cluscomp_jax.plan.setting import STORED, BlockSpec
 from cluscomp_jax.plan.shapes import nbytes
 
 
-def embedding(setting: Setting) -> Iterator[Program]:
+def embedding(setting: BlockSpec) -> Iterator[Program]:
     """Yields the embedding of calibration tokens."""
-    rest = setting.place.tree(setting.model.rest_shapes(), STORED)
+    outer = setting.place.tree(setting.model.outer_shapes(), STORED)
     tokens = setting.place.array(1, setting.cfg.calibration.length, dtype="int32")
-    traced = run_embed.trace(rest, tokens, model=setting.model, dtype=setting.compute)
-    yield Program("embed", "embed", traced, nbytes((rest, tokens)), setting.cfg.calibration.samples)
+    traced = run_embed.trace(outer, tokens, model=setting.model, dtype=setting.compute)
+    yield Program("embed", "embed", traced, nbytes((outer, tokens)), setting.cfg.calibration.samples)
 
 
-def evaluation(setting: Setting) -> Iterator[Program]:
+def evaluation(setting: BlockSpec) -> Iterator[Program]:
     """Yields the perplexity of one window of `calibration.length`, in the dtype of tuning, of compressed blocks."""
-    rest = setting.place.tree(setting.model.rest_shapes(), STORED)
+    outer = setting.place.tree(setting.model.outer_shapes(), STORED)
     block, x = setting.decoded(), setting.activations(1)
-    yield from decoding(setting, "evaluate", nbytes(rest))
-    traced = run_block.trace(block, x, model=setting.model, kind=setting.kind)
-    yield Program("evaluate", "block", traced, nbytes((rest, block, x, x, x)), setting.blocks)
+    yield from decoding(setting, "evaluate", nbytes(outer))
+    traced = run_block.trace(block, x, model=setting.model, layer_type=setting.layer_type)
+    yield Program("evaluate", "block", traced, nbytes((outer, block, x, x, x)), setting.blocks)
     length = min(perplexity.HEAD_TOKENS, setting.cfg.calibration.length - 1)
     part = setting.place.array(1, length, x.shape[-1], dtype=x.dtype)
     wanted = setting.place.array(1, length, dtype="int32")
-    traced = perplexity.head_losses.trace(rest, part, wanted, model=setting.model)
-    yield Program("evaluate", "head", traced, nbytes((rest, part, wanted)), x.shape[1] / length)
+    traced = perplexity.head_losses.trace(outer, part, wanted, model=setting.model)
+    yield Program("evaluate", "head", traced, nbytes((outer, part, wanted)), x.shape[1] / length)
 
 
-def generating(settings: Sequence[Setting], *, context: int) -> Iterator[Program]:
+def generating(settings: Sequence[BlockSpec], *, context: int) -> Iterator[Program]:
     """Yields the prefill and the steps of one sequence that fills `context`, matrices decoded at every step.
 
     Args:
@@ -46,18 +46,18 @@ def generating(settings: Sequence[Setting], *, context: int) -> Iterator[Program
     """
     setting = settings[0]
     model, place = setting.model, setting.place
-    rest = place.tree(model.rest_shapes(), setting.compute)
+    outer = place.tree(model.outer_shapes(), setting.compute)
     init = partial(model.init_cache, 0, 1, context, setting.compute)
     cache = place.like(jax.eval_shape(init))
-    whole = nbytes(rest) + sum(each.blocks * nbytes((each.compressed(), cache)) for each in settings)
+    whole = nbytes(outer) + sum(each.blocks * nbytes((each.compressed(), cache)) for each in settings)
     prompt = decoder.prompt_width(context // 2)
     for name, width, begin, calls in (("prompt", prompt, None, 1.0), ("token", 1, 0, context / 2)):
         tokens = place.array(1, width, dtype="int32")
-        traced = decoder.embed_tokens.trace(model, setting.compute, rest, tokens)
+        traced = decoder.embed_tokens.trace(model, setting.compute, outer, tokens)
         x = place.like(traced.out_info)
         for each in settings:
             block = each.compressed()
-            traced = decoder.cached_block.trace(model, each.kind, block, x, cache, begin, context)
+            traced = decoder.cached_block.trace(model, each.layer_type, block, x, cache, begin, context)
             yield Program("generate", f"{name}: block", traced, whole + nbytes((tokens, x)), calls * each.blocks)
-        traced = decoder.next_token.trace(model, Sampling(), rest, x, 0, 0, place.key())
+        traced = decoder.next_token.trace(model, Sampling(), outer, x, 0, 0, place.key())
         yield Program("generate", f"{name}: head", traced, whole + nbytes((tokens, x)), calls)

@@ -8,20 +8,20 @@ import jax.numpy as jnp
 
 from cluscomp_jax.clustering.resolve import Rules, rules_by_block
 from cluscomp_jax.clustering.tied_codebooks import sharing_groups
-from cluscomp_jax.config.run import RunConfig
-from cluscomp_jax.config.settings import TuningSettings, compute_dtype_of
+from cluscomp_jax.config.run import CompressConfig
+from cluscomp_jax.config.settings import BlockTuningConfig, compute_dtype_of
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.models.model import Model, width
-from cluscomp_jax.plan.shapes import Place
+from cluscomp_jax.plan.shapes import AbstractDevice
 
 STORED = jnp.dtype("bfloat16")
 """The dtype that original parameters are taken to have; float16 takes as much."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
+class BlockSpec:
     """The blocks of one kind in one run.
 
     Attributes:
@@ -36,9 +36,9 @@ class Setting:
     """
 
     model: Model
-    cfg: RunConfig
-    place: Place
-    kind: Hashable
+    cfg: CompressConfig
+    place: AbstractDevice
+    layer_type: Hashable
     shapes: Mapping[str, tuple[int, ...]]
     rules: Rules
     members: tuple[int, ...]
@@ -52,12 +52,12 @@ class Setting:
     @property
     def sharing(self) -> list[tuple[str, ...]]:
         """The kernels that share a codebook, group by group, the owner first."""
-        return sharing_groups(self.model.sites, self.rules, self.cfg.cluster.share)
+        return sharing_groups(self.model.input_groups, self.rules, self.cfg.cluster.tie_codebooks)
 
     @property
-    def numbers(self) -> TuningSettings:
+    def numbers(self) -> BlockTuningConfig:
         """The settings that decide dtypes, where nothing is tuned too."""
-        return self.cfg.tuning or TuningSettings()
+        return self.cfg.tuning or BlockTuningConfig()
 
     @property
     def compute(self) -> Any:
@@ -85,7 +85,7 @@ class Setting:
         for path, shape in self.shapes.items():
             if path in self.rules:
                 array = self.place.compressed((shape[0], shape[1]), self.rules[path], codebook_dtype)
-                flat[path] = dataclasses.replace(array, codebook_of=owners.get(path))
+                flat[path] = dataclasses.replace(array, tied_to=owners.get(path))
             else:
                 trained = tuned and len(shape) == 1 and self.cfg.tuning is not None and self.cfg.tuning.norms
                 flat[path] = self.place.array(*shape, dtype=codebook_dtype if trained else STORED)
@@ -100,7 +100,7 @@ class Setting:
         return trees.unflatten(flat)
 
 
-def kinds_of_blocks(model: Model, cfg: RunConfig, place: Place, batch: int) -> list[Setting]:
+def layer_types_of(model: Model, cfg: CompressConfig, place: AbstractDevice, batch: int) -> list[BlockSpec]:
     """Returns a Setting for each kind of block, by what distinguishes their programs; a budget is spent evenly.
 
     Args:
@@ -109,13 +109,13 @@ def kinds_of_blocks(model: Model, cfg: RunConfig, place: Place, batch: int) -> l
     Raises:
       InputError: a rule matches nothing, or a budget cannot be met.
     """
-    kinds: dict[Any, Setting] = {}
+    kinds: dict[Any, BlockSpec] = {}
     for i, rules in enumerate(rules_by_block(model, cfg)):
         shapes = model.block_shapes(i)
-        key = (model.block_kind(i), tuple(shapes.items()), tuple(rules.items()))
+        key = (model.layer_type(i), tuple(shapes.items()), tuple(rules.items()))
         known = kinds.get(key)
         kinds[key] = (
-            Setting(model, cfg, place, model.block_kind(i), shapes, rules, (i,), batch)
+            BlockSpec(model, cfg, place, model.layer_type(i), shapes, rules, (i,), batch)
             if known is None
             else dataclasses.replace(known, members=(*known.members, i))
         )

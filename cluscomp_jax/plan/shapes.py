@@ -18,7 +18,7 @@ _shape_only: Any = jax.ShapeDtypeStruct
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class AbstractDevice:
     """A device on which arrays are imagined.
 
     Attributes:
@@ -45,12 +45,12 @@ class Place:
 
     def compressed(self, shape: tuple[int, int], rule: CompressionRule, dtype: Any) -> CodebookArray:
         """Returns what a kernel [d_in, d_out] becomes under a rule, codebook in `dtype`."""
-        index = self.array(*index_shape(shape, rule.g, rule.axis), dtype=index_dtype(rule.num_codes))
-        codebook = self.array(rule.num_codes, rule.g, dtype=dtype)
+        index = self.array(*index_shape(shape, rule.group_size, rule.axis), dtype=index_dtype(rule.num_codes))
+        codebook = self.array(rule.num_codes, rule.group_size, dtype=dtype)
         return CodebookArray(codebook=codebook, index=index, shape=shape, axis=rule.axis)
 
 
-def spread(tree: Any, places: Any) -> Any:
+def with_shardings(tree: Any, places: Any) -> Any:
     """Returns the tree of shapes, each placed as the same leaf of `places` says."""
     return jax.tree.map(lambda leaf, place: _shape_only(leaf.shape, leaf.dtype, sharding=place), tree, places)
 

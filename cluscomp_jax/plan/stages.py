@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from cluscomp_jax.config.finetune import FinetuneConfig
 from cluscomp_jax.plan import block_programs, cluster_programs, model_programs, training_programs
 from cluscomp_jax.plan.program import Program
-from cluscomp_jax.plan.setting import Setting
+from cluscomp_jax.plan.setting import BlockSpec
 from cluscomp_jax.plan.shapes import nbytes
 from cluscomp_jax.training import Sharding
 
-Stage = Callable[[Setting], Iterator[Program]]
+Stage = Callable[[BlockSpec], Iterator[Program]]
 PER_BLOCK: tuple[Stage, ...] = (
     cluster_programs.clustering,
     block_programs.targets,
@@ -23,7 +23,7 @@ PER_BLOCK: tuple[Stage, ...] = (
 
 
 def whole_run(
-    settings: list[Setting], *, context: int, finetune: FinetuneConfig, sharding: Sharding | None = None
+    settings: list[BlockSpec], *, context: int, finetune: FinetuneConfig, sharding: Sharding | None = None
 ) -> Iterator[Program]:
     """Yields every program of compression, finetuning, evaluation and generation; only finetuning is sharded."""
     yield from model_programs.embedding(settings[0])

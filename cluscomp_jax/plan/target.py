@@ -33,8 +33,8 @@ class Target:
       capability: compute capability, (major, minor).
       memory_bytes: of the device.
       bandwidth: bytes per second of device memory, as published.
-      vector_rate: float32 operations per second outside matrix units, as published.
-      matrix_rate: operations per second of dense 16-bit matrix products; `vector_rate` where the description has no
+      vector_lr_scale: float32 operations per second outside matrix units, as published.
+      matrix_rate: operations per second of dense 16-bit matrix products; `vector_lr_scale` where the description has no
         comment "matrix_rate = …".
     """
 
@@ -43,7 +43,7 @@ class Target:
     capability: tuple[int, int]
     memory_bytes: int
     bandwidth: float
-    vector_rate: float
+    vector_lr_scale: float
     matrix_rate: float
 
 
@@ -101,7 +101,7 @@ def _parsed(name: str, text: str) -> Target:
         capability=_capability(name, text),
         memory_bytes=int(needed("device_memory_size")),
         bandwidth=needed("memory_bandwidth"),
-        vector_rate=vector,
+        vector_lr_scale=vector,
         matrix_rate=number("matrix_rate") or vector,
     )
 

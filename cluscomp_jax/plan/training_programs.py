@@ -6,8 +6,8 @@ from typing import Any
 from cluscomp_jax.config.finetune import FinetuneConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.plan.program import Program
-from cluscomp_jax.plan.setting import STORED, Setting
-from cluscomp_jax.plan.shapes import nbytes, spread
+from cluscomp_jax.plan.setting import STORED, BlockSpec
+from cluscomp_jax.plan.shapes import nbytes, with_shardings
 from cluscomp_jax.training import (
     Sharding,
     TrainState,
@@ -22,7 +22,9 @@ from cluscomp_jax.training import (
 STAGE = "finetune"
 
 
-def finetuning(settings: Sequence[Setting], cfg: FinetuneConfig, sharding: Sharding | None = None) -> Iterator[Program]:
+def finetuning(
+    settings: Sequence[BlockSpec], cfg: FinetuneConfig, sharding: Sharding | None = None
+) -> Iterator[Program]:
     """Yields the first state, a step, and the two programs of an evaluation; how many of those there are is not known.
 
     Args:
@@ -41,14 +43,18 @@ def finetuning(settings: Sequence[Setting], cfg: FinetuneConfig, sharding: Shard
     training, model, place = cfg.training, settings[0].model, settings[0].place
     members = {i: setting for setting in settings for i in setting.members}
     blocks = (members[i].compressed() for i in range(model.num_blocks))
-    rest = place.tree(model.rest_shapes(), STORED)
-    trained, frozen, layout = split_shapes(blocks, rest, model, training.trainable, sharding)
+    outer = place.tree(model.outer_shapes(), STORED)
+    trained, frozen, layout = split_shapes(blocks, outer, model, training.trainable, sharding)
     if sharding is None:
         trained, frozen = place.like(trained), place.like(frozen)
 
     def rows(*shape: int) -> tuple[Any, Any]:
-        tokens, scored = place.array(*shape, dtype="int32"), place.array(*shape, dtype="bool")
-        return (tokens, scored) if sharding is None else spread((tokens, scored), (sharding.rows(len(shape)),) * 2)
+        tokens, loss_mask = place.array(*shape, dtype="int32"), place.array(*shape, dtype="bool")
+        return (
+            (tokens, loss_mask)
+            if sharding is None
+            else with_shardings((tokens, loss_mask), (sharding.rows(len(shape)),) * 2)
+        )
 
     traced = init_state.trace(trained, settings=training, sharding=sharding)
     yield Program(STAGE, "start", traced, nbytes((trained, frozen)))
@@ -56,7 +62,7 @@ def finetuning(settings: Sequence[Setting], cfg: FinetuneConfig, sharding: Shard
     if sharding is None:
         state = place.like(state)
     else:
-        state = spread(state, state_places(state, settings=training, sharding=sharding))
+        state = with_shardings(state, state_places(state, settings=training, sharding=sharding))
     held = nbytes((state, frozen))
     traced = round_masters.trace(trained, layout=layout)
     yield Program(STAGE, "round", traced, held, 0)
@@ -65,7 +71,7 @@ def finetuning(settings: Sequence[Setting], cfg: FinetuneConfig, sharding: Shard
     # Rounded masters are new arrays, which lie as the masters do.
     traced = evaluate_step.trace(trained, frozen, *batch, **fixed)
     yield Program(STAGE, "score", traced, held + nbytes((trained, batch)), 0)
-    batches = rows(training.accumulation, training.batch_size, cfg.data.length)
+    batches = rows(training.grad_accumulation_steps, training.batch_size, cfg.data.length)
     traced = train_step.trace(state, frozen, *batches, **fixed)
     best = nbytes(trained) if cfg.result == "best" else 0
     yield Program(STAGE, "step", traced, held + best + nbytes(batches), training.steps)

@@ -6,23 +6,23 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cluscomp_jax.config.finetune import FinetuneConfig
-from cluscomp_jax.config.run import RunConfig
+from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.config.settings import (
-    DataSettings,
-    MeshSettings,
-    TrainingSettings,
-    TuningSettings,
+    BlockTuningConfig,
+    DataConfig,
+    MeshConfig,
+    TrainingConfig,
     compute_dtype_of,
 )
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.inference.decoder import positions_held
 from cluscomp_jax.models.model import build_model
 from cluscomp_jax.plan.budget import forward_batch
-from cluscomp_jax.plan.host import Needs, host_needs
+from cluscomp_jax.plan.host import HostRequirements, host_needs
 from cluscomp_jax.plan.launches import Launches
 from cluscomp_jax.plan.program import Memory, Program, compile_counted
-from cluscomp_jax.plan.setting import kinds_of_blocks
-from cluscomp_jax.plan.shapes import Place
+from cluscomp_jax.plan.setting import layer_types_of
+from cluscomp_jax.plan.shapes import AbstractDevice
 from cluscomp_jax.plan.stages import largest_alike, whole_run
 from cluscomp_jax.plan.target import Target, card_mesh, compiling_for
 from cluscomp_jax.plan.work import Work, operations_of
@@ -32,9 +32,9 @@ from cluscomp_jax.training import AXES, sharding_on
 GIB = 2**30
 ADVICE = {
     "cluster": "choose fewer codes (num_codes)",
-    "statistics": "set feedback = false, or device_memory_gib for smaller batches",
-    "correct": "set correction = false",
-    "assign": "set feedback = false",
+    "statistics": "set error_feedback = false, or device_memory_gib for smaller batches",
+    "correct": "set drift_correction = false",
+    "assign": "set error_feedback = false",
     "tune": 'choose a smaller batch_size or length, and no compute_dtype = "float32"',
     "targets": 'choose a smaller length, and no compute_dtype = "float32"',
     "propagate": 'choose a smaller length, and no compute_dtype = "float32"',
@@ -92,7 +92,7 @@ class Plan:
     programs: tuple[Memory, ...]
     launches: Mapping[str, Launches]
     hours: Mapping[str, float]
-    needs: Needs
+    needs: HostRequirements
 
     @property
     def peak(self) -> Memory:
@@ -132,9 +132,9 @@ class Plan:
 
 
 def plan(
-    cfg: RunConfig,
+    cfg: CompressConfig,
     target: Target,
-    place: Place,
+    place: AbstractDevice,
     *,
     finetune: FinetuneConfig | None = None,
     context: int,
@@ -168,7 +168,7 @@ def plan(
         return _plan(cfg, target, place, finetune, context, reserve, reporter)
 
 
-def _on_a_gpu(cfg: RunConfig, finetune: FinetuneConfig) -> tuple[RunConfig, FinetuneConfig]:
+def _on_a_gpu(cfg: CompressConfig, finetune: FinetuneConfig) -> tuple[CompressConfig, FinetuneConfig]:
     """Returns both with the compute dtypes that they mean on a GPU."""
     tuning, training = cfg.tuning, finetune.training
     if tuning is not None:
@@ -178,9 +178,9 @@ def _on_a_gpu(cfg: RunConfig, finetune: FinetuneConfig) -> tuple[RunConfig, Fine
 
 
 def _plan(
-    cfg: RunConfig,
+    cfg: CompressConfig,
     target: Target,
-    place: Place,
+    place: AbstractDevice,
     finetune: FinetuneConfig,
     context: int,
     reserve: Reserve,
@@ -188,7 +188,7 @@ def _plan(
 ) -> Plan:
     model = build_model(cfg.model)
     shape = (cfg.calibration.samples, cfg.calibration.length)
-    settings = kinds_of_blocks(model, cfg, place, forward_batch(model, cfg, shape, place))
+    settings = layer_types_of(model, cfg, place, forward_batch(model, cfg, shape, place))
     sharding = None
     if finetune.mesh.size > 1:
         sharding = sharding_on(card_mesh(target, finetune.mesh.sizes, AXES), model)
@@ -220,13 +220,13 @@ def _plan(
     )
 
 
-def finetuning_of(cfg: RunConfig, mesh: MeshSettings | None = None) -> FinetuneConfig:
+def finetuning_of(cfg: CompressConfig, mesh: MeshConfig | None = None) -> FinetuneConfig:
     """Returns the finetuning that is planned where none is given: one row as long as the run's to each part of a batch,
     in the compute dtype of its tuning.
     """
-    numbers, mesh = cfg.tuning or TuningSettings(), mesh or MeshSettings()
-    training = TrainingSettings(compute_dtype=numbers.compute_dtype, batch_size=mesh.row_parts)
-    return FinetuneConfig(data=DataSettings(length=cfg.calibration.length), training=training, mesh=mesh)
+    numbers, mesh = cfg.tuning or BlockTuningConfig(), mesh or MeshConfig()
+    training = TrainingConfig(compute_dtype=numbers.compute_dtype, batch_size=mesh.row_parts)
+    return FinetuneConfig(data=DataConfig(length=cfg.calibration.length), training=training, mesh=mesh)
 
 
 def _compiled_of(found: list[Program]) -> list[Program]:
@@ -274,5 +274,9 @@ def _hours(works: list[tuple[Program, Work]], calls: list[Launches] | None, targ
             work = dataclasses.replace(work, steps=calls[place].launches)
         if program.stage != "generate":
             done[program.stage] = done.get(program.stage, Work()) + work.times(program.calls)
-    rates = {"matrix_rate": target.matrix_rate, "vector_rate": target.vector_rate, "bandwidth": target.bandwidth}
+    rates = {
+        "matrix_rate": target.matrix_rate,
+        "vector_lr_scale": target.vector_lr_scale,
+        "bandwidth": target.bandwidth,
+    }
     return {stage: work.least_seconds(**rates) / 3600 for stage, work in done.items()}

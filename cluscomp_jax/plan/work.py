@@ -40,9 +40,9 @@ class Work:
         """Returns the work of so many calls."""
         return Work(*(count * value for value in dataclasses.astuple(self)))
 
-    def least_seconds(self, *, matrix_rate: float, vector_rate: float, bandwidth: float) -> float:
+    def least_seconds(self, *, matrix_rate: float, vector_lr_scale: float, bandwidth: float) -> float:
         """Returns the time at published rates, arithmetic and traffic overlapping, kernels following one another."""
-        busy = max(self.matrix / matrix_rate + self.vector / vector_rate, self.moved / bandwidth)
+        busy = max(self.matrix / matrix_rate + self.vector / vector_lr_scale, self.moved / bandwidth)
         return busy + self.steps * LAUNCH_SECONDS
 
 

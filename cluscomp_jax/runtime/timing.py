@@ -17,7 +17,7 @@ _PEAK_LOCK = threading.Lock()
 _peak_of_past_stages = 0
 
 
-class StageClock:
+class StageTimer:
     """Adds up wall seconds of every named stage and, in a process of the run's own, keeps its largest resident set.
 
     On Linux the peak is that of the stage itself; elsewhere that of the process so far.

@@ -172,20 +172,20 @@ def read_starts(path: str | Path) -> np.ndarray:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"starts file {path} cannot be read: {error}") from None
-    starts = []
+    sample_offsets = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         if not line.strip().isdecimal() or len(line.strip()) > 18:
             raise InputError(f"{path} line {number}: {line.strip()[:40]!r} is no start position (an integer from 0)")
-        starts.append(int(line))
-    if not starts:
+        sample_offsets.append(int(line))
+    if not sample_offsets:
         raise InputError(f"starts file {path} holds no positions")
-    return np.asarray(starts, dtype=np.int64)
+    return np.asarray(sample_offsets, dtype=np.int64)
 
 
 def calibration_samples(
-    tokens: np.ndarray, *, samples: int, length: int, seed: int, starts: np.ndarray | None = None
+    tokens: np.ndarray, *, samples: int, length: int, seed: int, sample_offsets: np.ndarray | None = None
 ) -> np.ndarray:
     """Returns int32 [samples, length], crops of a token stream.
 
@@ -205,12 +205,12 @@ def calibration_samples(
     if len(tokens) < length:
         raise InputError(f"the calibration text has {len(tokens)} tokens, one sample needs {length}; give more text")
     last = len(tokens) - length
-    if starts is None:
-        starts = np.random.default_rng(seed).integers(0, last, size=samples, endpoint=True)
-    elif len(starts) < samples:
-        raise InputError(f"{len(starts)} start positions for {samples} samples; give as many or fewer samples")
-    starts = np.asarray(starts, dtype=np.int64)[:samples]
-    if starts.min() < 0 or starts.max() > last:
-        worst = int(starts.min()) if starts.min() < 0 else int(starts.max())
+    if sample_offsets is None:
+        sample_offsets = np.random.default_rng(seed).integers(0, last, size=samples, endpoint=True)
+    elif len(sample_offsets) < samples:
+        raise InputError(f"{len(sample_offsets)} start positions for {samples} samples; give as many or fewer samples")
+    sample_offsets = np.asarray(sample_offsets, dtype=np.int64)[:samples]
+    if sample_offsets.min() < 0 or sample_offsets.max() > last:
+        worst = int(sample_offsets.min()) if sample_offsets.min() < 0 else int(sample_offsets.max())
         raise InputError(f"start position {worst} is outside 0 … {last} ({len(tokens)} tokens, samples of {length})")
-    return np.stack([np.asarray(tokens[start : start + length], dtype=np.int32) for start in starts])
+    return np.stack([np.asarray(tokens[start : start + length], dtype=np.int32) for start in sample_offsets])

@@ -18,7 +18,7 @@ _SHOWN_ROWS = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Examples:
+class TokenRows:
     """Rows of tokens, and which of them are predicted.
 
     Attributes:
@@ -31,7 +31,7 @@ class Examples:
     """
 
     tokens: np.ndarray
-    scored: np.ndarray
+    loss_mask: np.ndarray
     lines: np.ndarray | None = None
 
     def __post_init__(self) -> None:
@@ -40,25 +40,26 @@ class Examples:
             raise InputError(f"training tokens are {found}; they must be integers [rows, length]")
         if self.tokens.shape[0] < 1 or self.tokens.shape[1] < 2:
             raise InputError(f"training tokens are {list(self.tokens.shape)}; give 1 row or more of 2 tokens or more")
-        if self.scored.shape != self.tokens.shape or self.scored.dtype != bool:
+        if self.loss_mask.shape != self.tokens.shape or self.loss_mask.dtype != bool:
             raise InputError(
-                f"scored is {self.scored.dtype} {list(self.scored.shape)}; it must be bool {list(self.tokens.shape)}"
+                f"loss_mask is {self.loss_mask.dtype} {list(self.loss_mask.shape)}; "
+                f"it must be bool {list(self.tokens.shape)}"
             )
         if self.lines is not None:
             integers = np.issubdtype(self.lines.dtype, np.integer)
             if self.lines.shape != self.tokens.shape[:1] or not integers:
                 found = f"{self.lines.dtype} {list(self.lines.shape)}"
                 raise InputError(f"lines are {found}; they must be integers, one to each of {len(self.tokens)} rows")
-        unscored = np.flatnonzero(~self.scored[:, 1:].any(axis=1))
+        unscored = np.flatnonzero(~self.loss_mask[:, 1:].any(axis=1))
         if len(unscored):
             raise InputError(f"row {unscored[0]} has no scored token behind its first; leave it out")
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def take(self, rows: np.ndarray) -> "Examples":
+    def take(self, rows: np.ndarray) -> "TokenRows":
         """Returns the rows of these numbers, in that order."""
-        return Examples(self.tokens[rows], self.scored[rows], None if self.lines is None else self.lines[rows])
+        return TokenRows(self.tokens[rows], self.loss_mask[rows], None if self.lines is None else self.lines[rows])
 
     def describe(self, rows: np.ndarray) -> str:
         """Returns in words where the rows of these numbers come from; of many, the first few."""
@@ -72,7 +73,7 @@ class Examples:
         """A hex digest of shape and contents."""
         digest = hashlib.sha256(repr(self.tokens.shape).encode())
         digest.update(np.ascontiguousarray(self.tokens, "<i4").tobytes())
-        digest.update(np.packbits(self.scored).tobytes())
+        digest.update(np.packbits(self.loss_mask).tobytes())
         return digest.hexdigest()
 
 
@@ -85,7 +86,7 @@ class Question:
     where: str
 
 
-def pack(tokens: np.ndarray, length: int) -> Examples:
+def pack(tokens: np.ndarray, length: int) -> TokenRows:
     """Returns running text int [t] as rows of `length`, all scored; a shorter last one is dropped.
 
     Raises:
@@ -98,10 +99,12 @@ def pack(tokens: np.ndarray, length: int) -> Examples:
             f"the text has {len(tokens)} tokens, one row takes {length}; give more text or a smaller length"
         )
     packed = tokens[: rows * length].reshape(rows, length).astype(np.int32)
-    return Examples(packed, np.ones_like(packed, bool))
+    return TokenRows(packed, np.ones_like(packed, bool))
 
 
-def pad(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], length: int, lines: np.ndarray | None = None) -> Examples:
+def pad(
+    rows: Sequence[tuple[Sequence[int], Sequence[bool]]], length: int, lines: np.ndarray | None = None
+) -> TokenRows:
     """Returns (tokens, scored) pairs of at most `length` as rows; behind their ends stands token 0, not scored.
 
     Args:
@@ -110,18 +113,18 @@ def pad(rows: Sequence[tuple[Sequence[int], Sequence[bool]]], length: int, lines
       lines: as in Examples.
     """
     tokens = np.zeros((len(rows), length), np.int32)
-    scored = np.zeros((len(rows), length), bool)
+    loss_mask = np.zeros((len(rows), length), bool)
     for i, (ids, counts) in enumerate(rows):
         tokens[i, : len(ids)] = ids
-        scored[i, : len(ids)] = counts
-    return Examples(tokens, scored, lines)
+        loss_mask[i, : len(ids)] = counts
+    return TokenRows(tokens, loss_mask, lines)
 
 
 @runtime_checkable
 class Batches(Protocol):
     """Hands out the rows of each step; of the same step always the same ones."""
 
-    def batch(self, step: int) -> Examples:
+    def batch(self, step: int) -> TokenRows:
         """The rows of step `step`, counted from 0: `batch_size * accumulation` of them, all of one length."""
         ...
 
@@ -145,7 +148,7 @@ class ShuffledBatches:
       seed: non-negative; with the number of the pass it fixes the order of that pass.
     """
 
-    examples: Examples
+    examples: TokenRows
     rows_per_step: int
     seed: int
 
@@ -155,7 +158,7 @@ class ShuffledBatches:
         passes, inside = np.divmod(places, len(self.examples))
         return np.array([self._order(int(p))[i] for p, i in zip(passes, inside, strict=True)])
 
-    def batch(self, step: int) -> Examples:
+    def batch(self, step: int) -> TokenRows:
         """Returns the rows of a step."""
         return self.examples.take(self.rows(step))
 

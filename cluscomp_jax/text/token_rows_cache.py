@@ -20,13 +20,13 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save
 
-from cluscomp_jax.config.settings import DataSettings
+from cluscomp_jax.config.settings import DataConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.tokenizer import start_tokens
 from cluscomp_jax.runtime import atomic
 from cluscomp_jax.runtime.file_stamps import FileStamps
 from cluscomp_jax.text.text import DATA_SETS, check_vocabulary
-from cluscomp_jax.text.token_rows import Examples
+from cluscomp_jax.text.token_rows import TokenRows
 from cluscomp_jax.text.training_data import holds_json_lines, read_examples
 
 _FORMAT = 1
@@ -37,11 +37,11 @@ def read_cached_examples(
     cache: str | Path,
     spec: str | Path,
     tokenizer: Any,
-    settings: DataSettings,
+    settings: DataConfig,
     *,
     vocab_size: int,
     store: bool = True,
-) -> Examples:
+) -> TokenRows:
     """Returns what `read_examples` returns, from the cache if it is there, else into it.
 
     Token arrays (.npy) and named data sets are read as ever and not kept.
@@ -76,7 +76,7 @@ def read_cached_examples(
     return examples
 
 
-def _digest(path: Path, tokenizer: Any, settings: DataSettings) -> str:
+def _digest(path: Path, tokenizer: Any, settings: DataConfig) -> str:
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
             f"{path}: this tokenizer cannot be told from another by its contents, so its tokens cannot be kept; leave "
@@ -102,8 +102,8 @@ def _require_writable(folder: Path) -> None:
         raise InputError(f"{folder}: {there} is no folder that can be written to; choose another folder")
 
 
-def _store(examples: Examples, path: Path) -> None:
-    arrays = {"tokens": examples.tokens, "scored": examples.scored}
+def _store(examples: TokenRows, path: Path) -> None:
+    arrays = {"tokens": examples.tokens, "scored": examples.loss_mask}
     if examples.lines is not None:
         arrays["lines"] = examples.lines
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -118,12 +118,12 @@ def _store(examples: Examples, path: Path) -> None:
             aside.unlink(missing_ok=True)
 
 
-def _load(path: Path) -> Examples:
+def _load(path: Path) -> TokenRows:
     try:
         with safetensors.safe_open(path, framework="np") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata()
-        examples = Examples(**arrays)
+        examples = TokenRows(**arrays)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error}; choose another folder") from None
     except (safetensors.SafetensorError, InputError, TypeError) as error:

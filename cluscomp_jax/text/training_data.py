@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
-from cluscomp_jax.config.settings import DataSettings
+from cluscomp_jax.config.settings import DataConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.tokenizer import encode_text, start_tokens
 from cluscomp_jax.text.text import Split, check_vocabulary, load_tokens
-from cluscomp_jax.text.token_rows import Examples, Question, pack, pad
+from cluscomp_jax.text.token_rows import Question, TokenRows, pack, pad
 
 _FORMS = {
     "text": ("text",),
@@ -53,8 +53,8 @@ class _Conversation(NamedTuple):
 
 
 def read_examples(
-    spec: str | Path, tokenizer: Any, settings: DataSettings, *, vocab_size: int, split: Split = "train"
-) -> Examples:
+    spec: str | Path, tokenizer: Any, settings: DataConfig, *, vocab_size: int, split: Split = "train"
+) -> TokenRows:
     """Returns the rows of a file or of a named data set.
 
     Args:
@@ -94,7 +94,7 @@ def holds_json_lines(path: Path) -> bool:
     return name.endswith((".jsonl", ".jsonl.gz"))
 
 
-def _read_lines(path: Path, tokenizer: Any, settings: DataSettings) -> Examples:
+def _read_lines(path: Path, tokenizer: Any, settings: DataConfig) -> TokenRows:
     form, lines = _uniform_lines(path)
     if form == "text":
         _refuse_responses(settings, path)
@@ -150,12 +150,12 @@ def read_questions(path: str | Path, tokenizer: Any, *, vocab_size: int) -> list
     return questions
 
 
-def _refuse_responses(settings: DataSettings, path: Path) -> None:
+def _refuse_responses(settings: DataConfig, path: Path) -> None:
     if settings.responses_only:
         raise InputError(f"{path} is running text, which has no responses; leave responses_only out")
 
 
-def _packed(tokens: np.ndarray, length: int, path: Path) -> Examples:
+def _packed(tokens: np.ndarray, length: int, path: Path) -> TokenRows:
     try:
         return pack(tokens, length)
     except InputError as error:
@@ -215,13 +215,13 @@ def _require_unicode(where: str, value: str) -> None:
 def _row(
     line: _Line,
     tokenizer: Any,
-    settings: DataSettings,
+    settings: DataConfig,
     render: Callable[..., _Conversation],
 ) -> tuple[list[int], list[bool]] | None:
     """Returns (tokens, scored) of a conversation; None where it is skipped."""
     where = line.where
     conversation = render(where, line.fields, tokenizer, with_spans=settings.responses_only)
-    ids, scored = _encode(where, conversation, tokenizer, responses_only=settings.responses_only)
+    ids, loss_mask = _encode(where, conversation, tokenizer, responses_only=settings.responses_only)
     if len(ids) > settings.length:
         if settings.too_long == "skip":
             return None
@@ -230,10 +230,10 @@ def _row(
                 f"{where}: has {len(ids)} tokens, a row {settings.length}; raise the length, or set too_long to "
                 "'cut' or 'skip'"
             )
-    ids, scored = ids[: settings.length], scored[: settings.length]
-    if not any(scored[1:]):
+    ids, loss_mask = ids[: settings.length], loss_mask[: settings.length]
+    if not any(loss_mask[1:]):
         raise InputError(f"{where}: none of its first {settings.length} tokens is a response to score; take it out")
-    return ids, scored
+    return ids, loss_mask
 
 
 def _encode(
@@ -245,14 +245,14 @@ def _encode(
         conversation.text, add_special_tokens=False, return_offsets_mapping=responses_only, verbose=False
     )
     ids = list(encoded["input_ids"])
-    scored = [True] * len(ids)
+    loss_mask = [True] * len(ids)
     if responses_only:
         # A token that begins before the response belongs to the prompt: generation could not have produced it.
-        scored = [any(a <= begin < b for a, b in conversation.spans) for begin, _ in encoded["offset_mapping"]]
+        loss_mask = [any(a <= begin < b for a, b in conversation.spans) for begin, _ in encoded["offset_mapping"]]
     if conversation.templated:
-        return ids, scored
+        return ids, loss_mask
     first, last = start_tokens(tokenizer), [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return [*first, *ids, *last], [*([False] * len(first)), *scored, *([True] * len(last))]
+    return [*first, *ids, *last], [*([False] * len(first)), *loss_mask, *([True] * len(last))]
 
 
 def _render_instruction(where: str, fields: Mapping[str, Any], tokenizer: Any, *, with_spans: bool) -> _Conversation:

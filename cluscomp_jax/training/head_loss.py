@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cluscomp_jax.config.settings import DistillationSettings
+from cluscomp_jax.config.settings import DistillationConfig
 from cluscomp_jax.core.losses import divergence, token_nll
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.models.model import Model
@@ -22,7 +22,7 @@ from cluscomp_jax.training.partition import join_group
 class TeacherHead(NamedTuple):
     """What a teacher's logits come from: its parameters outside the blocks, and its x [b, t, d] behind them."""
 
-    rest: Params
+    outer: Params
     x: jax.Array
 
 
@@ -42,7 +42,7 @@ class HeadLoss:
     at_once: int
     sharding: Sharding | None = None
     teacher: Model | None = None
-    distillation: DistillationSettings | None = None
+    distillation: DistillationConfig | None = None
 
     def __call__(
         self,
@@ -50,7 +50,7 @@ class HeadLoss:
         frozen: Params,
         x: jax.Array,
         targets: jax.Array,
-        scored: jax.Array,
+        loss_mask: jax.Array,
         teacher: TeacherHead | None = None,
     ) -> jax.Array:
         """Returns the loss summed over the scored positions, float32.
@@ -63,8 +63,8 @@ class HeadLoss:
           teacher: of the same tokens.
         """
         # Cast once: inside the loop it would be done for every chunk.
-        fixed = (_cast(frozen, x.dtype), None if teacher is None else _cast(teacher.rest, x.dtype))
-        rows = (targets, scored, None if teacher is None else teacher.x)
+        fixed = (_cast(frozen, x.dtype), None if teacher is None else _cast(teacher.outer, x.dtype))
+        rows = (targets, loss_mask, None if teacher is None else teacher.x)
         total: jax.Array = _summed(self, trained, x, fixed, rows)
         return total
 
@@ -79,14 +79,14 @@ def _cast(tree: Params, dtype: Any) -> Params:
 
 def _chunk_loss(loss: HeadLoss, trained: Params, x: jax.Array, fixed: Any, rows: Any) -> jax.Array:
     frozen, teacher_rest = fixed
-    targets, scored, teacher_x = rows
+    targets, loss_mask, teacher_x = rows
     logits = loss.model.head(gathered(join_group(trained, frozen), loss.sharding), x)
     losses = token_nll(logits, targets)
     if loss.teacher is not None and loss.distillation is not None:
         share, temperature = loss.distillation.weight, loss.distillation.temperature
         apart = divergence(loss.teacher.head(teacher_rest, teacher_x), logits, temperature)
         losses = (1 - share) * losses + share * temperature**2 * apart
-    return jnp.sum(jnp.where(scored, losses, 0.0))
+    return jnp.sum(jnp.where(loss_mask, losses, 0.0))
 
 
 def _chunks(loss: HeadLoss, tree: Any) -> Any:

@@ -35,7 +35,7 @@ class Span:
 
     first: int
     count: int
-    kind: Hashable
+    layer_type: Hashable
 
     @property
     def name(self) -> str:
@@ -87,7 +87,7 @@ def split_params(
     Args:
       source: the whole model; read once, block by block.
       model: the decoder.
-      trainable: regular expressions, as in `TrainingSettings`.
+      trainable: regular expressions, as in `TrainingConfig`.
       sharding: of several devices.
 
     Raises:
@@ -102,12 +102,12 @@ def split_params(
         host = jax.tree.map(lambda array: np.asarray(array, dtype), leaf)
         return jax.tree.map(jnp.asarray, host) if sharding is None else sharding.put(name, host)
 
-    return _split(blocks, source.load_rest(), model, trainable, sharding, stack, put)
+    return _split(blocks, source.load_outer(), model, trainable, sharding, stack, put)
 
 
 def split_shapes(
     blocks: Iterable[Params],
-    rest: Params,
+    outer: Params,
     model: Model,
     trainable: Sequence[str],
     sharding: Sharding | None = None,
@@ -123,7 +123,7 @@ def split_shapes(
 
         return jax.tree.map(one, leaf) if sharding is None else jax.tree.map(one, leaf, sharding.of(name, leaf))
 
-    return _split(blocks, rest, model, trainable, sharding, stack, put)
+    return _split(blocks, outer, model, trainable, sharding, stack, put)
 
 
 def _split(
@@ -138,12 +138,12 @@ def _split(
     """Returns both trees and the layout; `stack` joins arrays of a span, `put` places a leaf in a dtype or its own."""
     chosen = _Choice(trainable)
     parts = [chosen.part(f"{model.blocks_path}/{i}/", block) for i, block in enumerate(blocks)]
-    rest = chosen.part("", outside)
+    outer = chosen.part("", outside)
     chosen.refuse_unused()
     spans = _spans(model, parts)
     trained, frozen, dtypes = {}, {}, {}
     groups = [(span.name, parts[span.first : span.first + span.count], stack) for span in spans]
-    for group, members, joined in [(REST, [rest], _alone), *groups]:
+    for group, members, joined in [(REST, [outer], _alone), *groups]:
         masters, others = (_stacked([member[side] for member in members], joined) for side in (0, 1))
         for path, leaf in masters:
             name = f"{group}/{path}"
@@ -157,11 +157,11 @@ def _split(
 
 def _spans(model: Model, parts: Sequence[_Parts]) -> tuple[Span, ...]:
     """Returns the spans of all blocks, of whose trees `parts` are made."""
-    signatures = [(model.block_kind(i), _signature(*part)) for i, part in enumerate(parts)]
+    signatures = [(model.layer_type(i), _signature(*part)) for i, part in enumerate(parts)]
     spans = []
-    for (kind, _), numbers in itertools.groupby(range(len(parts)), key=signatures.__getitem__):
+    for (layer_type, _), numbers in itertools.groupby(range(len(parts)), key=signatures.__getitem__):
         members = list(numbers)
-        spans.append(Span(members[0], len(members), kind))
+        spans.append(Span(members[0], len(members), layer_type))
     return tuple(spans)
 
 
@@ -188,7 +188,7 @@ class _Choice:
                 raise InputError(f"{prefix + name!r} is {values.dtype}; only floating arrays can train")
             if coded:
                 frozen[path] = dataclasses.replace(leaf, codebook=None)
-            if not coded or leaf.codebook_of is None:
+            if not coded or leaf.tied_to is None:
                 trained[name] = values
         return trained, frozen
 

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import optax
 from jax.ad_checkpoint import checkpoint_name
 
-from cluscomp_jax.config.settings import TrainingSettings, compute_dtype_of
+from cluscomp_jax.config.settings import TrainingConfig, compute_dtype_of
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.models.sharding import REST, Sharding, gathered, hold
 from cluscomp_jax.training.head_loss import HeadLoss, TeacherHead
 from cluscomp_jax.training.partition import Layout, Teacher, join_group
 from cluscomp_jax.tuning.optimizer import make_optimizer
-from pallas_kernels.codebook_matmul import FAST_GRADIENTS
+from pallas_kernels.codebook_matmul import ATOMIC_GRADIENTS
 
 HEAD_POSITIONS = 128
 """Positions whose logits exist at one time on a device; where it has more rows, one position of each."""
@@ -56,18 +56,18 @@ class StepMetrics(NamedTuple):
 
     loss: jax.Array
     gradient_norm: jax.Array
-    scored: jax.Array
+    loss_mask: jax.Array
     finite: jax.Array
 
 
 @partial(jax.jit, static_argnames=("settings", "sharding"))
-def init_state(trained: Params, *, settings: TrainingSettings, sharding: Sharding | None = None) -> TrainState:
+def init_state(trained: Params, *, settings: TrainingConfig, sharding: Sharding | None = None) -> TrainState:
     """Returns the state before the first step of these float32 masters, which lie as `sharding` says."""
     optimizer = _optimizer(settings).init(trained)
     return _kept(TrainState(trained, optimizer, jnp.array(0, jnp.int32)), settings, sharding)
 
 
-def state_places(state: TrainState, *, settings: TrainingSettings, sharding: Sharding) -> Any:
+def state_places(state: TrainState, *, settings: TrainingConfig, sharding: Sharding) -> Any:
     """Returns a TrainState of where its arrays lie: masters as `sharding` says, moments where their masters do."""
     places = trees.map_by_path(sharding.of, state.trained)
     moments = optax.tree_map_params(
@@ -81,7 +81,7 @@ def state_places(state: TrainState, *, settings: TrainingSettings, sharding: Sha
     return TrainState(places, moments, everywhere)
 
 
-def _kept(state: TrainState, settings: TrainingSettings, sharding: Sharding | None) -> TrainState:
+def _kept(state: TrainState, settings: TrainingConfig, sharding: Sharding | None) -> TrainState:
     """Returns the state, held where it lies."""
     if sharding is None:
         return state
@@ -93,15 +93,15 @@ def summed_loss(
     trained: Params,
     frozen: Params,
     tokens: jax.Array,
-    scored: jax.Array,
+    loss_mask: jax.Array,
     teacher: Teacher | None = None,
     *,
     layout: Layout,
-    settings: TrainingSettings,
+    settings: TrainingConfig,
 ) -> jax.Array:
     """Returns the loss summed over the scored tokens, float32.
 
-    That of a token is -log p(token | tokens before it), nats; with a teacher, as `DistillationSettings` mix it.
+    That of a token is -log p(token | tokens before it), nats; with a teacher, as `DistillationConfig` mix it.
 
     Args:
       trained: of `split_params`.
@@ -118,19 +118,19 @@ def summed_loss(
         seen = _through_blocks({}, teacher.params, tokens, layout=teacher.layout, settings=settings)
         followed = TeacherHead(gathered(teacher.params[REST], teacher.layout.sharding), seen[:, :-1])
         loss = dataclasses.replace(loss, teacher=teacher.layout.model, distillation=settings.distillation)
-    with FAST_GRADIENTS(settings.fast_gradients):
+    with ATOMIC_GRADIENTS(settings.atomic_gradients):
         x = _through_blocks(trained, frozen, tokens, layout=layout, settings=settings)
         # What is frozen is gathered once, not for every chunk of the loss.
-        rest = (trained.get(REST, {}), gathered(frozen.get(REST, {}), layout.sharding))
-        return loss(*rest, x[:, :-1], tokens[:, 1:], scored[:, 1:], followed)
+        outer = (trained.get(REST, {}), gathered(frozen.get(REST, {}), layout.sharding))
+        return loss(*outer, x[:, :-1], tokens[:, 1:], loss_mask[:, 1:], followed)
 
 
 def _through_blocks(
-    trained: Params, frozen: Params, tokens: jax.Array, *, layout: Layout, settings: TrainingSettings
+    trained: Params, frozen: Params, tokens: jax.Array, *, layout: Layout, settings: TrainingConfig
 ) -> jax.Array:
     """Returns x [b, t, d] behind the last block."""
     model, sharding = layout.model, layout.sharding
-    policy = _ON_HOST if settings.offload_inputs else _POLICIES[settings.recompute]
+    policy = _ON_HOST if settings.offload_inputs else _POLICIES[settings.remat_policy]
 
     def joined(trained: Params, frozen: Params) -> Params:
         return gathered(join_group(trained, frozen), sharding)
@@ -138,13 +138,15 @@ def _through_blocks(
     def by_rows(x: jax.Array) -> jax.Array:
         return x if sharding is None else sharding.by_rows(x)
 
-    rest = joined(trained.get(REST, {}), frozen.get(REST, {}))
-    x = by_rows(model.embed(rest, tokens, dtype=jnp.dtype(compute_dtype_of(settings))))
+    outer = joined(trained.get(REST, {}), frozen.get(REST, {}))
+    x = by_rows(model.embed(outer, tokens, dtype=jnp.dtype(compute_dtype_of(settings))))
     for span in layout.spans:
 
-        def block(x: jax.Array, parts: tuple[Params, Params], kind: Any = span.kind) -> tuple[jax.Array, None]:
+        def block(
+            x: jax.Array, parts: tuple[Params, Params], layer_type: Any = span.layer_type
+        ) -> tuple[jax.Array, None]:
             x = checkpoint_name(x, _BLOCK_INPUT)  # type: ignore[no-untyped-call]
-            return by_rows(model.block(joined(*parts), x, kind=kind)), None
+            return by_rows(model.block(joined(*parts), x, layer_type=layer_type)), None
 
         stacked = (trained.get(span.name, {}), frozen.get(span.name, {}))
         # Inside a scan XLA cannot merge the second forward pass with the first, so no barrier is needed.
@@ -157,11 +159,11 @@ def train_step(
     state: TrainState,
     frozen: Params,
     tokens: jax.Array,
-    scored: jax.Array,
+    loss_mask: jax.Array,
     teacher: Teacher | None = None,
     *,
     layout: Layout,
-    settings: TrainingSettings,
+    settings: TrainingConfig,
 ) -> tuple[TrainState, StepMetrics]:
     """Returns (next state, what was measured before it). A step that is not finite leaves the state as it was.
 
@@ -180,15 +182,15 @@ def train_step(
         return jax.tree.map(jnp.add, totals, jax.value_and_grad(loss_of)(state.trained, frozen, *batch, teacher)), None
 
     nothing = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.trained))
-    (total, gradients), _ = jax.lax.scan(add, nothing, (tokens, scored))
+    (total, gradients), _ = jax.lax.scan(add, nothing, (tokens, loss_mask))
     # Of the sum the derivatives stay in float16's range; of the mean over many tokens they would not.
-    count = jnp.maximum(jnp.sum(scored[..., 1:]), 1)
+    count = jnp.maximum(jnp.sum(loss_mask[..., 1:]), 1)
     gradients = jax.tree.map(lambda gradient: gradient / count, gradients)
     loss, norm = total / count, optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, optimizer = _optimizer(settings).update(gradients, state.optimizer, state.trained)
     stepped = TrainState(
-        optax.apply_updates(state.trained, _scaled(updates, settings.vector_rate)), optimizer, state.step + 1
+        optax.apply_updates(state.trained, _scaled(updates, settings.vector_lr_scale)), optimizer, state.step + 1
     )
     kept = jax.tree.map(partial(jnp.where, finite), stepped, state)
     return _kept(kept, settings, layout.sharding), StepMetrics(loss, norm, count, finite)
@@ -199,23 +201,29 @@ def _stacked(name: str) -> bool:
     return not name.startswith(f"{REST}/")
 
 
-def _optimizer(settings: TrainingSettings) -> optax.GradientTransformation:
+def _optimizer(settings: TrainingConfig) -> optax.GradientTransformation:
     return make_optimizer(settings, settings.steps, stacked=_stacked)
 
 
-def _scaled(updates: Params, vector_rate: float) -> Params:
+def _scaled(updates: Params, vector_lr_scale: float) -> Params:
     """A vector is shared by all outputs, so it moves less than a codebook; scaling updates scales AdamW's rate."""
 
     def scaled(name: str, update: jax.Array) -> jax.Array:
-        return update if update.ndim - _stacked(name) > 1 else vector_rate * update
+        return update if update.ndim - _stacked(name) > 1 else vector_lr_scale * update
 
     return trees.map_by_path(scaled, updates)
 
 
 @partial(jax.jit, static_argnames=("layout", "settings"))
 def evaluate_step(
-    trained: Params, frozen: Params, tokens: jax.Array, scored: jax.Array, *, layout: Layout, settings: TrainingSettings
+    trained: Params,
+    frozen: Params,
+    tokens: jax.Array,
+    loss_mask: jax.Array,
+    *,
+    layout: Layout,
+    settings: TrainingConfig,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (summed -log p, scored tokens) of one batch int32 [b, t]."""
-    total = summed_loss(trained, frozen, tokens, scored, layout=layout, settings=settings)
-    return total, jnp.sum(scored[:, 1:])
+    total = summed_loss(trained, frozen, tokens, loss_mask, layout=layout, settings=settings)
+    return total, jnp.sum(loss_mask[:, 1:])

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cluscomp_jax.config.settings import TuningSettings, compute_dtype_of
+from cluscomp_jax.config.settings import BlockTuningConfig, compute_dtype_of
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.core.losses import mean_squared_error
@@ -24,10 +24,10 @@ from cluscomp_jax.models.model import Model
 from cluscomp_jax.models.sharding import Sharding, gathered, put_samples, put_whole
 from cluscomp_jax.runtime.reporter import Reporter
 from cluscomp_jax.tuning.optimizer import make_optimizer
-from pallas_kernels.codebook_matmul import FAST_GRADIENTS
+from pallas_kernels.codebook_matmul import ATOMIC_GRADIENTS
 
 Trainable = dict[str, jax.Array]
-"""Float32 masters by block-relative path: codebooks [n, g], and with `TuningSettings.norms` vectors [d]."""
+"""Float32 masters by block-relative path: codebooks [n, g], and with `BlockTuningConfig.norms` vectors [d]."""
 
 _NORM_RATE = 0.1
 """The learning rate of vectors as a share of that of codebooks."""
@@ -73,14 +73,14 @@ def split_trainable(block: Params, *, norms: bool) -> tuple[Trainable, dict[str,
     for path, leaf in flat.items():
         if isinstance(leaf, CodebookArray):
             flat[path] = dataclasses.replace(leaf, codebook=None)
-            if leaf.codebook_of is None:
+            if leaf.tied_to is None:
                 trained[path] = leaf.codebook
         elif norms and len(leaf.shape) == 1:
             trained[path] = leaf
     return trained, flat
 
 
-def join_trainable(trained: Trainable, rest: dict[str, Any]) -> Params:
+def join_trainable(trained: Trainable, outer: dict[str, Any]) -> Params:
     """Undoes `split_trainable`."""
 
     def joined(path: str, leaf: Any) -> Any:
@@ -88,17 +88,19 @@ def join_trainable(trained: Trainable, rest: dict[str, Any]) -> Params:
             return dataclasses.replace(leaf, codebook=trained[leaf.owner(path)])
         return trained.get(path, leaf)
 
-    return trees.unflatten({path: joined(path, leaf) for path, leaf in rest.items()})
+    return trees.unflatten({path: joined(path, leaf) for path, leaf in outer.items()})
 
 
 @partial(jax.jit, static_argnames=("settings", "total_steps"))
-def init_state(trained: Trainable, *, settings: TuningSettings, total_steps: int) -> StepState:
+def init_state(trained: Trainable, *, settings: BlockTuningConfig, total_steps: int) -> StepState:
     """Returns the state before the first step: float32 masters of what is trained."""
     masters = {path: value.astype(jnp.float32) for path, value in trained.items()}
     return StepState(masters, make_optimizer(settings, total_steps).init(masters), jnp.array(True))
 
 
-@partial(jax.jit, static_argnames=("model", "kind", "settings", "total_steps", "sharding"), donate_argnames="state")
+@partial(
+    jax.jit, static_argnames=("model", "layer_type", "settings", "total_steps", "sharding"), donate_argnames="state"
+)
 def tuning_step(
     state: StepState,
     frozen: dict[str, Any],
@@ -106,8 +108,8 @@ def tuning_step(
     targets: tuple[jax.Array, ...],
     *,
     model: Model,
-    kind: Hashable,
-    settings: TuningSettings,
+    layer_type: Hashable,
+    settings: BlockTuningConfig,
     total_steps: int,
     sharding: Sharding | None = None,
 ) -> tuple[StepState, jax.Array]:
@@ -125,7 +127,9 @@ def tuning_step(
     scale = float(2 ** (x.size.bit_length() - 1)) if compute_dtype_of(settings) == "float16" else 1.0
 
     def loss_of(trained: Trainable) -> tuple[jax.Array, jax.Array]:
-        loss = block_loss(trained, frozen, x, targets, model=model, kind=kind, settings=settings, sharding=sharding)
+        loss = block_loss(
+            trained, frozen, x, targets, model=model, layer_type=layer_type, settings=settings, sharding=sharding
+        )
         return scale * loss, loss
 
     (_, loss), scaled = jax.value_and_grad(loss_of, has_aux=True)(state.trained)
@@ -146,19 +150,21 @@ def block_loss(
     targets: tuple[jax.Array, ...],
     *,
     model: Model,
-    kind: Hashable,
-    settings: TuningSettings,
+    layer_type: Hashable,
+    settings: BlockTuningConfig,
     sharding: Sharding | None = None,
 ) -> jax.Array:
     """Returns the sum over targets of the mean squared error of block(x), float32 scalar (paper eq. 4)."""
-    with FAST_GRADIENTS(settings.fast_gradients):
+    with ATOMIC_GRADIENTS(settings.atomic_gradients):
         block = gathered(join_trainable(trained, frozen), sharding)
-        y = model.block(block, x.astype(compute_dtype_of(settings)), kind=kind)
-    losses = [mean_squared_error(y, target, outlier_limit=settings.outlier_limit) for target in targets]
+        y = model.block(block, x.astype(compute_dtype_of(settings)), layer_type=layer_type)
+    losses = [
+        mean_squared_error(y, target, massive_activation_limit=settings.massive_activation_limit) for target in targets
+    ]
     return jnp.sum(jnp.stack(losses))
 
 
-evaluate_block = partial(jax.jit, static_argnames=("model", "kind", "settings", "sharding"))(block_loss)
+evaluate_block = partial(jax.jit, static_argnames=("model", "layer_type", "settings", "sharding"))(block_loss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,8 +172,8 @@ class _Problem:
     """One block's frozen part and its data, ready to be stepped and scored."""
 
     model: Model
-    kind: Hashable
-    settings: TuningSettings
+    layer_type: Hashable
+    settings: BlockTuningConfig
     frozen: dict[str, Any]
     inputs: ActivationStore
     targets: tuple[ActivationStore, ...]
@@ -176,7 +182,7 @@ class _Problem:
 
     def _fixed(self, x: jax.Array) -> dict[str, Any]:
         sharding = self.sharding if self.sharding is not None and self.sharding.splits(len(x)) else None
-        return {"model": self.model, "kind": self.kind, "settings": self.settings, "sharding": sharding}
+        return {"model": self.model, "layer_type": self.layer_type, "settings": self.settings, "sharding": sharding}
 
     def batch(self, where: slice | np.ndarray) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Returns (inputs, targets) of some samples, on the device."""
@@ -204,11 +210,11 @@ class _Problem:
 
 def tune_block(
     model: Model,
-    kind: Hashable,
+    layer_type: Hashable,
     block: Params,
     inputs: ActivationStore,
     targets: tuple[ActivationStore, ...],
-    settings: TuningSettings,
+    settings: BlockTuningConfig,
     *,
     rng: np.random.Generator,
     reporter: Reporter,
@@ -217,7 +223,7 @@ def tune_block(
     """Returns (the block with tuned float32 codebooks, what happened).
 
     The last `settings.held_out` samples are never stepped on; they choose among the start and the epochs. Without
-    them see `TuningSettings`.
+    them see `BlockTuningConfig`.
 
     Args:
       block: compressed parameters, block-relative paths; at least one CodebookArray.
@@ -227,15 +233,18 @@ def tune_block(
       sharding: of the samples of a batch, where several devices share them; the block is whole on each.
     """
     trained, frozen = split_trainable(put_whole(block, sharding), norms=settings.norms)
-    stepped, held_out = range(len(inputs) - settings.held_out), range(len(inputs) - settings.held_out, len(inputs))
+    stepped, validation_samples = (
+        range(len(inputs) - settings.validation_samples),
+        range(len(inputs) - settings.validation_samples, len(inputs)),
+    )
     steps_per_epoch = len(stepped) // settings.batch_size
     total_steps = max(settings.epochs * steps_per_epoch, 1)
-    problem = _Problem(model, kind, settings, frozen, inputs, targets, total_steps, sharding)
+    problem = _Problem(model, layer_type, settings, frozen, inputs, targets, total_steps, sharding)
     state = init_state(trained, settings=settings, total_steps=total_steps)
     start = jax.tree.map(jnp.copy, state.trained)
     best, chosen = start, 0
     loss_before = problem.mean_loss(start, stepped)
-    held_out_losses = [problem.mean_loss(start, held_out)] if held_out else []
+    held_out_losses = [problem.mean_loss(start, validation_samples)] if validation_samples else []
     epoch_losses: list[float] = []
     while len(epoch_losses) < settings.epochs and bool(state.alive):
         order = rng.permutation(len(stepped))[: steps_per_epoch * settings.batch_size]
@@ -247,11 +256,11 @@ def tune_block(
             losses.append(loss)
             reporter.advance()
         epoch_losses.append(float(np.mean(jax.device_get(losses))))
-        if held_out and bool(state.alive):
-            held_out_losses.append(problem.mean_loss(state.trained, held_out))
+        if validation_samples and bool(state.alive):
+            held_out_losses.append(problem.mean_loss(state.trained, validation_samples))
             if held_out_losses[-1] < min(held_out_losses[:-1]):
                 best, chosen = jax.tree.map(jnp.copy, state.trained), len(epoch_losses)
-    if not held_out and epoch_losses:
+    if not validation_samples and epoch_losses:
         # The last good step counts unless it is worse than no step at all.
         suspect = not bool(state.alive) or epoch_losses[-1] > loss_before
         if not suspect or problem.mean_loss(state.trained, stepped) < loss_before:

@@ -14,7 +14,7 @@ _LEAST_RMS = 1e-6
 
 
 class OptimizerSettings(Protocol):
-    """What the optimiser reads of a stage's settings; `TuningSettings` says what each means."""
+    """What the optimiser reads of a stage's settings; `BlockTuningConfig` says what each means."""
 
     @property
     def learning_rate(self) -> float: ...  # noqa: D102

@@ -1,6 +1,6 @@
 """x @ W where W is stored as a codebook and an index."""
 
-from pallas_kernels.codebook_matmul.api import FAST_GRADIENTS, IMPLEMENTATION, codebook_matmul
+from pallas_kernels.codebook_matmul.api import ATOMIC_GRADIENTS, IMPLEMENTATION, codebook_matmul
 from pallas_kernels.codebook_matmul.definition import decode
 
-__all__ = ["FAST_GRADIENTS", "IMPLEMENTATION", "codebook_matmul", "decode"]
+__all__ = ["ATOMIC_GRADIENTS", "IMPLEMENTATION", "codebook_matmul", "decode"]

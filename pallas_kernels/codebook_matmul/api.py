@@ -22,8 +22,8 @@ MAX_CODES = 65536
 MAX_GROUP = 32
 IMPLEMENTATION: Any = jax.make_user_context(None)  # type: ignore[no-untyped-call]
 """What `implementation=None` means; `with IMPLEMENTATION("definition"):` changes it for the programs traced inside."""
-FAST_GRADIENTS: Any = jax.make_user_context(False)  # type: ignore[no-untyped-call]
-"""What `fast_gradients=None` means, likewise."""
+ATOMIC_GRADIENTS: Any = jax.make_user_context(False)  # type: ignore[no-untyped-call]
+"""What `atomic_gradients=None` means, likewise."""
 _KERNEL_DTYPES = ("float32", "bfloat16", "float16")
 _LOG = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class _Op:
     shape: tuple[int, int]
     axis: Axis
     implementation: Implementation | None
-    fast_gradients: bool
+    atomic_gradients: bool
 
 
 def codebook_matmul(
@@ -46,7 +46,7 @@ def codebook_matmul(
     shape: tuple[int, int],
     axis: Axis,
     implementation: Implementation | None = None,
-    fast_gradients: bool | None = None,
+    atomic_gradients: bool | None = None,
 ) -> jax.Array:
     """Returns x @ W, shape [..., d_out], in the dtype of x, W decoded from codebook and index.
 
@@ -61,8 +61,8 @@ def codebook_matmul(
         "interpret" runs the same kernels step by step on any device, for tests. None: as `IMPLEMENTATION` says; if
         that says None, the kernels where the program is compiled for a CUDA device and they can serve it, else the
         definition. The results of all agree within the rounding of the dtype of x.
-      fast_gradients: the kernels add up the codebook's gradient by atomic additions. That saves sorting and memory;
-        but two runs differ in the last bits. False: every result is reproducible. None: as `FAST_GRADIENTS` says.
+      atomic_gradients: the kernels add up the codebook's gradient by atomic additions. That saves sorting and memory;
+        but two runs differ in the last bits. False: every result is reproducible. None: as `ATOMIC_GRADIENTS` says.
 
     Differentiable in x and codebook; the index has no gradient.
 
@@ -74,7 +74,7 @@ def codebook_matmul(
     _check(x, codebook, index, shape, axis, implementation)
     if implementation == "triton" and (reason := _hindrance(x)):
         raise NotImplementedError(f"codebook_matmul: no kernel: {reason}")
-    fast = FAST_GRADIENTS.value if fast_gradients is None else fast_gradients
+    fast = ATOMIC_GRADIENTS.value if atomic_gradients is None else atomic_gradients
     return _matmul(_Op(shape, axis, implementation, fast), x, codebook, index)
 
 
@@ -183,7 +183,7 @@ def _codebook_gradient(op: _Op, x: jax.Array, dy: jax.Array, codebook: jax.Array
     def kernels(x: jax.Array, dy: jax.Array, index: jax.Array) -> jax.Array:
         module, interpret = _kernels(), op.implementation == "interpret"
         total: jax.Array
-        if op.fast_gradients:
+        if op.atomic_gradients:
             tile = config.scatter_config(x.dtype.itemsize)
             total = module.scatter_gradient(
                 x, dy, index, num_codes=n, g=g, axis=op.axis, tile=tile, interpret=interpret

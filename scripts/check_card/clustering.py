@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from check_card.step import Step
 from cluscomp_jax import kmeans
-from cluscomp_jax.clustering.error_feedback import Feedback, assign_with_feedback, factorise
-from cluscomp_jax.clustering.refine import curvature_of, improved_index, least_squares_codebook
+from cluscomp_jax.clustering.error_feedback import HessianFactor, assign_with_error_feedback, factor_hessian
+from cluscomp_jax.clustering.refine import curvature_of, reassign_codes, update_codebook
 
 G = 4
 _CHANNELS = 128
@@ -46,7 +46,7 @@ def run(step: Step) -> None:
     power = float(jnp.sum(jnp.square(weight)))
     error = stats.inertia[-1] / power
     shared = {**sizes, "iterations": iterations, "relative_error": error, "certified": stats.certified}
-    step.fact("k-means, compilation included", seconds=first, refills=stats.refills, **shared)
+    step.fact("k-means, compilation included", seconds=first, reseeded=stats.reseeded, **shared)
     _, warm = seconds_of(fit)
     each = warm / len(vectors) / iterations
     step.fact("k-means, warm", seconds=warm, seconds_per_vector_and_iteration=each, **shared)
@@ -75,20 +75,20 @@ def _feedback(step: Step, weight: jax.Array, codebook: jax.Array) -> None:
     channels = len(weight)
     factor = jax.random.normal(jax.random.key(2), (channels, channels)) / channels**0.5
     moments = jnp.eye(channels) + jnp.dot(factor, factor.T, precision="highest")
-    _, first = seconds_of(lambda: factorise(moments))
-    feedback, warm = seconds_of(lambda: factorise(moments))
+    _, first = seconds_of(lambda: factor_hessian(moments))
+    factor, warm = seconds_of(lambda: factor_hessian(moments))
     step.fact("root of the moments", channels=channels, seconds=warm, seconds_with_compilation=first)
-    forest, planted = seconds_of(lambda: kmeans.plant_forest(codebook, jax.random.key(3)))
+    code_index, planted = seconds_of(lambda: kmeans.build_code_index(codebook, jax.random.key(3)))
     step.fact("forest of the codes", seconds_with_compilation=planted, codes=len(codebook))
     rows = min(_CHANNELS, channels)
-    part = factorise(moments[:rows, :rows])
-    took, compiling = _feed_back(step, weight[:rows], codebook, part, forest, "slice", channels)
+    part = factor_hessian(moments[:rows, :rows])
+    took, compiling = _feed_back(step, weight[:rows], codebook, part, code_index, "slice", channels)
     if rows < channels and took * channels / rows + compiling < 0.8 * step.remaining:
-        _feed_back(step, weight, codebook, feedback, forest, "whole", channels)
+        _feed_back(step, weight, codebook, factor, code_index, "whole", channels)
 
 
 def _feed_back(
-    step: Step, weight: jax.Array, codebook: jax.Array, feedback: Feedback, forest: Any, what: str, channels: int
+    step: Step, weight: jax.Array, codebook: jax.Array, factor: HessianFactor, code_index: Any, what: str, channels: int
 ) -> tuple[float, float]:
     """Tells the seconds of feedback and of a pass of refitting; returns (seconds of both, of their compilation)."""
     rows, outputs = weight.shape
@@ -99,15 +99,15 @@ def _feed_back(
         times = {"seconds": took, "compilation_seconds": compiling, "seconds_per_channel": took / rows}
         step.fact(name, **times, **({} if rows == channels else scaled), **sizes)
 
-    arguments = (weight, codebook, feedback)
-    assign, first = seconds_of_compiling(assign_with_feedback.lower(*arguments, g=G, forest=forest))
-    index, took = seconds_of(lambda: assign(*arguments, forest=forest))
+    arguments = (weight, codebook, factor)
+    assign, first = seconds_of_compiling(assign_with_error_feedback.lower(*arguments, g=G, code_index=code_index))
+    index, took = seconds_of(lambda: assign(*arguments, code_index=code_index))
     tell("error feedback", took, first)
-    curvature = curvature_of(feedback)
+    curvature = curvature_of(factor)
     chosen = (weight, codebook, index, curvature)
-    improve, second = seconds_of_compiling(improved_index.lower(*chosen, g=G, forest=forest))
-    solve, third = seconds_of_compiling(least_squares_codebook.lower(*chosen))
-    _, codes_took = seconds_of(lambda: improve(*chosen, forest=forest))
+    improve, second = seconds_of_compiling(reassign_codes.lower(*chosen, g=G, code_index=code_index))
+    solve, third = seconds_of_compiling(update_codebook.lower(*chosen))
+    _, codes_took = seconds_of(lambda: improve(*chosen, code_index=code_index))
     _, codebook_took = seconds_of(lambda: solve(*chosen))
     step.fact("of one pass of refitting", new_codes_seconds=codes_took, new_codebook_seconds=codebook_took, **sizes)
     tell("one pass of refitting", codes_took + codebook_took, second + third)

@@ -42,7 +42,7 @@ class RandomSource:
 
     def load_block(self, i: int) -> Params:
         """Returns block i."""
-        kernels = {path for paths in self.model.sites.values() for path in paths}
+        kernels = {path for paths in self.model.input_groups.values() for path in paths}
         return trees.unflatten(
             {
                 path: self._matrix((shape[0], shape[1]), key) if path in kernels else self._dense(path, shape, key)
@@ -50,9 +50,9 @@ class RandomSource:
             }
         )
 
-    def load_rest(self) -> Params:
+    def load_outer(self) -> Params:
         """Returns what lies outside the blocks."""
-        shapes = self._keyed(self.model.rest_shapes(), self.model.num_blocks)
+        shapes = self._keyed(self.model.outer_shapes(), self.model.num_blocks)
         return trees.unflatten({path: self._dense(path, shape, key) for (path, shape), key in shapes})
 
     def fingerprint(self) -> str:
@@ -75,7 +75,7 @@ class RandomSource:
     def bits(self) -> float:
         """Stored bits per weight of the matrices of a block."""
         shapes = self.model.block_shapes(0)
-        matrices = [shapes[path] for paths in self.model.sites.values() for path in paths]
+        matrices = [shapes[path] for paths in self.model.input_groups.values() for path in paths]
         stored = sum(stored_bits((a, b), g=self.g, num_codes=self.num_codes, axis="out") for a, b in matrices)
         return stored / sum(a * b for a, b in matrices)
 
@@ -85,22 +85,22 @@ def run(step: Step) -> None:
     model = build_model(parse_model_config(TINY if step.dry else LLAMA_2_7B))
     codes = 64 if step.dry else 65500
     took = 0.0
-    for g, materialize in ((4, "call"), (8, "call"), (4, "once"))[: 2 if step.dry else None]:
+    for g, decode_weights in ((4, "call"), (8, "call"), (4, "once"))[: 2 if step.dry else None]:
         before = step.remaining
         if took > before and not step.dry:
-            step.fact("left out", g=g, materialize=materialize, why="no time is left")
+            step.fact("left out", g=g, decode_weights=decode_weights, why="no time is left")
             continue
-        _measure(step, RandomSource(model, g, codes), materialize)
+        _measure(step, RandomSource(model, g, codes), decode_weights)
         took = before - step.remaining
 
 
-def _measure(step: Step, source: RandomSource, materialize: Any) -> None:
+def _measure(step: Step, source: RandomSource, decode_weights: Any) -> None:
     prompt, long, new = (8, 32, 4) if step.dry else (16, 2048, 32)
-    sizes = {"g": source.g, "codes": source.num_codes, "bits": source.bits, "materialize": materialize}
+    sizes = {"g": source.g, "codes": source.num_codes, "bits": source.bits, "decode_weights": decode_weights}
     began = time.perf_counter()
-    decoder = Decoder.load(source, source.model, dtype="bfloat16", materialize=materialize)
-    jax.block_until_ready((decoder.rest, decoder.blocks))  # type: ignore[no-untyped-call]
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves((decoder.rest, decoder.blocks)))
+    decoder = Decoder.load(source, source.model, dtype="bfloat16", decode_weights=decode_weights)
+    jax.block_until_ready((decoder.outer, decoder.blocks))  # type: ignore[no-untyped-call]
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves((decoder.outer, decoder.blocks)))
     step.fact("model", **sizes, parameter_bytes=held, seconds_to_make=time.perf_counter() - began)
     rng = np.random.default_rng(0)
     vocab = source.model.config.vocab_size

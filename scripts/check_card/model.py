@@ -17,8 +17,8 @@ import cluscomp_jax
 from check_card.generation import LLAMA_2_7B, TINY
 from check_card.step import Step
 from cluscomp_jax import data
-from cluscomp_jax.config.run import RunConfig
-from cluscomp_jax.config.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
+from cluscomp_jax.config.run import CompressConfig
+from cluscomp_jax.config.settings import BlockTuningConfig, CalibrationConfig, ClusterConfig, CompressionRule
 from cluscomp_jax.core import trees
 from cluscomp_jax.evaluation.perplexity import perplexity
 from cluscomp_jax.inference.decoder import generate
@@ -28,8 +28,8 @@ from cluscomp_jax.models.model import Model, build_model, parameter_shapes, pars
 from cluscomp_jax.models.source import DictSink, DictSource
 from cluscomp_jax.pipeline import CompressionSummary, compress_stream
 from cluscomp_jax.plan.program import Memory, compile_program
-from cluscomp_jax.plan.setting import kinds_of_blocks
-from cluscomp_jax.plan.shapes import Place
+from cluscomp_jax.plan.setting import layer_types_of
+from cluscomp_jax.plan.shapes import AbstractDevice
 from cluscomp_jax.plan.stages import PER_BLOCK, largest_alike
 
 FIXTURE = Path(__file__).resolve().parents[2] / "tests" / "fixtures" / "tiny_llama"
@@ -72,17 +72,17 @@ def _small_model(step: Step) -> None:
     source = SafetensorsSource(FIXTURE, build_model(config))
     tokens = _text("wiki_train", 60_000)[: samples * length].reshape(samples, length)
     held_out = _text("wiki_test", 60_000)[:scored]
-    cfg = RunConfig(
+    cfg = CompressConfig(
         model=config,
-        cluster=ClusterSettings(
+        cluster=ClusterConfig(
             rules=(CompressionRule(pattern=_FEW if step.dry else _SOME, num_codes=16 if step.dry else 256),),
             iterations=1 if step.dry else 10,
-            refits=1,
-            sequential=not step.dry,
-            correction=not step.dry,
+            refine_rounds=1,
+            true_sequential=not step.dry,
+            drift_correction=not step.dry,
         ),
-        calibration=CalibrationSettings(samples=samples, length=length),
-        tuning=TuningSettings(epochs=1),
+        calibration=CalibrationConfig(samples=samples, length=length),
+        tuning=BlockTuningConfig(epochs=1),
     )
     began = time.perf_counter()
     compressed = cluscomp_jax.compress(source, cfg, calibration=tokens)
@@ -111,13 +111,15 @@ def _small_model(step: Step) -> None:
 def _same_tokens(step: Step, params: Any, config: Any, prompt: np.ndarray) -> None:
     """Tells whether this device and the CPU generate the same tokens; a near tie may part them, so none is wrong."""
     new = 3 if step.dry else 16
-    for materialize in ("call",) if step.dry else ("call", "once"):
-        options: dict[str, Any] = {"max_new_tokens": new, "materialize": materialize}
+    for decode_weights in ("call",) if step.dry else ("call", "once"):
+        options: dict[str, Any] = {"max_new_tokens": new, "decode_weights": decode_weights}
         here = generate(params, prompt, config, **options).tolist()
         with jax.default_device(jax.devices("cpu")[0]):
             there = generate(params, prompt, config, **options).tolist()
         alike = sum(a == b for a, b in zip(here, there, strict=True))
-        step.fact("greedy tokens", equal=here == there, alike=alike, materialize=materialize, device=here, cpu=there)
+        step.fact(
+            "greedy tokens", equal=here == there, alike=alike, decode_weights=decode_weights, device=here, cpu=there
+        )
 
 
 class _Progress:
@@ -186,12 +188,12 @@ _VOCAB = {"vocab_size": 2048}
 """Of the one-block model, in place of 32,000: its embeddings are not measured."""
 
 
-def _sized(step: Step, model: Model) -> tuple[RunConfig, str]:
+def _sized(step: Step, model: Model) -> tuple[CompressConfig, str]:
     """Returns the default recipe, cut down to the time that is left by what the step before measured, and why."""
     samples, length = (2, 16) if step.dry else (8, 2048)
     codes = 16 if step.dry else 65500
     shapes = model.block_shapes(0)
-    kernels = {path: shapes[path] for paths in model.sites.values() for path in paths}
+    kernels = {path: shapes[path] for paths in model.input_groups.values() for path in paths}
     choices = [(_ALL, 3, 20), (_ALL, 1, 10), (_ALL, 1, 4), (_ALL, 0, 4), (_ATTENTION, 1, 4), (_ATTENTION, 0, 4)]
     known = [
         step.known("kmeans", "error feedback"),
@@ -213,13 +215,13 @@ def _sized(step: Step, model: Model) -> tuple[RunConfig, str]:
             why = f"{needed:.0f} s foreseen, {step.remaining:.0f} s left, {_COMPILING:.0f} s of them for compiling"
             if needed + _COMPILING < step.remaining:
                 break
-    pattern, refits, iterations = choices[-1] if step.dry else chosen
+    pattern, refine_rounds, iterations = choices[-1] if step.dry else chosen
     rule = CompressionRule(pattern=pattern, num_codes=codes)
-    cfg = RunConfig(
+    cfg = CompressConfig(
         model=model.config,
-        cluster=ClusterSettings(rules=(rule,), refits=refits, iterations=1 if step.dry else iterations),
-        calibration=CalibrationSettings(samples=samples, length=length),
-        tuning=TuningSettings(epochs=1),
+        cluster=ClusterConfig(rules=(rule,), refine_rounds=refine_rounds, iterations=1 if step.dry else iterations),
+        calibration=CalibrationConfig(samples=samples, length=length),
+        tuning=BlockTuningConfig(epochs=1),
     )
     return cfg, why
 
@@ -233,9 +235,9 @@ def _random_params(model: Model) -> dict[str, Any]:
     return trees.unflatten(flat)
 
 
-def _plan(step: Step, model: Model, cfg: RunConfig, peak: int | None) -> None:
+def _plan(step: Step, model: Model, cfg: CompressConfig, peak: int | None) -> None:
     """Compiles the programs of the plan for this device, those that hold most first, and tells their memory."""
-    settings = kinds_of_blocks(model, cfg, Place(), 1)
+    settings = layer_types_of(model, cfg, AbstractDevice(), 1)
     stages_of_a_block = PER_BLOCK[1:2] if step.dry else PER_BLOCK
     programs = largest_alike(
         program for setting in settings for stage in stages_of_a_block for program in stage(setting)

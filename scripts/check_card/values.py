@@ -73,7 +73,9 @@ def compile_kernels(
 
     def program(x: jax.Array, codebook: jax.Array, index: jax.Array, dy: jax.Array) -> list[jax.Array]:
         def product(x: jax.Array, codebook: jax.Array, fast: bool = False) -> jax.Array:
-            return codebook_matmul(x, codebook, index, shape=shape, axis=axis, implementation=how, fast_gradients=fast)
+            return codebook_matmul(
+                x, codebook, index, shape=shape, axis=axis, implementation=how, atomic_gradients=fast
+            )
 
         def pulled(fast: bool) -> tuple[jax.Array, jax.Array]:
             dx, gradient = jax.vjp(lambda x, c: product(x, c, fast), x, codebook)[1](dy)

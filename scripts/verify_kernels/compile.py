@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from jaxlib.mlir import ir
 
-from cluscomp_jax.plan.shapes import Place
+from cluscomp_jax.plan.shapes import AbstractDevice
 from cluscomp_jax.plan.target import Target, compiling_for, find_target, placement
 from pallas_kernels import _compat
 
@@ -69,9 +69,9 @@ def lower(case: Case) -> Lowered:
 
 
 @functools.cache
-def _card(arch: str) -> tuple[Target, Place]:
+def _card(arch: str) -> tuple[Target, AbstractDevice]:
     target = find_target(CARDS[arch])
-    return target, Place(placement(target))
+    return target, AbstractDevice(placement(target))
 
 
 def assemble(case: Case, arch: str, dump: Path) -> tuple[Machine, int]:

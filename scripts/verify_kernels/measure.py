@@ -65,7 +65,7 @@ def compile_case(case: Case, *, implementation: Any = "triton", calls: int = _CA
       calls: copies that a program of a few rows has. A single such product takes less time than its launch, and its
         index would stay in the cache from one call to the next.
     """
-    fixed: dict[str, Any] = {"shape": case.shape, "axis": case.axis, "fast_gradients": case.kernel == "scatter"}
+    fixed: dict[str, Any] = {"shape": case.shape, "axis": case.axis, "atomic_gradients": case.kernel == "scatter"}
 
     def result(x: jax.Array, codebook: jax.Array, index: jax.Array, dy: jax.Array, how: Any) -> jax.Array:
         y, pull = jax.vjp(lambda x, c: codebook_matmul(x, c, index, **fixed, implementation=how), x, codebook)

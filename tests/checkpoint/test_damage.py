@@ -54,7 +54,7 @@ def test_a_flipped_byte_is_found_when_its_item_is_read(saved, name):
     source = open_checkpoint(saved)
     source.load_block(0)
     with pytest.raises(InputError, match="does not have the SHA-256"):
-        source.load_block(1) if name.startswith("blocks") else source.load_rest()
+        source.load_block(1) if name.startswith("blocks") else source.load_outer()
     with pytest.raises(InputError, match=name):
         load_checkpoint(saved)
 
@@ -182,7 +182,7 @@ def test_a_file_that_becomes_a_link_while_the_checkpoint_is_open_is_refused(save
     shutil.move(saved / name, saved.parent / "outside")
     (saved / name).symlink_to(saved.parent / "outside")
     with pytest.raises(InputError, match=f"{name} does not have the SHA-256"):
-        source.load_rest()
+        source.load_outer()
 
 
 def test_the_checkpoint_itself_may_be_named_by_a_link(saved):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from forgery import forge
 
-from cluscomp_jax import RunConfig, llama
+from cluscomp_jax import CompressConfig, llama
 from cluscomp_jax.checkpoint import inventory, orbax_items
 from cluscomp_jax.checkpoint.entries import MatrixEntry
 from cluscomp_jax.checkpoint.manifest import Contents, FileEntry
@@ -30,7 +30,7 @@ def tied(vocab_size):
 def constant(config):
     """Zeros everywhere, ones in norms."""
     model = llama.build(config)
-    flat = {f"model/layers/0/{p}": s for p, s in model.block_shapes(0).items()} | model.rest_shapes()
+    flat = {f"model/layers/0/{p}": s for p, s in model.block_shapes(0).items()} | model.outer_shapes()
     tree = {}
     for path, shape in flat.items():
         *folders, name = path.split("/")
@@ -75,7 +75,7 @@ def claim(root, rows):
 @pytest.fixture
 def saved(tmp_path):
     config = tied(64)
-    save_checkpoint(tmp_path / "out", constant(config), RunConfig(model=config), zstd=True)
+    save_checkpoint(tmp_path / "out", constant(config), CompressConfig(model=config), zstd=True)
     return tmp_path / "out"
 
 
@@ -97,7 +97,7 @@ def test_constants_within_the_allowance_load(saved):
 def test_a_model_of_constants_is_written_so_that_it_loads(tmp_path):
     config = tied(400_000)  # 98 MiB
     params = constant(config)
-    save_checkpoint(tmp_path / "out", params, RunConfig(model=config), zstd=True)
+    save_checkpoint(tmp_path / "out", params, CompressConfig(model=config), zstd=True)
     loaded = load_checkpoint(tmp_path / "out").params["model"]
     assert loaded["embed_tokens"]["embedding"].shape == (400_000, 128)
     assert not np.any(loaded["embed_tokens"]["embedding"])

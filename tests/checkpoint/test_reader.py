@@ -10,7 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from checkpoint_runs import assert_same
-from toy_checkpoint import ToyConfig, ToyRun, matrix, toy_block, toy_params, toy_rest
+from toy_checkpoint import ToyConfig, ToyRun, matrix, toy_block, toy_outer, toy_params
 
 from cluscomp_jax.checkpoint.reader import describe, load_checkpoint, open_checkpoint, save_checkpoint
 from cluscomp_jax.core import trees
@@ -38,7 +38,7 @@ def test_a_source_gives_blocks_and_rest_as_they_were_stored(saved):
     source = open_checkpoint(saved, verify=True)
     for i in range(CONFIG.num_blocks):
         assert_same(source.load_block(i), toy_block(CONFIG, i))
-    assert_same(source.load_rest(), toy_rest(CONFIG))
+    assert_same(source.load_outer(), toy_outer(CONFIG))
     assert source.model_config == CONFIG
     assert source.tokenizer_path is None
 
@@ -157,8 +157,8 @@ class Unchecked:
     def load_block(self, i):
         return self.params["model"]["layers"][str(i)]
 
-    def load_rest(self):
-        return toy_rest(CONFIG)
+    def load_outer(self):
+        return toy_outer(CONFIG)
 
     def fingerprint(self):
         return "unchecked"

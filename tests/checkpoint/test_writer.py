@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from checkpoint_runs import CONFIG, ONE_BLOCK, RUN, assert_same, assert_whole, run, writer
 from paths import HELPERS
-from toy_checkpoint import ToyConfig, ToyRun, toy_block, toy_params, toy_rest
+from toy_checkpoint import ToyConfig, ToyRun, toy_block, toy_outer, toy_params
 
 from cluscomp_jax.checkpoint import orbax_items, run_folder
 from cluscomp_jax.checkpoint.reader import CheckpointWriter, load_checkpoint, open_checkpoint, save_checkpoint
@@ -158,7 +158,7 @@ def test_a_killed_process_leaves_what_it_finished(tmp_path):
     with writer(out) as w:
         assert w.resumed
         assert w.finished_blocks == 1
-        assert not w.rest_finished
+        assert not w.outer_finished
         assert (w.work_path / "activations").stat().st_size == 1000
     run(out)
     assert_whole(out)
@@ -166,7 +166,7 @@ def test_a_killed_process_leaves_what_it_finished(tmp_path):
 
 def test_a_run_that_stored_nothing_leaves_nothing(tmp_path):
     with pytest.raises(InputError, match="it is missing"), writer(tmp_path / "out") as w:
-        w.store_block(0, {"norm": {"weight": toy_rest(CONFIG)["model"]["norm"]["weight"]}})
+        w.store_block(0, {"norm": {"weight": toy_outer(CONFIG)["model"]["norm"]["weight"]}})
     assert not (tmp_path / "out").exists()
     (tmp_path / "empty").mkdir()
     with writer(tmp_path / "empty"):
@@ -354,10 +354,10 @@ def test_blocks_are_stored_in_order_and_all_before_the_end(tmp_path):
             w.store_block(2, toy_block(CONFIG, 2))
         with pytest.raises(InputError, match="rest has not been stored"):
             w.finish(provenance={}, metrics={})
-        w.store_rest(toy_rest(CONFIG))
+        w.store_outer(toy_outer(CONFIG))
         with pytest.raises(InputError, match=r"provenance\.key is a object"):
             w.finish(provenance={"key": object()}, metrics={})
-        w.finish(provenance={"path": Path("a/b")}, metrics={"error": [toy_rest(CONFIG)["model"]["norm"]["weight"][0]]})
+        w.finish(provenance={"path": Path("a/b")}, metrics={"error": [toy_outer(CONFIG)["model"]["norm"]["weight"][0]]})
     fields = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert (fields["provenance"], fields["metrics"]) == ({"path": "a/b"}, {"error": [1.0]})
 

@@ -111,8 +111,14 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     "no text": ("--calibration {}/absent.txt", ["absent.txt"]),
     "short text": ("--calibration {}/text.txt --length 601", ["600", "601"]),
     "token outside the vocabulary": ("--calibration {}/large.npy --length 8", ["40", "77"]),
-    "start outside the text": ("--calibration {}/text.txt --length 8 --samples 1 --starts {}/far.txt", ["9999", "592"]),
-    "too few starts": ("--calibration {}/text.txt --length 8 --samples 2 --starts {}/far.txt", ["1 ", "2 samples"]),
+    "start outside the text": (
+        "--calibration {}/text.txt --length 8 --samples 1 --sample-offsets {}/far.txt",
+        ["9999", "592"],
+    ),
+    "too few starts": (
+        "--calibration {}/text.txt --length 8 --samples 2 --sample-offsets {}/far.txt",
+        ["1 ", "2 samples"],
+    ),
     "weighted axis in": ("--calibration {}/text.txt --length 8 --samples 2 --axis in", ["'in'", "weighted"]),
     "feedback for axis in": (
         "--calibration {}/text.txt --length 8 --samples 2 --config {}/in.toml",
@@ -134,7 +140,9 @@ def test_a_wrong_option(
 ) -> None:
     (folder / "key.toml").write_text("[tuning]\nlr = 1.0")
     (folder / "rule.toml").write_text('recipe = "default"\ntuning = false\n[[cluster.rules]]\npattern = "nothing.*"')
-    (folder / "in.toml").write_text('[cluster]\nweighted = false\nfeedback = true\n[[cluster.rules]]\naxis = "in"')
+    (folder / "in.toml").write_text(
+        '[cluster]\nweighted = false\nerror_feedback = true\n[[cluster.rules]]\naxis = "in"'
+    )
     (folder / "far.txt").write_text("9999\n")
     np.save(folder / "large.npy", np.full(64, 77))
     out = tmp_path / "out"

@@ -9,8 +9,8 @@ import pytest
 from cli_models import write_model, write_text
 
 from cluscomp_jax.cli import demo, main
-from cluscomp_jax.config.run import RunConfig
-from cluscomp_jax.config.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
+from cluscomp_jax.config.run import CompressConfig
+from cluscomp_jax.config.settings import BlockTuningConfig, CalibrationConfig, ClusterConfig, CompressionRule
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.open import open_model
 from cluscomp_jax.text.text import calibration_samples, load_tokens
@@ -20,11 +20,11 @@ from cluscomp_jax.text.text import calibration_samples, load_tokens
 def inputs(tmp_path: Path) -> demo.Inputs:
     opened = open_model(write_model(tmp_path / "model"))
     tokens = load_tokens(write_text(tmp_path / "text.txt", 300), opened.load_tokenizer())
-    cfg = RunConfig(
+    cfg = CompressConfig(
         model=opened.config,
-        cluster=ClusterSettings(rules=(CompressionRule(g=4, num_codes=8),)),
-        calibration=CalibrationSettings(samples=4, length=16),
-        tuning=TuningSettings(epochs=1),
+        cluster=ClusterConfig(rules=(CompressionRule(group_size=4, num_codes=8),)),
+        calibration=CalibrationConfig(samples=4, length=16),
+        tuning=BlockTuningConfig(epochs=1),
     )
     calibration = calibration_samples(tokens, samples=4, length=16, seed=0)
     return demo.Inputs(opened, cfg, calibration, "text.txt", tokens[:64], 16)

@@ -112,7 +112,7 @@ def test_generate_continues_the_prompt(capsys: pytest.CaptureFixture[str], compr
     fields = succeed(capsys, argv)
     assert fields["prompt_tokens"] == 3
     assert 1 <= fields["new_tokens"] <= 5
-    assert succeed(capsys, [*argv, "--materialize", "call"])["completion"] == fields["completion"]
+    assert succeed(capsys, [*argv, "--decode_weights", "call"])["completion"] == fields["completion"]
     drawn = [succeed(capsys, [*argv, "--temperature", "9", "--top-k", "30", "--seed", seed]) for seed in "778"]
     assert drawn[0]["completion"] == drawn[1]["completion"] != drawn[2]["completion"]
 

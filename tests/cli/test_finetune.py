@@ -22,7 +22,7 @@ from cluscomp_jax.cli import main
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.reporting.html.records import read_records
-from cluscomp_jax.text.token_rows import Examples, ShuffledBatches
+from cluscomp_jax.text.token_rows import ShuffledBatches, TokenRows
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_a_stopped_run_given_again_ends_in_the_bits_of_one_that_was_not(
     folder: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Stopped(ShuffledBatches):
-        def batch(self, step: int) -> Examples:
+        def batch(self, step: int) -> TokenRows:
             if step == 5:
                 raise KeyboardInterrupt
             return super().batch(step)

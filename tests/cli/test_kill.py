@@ -38,11 +38,11 @@ def write_deep_model(folder: Path) -> None:
     """The tiny model with its two blocks repeated, so that a kill meets it at work."""
     deep = {}
     for name, array in tensors().items():
-        start, layers, rest = name.partition("model.layers.")
+        start, layers, outer = name.partition("model.layers.")
         if not layers:
             deep[name] = array
             continue
-        block, _, leaf = rest.partition(".")
+        block, _, leaf = outer.partition(".")
         for i in range(int(block), BLOCKS, 2):
             deep[f"{start}{layers}{i}.{leaf}"] = array
     write_hf(folder, config_fields(num_hidden_layers=BLOCKS), deep)

@@ -5,16 +5,16 @@ import pytest
 
 from cluscomp_jax.cli.arguments import CompressArguments
 from cluscomp_jax.cli.overrides import run_config
-from cluscomp_jax.config.run import PAPER, RECIPES, RunConfig
-from cluscomp_jax.config.settings import MeshSettings, TuningSettings
+from cluscomp_jax.config.run import PAPER, RECIPES, CompressConfig
+from cluscomp_jax.config.settings import BlockTuningConfig, MeshConfig
 from cluscomp_jax.errors import InputError
 
 
-def config_of(**options: Any) -> RunConfig:
+def config_of(**options: Any) -> CompressConfig:
     return run_config(CompressArguments(model="m", out="o", **options))
 
 
-def tuning_of(config: RunConfig) -> TuningSettings:
+def tuning_of(config: CompressConfig) -> BlockTuningConfig:
     assert config.tuning is not None
     return config.tuning
 
@@ -35,7 +35,7 @@ def test_every_option_reaches_its_setting() -> None:
         calibration="t",
         samples=3,
         length=9,
-        starts="s",
+        sample_offsets="s",
         epochs=1,
         learning_rate=0.5,
         seed=11,
@@ -46,20 +46,20 @@ def test_every_option_reaches_its_setting() -> None:
         mesh="data=2",
     )
     assert config.zstd
-    assert config.mesh == MeshSettings(data=2)
+    assert config.mesh == MeshConfig(data=2)
     assert not config_of(calibration="t").zstd
     assert config.calibration.samples == 3
     assert config.calibration.length == 9
-    assert config.calibration.starts == "s"
+    assert config.calibration.sample_offsets == "s"
     assert (tuning_of(config).epochs, tuning_of(config).learning_rate, config.seed) == (1, 0.5, 11)
     (rule,) = config.cluster.rules
-    assert (rule.g, rule.axis, config.cluster.calibrated) == (5, "in", False)
-    assert config_of(bits=2.0, calibration="t").cluster.mixed == "none"
-    assert config_of(bits=2.0, mixed="kernel", calibration="t").cluster.mixed == "kernel"
-    assert config_of(bits=2.0, unweighted=True, calibration="t").cluster.mixed == "none"
-    assert config_of(bits=2.0, mixed="none").cluster.mixed == "none"
-    assert config_of(share="site").cluster.share == "site"
-    assert config_of().cluster.share == "none"
+    assert (rule.group_size, rule.axis, config.cluster.calibrated) == (5, "in", False)
+    assert config_of(bits=2.0, calibration="t").cluster.mixed_precision == "none"
+    assert config_of(bits=2.0, mixed_precision="per_matrix", calibration="t").cluster.mixed_precision == "per_matrix"
+    assert config_of(bits=2.0, unweighted=True, calibration="t").cluster.mixed_precision == "none"
+    assert config_of(bits=2.0, mixed_precision="none").cluster.mixed_precision == "none"
+    assert config_of(tie_codebooks="input").cluster.tie_codebooks == "site"
+    assert config_of().cluster.tie_codebooks == "none"
 
 
 def test_a_recipe_alone_is_that_recipe() -> None:
@@ -72,8 +72,8 @@ def test_own_codes_replace_a_budget_and_a_budget_own_codes(tmp_path: Path) -> No
     path.write_text('[cluster]\nbits = 3.0\n[[cluster.rules]]\npattern = "a"\n[[cluster.rules]]\npattern = "b"\n')
     own = config_of(config=str(path), g=7, num_codes=99, no_tuning=True).cluster
     assert own.bits is None
-    assert [(rule.pattern, rule.g, rule.num_codes) for rule in own.rules] == [("a", 7, 99), ("b", 7, 99)]
-    path.write_text("[[cluster.rules]]\ng = 7\n")
+    assert [(rule.pattern, rule.group_size, rule.num_codes) for rule in own.rules] == [("a", 7, 99), ("b", 7, 99)]
+    path.write_text("[[cluster.rules]]\ngroup_size = 7\n")
     assert config_of(config=str(path), bits=2.0, no_tuning=True).cluster.bits == 2.0
 
 
@@ -88,23 +88,23 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "epochs but no tuning": ({"calibration": "t", "epochs": 2, "no_tuning": True}, "--epochs 2 and --no-tuning"),
     "rate but no tuning": ({"calibration": "t", "learning_rate": 0.1, "no_tuning": True}, "--learning-rate 0.1"),
     "samples without text": ({"samples": 4}, "--samples 4 has no effect without --calibration"),
-    "starts without text": ({"starts": "f"}, "--starts f has no effect without --calibration"),
+    "starts without text": ({"sample_offsets": "f"}, "--sample-offsets f has no effect without --calibration"),
     "weights without text": ({"unweighted": True}, "--unweighted has no effect without --calibration"),
     "mixed without text": (
-        {"mixed": "matrix", "bits": 2.0},
-        "mixed is 'matrix', which spends a budget by sensitivities",
+        {"mixed_precision": "per_matrix", "bits": 2.0},
+        "mixed_precision is 'per_matrix', which spends a budget by sensitivities",
     ),
     "mixed without a budget": (
-        {"mixed": "matrix", "calibration": "t"},
-        "mixed is 'matrix'; it must be 'none' without a budget",
+        {"mixed_precision": "per_matrix", "calibration": "t"},
+        "mixed_precision is 'per_matrix'; it must be 'none' without a budget",
     ),
     "mixed and unweighted": (
-        {"mixed": "kernel", "bits": 2.0, "calibration": "t", "unweighted": True},
-        "--mixed kernel and --unweighted contradict each other",
+        {"mixed_precision": "per_matrix", "bits": 2.0, "calibration": "t", "unweighted": True},
+        "--mixed-precision per_matrix and --unweighted contradict each other",
     ),
     "mixed for aqlm": (
-        {"mixed": "kernel", "bits": 2.0, "calibration": "t", "export": "aqlm"},
-        "mixed is 'kernel'; it must be 'none' where export is 'aqlm'",
+        {"mixed_precision": "per_matrix", "bits": 2.0, "calibration": "t", "export": "aqlm"},
+        "mixed_precision is 'per_matrix'; it must be 'none' where export is 'aqlm'",
     ),
     "text that nothing reads": (
         {"calibration": "t", "unweighted": True, "no_tuning": True},

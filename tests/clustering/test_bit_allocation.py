@@ -31,15 +31,17 @@ def spent(shapes, rules, pools=None):
     """Bits per weight, a codebook counted once for all of a pool that are cut alike."""
     bits, seen = 0, set()
     for path, rule in rules.items():
-        codebook = (path if pools is None else pools[path], rule.g, rule.num_codes)
-        cut = {"g": rule.g, "num_codes": rule.num_codes, "axis": rule.axis}
+        codebook = (path if pools is None else pools[path], rule.group_size, rule.num_codes)
+        cut = {"g": rule.group_size, "num_codes": rule.num_codes, "axis": rule.axis}
         bits += stored_bits(shapes[path], **cut, own=codebook not in seen)
         seen.add(codebook)
     return bits / sum(math.prod(shape) for shape in shapes.values())
 
 
 def predicted(rules, sensitivities):
-    return sum(sensitivities[path] * predicted_distortion(rule.g, rule.num_codes) for path, rule in rules.items())
+    return sum(
+        sensitivities[path] * predicted_distortion(rule.group_size, rule.num_codes) for path, rule in rules.items()
+    )
 
 
 @pytest.mark.parametrize("pools", POOLS, ids=["own", "shared"])
@@ -53,9 +55,9 @@ def test_no_other_choice_within_the_budget_predicts_less(monkeypatch, bits, seed
     monkeypatch.setattr(bit_allocation, "_LEAST", 0.0)
     monkeypatch.setattr(bit_allocation, "_ABOVE", math.inf)
     costs = {path: 10.0 ** ((i * 7 + seed * 3) % 5) for i, path in enumerate(SHAPES)}
-    found = allocate_unevenly(SHAPES, costs, bits, like=ANY, by_kernel=False, pools=pools)
+    found = allocate_unevenly(SHAPES, costs, bits, like=ANY, pools=pools)
     assert spent(SHAPES, found, pools) <= bits
-    offers = [CompressionRule(g=g, num_codes=2**width) for g in range(1, 5) for width in range(2, 6)]
+    offers = [CompressionRule(group_size=g, num_codes=2**width) for g in range(1, 5) for width in range(2, 6)]
     least = math.inf
     for rules in itertools.product(offers, repeat=len(SHAPES)):
         chosen = dict(zip(SHAPES, rules, strict=True))
@@ -66,7 +68,7 @@ def test_no_other_choice_within_the_budget_predicts_less(monkeypatch, bits, seed
 
 def test_sharing_leaves_more_of_a_budget_for_indices():
     costs = {path: float(math.prod(shape)) for path, shape in SHAPES.items()}
-    own, shared = (allocate_unevenly(SHAPES, costs, 3.0, like=ANY, by_kernel=False, pools=pools) for pools in POOLS)
+    own, shared = (allocate_unevenly(SHAPES, costs, 3.0, like=ANY, pools=pools) for pools in POOLS)
     assert predicted(shared, costs) < 0.98 * predicted(own, costs)
     assert spent(SHAPES, shared, POOLS[1]) <= 3.0 < spent(SHAPES, shared, None)
 
@@ -86,8 +88,8 @@ def test_many_codes_for_few_vectors_are_worth_more_than_theory_says():
 def test_no_matrix_gets_less_than_half_the_budget_or_much_more():
     """Whatever it costs: there the prediction fails."""
     costs = {path: 10.0 ** (8 * i) for i, path in enumerate(LARGE)}
-    found = allocate_unevenly(LARGE, costs, 2.6, like=ANY, by_kernel=False)
-    rates = [math.log2(rule.num_codes) / rule.g for rule in found.values()]
+    found = allocate_unevenly(LARGE, costs, 2.6, like=ANY)
+    rates = [math.log2(rule.num_codes) / rule.group_size for rule in found.values()]
     assert 1.3 <= min(rates) < 1.5
     assert 3.5 < max(rates) <= 4.1
 
@@ -97,42 +99,47 @@ def test_costs_are_roots_of_sensitivities_per_weight():
     assert found == {"a": 16 * math.sqrt(4 / 16), "b": 1024 * math.sqrt(4 / 1024), "c": 0.0}
 
 
-@given(bits=st.floats(0.6, 9.0), seed=st.integers(0, 1000), by_kernel=st.booleans())
+@given(bits=st.floats(0.6, 9.0), seed=st.integers(0, 1000))
 @settings(max_examples=25, deadline=None)
-def test_the_budget_holds_and_even_spending_is_never_better(bits, seed, by_kernel):
+def test_the_budget_holds_and_even_spending_is_never_better(bits, seed):
     sensitivities = {path: 1.0 + (hash((path.count("1"), i, seed)) % 100) for i, path in enumerate(LARGE)}
-    found = allocate_unevenly(LARGE, sensitivities, bits, like=ANY, by_kernel=by_kernel)
+    found = allocate_unevenly(LARGE, sensitivities, bits, like=ANY)
     assert spent(LARGE, found) <= bits
     even = allocate(LARGE, bits)
-    power = dict.fromkeys(LARGE, CompressionRule(g=even.g, num_codes=2 ** int(math.log2(even.num_codes))))
-    if even.g in (1, 2, 3, 4, 6, 8) and even.num_codes >= 4:
+    power = dict.fromkeys(
+        LARGE, CompressionRule(group_size=even.group_size, num_codes=2 ** int(math.log2(even.num_codes)))
+    )
+    if even.group_size in (1, 2, 3, 4, 6, 8) and even.num_codes >= 4:
         assert predicted(found, sensitivities) <= predicted(power, sensitivities) * 1.01
 
 
 def test_what_counts_more_gets_more_bits_and_kernels_stay_together():
     sensitivities = dict.fromkeys(LARGE, 1.0) | {path: 100.0 for path in LARGE if "/q/" in path}
-    found = allocate_unevenly(LARGE, sensitivities, 2.5, like=CompressionRule(pattern="x", axis="in"), by_kernel=True)
+    found = allocate_unevenly(LARGE, sensitivities, 2.5, like=CompressionRule(pattern="x", axis="in"))
     assert {(rule.pattern, rule.axis) for rule in found.values()} == {("x", "in")}
     assert len({found[path] for path in LARGE if "/q/" in path}) == 1
-    rate = {name: math.log2(rule.num_codes) / rule.g for path, rule in found.items() for name in [path.split("/")[2]]}
+    rate = {
+        name: math.log2(rule.num_codes) / rule.group_size
+        for path, rule in found.items()
+        for name in [path.split("/")[2]]
+    }
     assert rate["q"] > rate["up"]
     first = dict.fromkeys(LARGE, 1.0) | {path: 100.0 for path in LARGE if "/0/" in path}
-    by_matrix = allocate_unevenly(LARGE, first, 2.5, like=ANY, by_kernel=False)
+    by_matrix = allocate_unevenly(LARGE, first, 2.5, like=ANY)
     q = [by_matrix[f"layers/{i}/q/kernel"] for i in range(2)]
-    assert math.log2(q[0].num_codes) / q[0].g > math.log2(q[1].num_codes) / q[1].g
+    assert math.log2(q[0].num_codes) / q[0].group_size > math.log2(q[1].num_codes) / q[1].group_size
 
 
 def test_a_budget_that_nothing_reaches_names_the_least():
     with pytest.raises(InputError, match=r"bits is 0\.1; the least that mixed settings reach on this model is 0\.2"):
-        check_reachable(LARGE, 0.1, axis="out", by_kernel=False)
+        check_reachable(LARGE, 0.1, axis="out")
 
 
 @pytest.mark.parametrize("pools", POOLS, ids=["own", "shared"])
-@pytest.mark.parametrize("by_kernel", [False, True])
-def test_what_is_said_to_be_the_least_is_reached_and_less_is_not(pools, by_kernel):
+def test_what_is_said_to_be_the_least_is_reached_and_less_is_not(pools):
     with pytest.raises(InputError) as error:
-        check_reachable(SHAPES, 0.2, axis="out", by_kernel=by_kernel, pools=pools)
+        check_reachable(SHAPES, 0.2, axis="out", pools=pools)
     least = float(str(error.value).split()[-1])
-    check_reachable(SHAPES, least, axis="out", by_kernel=by_kernel, pools=pools)
-    found = allocate_unevenly(SHAPES, dict.fromkeys(SHAPES, 1.0), least, like=ANY, by_kernel=by_kernel, pools=pools)
+    check_reachable(SHAPES, least, axis="out", pools=pools)
+    found = allocate_unevenly(SHAPES, dict.fromkeys(SHAPES, 1.0), least, like=ANY, pools=pools)
     assert least - 0.002 < spent(SHAPES, found, pools) <= least

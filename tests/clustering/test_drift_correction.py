@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cluscomp_jax.clustering.drift_correction import SiteMoments, corrected
+from cluscomp_jax.clustering.drift_correction import LayerStatistics, corrected
 
 
 def drifted(*, residual: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -19,11 +19,11 @@ def drifted(*, residual: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.n
     return weight, x, x0, lacking
 
 
-def moments_of(x: np.ndarray, x0: np.ndarray, lacking: np.ndarray, *, residual: bool) -> SiteMoments:
+def moments_of(x: np.ndarray, x0: np.ndarray, lacking: np.ndarray, *, residual: bool) -> LayerStatistics:
     inputs = jnp.asarray(x.T @ x / len(x), jnp.float32)
     if residual:
-        return SiteMoments(inputs, errors=jnp.asarray(x.T @ lacking / len(x), jnp.float32))
-    return SiteMoments(inputs, drift=jnp.asarray(x.T @ (x0 - x) / len(x), jnp.float32))
+        return LayerStatistics(inputs, errors=jnp.asarray(x.T @ lacking / len(x), jnp.float32))
+    return LayerStatistics(inputs, drift=jnp.asarray(x.T @ (x0 - x) / len(x), jnp.float32))
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -48,17 +48,17 @@ def test_a_stream_that_has_not_drifted_changes_nothing() -> None:
 
 def test_dead_inputs_keep_the_weights() -> None:
     weight = drifted(residual=False)[0]
-    nothing = SiteMoments(jnp.zeros((12, 12)), drift=jnp.zeros((12, 12)))
+    nothing = LayerStatistics(jnp.zeros((12, 12)), drift=jnp.zeros((12, 12)))
     np.testing.assert_array_equal(corrected(jnp.asarray(weight), nothing, ridge=0.3), weight)
 
 
 def test_a_ridge_that_is_too_little_is_raised_and_moments_that_are_none_are_refused() -> None:
     weight = drifted(residual=False)[0]
     few = np.random.default_rng(1).standard_normal((3, 12)).astype(np.float32) * 1e3  # of rank 3
-    moments = SiteMoments(jnp.asarray(few.T @ few / 3), drift=jnp.asarray(-0.5 * few.T @ few / 3))
+    moments = LayerStatistics(jnp.asarray(few.T @ few / 3), drift=jnp.asarray(-0.5 * few.T @ few / 3))
     moved, expected = (corrected(jnp.asarray(weight), moments, ridge=ridge) for ridge in (1e-9, 1e-4))
     assert np.linalg.norm(moved - weight) > 0.1
     np.testing.assert_allclose(few @ moved, few @ expected, rtol=1e-2, atol=1.0)
-    broken = SiteMoments(jnp.full((12, 12), jnp.nan), errors=jnp.zeros((12, 7)))
+    broken = LayerStatistics(jnp.full((12, 12), jnp.nan), errors=jnp.zeros((12, 7)))
     with pytest.raises(FloatingPointError, match=r"12 channels cannot be factorised even with a ridge of 3000\.0"):
         corrected(jnp.asarray(weight), broken, ridge=0.3)

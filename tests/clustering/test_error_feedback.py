@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cluscomp_jax.clustering.error_feedback import assign_with_feedback, factorise
+from cluscomp_jax.clustering.error_feedback import assign_with_error_feedback, factor_hessian
 from cluscomp_jax.kmeans import assign
 
 
@@ -47,9 +47,9 @@ def brain_quantise(weight: np.ndarray, codes: np.ndarray, moments: np.ndarray, o
 @pytest.mark.parametrize(("i", "o", "g"), [(40, 24, 4), (150, 20, 5), (130, 22, 4), (1, 8, 2), (7, 3, 9)])
 def test_codes_are_those_of_optimal_brain_quantisation(i: int, o: int, g: int) -> None:
     weight, codes, moments = problem(i, o, g, 32)
-    feedback = factorise(jnp.asarray(moments))
-    index = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=g)
-    order = np.asarray(feedback.order)
+    factor = factor_hessian(jnp.asarray(moments))
+    index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), factor, g=g)
+    order = np.asarray(factor.act_order)
     assert np.all(np.diff(np.diag(moments)[order]) >= 0)
     expected = brain_quantise(weight, codes, moments, order[::-1], g)
     assert index.shape == (i, -(-o // g))
@@ -59,8 +59,8 @@ def test_codes_are_those_of_optimal_brain_quantisation(i: int, o: int, g: int) -
 
 def test_the_output_error_falls() -> None:
     weight, codes, moments = problem(100, 64, 4, 64)
-    feedback = factorise(jnp.asarray(moments))
-    index = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=4)
+    factor = factor_hessian(jnp.asarray(moments))
+    index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), factor, g=4)
     nearest, _ = assign(jnp.asarray(weight.reshape(-1, 4)), jnp.asarray(codes))
     fed, blind = (output_error(weight, decode(codes, ix, 64), moments) for ix in (index, nearest.reshape(100, -1)))
     assert fed < 0.6 * blind
@@ -68,8 +68,8 @@ def test_the_output_error_falls() -> None:
 
 def test_moments_without_correlation_give_the_nearest_codes() -> None:
     weight, codes, _ = problem(30, 16, 4, 20)
-    feedback = factorise(jnp.diag(jnp.arange(1.0, 31.0)))
-    index = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=4)
+    factor = factor_hessian(jnp.diag(jnp.arange(1.0, 31.0)))
+    index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), factor, g=4)
     nearest, _ = assign(jnp.asarray(weight.reshape(-1, 4)), jnp.asarray(codes))
     np.testing.assert_array_equal(index, nearest.reshape(30, -1))
 
@@ -77,11 +77,13 @@ def test_moments_without_correlation_give_the_nearest_codes() -> None:
 def test_channels_that_are_never_active_change_nothing() -> None:
     weight, codes, moments = problem(30, 16, 4, 20)
     moments[5] = moments[:, 5] = 0
-    index = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), factorise(jnp.asarray(moments)), g=4)
+    index = assign_with_error_feedback(
+        jnp.asarray(weight), jnp.asarray(codes), factor_hessian(jnp.asarray(moments)), g=4
+    )
     nearest, _ = assign(jnp.asarray(weight[5].reshape(-1, 4)), jnp.asarray(codes))
     np.testing.assert_array_equal(index[5], nearest)
-    all_dead = factorise(jnp.zeros((30, 30)))
-    index = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), all_dead, g=4)
+    all_dead = factor_hessian(jnp.zeros((30, 30)))
+    index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), all_dead, g=4)
     nearest, _ = assign(jnp.asarray(weight.reshape(-1, 4)), jnp.asarray(codes))
     np.testing.assert_array_equal(index, nearest.reshape(30, -1))
 
@@ -90,6 +92,6 @@ def test_a_factorisation_that_fails_is_damped_more_and_one_that_cannot_says_so()
     rng = np.random.default_rng(0)
     few = rng.standard_normal((3, 50)).astype(np.float32)
     moments = few.T @ few - 0.05 * np.eye(50, dtype=np.float32)  # rounding can leave eigenvalues below zero
-    assert np.isfinite(factorise(jnp.asarray(moments)).root).all()
+    assert np.isfinite(factor_hessian(jnp.asarray(moments)).root).all()
     with pytest.raises(FloatingPointError, match="50 channels"):
-        factorise(jnp.full((50, 50), jnp.nan))
+        factor_hessian(jnp.full((50, 50), jnp.nan))

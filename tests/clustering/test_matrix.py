@@ -10,11 +10,11 @@ from hypothesis import given, settings
 
 import cluscomp_jax
 from cluscomp_jax.clustering import matrix
-from cluscomp_jax.config.settings import ClusterSettings, CompressionRule
+from cluscomp_jax.config.settings import ClusterConfig, CompressionRule
 from cluscomp_jax.core.codebook import CodebookArray, decode, validate
 from cluscomp_jax.errors import InputError
 
-EXACT = ClusterSettings(iterations=2, codebook_dtype="float16")
+EXACT = ClusterConfig(iterations=2, codebook_dtype="float16")
 
 
 def decoded_by_hand(w):
@@ -51,7 +51,7 @@ def test_decode_is_its_definition(d_in, d_out, g, n, axis, seed):
 @pytest.mark.parametrize(("shape", "g"), [((8, 12), 4), ((7, 13), 4), ((10, 9), 5), ((3, 5), 9), ((6, 6), 1)])
 def test_a_matrix_with_few_vectors_is_repeated_exactly(shape, g, axis):
     weight = np.random.default_rng(0).standard_normal(shape).astype(np.float16).astype(np.float32)
-    rule = CompressionRule(g=g, num_codes=300, axis=axis)
+    rule = CompressionRule(group_size=g, num_codes=300, axis=axis)
     w, stats = matrix.cluster_matrix(weight, rule, EXACT, key=jax.random.key(0))
     np.testing.assert_array_equal(decode(w).astype(jnp.float32), weight)
     assert validate(w).axis == axis
@@ -61,10 +61,10 @@ def test_a_matrix_with_few_vectors_is_repeated_exactly(shape, g, axis):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_what_is_returned_is_already_sixteen_bit_and_its_error_is_that_of_the_result(dtype):
     weight = np.random.default_rng(1).standard_normal((40, 48)).astype(np.float32)
-    settings_ = ClusterSettings(iterations=5, codebook_dtype=dtype)
+    settings_ = ClusterConfig(iterations=5, codebook_dtype=dtype)
     mass = np.random.default_rng(2).exponential(1.0, 40).astype(np.float32)
     w, stats = matrix.cluster_matrix(
-        weight, CompressionRule(g=4, num_codes=50), settings_, key=jax.random.key(0), channel_weights=mass
+        weight, CompressionRule(group_size=4, num_codes=50), settings_, key=jax.random.key(0), channel_weights=mass
     )
     assert w.codebook.dtype == jnp.dtype(dtype)
     assert w.index.dtype == jnp.uint8
@@ -80,7 +80,7 @@ def test_activation_weights_lower_the_weighted_error():
         rng.standard_normal((64, 64)).astype(np.float32),
         np.exp(2 * rng.standard_normal(64)).astype(np.float32),
     )
-    rule = CompressionRule(g=4, num_codes=64)
+    rule = CompressionRule(group_size=4, num_codes=64)
     plain, _ = matrix.cluster_matrix(weight, rule, EXACT, key=jax.random.key(0))
     weighted, _ = matrix.cluster_matrix(weight, rule, EXACT, key=jax.random.key(0), channel_weights=mass)
     assert matrix.relative_errors(weight, weighted, mass)[1] < 0.9 * matrix.relative_errors(weight, plain, mass)[1]
@@ -90,7 +90,7 @@ def test_dead_channels_do_no_harm():
     weight = np.random.default_rng(4).standard_normal((16, 16)).astype(np.float32)
     for mass in (np.zeros(16, np.float32), np.r_[np.zeros(8), np.ones(8)].astype(np.float32)):
         w, stats = matrix.cluster_matrix(
-            weight, CompressionRule(g=4, num_codes=8), EXACT, key=jax.random.key(0), channel_weights=mass
+            weight, CompressionRule(group_size=4, num_codes=8), EXACT, key=jax.random.key(0), channel_weights=mass
         )
         chex.assert_tree_all_finite((w.codebook, stats.relative_error, stats.weighted_error))
 
@@ -98,14 +98,14 @@ def test_dead_channels_do_no_harm():
 def test_axis_in_refuses_activation_weights_with_the_reason():
     with pytest.raises(InputError, match=r"axis 'in'.*weighted = false"):
         matrix.cluster_matrix(
-            np.ones((4, 4), np.float32), CompressionRule(g=2, num_codes=2, axis="in"), EXACT,
+            np.ones((4, 4), np.float32), CompressionRule(group_size=2, num_codes=2, axis="in"), EXACT,
             key=jax.random.key(0), channel_weights=np.ones(4, np.float32),
         )  # fmt: skip
 
 
 def test_a_matrix_too_large_for_float16_is_kept_in_bfloat16():
     weight = np.full((4, 4), 1e5, np.float32)
-    w, _ = matrix.cluster_matrix(weight, CompressionRule(g=2, num_codes=2), EXACT, key=jax.random.key(0))
+    w, _ = matrix.cluster_matrix(weight, CompressionRule(group_size=2, num_codes=2), EXACT, key=jax.random.key(0))
     assert w.codebook.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(decode(w), np.float32), 1e5, rtol=1e-2)
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from cluscomp_jax.clustering import refine as refit_module
-from cluscomp_jax.clustering.error_feedback import assign_with_feedback, factorise
-from cluscomp_jax.clustering.refine import curvature_of, improved_index, least_squares_codebook, refit
-from cluscomp_jax.kmeans import assign, plant_forest
+from cluscomp_jax.clustering.error_feedback import assign_with_error_feedback, factor_hessian
+from cluscomp_jax.clustering.refine import curvature_of, reassign_codes, refine, update_codebook
+from cluscomp_jax.kmeans import assign, build_code_index
 
 KEY = jax.random.key(0)
 
@@ -55,27 +55,27 @@ def descend(weight: np.ndarray, codes: np.ndarray, index: np.ndarray, moments: n
 @pytest.mark.parametrize(("i", "o", "g"), [(40, 24, 4), (140, 12, 4), (130, 10, 4), (1, 8, 2), (7, 3, 9)])
 def test_a_round_is_coordinate_descent(i: int, o: int, g: int) -> None:
     weight, codes, moments = problem(i, o, g, 16)
-    feedback = factorise(jnp.asarray(moments))
-    index = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=g)
-    index, curvature = np.asarray(index), curvature_of(feedback)
-    better = improved_index(jnp.asarray(weight), jnp.asarray(codes), jnp.asarray(index), curvature, g=g)
+    factor = factor_hessian(jnp.asarray(moments))
+    index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), factor, g=g)
+    index, curvature = np.asarray(index), curvature_of(factor)
+    better = reassign_codes(jnp.asarray(weight), jnp.asarray(codes), jnp.asarray(index), curvature, g=g)
     expected = descend(weight, codes, index, moments)
     assert better.shape == index.shape
     assert np.mean(np.asarray(better) == expected) > 0.98  # a vector between two codes may go to either
 
 
-@pytest.mark.parametrize(("outputs", "g", "share"), [(64, 4, 0.95), (65, 8, 0.96), (25, 4, 0.96)])
-def test_rounds_lower_the_output_error_until_nothing_moves(outputs: int, g: int, share: float) -> None:
+@pytest.mark.parametrize(("outputs", "g", "tie_codebooks"), [(64, 4, 0.95), (65, 8, 0.96), (25, 4, 0.96)])
+def test_rounds_lower_the_output_error_until_nothing_moves(outputs: int, g: int, tie_codebooks: float) -> None:
     weight, codes, moments = problem(150, outputs, g, 64)
-    feedback = factorise(jnp.asarray(moments))
-    index = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=g)
+    factor = factor_hessian(jnp.asarray(moments))
+    index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), factor, g=g)
     codes, errors = jnp.asarray(codes), [output_error(weight, codes, index, moments)]
     for _ in range(4):
-        codes, index = refit(jnp.asarray(weight), codes, index, feedback, rounds=1, forest=None, key=KEY)
+        codes, index = refine(jnp.asarray(weight), codes, index, factor, rounds=1, code_index=None, key=KEY)
         errors.append(output_error(weight, np.asarray(codes), index, moments))
-    assert errors[1] < share * errors[0]
+    assert errors[1] < tie_codebooks * errors[0]
     assert all(later < earlier for earlier, later in itertools.pairwise(errors))
-    same, kept = refit(jnp.asarray(weight), codes, index, feedback, rounds=0, forest=None, key=KEY)
+    same, kept = refine(jnp.asarray(weight), codes, index, factor, rounds=0, code_index=None, key=KEY)
     np.testing.assert_array_equal(same, codes)
     np.testing.assert_array_equal(kept, index)
 
@@ -86,11 +86,11 @@ def test_the_codebook_tends_to_the_least_squares_solution(
 ) -> None:
     monkeypatch.setattr(refit_module, "_OUTPUTS", at_once)
     weight, codes, moments = problem(60, outputs, 4, 12)
-    curvature = curvature_of(factorise(jnp.asarray(moments)))
+    curvature = curvature_of(factor_hessian(jnp.asarray(moments)))
     index = np.random.default_rng(0).integers(0, 11, (60, -(-outputs // 4)))  # the last code stands nowhere
     solved = jnp.asarray(codes)
     for _ in range(40):
-        solved = least_squares_codebook(jnp.asarray(weight), solved, jnp.asarray(index), curvature)
+        solved = update_codebook(jnp.asarray(weight), solved, jnp.asarray(index), curvature)
     root = np.linalg.cholesky(damped(moments)).T
     columns = []
     for place in range(12 * 4):
@@ -108,34 +108,34 @@ def test_channels_that_are_never_active_do_no_harm() -> None:
     weight, codes, moments = problem(30, 16, 4, 20)
     moments[5] = moments[:, 5] = 0
     for given in (moments, np.zeros_like(moments)):
-        feedback = factorise(jnp.asarray(given))
-        index = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=4)
-        solved, index = refit(jnp.asarray(weight), jnp.asarray(codes), index, feedback, rounds=2, forest=None, key=KEY)
+        factor = factor_hessian(jnp.asarray(given))
+        index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), factor, g=4)
+        solved, index = refine(
+            jnp.asarray(weight), jnp.asarray(codes), index, factor, rounds=2, code_index=None, key=KEY
+        )
         assert np.isfinite(solved).all()
         alone, _ = assign(jnp.asarray(weight[5].reshape(-1, 4)), jnp.asarray(codes))
-        once = improved_index(
-            jnp.asarray(weight), jnp.asarray(codes), jnp.zeros_like(index), curvature_of(feedback), g=4
-        )
+        once = reassign_codes(jnp.asarray(weight), jnp.asarray(codes), jnp.zeros_like(index), curvature_of(factor), g=4)
         np.testing.assert_array_equal(once[5], alone)  # it answers for no other channel
 
 
 def test_many_codes_are_refitted_by_their_trees() -> None:
     """Three trees for each vector, planted anew where the codebook has moved, end where comparing all codes does."""
     weight, codes, moments = problem(64, 64, 1, 1100)
-    feedback = factorise(jnp.asarray(moments))
-    forest = plant_forest(jnp.asarray(codes), KEY)
-    assert forest is not None
+    factor = factor_hessian(jnp.asarray(moments))
+    code_index = build_code_index(jnp.asarray(codes), KEY)
+    assert code_index is not None
     errors = []
-    for trees in (forest, None):
-        index = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=1, forest=trees)
+    for trees in (code_index, None):
+        index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), factor, g=1, code_index=trees)
         start = output_error(weight, codes, index, moments)
         solved, index = jnp.asarray(codes), index
         if trees is None:
             for _ in range(2):
-                index = improved_index(jnp.asarray(weight), solved, index, curvature_of(feedback), g=1)
-                solved = least_squares_codebook(jnp.asarray(weight), solved, index, curvature_of(feedback))
+                index = reassign_codes(jnp.asarray(weight), solved, index, curvature_of(factor), g=1)
+                solved = update_codebook(jnp.asarray(weight), solved, index, curvature_of(factor))
         else:
-            solved, index = refit(jnp.asarray(weight), solved, index, feedback, rounds=2, forest=trees, key=KEY)
+            solved, index = refine(jnp.asarray(weight), solved, index, factor, rounds=2, code_index=trees, key=KEY)
         errors.append(output_error(weight, np.asarray(solved), index, moments))
         assert errors[-1] < start
     assert errors[0] == pytest.approx(errors[1], rel=0.05)
@@ -146,7 +146,7 @@ def test_a_single_code_is_solved_for_and_stays() -> None:
     for seed in range(8):
         weight, codes, moments = problem(16 + seed, 24, 4, 1)
         index = jnp.zeros((16 + seed, 6), jnp.int32)
-        feedback = factorise(jnp.asarray(moments))
-        solved, _ = refit(jnp.asarray(weight), jnp.asarray(codes), index, feedback, rounds=10, forest=None, key=KEY)
-        once, _ = refit(jnp.asarray(weight), jnp.asarray(codes), index, feedback, rounds=1, forest=None, key=KEY)
+        factor = factor_hessian(jnp.asarray(moments))
+        solved, _ = refine(jnp.asarray(weight), jnp.asarray(codes), index, factor, rounds=10, code_index=None, key=KEY)
+        once, _ = refine(jnp.asarray(weight), jnp.asarray(codes), index, factor, rounds=1, code_index=None, key=KEY)
         np.testing.assert_allclose(solved, once, atol=2e-2)

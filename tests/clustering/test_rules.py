@@ -23,10 +23,10 @@ def test_the_default_rule_matches_the_projections_of_every_block_and_nothing_els
 
 
 def test_the_first_rule_that_matches_decides():
-    fine = CompressionRule(pattern=r".*/down_proj/kernel", g=2, num_codes=16)
+    fine = CompressionRule(pattern=r".*/down_proj/kernel", group_size=2, num_codes=16)
     matched = rules.match((fine, CompressionRule()), SHAPES)
     assert matched["model/layers/0/mlp/down_proj/kernel"] is fine
-    assert matched["model/layers/10/self_attn/q_proj/kernel"].g == 4
+    assert matched["model/layers/10/self_attn/q_proj/kernel"].group_size == 4
 
 
 @pytest.mark.parametrize(
@@ -51,20 +51,22 @@ LARGE = {"q": (4096, 4096), "down": (11008, 4096)}
 @settings(max_examples=40, deadline=None)
 def test_allocate_meets_the_budget_and_leaves_less_than_half_a_bit(bits):
     rule = rules.allocate(LARGE, bits)
-    spent = rules.total_bits_per_weight(LARGE, g=rule.g, num_codes=rule.num_codes)
+    spent = rules.total_bits_per_weight(LARGE, g=rule.group_size, num_codes=rule.num_codes)
     assert bits - 0.5 < spent <= bits
 
 
 def test_a_larger_budget_never_predicts_more_distortion():
     chosen = [rules.allocate(LARGE, bits) for bits in (1.1, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0)]
-    distortions = [rules.predicted_distortion(rule.g, rule.num_codes) for rule in chosen]
+    distortions = [rules.predicted_distortion(rule.group_size, rule.num_codes) for rule in chosen]
     assert distortions == sorted(distortions, reverse=True)
 
 
 def test_allocate_keeps_pattern_and_axis():
     rule = rules.allocate({"q": (100, 4096)}, 3.0, like=CompressionRule(pattern="q", axis="in"))
     assert (rule.pattern, rule.axis) == ("q", "in")
-    assert rules.total_bits_per_weight({"q": (100, 4096)}, g=rule.g, num_codes=rule.num_codes, axis="in") <= 3.0
+    assert (
+        rules.total_bits_per_weight({"q": (100, 4096)}, g=rule.group_size, num_codes=rule.num_codes, axis="in") <= 3.0
+    )
     assert CompressionRule().pattern == DECODER_KERNELS
 
 
@@ -87,4 +89,4 @@ def test_groups_for_aqlm_divide_every_cut_axis():
     assert rules.groups_for_aqlm(shapes, axis="out") == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
     assert rules.groups_for_aqlm({"q": (50, 64)}, axis="in") == [1, 2, 5, 10, 25]
     rule = rules.allocate({"q": (50, 4096)}, 3.0, like=CompressionRule(axis="in"), groups=[5, 10])
-    assert rule.g in (5, 10)
+    assert rule.group_size in (5, 10)

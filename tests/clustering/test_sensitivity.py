@@ -27,7 +27,7 @@ def whole_loss(kernels, flat, tokens, model):
     params = trees.unflatten(flat | kernels)
     x = model.embed(params, tokens[None], dtype=jnp.float32)
     for i in range(model.num_blocks):
-        x = model.block(params["model"]["layers"][str(i)], x, kind=model.block_kind(i))
+        x = model.block(params["model"]["layers"][str(i)], x, layer_type=model.layer_type(i))
     return jnp.sum(token_nll(model.head(params, x[:, :-1]), tokens[None, 1:]))
 
 

@@ -17,14 +17,14 @@ from cluscomp_jax.clustering.resolve import rules_by_block
 from cluscomp_jax.clustering.rules import predicted_distortion
 from cluscomp_jax.clustering.tied_codebooks import fit_shared, sharing_groups
 from cluscomp_jax.config.finetune import FinetuneConfig
-from cluscomp_jax.config.run import RunConfig
+from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.config.settings import (
-    CalibrationSettings,
-    ClusterSettings,
+    BlockTuningConfig,
+    CalibrationConfig,
+    ClusterConfig,
     CompressionRule,
-    DataSettings,
-    TrainingSettings,
-    TuningSettings,
+    DataConfig,
+    TrainingConfig,
 )
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray, decode, index_bits, index_shape
@@ -34,19 +34,19 @@ from cluscomp_jax.finetuning import finetune
 from cluscomp_jax.io.open import open_model
 from cluscomp_jax.models.model import build_model
 from cluscomp_jax.pipeline import compress
-from cluscomp_jax.text.token_rows import Examples
+from cluscomp_jax.text.token_rows import TokenRows
 from cluscomp_jax.tuning.blockwise import join_trainable, split_trainable
 
 CONFIG = llama.LlamaConfig(
     vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=1, head_dim=8, initializer_range=0.3,
 )  # fmt: skip
-RULE = CompressionRule(g=4, num_codes=12)
-RUN = RunConfig(
+RULE = CompressionRule(group_size=4, num_codes=12)
+RUN = CompressConfig(
     model=CONFIG,
-    cluster=ClusterSettings(rules=(RULE,), iterations=4, share="block"),
-    calibration=CalibrationSettings(samples=4, length=12),
-    tuning=TuningSettings(epochs=2, learning_rate=0.01),
+    cluster=ClusterConfig(rules=(RULE,), iterations=4, tie_codebooks="block"),
+    calibration=CalibrationConfig(samples=4, length=12),
+    tuning=BlockTuningConfig(epochs=2, learning_rate=0.01),
 )
 TOKENS = np.random.default_rng(0).integers(0, 60, (4, 12))
 ATTENTION = tuple(f"self_attn/{name}_proj/kernel" for name in "qkv")
@@ -66,8 +66,8 @@ def shared(params):
     return compress(params, RUN, calibration=TOKENS)
 
 
-def sharing(run: RunConfig, share: str, **changes) -> RunConfig:
-    return dataclasses.replace(run, cluster=dataclasses.replace(run.cluster, share=share, **changes))
+def sharing(run: CompressConfig, tie_codebooks: str, **changes) -> CompressConfig:
+    return dataclasses.replace(run, cluster=dataclasses.replace(run.cluster, tie_codebooks=tie_codebooks, **changes))
 
 
 def coded(params) -> dict[str, CodebookArray]:
@@ -76,7 +76,7 @@ def coded(params) -> dict[str, CodebookArray]:
 
 def owner(path: str, array: CodebookArray) -> str:
     block = "/".join(path.split("/")[:3])
-    return path if array.codebook_of is None else f"{block}/{array.codebook_of}"
+    return path if array.tied_to is None else f"{block}/{array.tied_to}"
 
 
 def assert_tied(params, *, codebooks: int) -> None:
@@ -88,20 +88,20 @@ def assert_tied(params, *, codebooks: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "groups"),
-    [("none", []), ("site", [ATTENTION, GATES]), ("block", [(*ATTENTION, OUT, *GATES, DOWN)])],
+    ("tie_codebooks", "groups"),
+    [("none", []), ("input", [ATTENTION, GATES]), ("block", [(*ATTENTION, OUT, *GATES, DOWN)])],
 )
-def test_who_shares(share, groups):
-    assert sharing_groups(SITES, RULES, share) == groups
+def test_who_shares(tie_codebooks, groups):
+    assert sharing_groups(SITES, RULES, tie_codebooks) == groups
     few = {ATTENTION[1]: RULE, DOWN: RULE}
-    assert sharing_groups(SITES, few, share) == ([tuple(few)] if share == "block" else [])
+    assert sharing_groups(SITES, few, tie_codebooks) == ([tuple(few)] if tie_codebooks == "block" else [])
 
 
 def test_kernels_that_are_cut_differently_do_not_share(params):
     fine = dataclasses.replace(RULE, num_codes=20)
-    assert sharing_groups(SITES, RULES | {ATTENTION[2]: fine}, "site") == [ATTENTION[:2], GATES]
-    mixed = RULES | dict.fromkeys(GATES, fine)
-    assert sharing_groups(SITES, mixed, "block") == [(*ATTENTION, OUT, DOWN), GATES]
+    assert sharing_groups(SITES, RULES | {ATTENTION[2]: fine}, "input") == [ATTENTION[:2], GATES]
+    mixed_precision = RULES | dict.fromkeys(GATES, fine)
+    assert sharing_groups(SITES, mixed_precision, "block") == [(*ATTENTION, OUT, DOWN), GATES]
     by_path = dataclasses.replace(fine, pattern=r".*/mlp/(gate|up).*kernel")
     compressed = compress(params, sharing(dataclasses.replace(RUN, tuning=None), "block", rules=(by_path, RULE)))
     assert_tied(compressed, codebooks=4)
@@ -110,13 +110,13 @@ def test_kernels_that_are_cut_differently_do_not_share(params):
 def test_a_mixed_budget_counts_a_shared_codebook_once(params):
     """What is chosen shares where it is cut alike, and is within a budget that codebooks of their own would exceed."""
     run = dataclasses.replace(RUN, tuning=None)
-    compressed = compress(params, sharing(run, "block", bits=4.5, mixed="matrix"), calibration=TOKENS)
+    compressed = compress(params, sharing(run, "block", bits=4.5, mixed_precision="per_matrix"), calibration=TOKENS)
     sizes = size_report(compressed)
     assert 4.2 < sizes.bits_per_weight <= 4.5
     owners = {owner(path, array) for path, array in coded(compressed).items()}
     assert 2 <= len(owners) < 14  # of two blocks of seven kernels
     assert_tied(compressed, codebooks=len(owners))
-    alone = compress(params, sharing(run, "none", bits=4.5, mixed="matrix"), calibration=TOKENS)
+    alone = compress(params, sharing(run, "none", bits=4.5, mixed_precision="per_matrix"), calibration=TOKENS)
     assert index_bits_of(alone) < index_bits_of(compressed)
 
 
@@ -124,15 +124,15 @@ def index_bits_of(params) -> int:
     return sum(array.index.size * index_bits(array.num_codes) for array in coded(params).values())
 
 
-@pytest.mark.parametrize(("share", "per_block"), [("site", 4), ("block", 1)])
+@pytest.mark.parametrize(("tie_codebooks", "per_block"), [("input", 4), ("block", 1)])
 @pytest.mark.parametrize("how", ["tuned", "clustered", "blind", "in"])
-def test_all_of_a_group_have_one_codebook_and_it_counts_once(params, share, per_block, how):
-    run = sharing(RUN, share)
+def test_all_of_a_group_have_one_codebook_and_it_counts_once(params, tie_codebooks, per_block, how):
+    run = sharing(RUN, tie_codebooks)
     if how != "tuned":
         run = dataclasses.replace(run, tuning=None)
     if how == "in":
         alone = {"weighted": False, "feedback": False, "rules": (dataclasses.replace(RULE, axis="in"),)}
-        run = sharing(run, share, **alone)
+        run = sharing(run, tie_codebooks, **alone)
     compressed = compress(params, run, calibration=None if how == "blind" else TOKENS)
     assert_tied(compressed, codebooks=2 * per_block)
     arrays = coded(compressed)
@@ -144,21 +144,21 @@ def test_all_of_a_group_have_one_codebook_and_it_counts_once(params, share, per_
 
 def test_a_budget_counts_a_shared_codebook_once():
     model, errors = build_model(CONFIG), []
-    for share, codebooks in (("none", 7), ("site", 4), ("block", 1)):
-        rule = rules_by_block(model, sharing(RUN, share, bits=3.0))[0][DOWN]
+    for tie_codebooks, codebooks in (("none", 7), ("input", 4), ("block", 1)):
+        rule = rules_by_block(model, sharing(RUN, tie_codebooks, bits=3.0))[0][DOWN]
         shapes = [model.block_shapes(0)[path] for path in RULES]
-        entries = sum(math.prod(index_shape(shape, rule.g, "out")) for shape in shapes)
-        bits = index_bits(rule.num_codes) * entries + codebooks * 16 * rule.g * rule.num_codes
+        entries = sum(math.prod(index_shape(shape, rule.group_size, "out")) for shape in shapes)
+        bits = index_bits(rule.num_codes) * entries + codebooks * 16 * rule.group_size * rule.num_codes
         assert bits / sum(map(math.prod, shapes)) <= 3.0
-        errors.append(predicted_distortion(rule.g, rule.num_codes))
+        errors.append(predicted_distortion(rule.group_size, rule.num_codes))
     assert errors[0] >= errors[1] >= errors[2] < errors[0]
 
 
 def test_no_kernel_is_lost_beside_larger_numbers():
     rng = np.random.default_rng(1)
     kernels = {"large": 1000 * rng.standard_normal((32, 64)), "small": rng.standard_normal((32, 64))}
-    settings = ClusterSettings(iterations=10)
-    rule = CompressionRule(g=2, num_codes=128)
+    settings = ClusterConfig(iterations=10)
+    rule = CompressionRule(group_size=2, num_codes=128)
     starts = fit_shared(kernels, rule, settings, key=jax.random.key(0), channel_weights={})
     for path, start in starts.items():
         decoded = start.codebook.astype(np.float32)[start.codes].reshape(32, 64)
@@ -168,14 +168,14 @@ def test_no_kernel_is_lost_beside_larger_numbers():
 
 def test_the_gradient_of_a_shared_codebook_is_the_sum_of_its_kernels(shared):
     block = shared["model"]["layers"]["0"]
-    trained, rest = split_trainable(block, norms=False)
+    trained, outer = split_trainable(block, norms=False)
     assert list(trained) == [ATTENTION[0]]
     weights = {
         path: jax.random.normal(jax.random.key(i), array.shape) for i, (path, array) in enumerate(coded(block).items())
     }
 
     def loss(trained):
-        flat = trees.flatten(join_trainable(trained, rest))
+        flat = trees.flatten(join_trainable(trained, outer))
         return sum(jnp.vdot(weights[path], decode(flat[path])) for path in weights)
 
     gradient = np.asarray(
@@ -189,9 +189,9 @@ def test_the_gradient_of_a_shared_codebook_is_the_sum_of_its_kernels(shared):
 
 
 def test_finetuning_trains_it_as_one(shared):
-    settings = TrainingSettings(steps=3, learning_rate=0.05, batch_size=2)
-    cfg = FinetuneConfig(model=CONFIG, data=DataSettings(length=12), training=settings)
-    tuned = finetune(shared, Examples(TOKENS, np.ones(TOKENS.shape, bool)), cfg)
+    settings = TrainingConfig(steps=3, learning_rate=0.05, batch_size=2)
+    cfg = FinetuneConfig(model=CONFIG, data=DataConfig(length=12), training=settings)
+    tuned = finetune(shared, TokenRows(TOKENS, np.ones(TOKENS.shape, bool)), cfg)
     assert_tied(tuned, codebooks=2)
     path = f"model/layers/0/{DOWN}"
     assert not np.array_equal(coded(tuned)[path].codebook, coded(shared)[path].codebook)
@@ -202,7 +202,7 @@ def test_it_is_stored_once_and_comes_back(shared, params, tmp_path):
     save_checkpoint(tmp_path / "shared", shared, RUN)
     back, _ = load_checkpoint(tmp_path / "shared")
     for path, array in coded(shared).items():
-        assert coded(back)[path].codebook_of == array.codebook_of
+        assert coded(back)[path].tied_to == array.tied_to
         np.testing.assert_array_equal(coded(back)[path].index, array.index)
     assert_tied(back, codebooks=2)
     manifest = json.loads((tmp_path / "shared/manifest.json").read_text())
@@ -227,10 +227,8 @@ def test_codebooks_that_are_said_to_be_one_and_are_not_are_refused(shared, tmp_p
 @pytest.mark.parametrize("owner", [DOWN, OUT, "mlp/none/kernel", 7, "input_layernorm/weight"])
 def test_a_manifest_that_names_no_stored_codebook_is_refused(shared, tmp_path, owner):
     save_checkpoint(tmp_path / "out", shared, RUN)
-    forge(tmp_path / "out", lambda f: f["matrices"][f"model/layers/1/{DOWN}"].update(codebook_of=owner))
-    expected = (
-        "codebook_of is 7; it must be a str" if owner == 7 else f"has the codebook of {owner!r}, which stores none"
-    )
+    forge(tmp_path / "out", lambda f: f["matrices"][f"model/layers/1/{DOWN}"].update(tied_to=owner))
+    expected = "tied_to is 7; it must be a str" if owner == 7 else f"has the codebook of {owner!r}, which stores none"
     with pytest.raises(InputError, match=expected):
         load_checkpoint(tmp_path / "out")
 
@@ -238,9 +236,9 @@ def test_a_manifest_that_names_no_stored_codebook_is_refused(shared, tmp_path, o
 def test_sharing_buys_quality_on_held_out_text(tiny_model, tiny_test_tokens):
     """At 4.1 bits, where codebooks are large beside kernels as small as these; weights alone are clustered."""
     opened, losses = open_model(tiny_model), []
-    for share in ("none", "block"):
-        cluster = ClusterSettings(bits=4.1, share=share, iterations=8)
-        compressed = compress(opened.source, RunConfig(model=opened.config, cluster=cluster, tuning=None))
+    for tie_codebooks in ("none", "block"):
+        cluster = ClusterConfig(bits=4.1, tie_codebooks=tie_codebooks, iterations=8)
+        compressed = compress(opened.source, CompressConfig(model=opened.config, cluster=cluster, tuning=None))
         assert size_report(compressed).bits_per_weight <= 4.1
         losses.append(np.log(perplexity(compressed, tiny_test_tokens[:8192], opened.config, context=256).perplexity))
     original = np.log(perplexity(opened.source, tiny_test_tokens[:8192], opened.config, context=256).perplexity)

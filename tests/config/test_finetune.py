@@ -9,7 +9,7 @@ import pytest
 from paths import ROOT
 
 from cluscomp_jax.config.finetune import FinetuneConfig, load_finetune_config
-from cluscomp_jax.config.settings import DataSettings, DistillationSettings, MeshSettings, TrainingSettings
+from cluscomp_jax.config.settings import DataConfig, DistillationConfig, MeshConfig, TrainingConfig
 from cluscomp_jax.config.toml import overlay
 from cluscomp_jax.errors import InputError
 
@@ -18,10 +18,10 @@ DOCUMENT, CONFIGS = ROOT / "docs" / "finetuning.md", ROOT / "configs" / "finetun
 
 def test_the_defaults_in_the_documentation_are_the_defaults() -> None:
     fields = tomllib.loads(re.search(r"```toml\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)[1])
-    for name, kind in (("data", DataSettings), ("training", TrainingSettings)):
+    for name, kind in (("data", DataConfig), ("training", TrainingConfig)):
         # TOML has no None, which is what compute_dtype is by default.
         assert fields[name].keys() == {field.name for field in dataclasses.fields(kind)} - {"compute_dtype"}
-    assert fields["training"]["distillation"] == dataclasses.asdict(DistillationSettings())
+    assert fields["training"]["distillation"] == dataclasses.asdict(DistillationConfig())
     del fields["training"]["distillation"]
     assert overlay(FinetuneConfig(), fields) == FinetuneConfig()
 
@@ -35,7 +35,7 @@ def test_the_shipped_configs_load(path: Path) -> None:
         "follow": ("cheap", False, 512),
         "llama2_70b": ("all", True, 2048),
     }
-    assert (cfg.training.recompute, cfg.training.offload_inputs, cfg.data.length) == expected[path.stem]
+    assert (cfg.training.remat_policy, cfg.training.offload_inputs, cfg.data.length) == expected[path.stem]
 
 
 def test_what_a_file_says_is_read_and_the_rest_stays(tmp_path: Path) -> None:
@@ -43,8 +43,8 @@ def test_what_a_file_says_is_read_and_the_rest_stays(tmp_path: Path) -> None:
     path.write_text("seed = 3\n[training]\nlearning_rate = 1\ntrainable = ['a', 'b']\n[data]\ntoo_long = 'cut'\n")
     config = load_finetune_config(path)
     assert config.seed == 3
-    assert config.training == TrainingSettings(learning_rate=1.0, trainable=("a", "b"))
-    assert config.data == DataSettings(too_long="cut")
+    assert config.training == TrainingConfig(learning_rate=1.0, trainable=("a", "b"))
+    assert config.data == DataConfig(too_long="cut")
     assert overlay(FinetuneConfig(), config.to_dict()["finetune"]) == config
 
 
@@ -52,7 +52,7 @@ def test_a_table_turns_distillation_on(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text("[training.distillation]\ntemperature = 2\n")
     config = load_finetune_config(path)
-    assert config.training.distillation == DistillationSettings(weight=1.0, temperature=2.0)
+    assert config.training.distillation == DistillationConfig(weight=1.0, temperature=2.0)
     assert overlay(FinetuneConfig(), config.to_dict()["finetune"]) == config
 
 
@@ -60,9 +60,9 @@ def test_the_mesh_is_read_and_is_no_part_of_what_the_run_is(tmp_path: Path) -> N
     path = tmp_path / "run.toml"
     path.write_text("mesh = {data = 2, tensor = 4}\n[training]\nbatch_size = 2\n")
     config = load_finetune_config(path)
-    assert config.mesh == MeshSettings(data=2, tensor=4)
+    assert config.mesh == MeshConfig(data=2, tensor=4)
     assert (config.mesh.size, str(config.mesh)) == (8, "data=2,fsdp=1,tensor=4")
-    assert config.to_dict() == dataclasses.replace(config, mesh=MeshSettings()).to_dict()
+    assert config.to_dict() == dataclasses.replace(config, mesh=MeshConfig()).to_dict()
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_the_mesh_is_read_and_is_no_part_of_what_the_run_is(tmp_path: Path) -> N
         ("[data]\nlength = 1", "length is 1; it must be 2 or more"),
         ("[data]\ntoo_long = 'split'", "'data.too_long' is 'split'; it must be one of"),
         ("[training.distillation]\nweight = 2", "weight is 2.0; it must be a number from 0.0 to 1.0"),
-        ("[training]\nrecompute = 'some'", "'training.recompute' is 'some'"),
+        ("[training]\nremat_policy = 'some'", "'training.recompute' is 'some'"),
         ("result = 'first'", "'result' is 'first'"),
         ("mesh = {rows = 2}", "key 'mesh.rows' is not known; known here: data, fsdp, tensor"),
         ("mesh = {data = 0}", "mesh.data is 0; it must be 1 or more"),

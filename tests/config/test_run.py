@@ -7,8 +7,8 @@ import pytest
 from paths import ROOT
 
 from cluscomp_jax.cli.demo import SETTINGS
-from cluscomp_jax.config.run import PAPER, RECIPES, RunConfig, from_dict, load_config
-from cluscomp_jax.config.settings import CalibrationSettings, ClusterSettings, TuningSettings
+from cluscomp_jax.config.run import PAPER, RECIPES, CompressConfig, from_dict, load_config
+from cluscomp_jax.config.settings import BlockTuningConfig, CalibrationConfig, ClusterConfig
 from cluscomp_jax.errors import InputError
 
 CONFIGS = ROOT / "configs"
@@ -43,8 +43,8 @@ def test_tuning_can_be_turned_off(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, "tuning = false")).tuning is None
 
 
-@pytest.mark.parametrize("config", [*RECIPES.values(), RunConfig(tuning=None, cluster=ClusterSettings(bits=2.5))])
-def test_the_json_form_gives_the_config_back(config: RunConfig) -> None:
+@pytest.mark.parametrize("config", [*RECIPES.values(), CompressConfig(tuning=None, cluster=ClusterConfig(bits=2.5))])
+def test_the_json_form_gives_the_config_back(config: CompressConfig) -> None:
     assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -64,17 +64,17 @@ BAD = {
     "an integer for true": ("[cluster]\nweighted = 1", "it must be bool"),
     "a word for a table": ('cluster = "none"', "it must be a table"),
     "true for tuning": ("tuning = true", "it must be a table"),
-    "a table for a list": ("[cluster.rules]\ng = 4", "it must be a list"),
+    "a table for a list": ("[cluster.rules]\ngroup_size = 4", "it must be a list"),
     "an unknown choice": ('[tuning]\nschedule = "step"', "it must be one of 'constant', 'cosine', 'linear'"),
     "an unknown recipe": ('recipe = "best"', "recipe is 'best'; it must be one of default, paper"),
     "a recipe that is no name": ("recipe = [1]", "recipe is"),
-    "a value out of range": ("[[cluster.rules]]\ng = 33", "g is 33; it must be 1 to 32"),
+    "a value out of range": ("[[cluster.rules]]\ngroup_size = 33", "g is 33; it must be 1 to 32"),
     "a negative seed": ("seed = -1", "seed is -1"),
-    "held_out of all": ("[calibration]\nsamples = 4\n[tuning]\nheld_out = 4", "held_out is 4 of 4 samples"),
+    "held_out of all": ("[calibration]\nsamples = 4\n[tuning]\nvalidation_samples = 4", "held_out is 4 of 4 samples"),
     "batch that does not divide": ("[calibration]\nsamples = 4\n[tuning]\nbatch_size = 3", "3 does not divide the 4"),
     "no TOML": ("seed = ", "not valid TOML"),
     "a budget beside a group": (
-        '[cluster]\nbits = 3\n[[cluster.rules]]\npattern = "a"\n[[cluster.rules]]\ng = 4',
+        '[cluster]\nbits = 3\n[[cluster.rules]]\npattern = "a"\n[[cluster.rules]]\ngroup_size = 4',
         r"'cluster\.rules\[1\]\.g' is 4, but the budget 'cluster\.bits' = 3 chooses g and num_codes",
     ),
     "a budget beside codes": ("[cluster]\nbits = 3\n[[cluster.rules]]\nnum_codes = 9", r"num_codes' is 9, but"),
@@ -100,18 +100,18 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_the_paper_config_is_the_paper_recipe() -> None:
     assert load_config(CONFIGS / "paper.toml") == PAPER
-    assert PAPER.tuning == TuningSettings(
+    assert PAPER.tuning == BlockTuningConfig(
         epochs=20,
         learning_rate=0.005,
         relative_rate=False,
         schedule="constant",
         weight_decay=0.1,
         norms=False,
-        outlier_limit=0.0,
+        massive_activation_limit=0.0,
     )
-    assert PAPER.calibration == CalibrationSettings(samples=128, length=2048)
+    assert PAPER.calibration == CalibrationConfig(samples=128, length=2048)
     assert not PAPER.cluster.calibrated
-    assert PAPER.cluster.mixed == "none"
+    assert PAPER.cluster.mixed_precision == "none"
 
 
 def test_the_demo_runs_its_config() -> None:
@@ -119,5 +119,5 @@ def test_the_demo_runs_its_config() -> None:
 
 
 def test_no_config_can_name_a_model() -> None:
-    fields: dict[str, Any] = RunConfig().to_dict()
+    fields: dict[str, Any] = CompressConfig().to_dict()
     assert "model" not in fields

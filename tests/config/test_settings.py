@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from cluscomp_jax.config.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
+from cluscomp_jax.config.settings import BlockTuningConfig, CalibrationConfig, ClusterConfig, CompressionRule
 from cluscomp_jax.errors import InputError
 
 BAD: list[tuple[type, dict[str, Any]]] = [
@@ -12,24 +12,24 @@ BAD: list[tuple[type, dict[str, Any]]] = [
     (CompressionRule, {"num_codes": 0}),
     (CompressionRule, {"num_codes": 65537}),
     (CompressionRule, {"axis": "both"}),
-    (ClusterSettings, {"rules": ()}),
-    (ClusterSettings, {"bits": 0.0}),
-    (ClusterSettings, {"bits": math.nan}),
-    (ClusterSettings, {"iterations": -1}),
-    (ClusterSettings, {"codebook_dtype": "float32"}),
-    (CalibrationSettings, {"samples": 0}),
-    (CalibrationSettings, {"length": 1}),
-    (TuningSettings, {"epochs": -1}),
-    (TuningSettings, {"batch_size": 0}),
-    (TuningSettings, {"learning_rate": 0.0}),
-    (TuningSettings, {"learning_rate": math.inf}),
-    (TuningSettings, {"schedule": "step"}),
-    (TuningSettings, {"warmup_fraction": 1.5}),
-    (TuningSettings, {"weight_decay": -0.1}),
-    (TuningSettings, {"clip_norm": 0.0}),
-    (TuningSettings, {"compute_dtype": "int8"}),
-    (TuningSettings, {"activation_dtype": "float64"}),
-    (TuningSettings, {"held_out": -1}),
+    (ClusterConfig, {"rules": ()}),
+    (ClusterConfig, {"bits": 0.0}),
+    (ClusterConfig, {"bits": math.nan}),
+    (ClusterConfig, {"iterations": -1}),
+    (ClusterConfig, {"codebook_dtype": "float32"}),
+    (CalibrationConfig, {"samples": 0}),
+    (CalibrationConfig, {"length": 1}),
+    (BlockTuningConfig, {"epochs": -1}),
+    (BlockTuningConfig, {"batch_size": 0}),
+    (BlockTuningConfig, {"learning_rate": 0.0}),
+    (BlockTuningConfig, {"learning_rate": math.inf}),
+    (BlockTuningConfig, {"schedule": "step"}),
+    (BlockTuningConfig, {"warmup_fraction": 1.5}),
+    (BlockTuningConfig, {"weight_decay": -0.1}),
+    (BlockTuningConfig, {"clip_norm": 0.0}),
+    (BlockTuningConfig, {"compute_dtype": "int8"}),
+    (BlockTuningConfig, {"activation_dtype": "float64"}),
+    (BlockTuningConfig, {"held_out": -1}),
 ]
 
 
@@ -45,9 +45,9 @@ def test_a_value_out_of_range_is_named_with_what_it_must_be(kind: type, fields: 
 GOOD: list[tuple[type, dict[str, Any]]] = [
     (CompressionRule, {"g": 1, "num_codes": 2}),
     (CompressionRule, {"g": 32, "num_codes": 65536, "axis": "in"}),
-    (ClusterSettings, {"bits": 0.5, "iterations": 0}),
-    (CalibrationSettings, {"samples": 1, "length": 2}),
-    (TuningSettings, {"epochs": 0, "warmup_fraction": 1.0, "weight_decay": 0.0, "clip_norm": 1e-3}),
+    (ClusterConfig, {"bits": 0.5, "iterations": 0}),
+    (CalibrationConfig, {"samples": 1, "length": 2}),
+    (BlockTuningConfig, {"epochs": 0, "warmup_fraction": 1.0, "weight_decay": 0.0, "clip_norm": 1e-3}),
 ]
 
 

@@ -33,7 +33,7 @@ def test_every_shipped_config_is_tested_here() -> None:
 def test_the_demos_config_costs_the_bits_it_says() -> None:
     path = CONFIGS / "smollm2_135m_3bit.toml"
     (rule,) = load_config(path).cluster.rules
-    assert round(total_bits_per_weight(SMOLLM2, g=rule.g, num_codes=rule.num_codes), 2) == 3.05
+    assert round(total_bits_per_weight(SMOLLM2, g=rule.group_size, num_codes=rule.num_codes), 2) == 3.05
     assert "3.05 bits per weight" in path.read_text()
 
 
@@ -41,8 +41,8 @@ def test_shared_codebooks_cost_the_bits_the_config_says() -> None:
     path = CONFIGS / "smollm2_135m_4bit.toml"
     cluster = load_config(path).cluster
     (rule,) = cluster.rules
-    assert cluster.share == "block"
-    cost = total_bits_per_weight(SMOLLM2, g=rule.g, num_codes=rule.num_codes, codebooks=1)
+    assert cluster.tie_codebooks == "block"
+    cost = total_bits_per_weight(SMOLLM2, g=rule.group_size, num_codes=rule.num_codes, codebooks=1)
     assert f"{cost:.2f} bits per weight" in path.read_text()
 
 
@@ -60,6 +60,6 @@ def test_a_config_costs_the_bits_it_says(name: str, preset: str, bits: int) -> N
     (rule,) = load_config(path).cluster.rules
     shapes = build_model(preset_config(preset)).block_shapes(0)
     kernels = {kernel: shape for kernel, shape in shapes.items() if kernel.endswith("/kernel")}
-    cost = total_bits_per_weight(kernels, g=rule.g, num_codes=rule.num_codes)
+    cost = total_bits_per_weight(kernels, g=rule.group_size, num_codes=rule.num_codes)
     assert float(re.search(r": ([\d.]+) bits per weight", path.read_text())[1]) == pytest.approx(cost, abs=0.006)
     assert bits - 0.3 < cost < bits + 0.2

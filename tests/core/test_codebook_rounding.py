@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import cluscomp_jax
 from cluscomp_jax import llama
 from cluscomp_jax.clustering.matrix import cluster_matrix
-from cluscomp_jax.config.run import RunConfig
-from cluscomp_jax.config.settings import ClusterSettings, CompressionRule
+from cluscomp_jax.config.run import CompressConfig
+from cluscomp_jax.config.settings import ClusterConfig, CompressionRule
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray, round_codebook
 from cluscomp_jax.models.model import build_model, parameter_shapes
@@ -20,7 +20,7 @@ from cluscomp_jax.models.source import DictSource
 from cluscomp_jax.runtime.reporter import SilentReporter
 from cluscomp_jax.training import round_masters, split_params
 
-BLIND = ClusterSettings(iterations=5, feedback=False, weighted=False)
+BLIND = ClusterConfig(iterations=5, error_feedback=False, weighted=False)
 
 
 @settings(max_examples=100, deadline=None)
@@ -43,7 +43,7 @@ def test_the_dtype_that_loses_less_is_taken(seed, magnitude):
 @pytest.mark.parametrize("rms", [2e-2, 2e-5, 2e-7, 2e-8, 2e-12])
 def test_the_error_of_a_matrix_does_not_depend_on_its_scale(rms):
     weight = np.random.default_rng(0).standard_t(8, (64, 128)).astype(np.float32)
-    rule, key = CompressionRule(g=4, num_codes=256), jax.random.key(0)
+    rule, key = CompressionRule(group_size=4, num_codes=256), jax.random.key(0)
     _, expected = cluster_matrix(weight, rule, BLIND, key=key)
     array, found = cluster_matrix(weight * np.float32(rms), rule, BLIND, key=key)
     # bfloat16 rounds a code by at most 2^-9 of it, which adds 2^-18 / 3 of the energy: nothing next to the error.
@@ -78,7 +78,9 @@ def tiny_params(scales):
 
 def test_a_run_says_which_matrix_is_kept_in_another_dtype():
     small, reporter = "model/layers/1/mlp/up_proj/kernel", Warnings()
-    cfg = RunConfig(model=CONFIG, cluster=ClusterSettings(rules=(CompressionRule(g=4, num_codes=8),), iterations=1))
+    cfg = CompressConfig(
+        model=CONFIG, cluster=ClusterConfig(rules=(CompressionRule(group_size=4, num_codes=8),), iterations=1)
+    )
     compressed = cluscomp_jax.compress(tiny_params({small: 1e-7}), cfg, reporter=reporter)
     (text,) = reporter.texts
     assert text.startswith(f"{small}: kept in bfloat16; its codes are beyond float16")

@@ -11,7 +11,7 @@ import pytest
 from cli_models import write_model
 
 from cluscomp_jax.cli import main
-from cluscomp_jax.config.settings import DataSettings
+from cluscomp_jax.config.settings import DataConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.evaluation.exact_match import GSM8K_ANSWER, answer_pattern, exact_match, extract_answer
 from cluscomp_jax.inference.completion import complete
@@ -52,7 +52,7 @@ def test_a_prompt_is_what_stands_before_the_answer_in_training(folder: Path, tmp
     tokenizer = open_model(folder).load_tokenizer()
     file = write_lines(tmp_path / "q.jsonl", {"question": "how many?", "answer": "three"})
     (question,) = read_questions(file, tokenizer, vocab_size=40)
-    rows = read_examples(file, tokenizer, DataSettings(length=80, responses_only=True), vocab_size=40)
+    rows = read_examples(file, tokenizer, DataConfig(length=80, responses_only=True), vocab_size=40)
     first = int(np.flatnonzero(rows.scored[0])[0])
     np.testing.assert_array_equal(question.prompt, rows.tokens[0, :first])
     assert (question.answer, question.where) == ("three", f"{file} line 1")
@@ -60,7 +60,7 @@ def test_a_prompt_is_what_stands_before_the_answer_in_training(folder: Path, tmp
 
 def greedy_text(folder: Path, prompt: np.ndarray, tokens: int) -> str:
     opened = open_model(folder)
-    decoder = Decoder.load(opened.source, opened.model, dtype="float32", materialize="once")
+    decoder = Decoder.load(opened.source, opened.model, dtype="float32", decode_weights="once")
     tokenizer = opened.load_tokenizer()
     options: dict[str, Any] = {"max_new_tokens": tokens, "sampling": Sampling(), "key": jax.random.key(0)}
     (completion,), _ = complete(decoder, tokenizer, [prompt], **options)
@@ -95,7 +95,7 @@ def test_the_model_is_right_where_it_says_what_is_expected(
 
 def test_a_text_without_an_answer_counts_as_wrong(folder: Path) -> None:
     opened = open_model(folder)
-    decoder = Decoder.load(opened.source, opened.model, dtype="float32", materialize="once")
+    decoder = Decoder.load(opened.source, opened.model, dtype="float32", decode_weights="once")
     found = exact_match(
         decoder,
         opened.load_tokenizer(),

@@ -29,7 +29,7 @@ PARAMS = llama.init_params(CONFIG, jax.random.key(1))
 @pytest.fixture(scope="module")
 def decoder() -> Decoder:
     model = llama.build(CONFIG)
-    return Decoder.load(as_source(PARAMS, model), model, dtype="float32", materialize="once")
+    return Decoder.load(as_source(PARAMS, model), model, dtype="float32", decode_weights="once")
 
 
 def oracle(context: list[int], tokens: list[int]) -> tuple[float, bool]:

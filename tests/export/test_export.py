@@ -187,13 +187,13 @@ def aqlm_weight(codes: np.ndarray, codebooks: np.ndarray, scales: np.ndarray, bi
 
 def test_a_dense_kernel_among_compressed_ones_is_named_in_the_config(tmp_path: Path) -> None:
     params = make_params()
-    rest = decoded(params["model"]["layers"]["1"]["mlp"]["up_proj"]["kernel"])
-    params["model"]["layers"]["1"]["mlp"]["up_proj"]["kernel"] = rest
+    outer = decoded(params["model"]["layers"]["1"]["mlp"]["up_proj"]["kernel"])
+    params["model"]["layers"]["1"]["mlp"]["up_proj"]["kernel"] = outer
     export_checkpoint(save(tmp_path / "small", params), tmp_path / "out", "aqlm")
     config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     module = "model.layers.1.mlp.up_proj"
     assert config["linear_weights_not_to_quantize"][2:] == [module, f"{module}.weight"]
-    assert same(read_safetensors(tmp_path / "out")[f"{module}.weight"], rest.T)
+    assert same(read_safetensors(tmp_path / "out")[f"{module}.weight"], outer.T)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from cluscomp_jax import compress, kmeans, llama
-from cluscomp_jax.config.run import RunConfig
-from cluscomp_jax.config.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
+from cluscomp_jax.config.run import CompressConfig
+from cluscomp_jax.config.settings import BlockTuningConfig, CalibrationConfig, ClusterConfig, CompressionRule
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.core.linear import linear
@@ -31,11 +31,11 @@ PARAMS = trees.unflatten(
     }
 )
 TOKENS = RNG.integers(0, 32, (4, 6)).astype(np.int32)
-RUN = RunConfig(
+RUN = CompressConfig(
     model=CONFIG,
-    cluster=ClusterSettings(rules=(CompressionRule(g=4, num_codes=16),), iterations=2, refits=1),
-    calibration=CalibrationSettings(samples=4, length=6),
-    tuning=TuningSettings(epochs=1),
+    cluster=ClusterConfig(rules=(CompressionRule(group_size=4, num_codes=16),), iterations=2, refine_rounds=1),
+    calibration=CalibrationConfig(samples=4, length=6),
+    tuning=BlockTuningConfig(epochs=1),
 )
 CODEBOOK = RNG.normal(size=(16, 4)).astype(np.float32)
 INDEX = RNG.integers(0, 16, (8, 4)).astype(np.uint8)

@@ -3,7 +3,7 @@
 import chex
 import jax
 import numpy as np
-from toy_checkpoint import ToyConfig, ToyRun, toy_block, toy_params, toy_rest
+from toy_checkpoint import ToyConfig, ToyRun, toy_block, toy_outer, toy_params
 
 from cluscomp_jax.checkpoint.reader import CheckpointWriter, load_checkpoint
 
@@ -28,7 +28,7 @@ def run(out, config=CONFIG):
         for i in range(w.finished_blocks, config.num_blocks):
             (w.work_path / "activations").write_bytes(bytes(1000))
             w.store_block(i, toy_block(config, i))
-        w.store_rest(toy_rest(config))
+        w.store_outer(toy_outer(config))
         w.store_tokenizer(write_tokenizer)
         w.finish(provenance={}, metrics={})
 

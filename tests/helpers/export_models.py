@@ -18,7 +18,7 @@ from cluscomp_jax.models.llama import LlamaConfig, parse_config
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Stands for a RunConfig."""
+    """Stands for a CompressConfig."""
 
     model: LlamaConfig
 

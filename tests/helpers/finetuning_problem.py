@@ -4,14 +4,14 @@ import numpy as np
 from training_models import CONFIG
 
 from cluscomp_jax.config.finetune import FinetuneConfig
-from cluscomp_jax.config.settings import TrainingSettings
+from cluscomp_jax.config.settings import TrainingConfig
 from cluscomp_jax.runtime.reporter import SilentReporter
 from cluscomp_jax.text.token_rows import pack
 
 STEPS, LENGTH = 8, 10
 CFG = FinetuneConfig(
     model=CONFIG,
-    training=TrainingSettings(
+    training=TrainingConfig(
         steps=STEPS, batch_size=2, learning_rate=0.02, trainable=(".*/codebook", ".*norm/weight")
     ),
     evaluate_every=3,

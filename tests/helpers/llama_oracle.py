@@ -30,7 +30,7 @@ def attend(params, xs, c, window):
         queries = [np.array([norm(h, params["q_norm"]["weight"], c.rms_norm_eps) for h in q]) for q in queries]
         keys = [np.array([norm(h, params["k_norm"]["weight"], c.rms_norm_eps) for h in k]) for k in keys]
     sharing = c.num_attention_heads // c.num_key_value_heads
-    mixed = []
+    mixed_precision = []
     for t in range(len(xs)):
         first = 0 if window is None else max(0, t - window + 1)
         heads = []
@@ -40,8 +40,8 @@ def attend(params, xs, c, window):
             scores = np.array([query @ turn(keys[s][j // sharing], s, c.rope.theta) for s in seen])
             weights = np.exp(scores / math.sqrt(c.head_dim))
             heads.append(sum(w * values[s][j // sharing] for w, s in zip(weights / weights.sum(), seen, strict=True)))
-        mixed.append(np.concatenate(heads))
-    return [apply(params["o_proj"], m) for m in mixed]
+        mixed_precision.append(np.concatenate(heads))
+    return [apply(params["o_proj"], m) for m in mixed_precision]
 
 
 def logits(params, tokens, c, windows):

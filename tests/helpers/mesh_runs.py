@@ -19,13 +19,13 @@ from training_models import batch, compressed_params
 
 from cluscomp_jax import llama
 from cluscomp_jax.config.finetune import FinetuneConfig
-from cluscomp_jax.config.run import RunConfig
+from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.config.settings import (
-    ClusterSettings,
+    ClusterConfig,
     CompressionRule,
-    DataSettings,
-    MeshSettings,
-    TrainingSettings,
+    DataConfig,
+    MeshConfig,
+    TrainingConfig,
 )
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
@@ -33,8 +33,8 @@ from cluscomp_jax.core.sharded_kernel import ShardedKernel
 from cluscomp_jax.finetuning import finetune
 from cluscomp_jax.models.source import DictSource
 from cluscomp_jax.plan.program import compile_program
-from cluscomp_jax.plan.setting import kinds_of_blocks
-from cluscomp_jax.plan.shapes import Place
+from cluscomp_jax.plan.setting import layer_types_of
+from cluscomp_jax.plan.shapes import AbstractDevice
 from cluscomp_jax.plan.training_programs import finetuning
 from cluscomp_jax.runtime.reporter import SilentReporter
 from cluscomp_jax.text.token_rows import pack
@@ -47,27 +47,30 @@ CONFIG = llama.LlamaConfig(
     num_key_value_heads=2, head_dim=8, initializer_range=0.1,
 )  # fmt: skip
 MODEL = llama.build(CONFIG)
-SETTINGS = TrainingSettings(
-    steps=STEPS, batch_size=ROWS // 2, accumulation=2, trainable=(".*/codebook", ".*norm/weight", "lm_head/kernel")
+SETTINGS = TrainingConfig(
+    steps=STEPS,
+    batch_size=ROWS // 2,
+    grad_accumulation_steps=2,
+    trainable=(".*/codebook", ".*norm/weight", "lm_head/kernel"),
 )
 MESHES = {
-    "one": MeshSettings(),
-    "data": MeshSettings(data=8),
-    "fsdp": MeshSettings(fsdp=8),
-    "tensor": MeshSettings(tensor=8),
-    "mixed": MeshSettings(data=2, fsdp=2, tensor=2),
+    "one": MeshConfig(),
+    "data": MeshConfig(data=8),
+    "fsdp": MeshConfig(fsdp=8),
+    "tensor": MeshConfig(tensor=8),
+    "mixed": MeshConfig(data=2, fsdp=2, tensor=2),
 }
 
 
-def train(settings: MeshSettings) -> dict:
+def train(settings: MeshConfig) -> dict:
     """Losses of STEPS steps, the first gradient, where arrays lie, and the collectives of the step."""
     params = compressed_params(odd_block=2, dtype=np.float32, config=CONFIG, n=16, scale=0.1)
     sharding = make_sharding(settings, MODEL)
     trained, frozen, layout = split_params(DictSource(params, MODEL), MODEL, SETTINGS.trainable, sharding)
     put = jnp.asarray if sharding is None else sharding.put_rows
     fixed = {"layout": layout, "settings": SETTINGS}
-    tokens, scored = batch(rows=ROWS, length=LENGTH, vocab=CONFIG.vocab_size)
-    gradient = jax.jit(jax.grad(partial(summed_loss, **fixed)))(trained, frozen, put(tokens), put(scored))
+    tokens, loss_mask = batch(rows=ROWS, length=LENGTH, vocab=CONFIG.vocab_size)
+    gradient = jax.jit(jax.grad(partial(summed_loss, **fixed)))(trained, frozen, put(tokens), put(loss_mask))
     places = {name: str(getattr(leaf.sharding, "spec", None)) for name, leaf in trees.iterate(trained)}
     places |= {
         name: str(getattr(leaf.index.sharding, "spec", None))
@@ -76,8 +79,8 @@ def train(settings: MeshSettings) -> dict:
     }
     state, losses = init_state(trained, settings=SETTINGS, sharding=sharding), []
     before = [leaf.sharding for leaf in jax.tree.leaves(state)]
-    shape = (SETTINGS.accumulation, SETTINGS.batch_size, LENGTH)
-    arguments = (frozen, put(tokens.reshape(shape)), put(scored.reshape(shape)))
+    shape = (SETTINGS.grad_accumulation_steps, SETTINGS.batch_size, LENGTH)
+    arguments = (frozen, put(tokens.reshape(shape)), put(loss_mask.reshape(shape)))
     step = train_step.lower(state, *arguments, **fixed).compile()
     for _ in range(STEPS):
         state, metrics = step(state, *arguments)
@@ -94,11 +97,11 @@ def train(settings: MeshSettings) -> dict:
     }
 
 
-def planned(settings: MeshSettings) -> dict:
+def planned(settings: MeshConfig) -> dict:
     """What the plan of a step says that one device holds, and what XLA says of the program's arguments."""
-    rules = ClusterSettings(rules=(CompressionRule(g=4, num_codes=16),), weighted=False, feedback=False)
-    blocks = kinds_of_blocks(MODEL, RunConfig(model=CONFIG, cluster=rules, tuning=None), Place(), 1)
-    cfg = FinetuneConfig(data=DataSettings(length=LENGTH), training=SETTINGS, mesh=settings)
+    rules = ClusterConfig(rules=(CompressionRule(group_size=4, num_codes=16),), weighted=False, error_feedback=False)
+    blocks = layer_types_of(MODEL, CompressConfig(model=CONFIG, cluster=rules, tuning=None), AbstractDevice(), 1)
+    cfg = FinetuneConfig(data=DataConfig(length=LENGTH), training=SETTINGS, mesh=settings)
     *_, step = finetuning(blocks, cfg, make_sharding(settings, MODEL))
     return {"held": step.live_bytes, "arguments": compile_program(step).argument_bytes}
 
@@ -120,7 +123,7 @@ def resume() -> dict:
     """A run that is interrupted twice, and goes on on another mesh each time, and one on one device."""
     params = compressed_params(config=CONFIG, n=16, scale=0.1)
     rows = pack(batch(rows=1, length=180, vocab=CONFIG.vocab_size)[0][0], LENGTH)
-    training = dataclasses.replace(SETTINGS, steps=6, accumulation=1, learning_rate=0.01)
+    training = dataclasses.replace(SETTINGS, steps=6, grad_accumulation_steps=1, learning_rate=0.01)
     cfg = FinetuneConfig(model=CONFIG, training=training, save_every=2)
     meshes, stops = ("mixed", "fsdp", "one"), (3, 5, None)
     with tempfile.TemporaryDirectory() as states:

@@ -16,13 +16,13 @@ import numpy as np
 from cluscomp_jax import llama
 from cluscomp_jax.clustering import block
 from cluscomp_jax.clustering.matrix import decompress
-from cluscomp_jax.config.run import RunConfig
+from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.config.settings import (
-    CalibrationSettings,
-    ClusterSettings,
+    BlockTuningConfig,
+    CalibrationConfig,
+    ClusterConfig,
     CompressionRule,
-    MeshSettings,
-    TuningSettings,
+    MeshConfig,
 )
 from cluscomp_jax.core import trees
 from cluscomp_jax.models.source import DictSink, DictSource
@@ -39,27 +39,27 @@ CONFIG = llama.LlamaConfig(
     initializer_range=0.3,
 )  # fmt: skip  (all kernels of one shape: less to compile)
 MODEL = llama.build(CONFIG)
-TUNING = TuningSettings(epochs=2, batch_size=4, learning_rate=0.01, held_out=3)
-RUN = RunConfig(
+TUNING = BlockTuningConfig(epochs=2, batch_size=4, learning_rate=0.01, validation_samples=3)
+RUN = CompressConfig(
     model=CONFIG,
-    cluster=ClusterSettings(rules=(CompressionRule(g=4, num_codes=12),), iterations=4),
-    calibration=CalibrationSettings(samples=11, length=12),
+    cluster=ClusterConfig(rules=(CompressionRule(group_size=4, num_codes=12),), iterations=4),
+    calibration=CalibrationConfig(samples=11, length=12),
     tuning=TUNING,
 )
-BLIND = ClusterSettings(rules=RUN.cluster.rules, iterations=4, weighted=False, feedback=False)
+BLIND = ClusterConfig(rules=RUN.cluster.rules, iterations=4, weighted=False, error_feedback=False)
 RUNS = {
     "tuned": RUN,
     "without text": dataclasses.replace(RUN, cluster=BLIND, tuning=None),
 }
-MESHES = {"one": MeshSettings(), "two": MeshSettings(data=2)}
+MESHES = {"one": MeshConfig(), "two": MeshConfig(data=2)}
 TOKENS = np.random.default_rng(0).integers(0, 60, (11, 12))
 
 
-def run(cfg: RunConfig, calibration: np.ndarray | None) -> dict:
+def run(cfg: CompressConfig, calibration: np.ndarray | None) -> dict:
     """The records of a run, its decoded kernels, the device of each matrix, and where the samples of batches lay."""
     where: dict[str, str] = {}
     samples: set[str] = set()
-    cluster, moments = block.BlockClustering._cluster, block.site_moments
+    cluster, moments = block.BlockClustering._cluster, block.collect_hessians
 
     def clustered(self, i, *arguments):
         (device,) = jnp.zeros(()).devices()
@@ -72,12 +72,12 @@ def run(cfg: RunConfig, calibration: np.ndarray | None) -> dict:
         samples.update(str(getattr(batch.x.sharding, "spec", None)) for batch in seen)
         return moments(*front, seen, **options)
 
-    block.BlockClustering._cluster, block.site_moments = clustered, watched
+    block.BlockClustering._cluster, block.collect_hessians = clustered, watched
     sink = DictSink()
     with tempfile.TemporaryDirectory() as work:
         params = llama.init_params(CONFIG, jax.random.key(0))
         summary = compress_stream(DictSource(params, MODEL), sink, cfg, calibration=calibration, work_dir=Path(work))
-    block.BlockClustering._cluster, block.site_moments = cluster, moments
+    block.BlockClustering._cluster, block.collect_hessians = cluster, moments
     kernels = {
         path: np.asarray(leaf, np.float32).tolist()
         for path, leaf in trees.flatten(decompress(sink.params(MODEL))).items()

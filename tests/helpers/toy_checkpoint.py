@@ -36,7 +36,7 @@ class ToyModel:
             "attn/q/bias": (d,),
         }
 
-    def rest_shapes(self):
+    def outer_shapes(self):
         return {"model/embed/embedding": (20, self.config.d), "model/norm/weight": (self.config.d,)}
 
 
@@ -80,7 +80,7 @@ def toy_block(config, i):
     }
 
 
-def toy_rest(config):
+def toy_outer(config):
     rng = np.random.default_rng(99)
     return {
         "model": {
@@ -91,14 +91,14 @@ def toy_rest(config):
 
 
 def toy_params(config):
-    params = toy_rest(config)
+    params = toy_outer(config)
     params["model"]["layers"] = {str(i): toy_block(config, i) for i in range(config.num_blocks)}
     return params
 
 
 @dataclasses.dataclass(frozen=True)
 class ToyRun:
-    """Stands for a RunConfig."""
+    """Stands for a CompressConfig."""
 
     model: ToyConfig = ToyConfig()
     seed: int = 42

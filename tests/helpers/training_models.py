@@ -13,7 +13,7 @@ CONFIG = llama.LlamaConfig(
     num_key_value_heads=1, head_dim=8, initializer_range=0.3,
 )  # fmt: skip
 MODEL = llama.build(CONFIG)
-KERNELS = tuple(path for paths in MODEL.sites.values() for path in paths)
+KERNELS = tuple(path for paths in MODEL.input_groups.values() for path in paths)
 
 
 def compressed_params(*, odd_block=None, dtype=np.float16, config=CONFIG, n=12, scale=0.3):

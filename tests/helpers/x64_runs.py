@@ -9,8 +9,8 @@ import jax
 import numpy as np
 
 from cluscomp_jax import compress, generate, kmeans, llama, perplexity
-from cluscomp_jax.config.run import RunConfig
-from cluscomp_jax.config.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
+from cluscomp_jax.config.run import CompressConfig
+from cluscomp_jax.config.settings import BlockTuningConfig, CalibrationConfig, ClusterConfig, CompressionRule
 from cluscomp_jax.core import trees
 from cluscomp_jax.models.model import build_model, parameter_shapes
 from pallas_kernels.codebook_matmul import codebook_matmul
@@ -38,7 +38,7 @@ def kernels():
     for fast in (False, True):
         y, pull = jax.vjp(
             lambda x, c, fast=fast: codebook_matmul(
-                x, c, index, shape=(16, 24), axis="out", implementation="interpret", fast_gradients=fast
+                x, c, index, shape=(16, 24), axis="out", implementation="interpret", atomic_gradients=fast
             ),
             x,
             codebook,
@@ -58,14 +58,14 @@ def main(out: Path) -> None:
         results[f"fit_codebook to {n}"] = digest(fit[:2])
     results["assign"] = digest(kmeans.assign(vectors, vectors[:100]))
     for codes in (16, 300):
-        cluster = ClusterSettings(rules=(CompressionRule(g=4, num_codes=codes),), iterations=3, refits=1)
-        cfg = RunConfig(
-            model=CONFIG, cluster=cluster, calibration=CalibrationSettings(samples=4, length=16), tuning=None
+        cluster = ClusterConfig(rules=(CompressionRule(group_size=4, num_codes=codes),), iterations=3, refine_rounds=1)
+        cfg = CompressConfig(
+            model=CONFIG, cluster=cluster, calibration=CalibrationConfig(samples=4, length=16), tuning=None
         )
         results[f"compress to {codes}"] = digest(compress(params, cfg, calibration=tokens))
     results["compress without text"] = digest(compress(params, cfg))
-    tuned = RunConfig(
-        model=CONFIG, cluster=cluster, calibration=cfg.calibration, tuning=TuningSettings(epochs=1, held_out=1)
+    tuned = CompressConfig(
+        model=CONFIG, cluster=cluster, calibration=cfg.calibration, tuning=BlockTuningConfig(epochs=1, held_out=1)
     )
     results["tuned shapes"] = [
         f"{leaf.dtype} {leaf.shape}" for leaf in jax.tree.leaves(compress(params, tuned, calibration=tokens))

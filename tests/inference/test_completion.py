@@ -62,7 +62,7 @@ def test_half_a_character_waits_for_the_rest() -> None:
 @pytest.fixture(scope="module")
 def decoder(tiny_model: Path) -> Decoder:
     opened = open_model(tiny_model)
-    return Decoder.load(opened.source, opened.model, dtype="float32", materialize="once")
+    return Decoder.load(opened.source, opened.model, dtype="float32", decode_weights="once")
 
 
 def run(decoder: Decoder, tiny_model: Path, texts: list[str], **options: object) -> tuple:  # type: ignore[type-arg]

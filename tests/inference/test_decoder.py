@@ -100,7 +100,7 @@ def test_a_sliding_window_sees_no_padding() -> None:
 def greedy_without_padding(params: Params, prompts: np.ndarray, config: LlamaConfig, count: int) -> np.ndarray:
     """A cached loop over pieces of their true lengths: the prompts, then one token of each at a time."""
     model = llama.build(config)
-    step = jax.jit(model.cached_block, static_argnames="kind")
+    step = jax.jit(model.cached_block, static_argnames="layer_type")
     caches = [model.init_cache(i, len(prompts), 48, jnp.float32) for i in range(model.num_blocks)]
     tokens, position = jnp.asarray(prompts), 0
     drawn: list[np.ndarray] = []
@@ -108,7 +108,7 @@ def greedy_without_padding(params: Params, prompts: np.ndarray, config: LlamaCon
         x = model.embed(params, tokens, dtype=jnp.float32)
         for i in range(model.num_blocks):
             block = trees.subtree(params, f"{model.blocks_path}/{i}")
-            x, caches[i] = step(block, x, caches[i], position, kind=model.block_kind(i))
+            x, caches[i] = step(block, x, caches[i], position, layer_type=model.layer_type(i))
         position += tokens.shape[1]
         tokens = jnp.argmax(model.head(params, x[:, -1:]), axis=-1)
         drawn.append(np.asarray(tokens[:, 0]))
@@ -191,7 +191,7 @@ def test_an_int8_cache_takes_half_the_bytes_and_says_nearly_the_same() -> None:
             cache = model.init_cache(i, 2, 32, dtype)
             size += sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
             block = trees.subtree(params, f"{model.blocks_path}/{i}")
-            x, _ = model.cached_block(block, x, cache, jnp.int32(0), kind=None)
+            x, _ = model.cached_block(block, x, cache, jnp.int32(0), layer_type=None)
         return np.asarray(model.head(params, x)), size
 
     (exact, _), (half, bf16_bytes), (coded, int8_bytes) = run(jnp.float32), run(jnp.bfloat16), run(jnp.int8)
@@ -225,9 +225,11 @@ def test_a_stopped_row_waits_at_its_stop_token() -> None:
 def test_compressed_parameters_generate_what_their_decoded_form_does(compressed: Params) -> None:
     dense, dtype = decompress(compressed), "bfloat16"
     want = generate(dense, [7, 8, 9], CONFIG, max_new_tokens=6, dtype=dtype).tolist()
-    for materialize in ("once", "call"):
+    for decode_weights in ("once", "call"):
         assert (
-            generate(compressed, [7, 8, 9], CONFIG, max_new_tokens=6, dtype=dtype, materialize=materialize).tolist()
+            generate(
+                compressed, [7, 8, 9], CONFIG, max_new_tokens=6, dtype=dtype, decode_weights=decode_weights
+            ).tolist()
             == want
         )
 
@@ -335,7 +337,7 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "top_p above 1": ([1], {"top_p": 1.5}, "top_p is 1.5"),
     "integer dtype": ([1], {"dtype": "int32"}, "dtype is int32"),
     "dtype of no one": ([1], {"dtype": "float5"}, "dtype is .float5."),
-    "materialize": ([1], {"materialize": "twice"}, "materialize is 'twice'"),
+    "decode_weights": ([1], {"decode_weights": "twice"}, "decode_weights is 'twice'"),
 }
 
 

@@ -40,7 +40,7 @@ def test_a_gguf_file_and_the_folder_it_came_from_give_the_same_parameters(tmp_pa
     exact = GgufSource(tmp_path / "tiny.gguf", dtype=np.float32)
     for i in range(2):
         chex.assert_trees_all_equal(folder.source.load_block(i), exact.load_block(i))
-    chex.assert_trees_all_equal(folder.source.load_rest(), exact.load_rest())
+    chex.assert_trees_all_equal(folder.source.load_outer(), exact.load_outer())
     assert folder.config == file.config
 
 

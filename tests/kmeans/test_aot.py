@@ -18,7 +18,7 @@ from cluscomp_jax.kmeans.assignment import _ROW, largest
 from cluscomp_jax.models.model import build_model
 from cluscomp_jax.plan import preset_config
 from cluscomp_jax.plan.kmeans_programs import fit_programs
-from cluscomp_jax.plan.shapes import Place
+from cluscomp_jax.plan.shapes import AbstractDevice
 
 MODELS = ("llama-2-7b", "llama-2-13b", "llama-2-70b", "llama-3.1-405b")
 CODES = (
@@ -64,7 +64,7 @@ def test_no_program_takes_the_largest_of_a_number_of_values_that_xla_cannot_cut(
     seen = 0
     for g, n in CODES:
         for m in vector_counts(model, g):
-            for program in fit_programs(Place(), m, g, n, weighted=True, iterations=20, calls=1):
+            for program in fit_programs(AbstractDevice(), m, g, n, weighted=True, iterations=20, calls=1):
                 for eqn in equations(program.traced.jaxpr.jaxpr):
                     if eqn.primitive.name == "top_k":
                         seen += 1

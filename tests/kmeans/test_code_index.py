@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cluscomp_jax.clustering.error_feedback import assign_with_feedback, factorise
-from cluscomp_jax.kmeans import nearest_code, plant_forest
+from cluscomp_jax.clustering.error_feedback import assign_with_error_feedback, factor_hessian
+from cluscomp_jax.kmeans import build_code_index, nearest_code
 
 KEY = jax.random.key(3)
 
@@ -26,30 +26,30 @@ def exact(vectors: np.ndarray, codes: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(("g", "n"), [(4, 5000), (4, 65536), (2, 2050), (8, 9000)])
 def test_nearly_every_code_is_the_nearest(g: int, n: int) -> None:
     codes, vectors = points(n, g, 0), points(300, g, 1)
-    forest = plant_forest(jnp.asarray(codes), KEY)
-    assert forest is not None
-    found = nearest_code(jnp.asarray(vectors), jnp.asarray(codes), forest)
+    code_index = build_code_index(jnp.asarray(codes), KEY)
+    assert code_index is not None
+    found = nearest_code(jnp.asarray(vectors), jnp.asarray(codes), code_index)
     best = squared_distances(vectors, codes, exact(vectors, codes))
     assert squared_distances(vectors, codes, found).sum() < 1.01 * best.sum()
-    again = nearest_code(jnp.asarray(vectors), jnp.asarray(codes), plant_forest(jnp.asarray(codes), KEY))
+    again = nearest_code(jnp.asarray(vectors), jnp.asarray(codes), build_code_index(jnp.asarray(codes), KEY))
     np.testing.assert_array_equal(found, again)
 
 
 def test_a_known_code_is_kept_unless_a_nearer_one_is_found() -> None:
     codes, vectors = points(5000, 4, 0), points(200, 4, 1)
-    forest = plant_forest(jnp.asarray(codes), KEY)
+    code_index = build_code_index(jnp.asarray(codes), KEY)
     best = exact(vectors, codes)
     np.testing.assert_array_equal(
-        nearest_code(jnp.asarray(vectors), jnp.asarray(codes), forest, jnp.asarray(best)), best
+        nearest_code(jnp.asarray(vectors), jnp.asarray(codes), code_index, jnp.asarray(best)), best
     )
     far = jnp.full(200, 7)
-    found = nearest_code(jnp.asarray(vectors), jnp.asarray(codes), forest, far)
+    found = nearest_code(jnp.asarray(vectors), jnp.asarray(codes), code_index, far)
     assert np.all(squared_distances(vectors, codes, found) <= squared_distances(vectors, codes, far))
 
 
 def test_few_codes_are_all_compared() -> None:
     codes, vectors = points(256, 4, 0), points(100, 4, 1)
-    assert plant_forest(jnp.asarray(codes), KEY) is None
+    assert build_code_index(jnp.asarray(codes), KEY) is None
     np.testing.assert_array_equal(nearest_code(jnp.asarray(vectors), jnp.asarray(codes), None), exact(vectors, codes))
 
 
@@ -58,11 +58,13 @@ def test_error_feedback_among_many_codes_loses_next_to_nothing() -> None:
     inputs = rng.standard_normal((200, 48)) @ rng.standard_normal((48, 48))
     moments = (inputs.T @ inputs / 200).astype(np.float32)
     weight, codes = points(48, 64, 1), points(6000, 4, 2)
-    feedback = factorise(jnp.asarray(moments))
+    feedback = factor_hessian(jnp.asarray(moments))
 
-    def output_error(forest: object) -> float:
-        index = assign_with_feedback(jnp.asarray(weight), jnp.asarray(codes), feedback, g=4, forest=forest)
+    def output_error(code_index: object) -> float:
+        index = assign_with_error_feedback(
+            jnp.asarray(weight), jnp.asarray(codes), feedback, g=4, code_index=code_index
+        )
         error = weight.astype(np.float64) - codes[np.asarray(index)].reshape(48, 64)
         return float(np.einsum("io,ij,jo->", error, moments, error))
 
-    assert output_error(plant_forest(jnp.asarray(codes), KEY)) < 1.02 * output_error(None)
+    assert output_error(build_code_index(jnp.asarray(codes), KEY)) < 1.02 * output_error(None)

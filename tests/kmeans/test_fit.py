@@ -68,7 +68,7 @@ def test_same_start_same_fixed_point_as_float64_lloyd(weighted):
     options = {"num_codes": 6, "key": jax.random.key(1), "weights": weights, "accelerate": False}
     start, _, _ = fit_codebook(vectors, **options, iterations=0)
     codebook, index, stats = fit_codebook(vectors, **options, iterations=15)
-    assert stats.refills == 0
+    assert stats.reseeded == 0
     expected = lloyd(vectors, np.asarray(start), np.ones(600) if weights is None else weights, 15)
     np.testing.assert_allclose(codebook, expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(index, squared_distances(vectors, expected).argmin(1))
@@ -167,7 +167,7 @@ def test_empty_clusters_are_refilled_where_the_error_is_largest():
     # Nearly all vectors are copies of one: the start puts several codes on top of each other.
     vectors = np.concatenate([np.zeros((950, 2)), rng.standard_normal((50, 2))]).astype(np.float32)
     _, index, stats = fit_codebook(vectors, num_codes=40, key=jax.random.key(0), iterations=10)
-    assert stats.refills > 0
+    assert stats.reseeded > 0
     assert len(np.unique(index)) == 40
     assert stats.inertia[-1] < 0.2 * stats.inertia[0]
 

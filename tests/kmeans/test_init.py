@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from cluscomp_jax.kmeans.assignment import Blocks
-from cluscomp_jax.kmeans.init import draw_sample, spread_start
+from cluscomp_jax.kmeans.init import draw_sample, init_codebook
 
 
 def start(vectors: np.ndarray, n: int, *, seed: int = 0, weights: np.ndarray | None = None) -> np.ndarray:
     mass = jnp.ones(len(vectors)) if weights is None else jnp.asarray(weights, jnp.float32)
     key, blocks = jax.random.key(seed), Blocks(jnp.asarray(vectors)[None], mass[None])
     sample, mass = draw_sample(blocks, key, num_codes=n, count=len(vectors))
-    return np.asarray(spread_start(sample, mass, key, num_codes=n))
+    return np.asarray(init_codebook(sample, mass, key, num_codes=n))
 
 
 def error_after_lloyd(vectors: np.ndarray, codebook: np.ndarray, iterations: int) -> float:

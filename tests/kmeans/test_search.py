@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cluscomp_jax.kmeans.assignment import Blocks, Found
+from cluscomp_jax.kmeans.assignment import Assignment, Blocks
 from cluscomp_jax.kmeans.fit import fit_codebook, make_blocks
-from cluscomp_jax.kmeans.probe_lists import make_lists
+from cluscomp_jax.kmeans.probe_lists import make_probe_lists
 from cluscomp_jax.kmeans.search import search_all, search_listed
 from cluscomp_jax.kmeans.tree import grow_tree, random_rotation
 
@@ -26,15 +26,17 @@ def squared_distances(vectors: np.ndarray, codes: np.ndarray) -> np.ndarray:
     return ((vectors[:, None].astype(np.float64) - codes[None].astype(np.float64)) ** 2).sum(-1)
 
 
-def listed(blocks: Blocks, codes: np.ndarray, *, length: int, known: np.ndarray | None = None, turn: int = 0) -> Found:
+def listed(
+    blocks: Blocks, codes: np.ndarray, *, length: int, previous: np.ndarray | None = None, turn: int = 0
+) -> Assignment:
     tree = grow_tree(jnp.asarray(codes), random_rotation(jax.random.key(0), turn, g=codes.shape[1]))
-    lists = make_lists(tree, jnp.asarray(codes), length=length)
-    index = np.full(blocks.weights.shape, -1, np.int32) if known is None else known
-    found: Found = search_listed(blocks, jnp.asarray(index), jnp.asarray(codes), tree, lists)
+    probe_lists = make_probe_lists(tree, jnp.asarray(codes), length=length)
+    index = np.full(blocks.weights.shape, -1, np.int32) if previous is None else previous
+    found: Assignment = search_listed(blocks, jnp.asarray(index), jnp.asarray(codes), tree, probe_lists)
     return found
 
 
-def check_sums(found: Found, vectors: np.ndarray, weights: np.ndarray, codes: np.ndarray) -> None:
+def check_sums(found: Assignment, vectors: np.ndarray, weights: np.ndarray, codes: np.ndarray) -> None:
     m, n = len(vectors), len(codes)
     index = np.asarray(found.nearest).reshape(-1)[:m]
     offset = vectors.astype(np.float64) - codes[index]
@@ -72,11 +74,11 @@ def test_what_it_calls_certain_is_nearest_and_trees_add_up(g: int) -> None:
     m = 6000
     vectors, weights, codes = problem(m, 1500, g)
     blocks, exact = make_blocks(vectors, weights), squared_distances(vectors, codes)
-    known, misses, certain_ever = None, [], 0.0
+    previous, misses, certain_ever = None, [], 0.0
     for turn in range(5):
-        found = listed(blocks, codes, length=6, known=known, turn=turn)
-        known = np.asarray(found.nearest)
-        distance = exact[np.arange(m), known.reshape(-1)[:m]]
+        found = listed(blocks, codes, length=6, previous=previous, turn=turn)
+        previous = np.asarray(found.nearest)
+        distance = exact[np.arange(m), previous.reshape(-1)[:m]]
         certain = np.asarray(found.certain).reshape(-1)[:m]
         np.testing.assert_allclose(distance[certain], exact.min(1)[certain], rtol=1e-4, atol=1e-6)
         misses.append(np.mean(distance > exact.min(1) * (1 + 1e-5) + 1e-7))
@@ -93,7 +95,7 @@ def test_a_known_code_is_kept_unless_a_nearer_one_is_found() -> None:
     blocks = make_blocks(vectors, weights)
     best = np.zeros(blocks.weights.shape, np.int32)
     best.reshape(-1)[:2000] = exact.argmin(1)
-    found = listed(blocks, codes, length=1, known=best)
+    found = listed(blocks, codes, length=1, previous=best)
     distance = exact[np.arange(2000), np.asarray(found.nearest).reshape(-1)[:2000]]
     np.testing.assert_allclose(distance, exact.min(1), rtol=1e-5)
 
@@ -110,16 +112,16 @@ def test_vectors_far_from_zero_keep_their_digits() -> None:
 
 def test_results_do_not_depend_on_how_much_is_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = np.random.default_rng(1).standard_normal((5000, 4)).astype(np.float32)
-    search, lists = (sys.modules[f"cluscomp_jax.kmeans.{name}"] for name in ("search", "lists"))
+    search, probe_lists = (sys.modules[f"cluscomp_jax.kmeans.{name}"] for name in ("search", "lists"))
 
     def fit() -> tuple[jax.Array, jax.Array]:
         return fit_codebook(vectors, num_codes=300, key=jax.random.key(0), iterations=4)[:2]
 
     whole = fit()
     monkeypatch.setattr(search, "_PIECES", 1)
-    monkeypatch.setattr(lists, "_ROWS", 4)
+    monkeypatch.setattr(probe_lists, "_ROWS", 4)
     search.search_listed.clear_cache()
-    lists.make_lists.clear_cache()
+    probe_lists.make_probe_lists.clear_cache()
     chex.assert_trees_all_equal(fit(), whole)
     search.search_listed.clear_cache()
-    lists.make_lists.clear_cache()
+    probe_lists.make_probe_lists.clear_cache()

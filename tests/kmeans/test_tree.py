@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cluscomp_jax.kmeans.probe_lists import make_lists
+from cluscomp_jax.kmeans.probe_lists import make_probe_lists
 from cluscomp_jax.kmeans.tree import EMPTY, CodeTree, grow_tree, leaf_of, leaves_of, random_rotation
 
 
@@ -75,23 +75,23 @@ def test_equal_codes_make_a_tree() -> None:
 def test_no_code_off_the_list_is_nearer_to_the_centre_than_the_reach(n: int, g: int, length: int) -> None:
     codes = random_codes(n, g)
     tree = plant(codes, 2, 0)
-    lists = make_lists(tree, jnp.asarray(codes), length=length)
-    order, searched = np.asarray(tree.order), np.asarray(lists.searched)
+    probe_lists = make_probe_lists(tree, jnp.asarray(codes), length=length)
+    order, searched = np.asarray(tree.order), np.asarray(probe_lists.searched)
     assert searched.shape == (len(order), length)
     for leaf in np.flatnonzero((order != EMPTY).any(1)):
         members = order[leaf][order[leaf] != EMPTY]
         centre = codes[members].astype(np.float64).mean(0)
-        np.testing.assert_allclose(lists.centres[leaf], centre, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(probe_lists.centres[leaf], centre, rtol=1e-4, atol=1e-5)
         assert searched[leaf][0] == leaf
         assert len(set(searched[leaf])) == length
         off = np.setdiff1d(np.arange(n), order[searched[leaf]])
         nearest = np.sqrt(((codes[off] - centre) ** 2).sum(1).min())
-        assert 0 <= float(lists.reach[leaf]) <= nearest * (1 + 1e-5)
+        assert 0 <= float(probe_lists.reach[leaf]) <= nearest * (1 + 1e-5)
 
 
 def test_lists_of_all_leaves_reach_everywhere() -> None:
     codes = jnp.asarray(random_codes(100, 3))
     tree = plant(codes, 0, 0)
-    lists = make_lists(tree, codes, length=1000)
-    assert lists.searched.shape == (8, 8)
-    assert np.isinf(lists.reach).all()
+    probe_lists = make_probe_lists(tree, codes, length=1000)
+    assert probe_lists.searched.shape == (8, 8)
+    assert np.isinf(probe_lists.reach).all()

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluscomp_jax import llama, pipeline
-from cluscomp_jax.config.run import RunConfig
-from cluscomp_jax.config.settings import CalibrationSettings, ClusterSettings, CompressionRule, TuningSettings
+from cluscomp_jax.config.run import CompressConfig
+from cluscomp_jax.config.settings import BlockTuningConfig, CalibrationConfig, ClusterConfig, CompressionRule
 from cluscomp_jax.models.model import build_model
 from cluscomp_jax.models.prefetch import AHEAD, BEHIND, BlockReader, BlockWriter
 from cluscomp_jax.models.source import DictSink, DictSource
-from cluscomp_jax.runtime.timing import StageClock
+from cluscomp_jax.runtime.timing import StageTimer
 
 
 class Blocks:
@@ -31,7 +31,7 @@ class Blocks:
             raise FileNotFoundError(f"block {i} has gone")
         return {"number": np.array(i)}
 
-    def load_rest(self):
+    def load_outer(self):
         return {}
 
     def fingerprint(self):
@@ -42,14 +42,14 @@ class Blocks:
 @given(st.integers(1, 12))
 def test_every_block_is_read_once_and_in_order(count: int) -> None:
     source = Blocks()
-    with BlockReader(source, count, StageClock()) as reader:
+    with BlockReader(source, count, StageTimer()) as reader:
         assert [int(reader.take(i)["number"]) for i in range(count)] == list(range(count))
     assert source.asked == list(range(count))
 
 
 def test_the_next_block_is_read_while_one_is_at_work_once_told_and_no_further() -> None:
     source = Blocks()
-    with BlockReader(source, 5, StageClock()) as reader:
+    with BlockReader(source, 5, StageTimer()) as reader:
         reader.take(0)
         time.sleep(0.05)
         assert source.asked == [0]
@@ -63,14 +63,14 @@ def test_the_next_block_is_read_while_one_is_at_work_once_told_and_no_further() 
 
 
 def test_an_error_of_reading_comes_with_the_block_it_belongs_to() -> None:
-    with BlockReader(Blocks(fail_at=1), 3, StageClock()) as reader:
+    with BlockReader(Blocks(fail_at=1), 3, StageTimer()) as reader:
         reader.take(0)
         with pytest.raises(FileNotFoundError, match="block 1 has gone"):
             reader.take(1)
 
 
 def test_writes_follow_one_another_and_the_last_has_ended_when_it_is_left() -> None:
-    written, clock = [], StageClock()
+    written, clock = [], StageTimer()
 
     def write(i: int) -> None:
         time.sleep(0.01)
@@ -90,7 +90,7 @@ def test_an_error_of_writing_stops_the_next_write_and_the_work() -> None:
     def fail() -> None:
         raise OSError("the disk is full")
 
-    with BlockWriter(StageClock()) as writer:
+    with BlockWriter(StageTimer()) as writer:
         writer.put(fail)
         with pytest.raises(OSError, match="the disk is full"):
             writer.put(lambda: written.append(1))
@@ -102,7 +102,7 @@ def test_work_that_fails_still_waits_for_the_write_under_way() -> None:
     written = []
 
     def work() -> None:
-        with BlockWriter(StageClock()) as writer:
+        with BlockWriter(StageTimer()) as writer:
             writer.put(lambda: (time.sleep(0.05), written.append(1)))
             raise KeyboardInterrupt
 
@@ -141,11 +141,11 @@ def test_bytes_and_records_are_those_of_reading_and_writing_in_turn(tmp_path, mo
         vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, initializer_range=0.3,
     )  # fmt: skip
-    cfg = RunConfig(
+    cfg = CompressConfig(
         model=config,
-        cluster=ClusterSettings(rules=(CompressionRule(g=4, num_codes=12),), iterations=2),
-        calibration=CalibrationSettings(samples=2, length=8),
-        tuning=TuningSettings(epochs=1),
+        cluster=ClusterConfig(rules=(CompressionRule(group_size=4, num_codes=12),), iterations=2),
+        calibration=CalibrationConfig(samples=2, length=8),
+        tuning=BlockTuningConfig(epochs=1),
     )
     model, tokens = build_model(config), np.random.default_rng(0).integers(0, 40, (2, 8))
     source = DictSource(llama.init_params(config, jax.random.key(0)), model)

@@ -9,15 +9,15 @@ import pytest
 from kernel_problems import Problem, check, random_problem, run
 
 from pallas_kernels._compat import lowering_for
-from pallas_kernels.codebook_matmul import FAST_GRADIENTS, IMPLEMENTATION, api, codebook_matmul, config, strips
+from pallas_kernels.codebook_matmul import ATOMIC_GRADIENTS, IMPLEMENTATION, api, codebook_matmul, config, strips
 
 
-@pytest.mark.parametrize("fast_gradients", [False, True], ids=["ordered", "atomic"])
+@pytest.mark.parametrize("atomic_gradients", [False, True], ids=["ordered", "atomic"])
 @pytest.mark.parametrize("seed", range(9))
-def test_the_interpreted_kernels_agree_with_the_oracle(seed, fast_gradients):
-    problem = random_problem(seed + 100 * fast_gradients)
+def test_the_interpreted_kernels_agree_with_the_oracle(seed, atomic_gradients):
+    problem = random_problem(seed + 100 * atomic_gradients)
     arrays = problem.arrays()
-    check(problem, arrays, run(problem, arrays, implementation="interpret", fast_gradients=fast_gradients))
+    check(problem, arrays, run(problem, arrays, implementation="interpret", atomic_gradients=atomic_gradients))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -135,7 +135,7 @@ def test_options_can_be_had_for_everything_traced_inside():
         with lowering_for((8, 6)):
             return jax.jit(gradient).trace(codebook).lower(lowering_platforms=("cuda",)).as_text()
 
-    with IMPLEMENTATION("triton"), FAST_GRADIENTS(True):
+    with IMPLEMENTATION("triton"), ATOMIC_GRADIENTS(True):
         assert "codebook_scatter" in lowered()
     with IMPLEMENTATION("triton"):
         assert "codebook_segment_sum" in lowered()

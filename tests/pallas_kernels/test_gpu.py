@@ -14,12 +14,12 @@ def _cuda_device():
         pytest.skip(f"no CUDA device: JAX runs on {jax.default_backend()}")
 
 
-@pytest.mark.parametrize("fast_gradients", [False, True], ids=["ordered", "atomic"])
+@pytest.mark.parametrize("atomic_gradients", [False, True], ids=["ordered", "atomic"])
 @pytest.mark.parametrize("seed", range(40))
-def test_values(seed, fast_gradients):
+def test_values(seed, atomic_gradients):
     problem = random_problem(seed)
     arrays = problem.arrays()
-    check(problem, arrays, run(problem, arrays, implementation="triton", fast_gradients=fast_gradients))
+    check(problem, arrays, run(problem, arrays, implementation="triton", atomic_gradients=atomic_gradients))
 
 
 @pytest.mark.parametrize("axis", ["out", "in"])

@@ -34,7 +34,7 @@ def nearest(weights, scale, zero):
 def obq(kernel, moments, group, act_order):
     """Every channel's error spread over all channels left, by the inverse moments of these taken anew each time."""
     damped = moments + 0.01 * np.mean(np.diag(moments)) * np.eye(CHANNELS)
-    order = np.argsort(-np.diag(moments), kind="stable") if act_order else np.arange(CHANNELS)
+    order = np.argsort(-np.diag(moments), layer_type="stable") if act_order else np.arange(CHANNELS)
     current, grids = kernel.copy(), {}
     for step, channel in enumerate(order):
         start = channel // group * group
@@ -56,7 +56,7 @@ def output_error(kernel, moments, quantised):
 @pytest.mark.parametrize("group", [CHANNELS, 140, 48, 32])  # above and below the 128 channels of a lazy batch
 def test_gptq_is_obq_with_a_fixed_order_and_beats_rounding(problem, group, act_order):
     kernel, moments = problem
-    setting = baselines.Setting(BITS, group)
+    setting = baselines.BlockSpec(BITS, group)
     tensors = torch.from_numpy(kernel), torch.from_numpy(moments)
     actual = baselines.gptq(*tensors, setting, act_order=act_order).numpy()
     np.testing.assert_array_equal(actual, obq(kernel, moments, group, act_order))
@@ -67,19 +67,19 @@ def test_gptq_is_obq_with_a_fixed_order_and_beats_rounding(problem, group, act_o
 
 def test_rounding_uses_the_grid_of_each_group(problem):
     kernel, _ = problem
-    actual = baselines.rtn(torch.from_numpy(kernel), baselines.Setting(BITS, 64)).numpy()
+    actual = baselines.rtn(torch.from_numpy(kernel), baselines.BlockSpec(BITS, 64)).numpy()
     expected = [nearest(part, *grid_of(part)) for part in (kernel[:64], kernel[64:128], kernel[128:])]
     np.testing.assert_array_equal(actual, np.concatenate(expected))
 
 
 def test_a_group_of_zeros_stays_zero():
     zeros = torch.zeros(4, 3)
-    assert not baselines.rtn(zeros, baselines.Setting(2, 4)).any()
-    assert not baselines.gptq(zeros, torch.zeros(4, 4), baselines.Setting(2, 4)).any()
+    assert not baselines.rtn(zeros, baselines.BlockSpec(2, 4)).any()
+    assert not baselines.gptq(zeros, torch.zeros(4, 4), baselines.BlockSpec(2, 4)).any()
 
 
 def test_bits_count_the_shorter_last_group_in_full():
-    assert baselines.stored_bits((576, 192), baselines.Setting(4, 128)) == 192 * (576 * 4 + 5 * (16 + 4))
+    assert baselines.stored_bits((576, 192), baselines.BlockSpec(4, 128)) == 192 * (576 * 4 + 5 * (16 + 4))
 
 
 @pytest.mark.parametrize("wrong", [["--setting", "3"], ["--setting", "9:64"], ["--context", "9999"], ["--model", "no"]])

@@ -70,14 +70,14 @@ def test_forward_and_cached_decoding(name):
 
 def cached_logits(config, params, tokens, bounds):
     model = build(config)
-    step = jax.jit(model.cached_block, static_argnames="kind")
+    step = jax.jit(model.cached_block, static_argnames="layer_type")
     caches = [model.init_cache(i, tokens.shape[0], LENGTH + 5, jnp.float32) for i in range(model.num_blocks)]
     pieces = []
     for start, end in itertools.pairwise(bounds):
         x = model.embed(params, tokens[:, start:end], dtype=jnp.float32)
         for i in range(model.num_blocks):
             block = trees.subtree(params, f"{model.blocks_path}/{i}")
-            x, caches[i] = step(block, x, caches[i], jnp.int32(start), kind=model.block_kind(i))
+            x, caches[i] = step(block, x, caches[i], jnp.int32(start), layer_type=model.layer_type(i))
         pieces.append(np.asarray(model.head(params, x)))
     return np.concatenate(pieces, axis=1)
 

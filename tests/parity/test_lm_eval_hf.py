@@ -69,7 +69,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a context of one": ({"path": None, "max_length": 1}, "max_length is 1"),
     "beyond the context": ({"path": None, "max_length": 257}, "257 exceeds the model's context of 256"),
     "dtype": ({"path": None, "dtype": "float5"}, "dtype is 'float5'"),
-    "materialize": ({"path": None, "materialize": "never"}, "materialize is 'never'"),
+    "decode_weights": ({"path": None, "decode_weights": "never"}, "decode_weights is 'never'"),
     "cache": ({"path": None, "cache": "int4"}, "cache_dtype is 'int4'"),
 }
 """Wrong arguments, a path of None standing for the small Llama's."""

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from script_modules import load_script
 
-from cluscomp_jax.config.settings import TrainingSettings
+from cluscomp_jax.config.settings import TrainingConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.models.llama import build, parse_config
@@ -33,7 +33,7 @@ G, CODES = 4, 300
 
 def compressed(params, model, seed):
     """Every kernel of a block cut into random codes of its own scale."""
-    kernels = {path for paths in model.sites.values() for path in paths}
+    kernels = {path for paths in model.input_groups.values() for path in paths}
     rng = np.random.default_rng(seed)
 
     def one(path, leaf):
@@ -52,7 +52,7 @@ def test_gradients_are_those_of_autograd(name):
     model = build(parse_config(fixtures.config_json(torch_model)))
     params = compressed(trees.unflatten(fixtures.our_layout(torch_model)), model, 5)
     rng = np.random.default_rng(6)
-    tokens, scored = rng.integers(0, FIELDS["vocab_size"], (2, 60)), rng.random((2, 60)) < 0.6
+    tokens, loss_mask = rng.integers(0, FIELDS["vocab_size"], (2, 60)), rng.random((2, 60)) < 0.6
 
     codebooks, weights = {}, {}
     for path, leaf in trees.iterate(params):
@@ -64,12 +64,12 @@ def test_gradients_are_those_of_autograd(name):
     losses = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), torch.from_numpy(tokens[:, 1:]).flatten(), reduction="none"
     )
-    expected = losses[torch.from_numpy(scored[:, 1:]).flatten()].sum()
+    expected = losses[torch.from_numpy(loss_mask[:, 1:]).flatten()].sum()
     expected.backward()
 
     trained, frozen, layout = split_params(DictSource(params, model), model, (".*/codebook",))
     loss, gradient = jax.value_and_grad(summed_loss)(
-        trained, frozen, tokens, scored, layout=layout, settings=TrainingSettings()
+        trained, frozen, tokens, loss_mask, layout=layout, settings=TrainingConfig()
     )
     assert float(loss) == pytest.approx(expected.item(), rel=1e-5)
     errors = {}

@@ -9,18 +9,18 @@ from compilers import needs_compiler
 
 from cluscomp_jax.cli.plan import _launches
 from cluscomp_jax.clustering import error_feedback
-from cluscomp_jax.clustering.error_feedback import Feedback
-from cluscomp_jax.config.run import RunConfig
-from cluscomp_jax.config.settings import CalibrationSettings, ClusterSettings, CompressionRule
+from cluscomp_jax.clustering.error_feedback import HessianFactor
+from cluscomp_jax.config.run import CompressConfig
+from cluscomp_jax.config.settings import CalibrationConfig, ClusterConfig, CompressionRule
 from cluscomp_jax.models.llama import LlamaConfig
 from cluscomp_jax.plan import Plan, Reserve, find_target, placement, plan, whole
 from cluscomp_jax.plan.block_programs import targets
-from cluscomp_jax.plan.host import Needs
+from cluscomp_jax.plan.host import HostRequirements
 from cluscomp_jax.plan.launches import Launches, count_launches
 from cluscomp_jax.plan.model_programs import embedding
 from cluscomp_jax.plan.program import Memory, Program, compile_counted
-from cluscomp_jax.plan.setting import Setting
-from cluscomp_jax.plan.shapes import Place
+from cluscomp_jax.plan.setting import BlockSpec
+from cluscomp_jax.plan.shapes import AbstractDevice
 from cluscomp_jax.plan.target import compiling_for
 from cluscomp_jax.plan.whole import _calls, _compiled_of
 from cluscomp_jax.plan.work import operations_of
@@ -170,22 +170,22 @@ def test_a_compiled_program_has_the_launches_of_its_structure(name: str) -> None
     function, launches, unknown = STRUCTURES[name]
     card = find_target("h100")
     with compiling_for(card):
-        traced = jax.jit(function).trace(Place(placement(card)).array(256, 256))
+        traced = jax.jit(function).trace(AbstractDevice(placement(card)).array(256, 256))
         _, counted = compile_counted(Program("s", "n", traced, 0))
     assert counted == Launches(launches, unknown)
 
 
 def test_a_program_for_the_cpu_has_no_launches() -> None:
-    traced = jax.jit(two_sorts).trace(Place().array(8, 8))
+    traced = jax.jit(two_sorts).trace(AbstractDevice().array(8, 8))
     memory, counted = compile_counted(Program("s", "n", traced, 0))
     assert memory.argument_bytes == 256
     assert counted is None
 
 
-def feeding(place: Place, d_in: int, d_out: int, calls: float) -> Program:
-    weight, fed = place.array(d_in, d_out), Feedback(place.array(d_in, dtype="int32"), place.array(d_in, d_in))
+def feeding(place: AbstractDevice, d_in: int, d_out: int, calls: float) -> Program:
+    weight, fed = place.array(d_in, d_out), HessianFactor(place.array(d_in, dtype="int32"), place.array(d_in, d_in))
     stored = place.array(16, 4, dtype="float16")
-    traced = error_feedback.assign_with_feedback.trace(weight, stored, fed, g=4, forest=None)
+    traced = error_feedback.assign_with_error_feedback.trace(weight, stored, fed, g=4, forest=None)
     return Program("assign", "codes", traced, 0, calls)
 
 
@@ -193,7 +193,7 @@ def feeding(place: Place, d_in: int, d_out: int, calls: float) -> Program:
 def test_programs_that_are_not_compiled_scale_with_their_steps() -> None:
     card = find_target("a6000")
     with compiling_for(card):
-        place = Place(placement(card))
+        place = AbstractDevice(placement(card))
         programs = [feeding(place, d_in, d_out, 1.0) for d_in, d_out in ((256, 512), (512, 256), (1024, 256))]
         assert len(_compiled_of(programs)) == 1
         each = [compile_counted(program)[1] for program in programs]
@@ -223,19 +223,21 @@ TINY = LlamaConfig(
 def test_a_plan_reports_the_launches_of_a_whole_run(monkeypatch) -> None:
     """6 samples are looked up, a gather and at most what goes with it; each of 3 blocks passes them once."""
 
-    def some(settings: list[Setting], **_: object) -> Iterator[Program]:
+    def some(settings: list[BlockSpec], **_: object) -> Iterator[Program]:
         yield from embedding(settings[0])
         yield from targets(settings[0])
 
     monkeypatch.setattr(whole, "whole_run", some)
-    cfg = RunConfig(
+    cfg = CompressConfig(
         model=TINY,
-        cluster=ClusterSettings(rules=(CompressionRule(g=4, num_codes=16),), weighted=False, feedback=False),
-        calibration=CalibrationSettings(samples=6, length=2048),
+        cluster=ClusterConfig(
+            rules=(CompressionRule(group_size=4, num_codes=16),), weighted=False, error_feedback=False
+        ),
+        calibration=CalibrationConfig(samples=6, length=2048),
         tuning=None,
     )
     card = find_target("a6000")
-    done = plan(cfg, card, Place(placement(card)), context=32, reserve=Reserve(), reporter=SilentReporter())
+    done = plan(cfg, card, AbstractDevice(placement(card)), context=32, reserve=Reserve(), reporter=SilentReporter())
     assert list(done.launches) == list(done.stages) == list(done.hours) == ["embed", "targets"]
     fields = done.to_dict()
     assert 6 <= fields["launches"]["embed"] <= 4 * 6
@@ -246,7 +248,7 @@ def test_a_plan_reports_the_launches_of_a_whole_run(monkeypatch) -> None:
 
 def test_the_table_says_where_loops_are_of_unknown_length() -> None:
     memory, counted = Memory("s", "p", 1, 1, 1, 1), {"a": Launches(2.87e9), "b": Launches(31, 2)}
-    made = Plan("card", 8, 8, {"a": memory}, (memory,), counted, {}, Needs(1, 2, 3, 4))
+    made = Plan("card", 8, 8, {"a": memory}, (memory,), counted, {}, HostRequirements(1, 2, 3, 4))
     assert [_launches(made, stage) for stage in ("a", "b", "c")] == ["2.9e9", "3.1e1+", "-"]
     assert made.to_dict()["launches"] == {"a": 2870000000, "b": 31}
     assert made.to_dict()["unknown_loops"] == {"a": 0, "b": 2}

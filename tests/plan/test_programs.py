@@ -15,46 +15,46 @@ import pytest
 from cluscomp_jax import finetuning, llama, pipeline
 from cluscomp_jax.config.finetune import FinetuneConfig
 from cluscomp_jax.config.run import PAPER as RECIPE
-from cluscomp_jax.config.run import RunConfig
+from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.config.settings import (
-    CalibrationSettings,
-    ClusterSettings,
+    BlockTuningConfig,
+    CalibrationConfig,
+    ClusterConfig,
     CompressionRule,
-    DataSettings,
-    TrainingSettings,
-    TuningSettings,
+    DataConfig,
+    TrainingConfig,
 )
 from cluscomp_jax.evaluation import perplexity
 from cluscomp_jax.models.model import build_model
 from cluscomp_jax.plan.program import Program
-from cluscomp_jax.plan.setting import kinds_of_blocks
-from cluscomp_jax.plan.shapes import Place
+from cluscomp_jax.plan.setting import layer_types_of
+from cluscomp_jax.plan.shapes import AbstractDevice
 from cluscomp_jax.plan.stages import largest_alike, whole_run
 from cluscomp_jax.plan.work import count_work
-from cluscomp_jax.text.token_rows import Examples
+from cluscomp_jax.text.token_rows import TokenRows
 
 CONFIG = llama.LlamaConfig(
     vocab_size=67, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=16, initializer_range=0.3,
 )  # fmt: skip
-TUNING = TuningSettings(epochs=1, compute_dtype="bfloat16", activation_dtype="bfloat16")
-RULES = (CompressionRule(g=2, num_codes=300),)
-CALIBRATION = CalibrationSettings(samples=2, length=24)
-DEFAULT = RunConfig(
+TUNING = BlockTuningConfig(epochs=1, compute_dtype="bfloat16", activation_dtype="bfloat16")
+RULES = (CompressionRule(group_size=2, num_codes=300),)
+CALIBRATION = CalibrationConfig(samples=2, length=24)
+DEFAULT = CompressConfig(
     model=CONFIG,
-    cluster=ClusterSettings(rules=RULES, iterations=2),
+    cluster=ClusterConfig(rules=RULES, iterations=2),
     calibration=CALIBRATION,
     tuning=TUNING,
 )
-UNCORRECTED = dataclasses.replace(DEFAULT, cluster=dataclasses.replace(DEFAULT.cluster, correction=False))
+UNCORRECTED = dataclasses.replace(DEFAULT, cluster=dataclasses.replace(DEFAULT.cluster, drift_correction=False))
 SHARED = dataclasses.replace(
     DEFAULT,
-    cluster=dataclasses.replace(DEFAULT.cluster, rules=(CompressionRule(g=4, num_codes=300),), share="block"),
+    cluster=ClusterConfig(rules=(CompressionRule(group_size=4, num_codes=300),), iterations=2, tie_codebooks="block"),
 )
 SHARED_BLINDLY = dataclasses.replace(
-    DEFAULT, cluster=dataclasses.replace(DEFAULT.cluster, share="site", feedback=False)
+    DEFAULT, cluster=dataclasses.replace(DEFAULT.cluster, tie_codebooks="input", error_feedback=False)
 )
-PAPER = RunConfig(
+PAPER = CompressConfig(
     model=CONFIG,
     cluster=dataclasses.replace(RECIPE.cluster, rules=RULES, iterations=2),
     calibration=CALIBRATION,
@@ -102,8 +102,8 @@ def compilations() -> Iterator[Compilations]:
     logger.removeHandler(handler)
 
 
-def planned(cfg: RunConfig, finetune: FinetuneConfig) -> list[Program]:
-    settings = kinds_of_blocks(build_model(CONFIG), cfg, Place(), batch=1)
+def planned(cfg: CompressConfig, finetune: FinetuneConfig) -> list[Program]:
+    settings = layer_types_of(build_model(CONFIG), cfg, AbstractDevice(), batch=1)
     return list(whole_run(settings, context=32, finetune=finetune))
 
 
@@ -144,8 +144,8 @@ def test_a_run_compiles_what_the_plan_lists_and_holds_what_it_says(cfg, compilat
 
 
 def test_finetuning_compiles_what_the_plan_lists_and_holds_what_it_says(compilations) -> None:
-    training = TrainingSettings(steps=2, accumulation=2, compute_dtype="bfloat16")
-    cfg = FinetuneConfig(model=CONFIG, data=DataSettings(length=24), training=training)
+    training = TrainingConfig(steps=2, grad_accumulation_steps=2, compute_dtype="bfloat16")
+    cfg = FinetuneConfig(model=CONFIG, data=DataConfig(length=24), training=training)
     params = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), llama.init_params(CONFIG, jax.random.key(0)))
     blind = dataclasses.replace(PAPER, tuning=None)
     compressed = pipeline.compress(params, blind)
@@ -154,7 +154,7 @@ def test_finetuning_compiles_what_the_plan_lists_and_holds_what_it_says(compilat
     gc.collect()
     before = bytes_alive()
     compilations.seen.clear()
-    finetuning.finetune(compressed, rows, cfg, evaluation=Examples(rows[:1], np.ones((1, 24), bool)))
+    finetuning.finetune(compressed, rows, cfg, evaluation=TokenRows(rows[:1], np.ones((1, 24), bool)))
     hold_to([p for p in planned(blind, cfg) if p.stage == "finetune"], compilations.seen, before)
 
 
@@ -223,4 +223,4 @@ def test_operations_are_counted() -> None:
     chosen = work(lambda a: jax.lax.cond(a[0] > 0, lambda x: x @ x, lambda x: x, a.reshape(4, 4)), (16,))
     assert chosen.vector >= 2 * 4**3
     assert product.times(3).matrix == 3 * product.matrix
-    assert product.least_seconds(matrix_rate=210, vector_rate=1, bandwidth=1e9) == pytest.approx(1, rel=1e-3)
+    assert product.least_seconds(matrix_rate=210, vector_lr_scale=1, bandwidth=1e9) == pytest.approx(1, rel=1e-3)

@@ -8,13 +8,13 @@ from compilers import needs_compiler
 from jax.experimental import topologies
 
 from cluscomp_jax import llama
-from cluscomp_jax.config.run import RunConfig
-from cluscomp_jax.config.settings import ClusterSettings, CompressionRule, MeshSettings
+from cluscomp_jax.config.run import CompressConfig
+from cluscomp_jax.config.settings import ClusterConfig, CompressionRule, MeshConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.model import build_model
 from cluscomp_jax.plan.program import Program, compile_program
-from cluscomp_jax.plan.setting import kinds_of_blocks
-from cluscomp_jax.plan.shapes import Place
+from cluscomp_jax.plan.setting import layer_types_of
+from cluscomp_jax.plan.shapes import AbstractDevice
 from cluscomp_jax.plan.target import card_mesh, compiling_for, find_target, placement, shipped_targets
 from cluscomp_jax.plan.training_programs import finetuning
 from cluscomp_jax.plan.whole import finetuning_of
@@ -40,10 +40,10 @@ def test_every_shipped_card_has_its_published_figures() -> None:
         card = find_target(name)
         assert 0.9 * gigabytes < card.memory_bytes / 2**30 <= gigabytes
         assert card.bandwidth / 1e9 == pytest.approx(bandwidth, rel=0.01)
-        assert card.matrix_rate > 2 * card.vector_rate > 1e13
-    assert find_target("a6000").vector_rate == pytest.approx(38.7e12, rel=0.01)
+        assert card.matrix_rate > 2 * card.vector_lr_scale > 1e13
+    assert find_target("a6000").vector_lr_scale == pytest.approx(38.7e12, rel=0.01)
     assert find_target("h200").memory_bytes == 150_120_431_616
-    assert find_target("rtx4090").vector_rate == pytest.approx(82.6e12, rel=0.01)
+    assert find_target("rtx4090").vector_lr_scale == pytest.approx(82.6e12, rel=0.01)
 
 
 def test_a_card_of_the_users_is_read(tmp_path) -> None:
@@ -51,8 +51,8 @@ def test_a_card_of_the_users_is_read(tmp_path) -> None:
     (tmp_path / "half.txtpb").write_text("\n".join(line for line in text.splitlines() if "matrix_rate" not in line))
     half = find_target(tmp_path / "half.txtpb")
     assert half.name == "half"
-    assert half.vector_rate == find_target("a6000").vector_rate / 2
-    assert half.matrix_rate == half.vector_rate
+    assert half.vector_lr_scale == find_target("a6000").vector_lr_scale / 2
+    assert half.matrix_rate == half.vector_lr_scale
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_missing_compiler_is_one_line_that_names_the_extra(monkeypatch) -> Non
 @pytest.mark.parametrize("name", shipped_targets())
 def test_programs_compile_for_every_shipped_card(name: str) -> None:
     card = find_target(name)
-    place = Place(placement(card))
+    place = AbstractDevice(placement(card))
     x = place.array(256, 512)
     with compiling_for(card):
         traced = jax.jit(lambda a, b: (a @ b) @ b).trace(x, place.array(512, 512))
@@ -123,20 +123,20 @@ def test_programs_compile_for_every_shipped_card(name: str) -> None:
 @needs_compiler
 def test_what_a_mesh_shares_out_is_missing_on_each_card() -> None:
     """Of rows alone the whole model stays on every card; by fsdp and tensor a card holds its part of it."""
-    cfg = RunConfig(model=WIDE, cluster=ClusterSettings(rules=(CompressionRule(g=4, num_codes=16),)))
+    cfg = CompressConfig(model=WIDE, cluster=ClusterConfig(rules=(CompressionRule(group_size=4, num_codes=16),)))
     model, card = build_model(WIDE), find_target("h100")
     held = {}
     with compiling_for(card):
-        settings = kinds_of_blocks(model, cfg, Place(placement(card)), 1)
-        for mesh in (MeshSettings(), *(MeshSettings(**{axis: 8}) for axis in AXES)):
+        settings = layer_types_of(model, cfg, AbstractDevice(placement(card)), 1)
+        for mesh in (MeshConfig(), *(MeshConfig(**{axis: 8}) for axis in AXES)):
             finetune = finetuning_of(cfg, mesh)
             sharding = sharding_on(card_mesh(card, finetune.mesh.sizes, AXES), model)
             (step,) = (p for p in finetuning(settings, finetune, sharding) if p.name == "step")
             held[mesh] = compile_program(step).argument_bytes
-    whole = held[MeshSettings()]
-    assert held[MeshSettings(data=8)] == pytest.approx(whole, rel=0.01)
-    assert held[MeshSettings(fsdp=8)] < 0.2 * whole
-    assert held[MeshSettings(tensor=8)] < 0.2 * whole
+    whole = held[MeshConfig()]
+    assert held[MeshConfig(data=8)] == pytest.approx(whole, rel=0.01)
+    assert held[MeshConfig(fsdp=8)] < 0.2 * whole
+    assert held[MeshConfig(tensor=8)] < 0.2 * whole
 
 
 @needs_compiler

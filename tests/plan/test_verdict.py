@@ -12,26 +12,26 @@ from io_models import config_fields
 
 from cluscomp_jax import cli, llama
 from cluscomp_jax.config.finetune import FinetuneConfig
-from cluscomp_jax.config.run import RunConfig, load_config
+from cluscomp_jax.config.run import CompressConfig, load_config
 from cluscomp_jax.config.settings import (
-    CalibrationSettings,
-    ClusterSettings,
+    BlockTuningConfig,
+    CalibrationConfig,
+    ClusterConfig,
     CompressionRule,
-    DataSettings,
-    DistillationSettings,
-    MeshSettings,
-    TrainingSettings,
-    TuningSettings,
+    DataConfig,
+    DistillationConfig,
+    MeshConfig,
+    TrainingConfig,
 )
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.model import build_model, parameter_shapes
 from cluscomp_jax.plan import PRESETS, Plan, Reserve, find_target, plan, preset_config
 from cluscomp_jax.plan import target as target_module
 from cluscomp_jax.plan.budget import forward_batch
-from cluscomp_jax.plan.host import Needs, host_needs
+from cluscomp_jax.plan.host import HostRequirements, host_needs
 from cluscomp_jax.plan.program import Memory
-from cluscomp_jax.plan.setting import kinds_of_blocks
-from cluscomp_jax.plan.shapes import Place
+from cluscomp_jax.plan.setting import layer_types_of
+from cluscomp_jax.plan.shapes import AbstractDevice
 from cluscomp_jax.plan.whole import finetuning_of
 from cluscomp_jax.runtime.reporter import SilentReporter
 
@@ -40,17 +40,17 @@ TINY = llama.LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=1, head_dim=16,
 )  # fmt: skip
-BLIND = RunConfig(
+BLIND = CompressConfig(
     model=TINY,
-    cluster=ClusterSettings(rules=(CompressionRule(g=4, num_codes=16),), weighted=False, feedback=False),
-    calibration=CalibrationSettings(samples=64, length=32),
+    cluster=ClusterConfig(rules=(CompressionRule(group_size=4, num_codes=16),), weighted=False, error_feedback=False),
+    calibration=CalibrationConfig(samples=64, length=32),
     tuning=None,
 )
 
 
 def made(peaks: dict[str, int], usable: int) -> Plan:
     stages = {stage: Memory(stage, "program", peak - 6, 3, 2, 1) for stage, peak in peaks.items()}
-    return Plan("card", 2 * usable, usable, stages, tuple(stages.values()), {}, {}, Needs(1, 2, 3, 4))
+    return Plan("card", 2 * usable, usable, stages, tuple(stages.values()), {}, {}, HostRequirements(1, 2, 3, 4))
 
 
 def test_the_largest_stage_decides() -> None:
@@ -96,7 +96,7 @@ def test_an_unknown_preset_is_refused() -> None:
 
 def test_a_plan_compiles_for_any_device_jax_has() -> None:
     card = find_target("rtx4090")
-    done = plan(BLIND, card, Place(), context=32, reserve=Reserve(), reporter=SilentReporter())
+    done = plan(BLIND, card, AbstractDevice(), context=32, reserve=Reserve(), reporter=SilentReporter())
     assert done.fits
     assert list(done.stages) == ["embed", "cluster", "targets", "propagate", "finetune", "evaluate", "generate"]
     assert all(memory.peak_bytes > 0 for memory in done.programs)
@@ -104,30 +104,30 @@ def test_a_plan_compiles_for_any_device_jax_has() -> None:
     assert done.hours.keys() == done.stages.keys() - {"generate"}
     assert done.launches == {}  # the programs are those of a CPU
     with pytest.raises(InputError, match="context is 33"):
-        plan(BLIND, card, Place(), context=33, reserve=Reserve(), reporter=SilentReporter())
-    behind = FinetuneConfig(training=TrainingSettings(distillation=DistillationSettings()))
+        plan(BLIND, card, AbstractDevice(), context=33, reserve=Reserve(), reporter=SilentReporter())
+    behind = FinetuneConfig(training=TrainingConfig(distillation=DistillationConfig()))
     with pytest.raises(InputError, match="finetuning behind a teacher is not planned"):
-        plan(BLIND, card, Place(), context=32, reserve=Reserve(), reporter=SilentReporter(), finetune=behind)
+        plan(BLIND, card, AbstractDevice(), context=32, reserve=Reserve(), reporter=SilentReporter(), finetune=behind)
 
 
 def test_the_host_holds_roots_while_compressing_and_the_whole_model_to_finetune() -> None:
     wide = dataclasses.replace(TINY, intermediate_size=4096)
     block = 2 * sum(math.prod(shape) for shape in build_model(wide).block_shapes(0).values())
 
-    def needs(cfg: RunConfig, training: TrainingSettings = TrainingSettings()) -> Needs:
+    def needs(cfg: CompressConfig, training: TrainingConfig = TrainingConfig()) -> HostRequirements:
         model = build_model(cfg.model)
-        finetune = FinetuneConfig(data=DataSettings(length=64), training=training)
-        return host_needs(model, cfg, kinds_of_blocks(model, cfg, Place(), 1), finetune)
+        finetune = FinetuneConfig(data=DataConfig(length=64), training=training)
+        return host_needs(model, cfg, layer_types_of(model, cfg, AbstractDevice(), 1), finetune)
 
     blind = needs(dataclasses.replace(BLIND, model=wide))
-    fed = needs(dataclasses.replace(BLIND, model=wide, cluster=ClusterSettings(rules=BLIND.cluster.rules)))
+    fed = needs(dataclasses.replace(BLIND, model=wide, cluster=ClusterConfig(rules=BLIND.cluster.rules)))
     root, kernel = 4 * 4096**2, 4 * 4096 * 32
     assert fed.host_bytes - blind.host_bytes == root + kernel - 2 * block
     shallow = needs(BLIND)
     deep = needs(dataclasses.replace(BLIND, model=dataclasses.replace(TINY, num_hidden_layers=200, layer_types=())))
     assert deep.host_bytes == shallow.host_bytes
     assert deep.finetune_host_bytes - shallow.finetune_host_bytes > deep.checkpoint_bytes - shallow.checkpoint_bytes
-    offloaded = TrainingSettings(offload_inputs=True, batch_size=4096, compute_dtype="bfloat16")
+    offloaded = TrainingConfig(offload_inputs=True, batch_size=4096, compute_dtype="bfloat16")
     pinned = needs(BLIND, offloaded).finetune_host_bytes
     doubled = needs(BLIND, dataclasses.replace(offloaded, batch_size=8192)).finetune_host_bytes
     assert doubled - pinned == 2 * 2 * 4096 * 64 * 32  # blocks, bytes, rows, tokens, channels
@@ -135,7 +135,9 @@ def test_the_host_holds_roots_while_compressing_and_the_whole_model_to_finetune(
 
 def test_a_memory_budget_chooses_the_batch_or_says_what_does_not_fit() -> None:
     model, shape = build_model(TINY), (64, 32)
-    tuned = RunConfig(model=TINY, cluster=BLIND.cluster, calibration=BLIND.calibration, tuning=TuningSettings(epochs=1))
+    tuned = CompressConfig(
+        model=TINY, cluster=BLIND.cluster, calibration=BLIND.calibration, tuning=BlockTuningConfig(epochs=1)
+    )
     assert forward_batch(model, tuned, shape) == 64
     batches = [
         forward_batch(model, dataclasses.replace(tuned, device_memory_gib=megabytes / 1024), shape)
@@ -158,12 +160,12 @@ def test_the_budget_is_a_key_of_the_config(tmp_path) -> None:
 
 
 def test_rows_and_dtype_of_finetuning_are_those_of_the_run_unless_told() -> None:
-    tuned = dataclasses.replace(BLIND, tuning=TuningSettings(compute_dtype="bfloat16"))
+    tuned = dataclasses.replace(BLIND, tuning=BlockTuningConfig(compute_dtype="bfloat16"))
     planned = finetuning_of(tuned)
     assert (planned.data.length, planned.training.compute_dtype) == (32, "bfloat16")
     assert finetuning_of(BLIND).training.compute_dtype is None
     assert finetuning_of(BLIND).training.batch_size == 1
-    assert finetuning_of(BLIND, MeshSettings(data=2, fsdp=4, tensor=2)).training.batch_size == 8
+    assert finetuning_of(BLIND, MeshConfig(data=2, fsdp=4, tensor=2)).training.batch_size == 8
 
 
 @pytest.fixture
@@ -178,7 +180,7 @@ def blind_run(tmp_path) -> list[str]:
     (tmp_path / "config.json").write_text(json.dumps(config_fields()))
     settings = tmp_path / "run.toml"
     settings.write_text(
-        "tuning = false\n[cluster]\nweighted = false\nfeedback = false\n[calibration]\nsamples = 2\nlength = 8"
+        "tuning = false\n[cluster]\nweighted = false\nerror_feedback = false\n[calibration]\nsamples = 2\nlength = 8"
     )
     return ["plan", str(tmp_path / "config.json"), "--target", "a6000", "--config", str(settings), "--context", "32"]
 

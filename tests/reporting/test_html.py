@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     write_model(folder / "model")
     # Error feedback changes no record's form, and compiling it would take half of the time.
-    (folder / "run.toml").write_text("[cluster]\nfeedback = false\n")
+    (folder / "run.toml").write_text("[cluster]\nerror_feedback = false\n")
     write_text(folder / "calibration.txt", 400)
     write_text(folder / "test.txt", 200, seed=1)
     assert main(compress_argv(folder, folder / "run<&>")) == 0

@@ -52,7 +52,7 @@ def test_a_file_that_has_gone_is_refused(opened):
     source, file = opened
     file.unlink()
     with pytest.raises(InputError, match=rf"{file.name} has gone since it was opened"):
-        source.load_rest()
+        source.load_outer()
 
 
 @pytest.mark.parametrize("what", [overwrite, os.unlink], ids=["changed", "gone"])

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from cluscomp_jax import CompressionRule, RunConfig, TuningSettings, compress, llama, perplexity
+from cluscomp_jax import BlockTuningConfig, CompressConfig, CompressionRule, compress, llama, perplexity
 from cluscomp_jax.cli import main
-from cluscomp_jax.config.settings import CalibrationSettings, ClusterSettings
+from cluscomp_jax.config.settings import CalibrationConfig, ClusterConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.activations import ActivationStore
 from cluscomp_jax.runtime.scratch import scratch_folder
@@ -22,11 +22,11 @@ CONFIG = llama.LlamaConfig(
     num_key_value_heads=1, head_dim=8, initializer_range=0.3,
 )  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(0, 60, (4, 12), np.int32)
-RUN = RunConfig(
+RUN = CompressConfig(
     model=CONFIG,
-    cluster=ClusterSettings(rules=(CompressionRule(g=4, num_codes=12),), iterations=1, feedback=False),
-    calibration=CalibrationSettings(samples=4, length=12),
-    tuning=TuningSettings(epochs=1, batch_size=2),
+    cluster=ClusterConfig(rules=(CompressionRule(group_size=4, num_codes=12),), iterations=1, error_feedback=False),
+    calibration=CalibrationConfig(samples=4, length=12),
+    tuning=BlockTuningConfig(epochs=1, batch_size=2),
 )
 
 

@@ -5,13 +5,13 @@ import pytest
 
 from cluscomp_jax.reporting.tables import stage_rows
 from cluscomp_jax.runtime import timing
-from cluscomp_jax.runtime.timing import StageClock, process_peak_rss_bytes
+from cluscomp_jax.runtime.timing import StageTimer, process_peak_rss_bytes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak cannot be reset")
 def test_the_peak_of_the_process_outlives_the_resets_of_stages() -> None:
     size = 64 * 2**20
-    clock = StageClock(owns_process=True)
+    clock = StageTimer(owns_process=True)
     with clock("small"):
         pass
     before = process_peak_rss_bytes()
@@ -29,7 +29,7 @@ def test_the_peak_of_the_process_outlives_the_resets_of_stages() -> None:
 def test_a_clock_in_anothers_process_measures_time_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_reset_peak", "_noted_peak", "return_freed_memory"):
         monkeypatch.setattr(timing, name, lambda name=name: pytest.fail(f"{name} was called"))
-    clock = StageClock()
+    clock = StageTimer()
     with clock("small"), clock.beside("beside"):
         clock.release()
     found = clock.to_dict()

@@ -166,14 +166,14 @@ def test_first_and_last_start_are_both_drawn():
 
 def test_given_starts_are_taken_in_order(tmp_path):
     (tmp_path / "starts.txt").write_text("7\n0\n\n 90 \n3\n")
-    starts = text.read_starts(tmp_path / "starts.txt")
-    crops = text.calibration_samples(np.arange(100), samples=3, length=10, seed=5, starts=starts)
+    sample_offsets = text.read_starts(tmp_path / "starts.txt")
+    crops = text.calibration_samples(np.arange(100), samples=3, length=10, seed=5, sample_offsets=sample_offsets)
     np.testing.assert_array_equal(crops[:, 0], [7, 0, 90])
     np.testing.assert_array_equal(crops[2], np.arange(90, 100))
 
 
 @pytest.mark.parametrize(
-    ("samples", "length", "starts", "expected"),
+    ("samples", "length", "sample_offsets", "expected"),
     [
         (3, 10, [0, 1], "2 start positions for 3 samples"),
         (2, 10, [0, 91], r"start position 91 is outside 0 … 90 \(100 tokens"),
@@ -183,14 +183,14 @@ def test_given_starts_are_taken_in_order(tmp_path):
         (1, 101, None, "100 tokens, one sample needs 101"),
     ],
 )
-def test_samples_that_do_not_fit_are_refused_with_both_values(samples, length, starts, expected):
-    given_starts = None if starts is None else np.array(starts)
+def test_samples_that_do_not_fit_are_refused_with_both_values(samples, length, sample_offsets, expected):
+    given_starts = None if sample_offsets is None else np.array(sample_offsets)
     with pytest.raises(InputError, match=expected):
-        text.calibration_samples(np.arange(100), samples=samples, length=length, seed=0, starts=given_starts)
+        text.calibration_samples(np.arange(100), samples=samples, length=length, seed=0, sample_offsets=given_starts)
 
 
 def test_starts_out_of_range_but_unused_do_not_matter():
-    crops = text.calibration_samples(np.arange(100), samples=1, length=10, seed=0, starts=np.array([5, 1000]))
+    crops = text.calibration_samples(np.arange(100), samples=1, length=10, seed=0, sample_offsets=np.array([5, 1000]))
     np.testing.assert_array_equal(crops, [np.arange(5, 15)])
 
 

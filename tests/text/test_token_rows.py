@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.text.token_rows import Examples, ShuffledBatches, pack, pad
+from cluscomp_jax.text.token_rows import ShuffledBatches, TokenRows, pack, pad
 
 
 def numbered(count):
     tokens = np.arange(count, dtype=np.int32)[:, None].repeat(2, axis=1)
-    return Examples(tokens, np.ones_like(tokens, bool))
+    return TokenRows(tokens, np.ones_like(tokens, bool))
 
 
 @settings(deadline=None, max_examples=40)
@@ -40,12 +40,12 @@ def test_a_step_is_described_by_its_first_rows():
 
 def test_a_step_of_rows_with_lines_is_described_by_these():
     twenty = numbered(20)
-    batches = ShuffledBatches(Examples(twenty.tokens, twenty.scored, 100 + np.arange(20)), 2, 3)
+    batches = ShuffledBatches(TokenRows(twenty.tokens, twenty.loss_mask, 100 + np.arange(20)), 2, 3)
     first, second = batches.rows(5)
     assert batches.describe(5) == f"lines {100 + first}, {100 + second} of the file"
     assert batches.batch(5).lines.tolist() == [100 + first, 100 + second]
     with pytest.raises(InputError, match=r"lines are int64 \[3\]; they must be integers, one to each of 20 rows"):
-        Examples(twenty.tokens, twenty.scored, np.arange(3))
+        TokenRows(twenty.tokens, twenty.loss_mask, np.arange(3))
 
 
 def test_pack_drops_a_shorter_last_row():
@@ -57,11 +57,11 @@ def test_pack_drops_a_shorter_last_row():
 def test_pad_scores_nothing_behind_the_end():
     examples = pad([([4, 5], [False, True]), ([6, 7, 8], [True] * 3)], 4)
     np.testing.assert_array_equal(examples.tokens, [[4, 5, 0, 0], [6, 7, 8, 0]])
-    np.testing.assert_array_equal(examples.scored, [[0, 1, 0, 0], [1, 1, 1, 0]])
+    np.testing.assert_array_equal(examples.loss_mask, [[0, 1, 0, 0], [1, 1, 1, 0]])
 
 
 @pytest.mark.parametrize(
-    ("tokens", "scored", "text"),
+    ("tokens", "loss_mask", "text"),
     [
         (np.zeros((2, 3)), np.ones((2, 3), bool), "training tokens are float64"),
         (np.zeros((2, 1), int), np.ones((2, 1), bool), "2 tokens or more"),
@@ -69,6 +69,6 @@ def test_pad_scores_nothing_behind_the_end():
         (np.zeros((2, 3), int), np.array([[0, 1, 0], [1, 0, 0]], bool), "row 1 has no scored token behind its first"),
     ],
 )
-def test_rows_that_cannot_train_are_refused(tokens, scored, text):
+def test_rows_that_cannot_train_are_refused(tokens, loss_mask, text):
     with pytest.raises(InputError, match=text):
-        Examples(tokens, scored)
+        TokenRows(tokens, loss_mask)

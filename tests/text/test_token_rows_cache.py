@@ -10,7 +10,7 @@ import pytest
 from cli_models import CHARACTERS, write_tokenizer
 from tokenizers import AddedToken
 
-from cluscomp_jax.config.settings import DataSettings
+from cluscomp_jax.config.settings import DataConfig
 from cluscomp_jax.errors import InputError, RunError
 from cluscomp_jax.io.tokenizer import load_tokenizer
 from cluscomp_jax.runtime import atomic
@@ -19,7 +19,7 @@ from cluscomp_jax.text.token_rows_cache import read_cached_examples
 from cluscomp_jax.text.training_data import read_examples
 
 VOCAB = 3 + len(CHARACTERS)
-SETTINGS = DataSettings(length=24)
+SETTINGS = DataConfig(length=24)
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_what_is_read_again_is_the_same_and_not_tokenised(tokenizer, tmp_path, r
         settings = SETTINGS
     else:
         write_questions(path)
-        settings = DataSettings(length=90, responses_only=True, too_long="skip")
+        settings = DataConfig(length=90, responses_only=True, too_long="skip")
     wanted = read_examples(path, tokenizer, settings, vocab_size=VOCAB)
     for _ in range(3):
         assert_same(read_cached_examples(tmp_path / "a/b", path, tokenizer, settings, vocab_size=VOCAB), wanted)
@@ -77,7 +77,7 @@ def test_what_is_read_again_is_the_same_and_not_tokenised(tokenizer, tmp_path, r
 
 def test_whatever_changes_the_rows_is_tokenised_anew(tokenizer, tmp_path, reads):
     path = write_questions(tmp_path / "said.jsonl")
-    settings = DataSettings(length=90, too_long="cut")
+    settings = DataConfig(length=90, too_long="cut")
 
     def read():
         return read_cached_examples(tmp_path / "cache", path, tokenizer, settings, vocab_size=VOCAB)
@@ -111,7 +111,7 @@ def test_a_special_token_that_becomes_another_is_another_tokenizer(tmp_path, rea
         tokenizer.chat_template = "{{ SPECIAL }}{% for m in messages %}{{ m['content'] }}{% endfor %}".replace(
             "SPECIAL", special
         )
-        settings = DataSettings(length=90, too_long="cut")
+        settings = DataConfig(length=90, too_long="cut")
         found.append(read_cached_examples(tmp_path / "cache", path, tokenizer, settings, vocab_size=VOCAB))
     assert [examples.tokens[0, 0] for examples in found] == [0, 1]
     assert len(reads) == 2
@@ -119,7 +119,7 @@ def test_a_special_token_that_becomes_another_is_another_tokenizer(tmp_path, rea
 
 def test_the_same_bytes_under_a_name_of_another_form_are_read_as_that(tokenizer, tmp_path, reads):
     path = write_questions(tmp_path / "said.jsonl")
-    settings = DataSettings(length=90, too_long="cut")
+    settings = DataConfig(length=90, too_long="cut")
     for name in ("said.jsonl", "said.jsonl.txt", "said.txt"):
         path = path.rename(tmp_path / name)
         found = read_cached_examples(tmp_path / "cache", path, tokenizer, settings, vocab_size=VOCAB)
@@ -136,7 +136,7 @@ def test_a_newer_tokenizer_package_tokenises_anew(tokenizer, tmp_path, reads, mo
     for newer in (False, True):
         if newer:
             monkeypatch.setattr(token_rows_cache, "version", lambda name: "99")
-        settings = DataSettings(length=90, too_long="cut")
+        settings = DataConfig(length=90, too_long="cut")
         read_cached_examples(tmp_path / "cache", path, tokenizer, settings, vocab_size=VOCAB)
     assert len(reads) == 2
 
@@ -175,7 +175,7 @@ def test_of_several_processes_one_stores(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("part", ["tokens", "scored", "lines", "header"])
 def test_a_damaged_file_of_the_cache_is_named(tokenizer, tmp_path, part):
-    path, settings = write_questions(tmp_path / "said.jsonl"), DataSettings(length=90, too_long="cut")
+    path, settings = write_questions(tmp_path / "said.jsonl"), DataConfig(length=90, too_long="cut")
     examples = read_cached_examples(tmp_path / "cache", path, tokenizer, settings, vocab_size=VOCAB)
     (kept,) = (tmp_path / "cache").iterdir()
     good = kept.read_bytes()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from cli_models import CHARACTERS, write_tokenizer
 
-from cluscomp_jax.config.settings import DataSettings
+from cluscomp_jax.config.settings import DataConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.tokenizer import load_tokenizer
 from cluscomp_jax.text.training_data import read_examples, read_questions
@@ -18,7 +18,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] + ' ' + m['content'] + '.' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'a ' }}{% endif %}"
 )
-RESPONSES = DataSettings(length=40, responses_only=True)
+RESPONSES = DataConfig(length=40, responses_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +51,9 @@ def shown(tokens, tokenizer):
 def test_running_text_is_cut_into_rows(plain, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("abcdefghijk")
-    examples = read_examples(path, plain, DataSettings(length=4), vocab_size=VOCAB)
+    examples = read_examples(path, plain, DataConfig(length=4), vocab_size=VOCAB)
     assert [shown(row, plain) for row in examples.tokens] == ["abcd", "efgh"]
-    assert examples.scored.all()
+    assert examples.loss_mask.all()
     assert examples.tokens.dtype == np.int32
 
 
@@ -63,7 +63,7 @@ def test_texts_follow_one_another_with_the_end_token_between(plain, tmp_path, pa
     if packed:
         path = tmp_path / "a.jsonl.gz"
         path.write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
-    examples = read_examples(path, plain, DataSettings(length=6), vocab_size=VOCAB)
+    examples = read_examples(path, plain, DataConfig(length=6), vocab_size=VOCAB)
     assert [shown(row, plain) for row in examples.tokens] == ["abc$de", "$fghi$"]
 
 
@@ -75,25 +75,25 @@ def test_only_what_the_assistant_says_is_scored(chat, tmp_path):
     )
     examples = read_examples(path, chat, RESPONSES, vocab_size=VOCAB)
     assert [shown(row, chat) for row in examples.tokens] == ["u hi.a yes.u so.a no.", "s be.a a."]
-    scored = [shown(row[counts], chat) for row, counts in zip(examples.tokens, examples.scored, strict=True)]
-    assert scored == ["yes.no.", "a."]
-    everything = read_examples(path, chat, DataSettings(length=40), vocab_size=VOCAB)
+    loss_mask = [shown(row[counts], chat) for row, counts in zip(examples.tokens, examples.loss_mask, strict=True)]
+    assert loss_mask == ["yes.no.", "a."]
+    everything = read_examples(path, chat, DataConfig(length=40), vocab_size=VOCAB)
     np.testing.assert_array_equal(everything.tokens, examples.tokens)
-    np.testing.assert_array_equal(everything.scored.sum(axis=1), [21, 9])
+    np.testing.assert_array_equal(everything.loss_mask.sum(axis=1), [21, 9])
 
 
 def test_instructions_go_through_the_template_where_there_is_one(chat, tmp_path):
     fields = {"instruction": "add", "input": "b", "output": "c"}
     examples = read_examples(write(tmp_path / "a.jsonl", fields), chat, RESPONSES, vocab_size=VOCAB)
     assert shown(examples.tokens[0], chat) == "u add\n\nb.a c."
-    assert shown(examples.tokens[0][examples.scored[0]], chat) == "c."
+    assert shown(examples.tokens[0][examples.loss_mask[0]], chat) == "c."
 
 
 def test_instructions_without_a_template_have_headings_and_an_end_token(plain, tmp_path):
     fields = [{"instruction": "add", "output": "c"}, {"instruction": "add", "input": "b", "output": "c"}]
-    settings = DataSettings(length=80, responses_only=True)
+    settings = DataConfig(length=80, responses_only=True)
     examples = read_examples(write(tmp_path / "a.jsonl", *fields), plain, settings, vocab_size=VOCAB)
-    for row, counts in zip(examples.tokens, examples.scored, strict=True):
+    for row, counts in zip(examples.tokens, examples.loss_mask, strict=True):
         assert shown(row[counts], plain) == "c$"
     # "#", ":" and capitals are unknown to this tokenizer and shown as nothing.
     assert shown(examples.tokens[0], plain) == " nstruction\nadd\n\n esponse\nc$"
@@ -104,16 +104,16 @@ def test_what_becomes_of_a_conversation_that_is_too_long(chat, tmp_path):
     long, short = said(("user", "hi"), ("assistant", "abcdefgh")), said(("user", "hi"), ("assistant", "a"))
     path = write(tmp_path / "a.jsonl", short, long)
     with pytest.raises(InputError, match="line 2: has 16 tokens, a row 12"):
-        read_examples(path, chat, DataSettings(length=12), vocab_size=VOCAB)
-    cut = read_examples(path, chat, DataSettings(length=12, too_long="cut"), vocab_size=VOCAB)
+        read_examples(path, chat, DataConfig(length=12), vocab_size=VOCAB)
+    cut = read_examples(path, chat, DataConfig(length=12, too_long="cut"), vocab_size=VOCAB)
     assert [shown(row, chat) for row in cut.tokens] == ["u hi.a a.", "u hi.a abcde"]
-    skipped = read_examples(path, chat, DataSettings(length=12, too_long="skip"), vocab_size=VOCAB)
+    skipped = read_examples(path, chat, DataConfig(length=12, too_long="skip"), vocab_size=VOCAB)
     assert [shown(row, chat) for row in skipped.tokens] == ["u hi.a a."]
     with pytest.raises(InputError, match="every conversation is longer than 6 tokens"):
-        read_examples(path, chat, DataSettings(length=6, too_long="skip"), vocab_size=VOCAB)
+        read_examples(path, chat, DataConfig(length=6, too_long="skip"), vocab_size=VOCAB)
     with pytest.raises(InputError, match="line 1: none of its first 6 tokens is a response"):
         read_examples(
-            path, chat, DataSettings(length=6, too_long="cut", responses_only=True), vocab_size=VOCAB
+            path, chat, DataConfig(length=6, too_long="cut", responses_only=True), vocab_size=VOCAB
         )  # fmt: skip
 
 
@@ -141,36 +141,36 @@ GOOD = {"text": "abcdefghijklmnop"}
 )
 def test_a_broken_file_is_refused_by_the_number_of_the_line(plain, tmp_path, lines, text):
     with pytest.raises(InputError, match=text):
-        read_examples(write(tmp_path / "a.jsonl", *lines), plain, DataSettings(length=8), vocab_size=VOCAB)
+        read_examples(write(tmp_path / "a.jsonl", *lines), plain, DataConfig(length=8), vocab_size=VOCAB)
 
 
 def test_half_a_character_in_a_message_is_refused_by_the_number_of_the_line(chat, tmp_path):
     path = write(tmp_path / "a.jsonl", said(("user", "hi"), ("assistant", "a")), said(("user", "\ud800")))
     with pytest.raises(InputError, match="line 2: holds half a surrogate pair"):
-        read_examples(path, chat, DataSettings(length=40), vocab_size=VOCAB)
+        read_examples(path, chat, DataConfig(length=40), vocab_size=VOCAB)
 
 
 def test_what_is_json_or_a_table_by_its_name_is_not_trained_on_as_text(plain, tmp_path):
     for name in ("a.json", "a.JSON", "a.json.gz"):
         (tmp_path / name).write_text('[{"instruction": "a", "output": "b"}]' * 9)
         with pytest.raises(InputError, match=r"is JSON; give JSON lines \(.jsonl\)"):
-            read_examples(tmp_path / name, plain, DataSettings(length=8), vocab_size=VOCAB)
+            read_examples(tmp_path / name, plain, DataConfig(length=8), vocab_size=VOCAB)
     for name in ("a.csv", "a.TSV.gz", "a.parquet"):
         (tmp_path / name).write_text("instruction,output\n" * 9)
         with pytest.raises(InputError, match="is a table; give text"):
-            read_examples(tmp_path / name, plain, DataSettings(length=8), vocab_size=VOCAB)
+            read_examples(tmp_path / name, plain, DataConfig(length=8), vocab_size=VOCAB)
     lines = {name: write(tmp_path / name, {"text": "abcdefgh" * 4}) for name in ("a.jsonl", "A.JSONL")}
-    read = [read_examples(path, plain, DataSettings(length=8), vocab_size=VOCAB) for path in lines.values()]
+    read = [read_examples(path, plain, DataConfig(length=8), vocab_size=VOCAB) for path in lines.values()]
     np.testing.assert_array_equal(read[0].tokens, read[1].tokens)
 
 
 def test_rows_know_the_lines_they_come_from(chat, tmp_path):
     short, long = said(("user", "hi"), ("assistant", "ho")), said(("user", "h" * 99), ("assistant", "ho"))
     path = write(tmp_path / "said.jsonl", "", short, long, "", short)
-    examples = read_examples(path, chat, DataSettings(length=40, too_long="skip"), vocab_size=VOCAB)
+    examples = read_examples(path, chat, DataConfig(length=40, too_long="skip"), vocab_size=VOCAB)
     assert examples.lines.tolist() == [2, 5]
     path = write(tmp_path / "text.jsonl", {"text": "abcdefgh"})
-    assert read_examples(path, chat, DataSettings(length=4), vocab_size=VOCAB).lines is None
+    assert read_examples(path, chat, DataConfig(length=4), vocab_size=VOCAB).lines is None
 
 
 def test_conversations_with_nothing_to_score_are_refused(chat, tmp_path):
@@ -193,7 +193,7 @@ def test_a_template_that_refuses_is_named(chat, tmp_path):
     chat.chat_template = "{{ raise_exception('roles must alternate') }}"
     path = write(tmp_path / "a.jsonl", said(("user", "hi")))
     with pytest.raises(InputError, match="line 1: the chat template refuses these messages: roles must alternate"):
-        read_examples(path, chat, DataSettings(length=8), vocab_size=VOCAB)
+        read_examples(path, chat, DataConfig(length=8), vocab_size=VOCAB)
 
 
 def test_running_text_has_no_responses(plain, tmp_path):
@@ -205,15 +205,15 @@ def test_running_text_has_no_responses(plain, tmp_path):
 def test_a_tokenizer_of_another_model_is_refused(plain, tmp_path):
     for path in (write(tmp_path / "a.jsonl", GOOD), write(tmp_path / "a.txt", "abcdefgh")):
         with pytest.raises(InputError, match="the vocabulary has 4"):
-            read_examples(path, plain, DataSettings(length=8), vocab_size=4)
+            read_examples(path, plain, DataConfig(length=8), vocab_size=4)
 
 
 def test_a_file_that_cannot_be_read_is_named(plain, tmp_path):
     with pytest.raises(InputError, match="cannot be read"):
-        read_examples(tmp_path / "none.jsonl", plain, DataSettings(), vocab_size=VOCAB)
+        read_examples(tmp_path / "none.jsonl", plain, DataConfig(), vocab_size=VOCAB)
     (tmp_path / "a.jsonl.gz").write_bytes(b"no gzip")
     with pytest.raises(InputError, match="cannot be read"):
-        read_examples(tmp_path / "a.jsonl.gz", plain, DataSettings(), vocab_size=VOCAB)
+        read_examples(tmp_path / "a.jsonl.gz", plain, DataConfig(), vocab_size=VOCAB)
 
 
 def test_a_question_is_a_conversation_up_to_its_last_answer(chat, tmp_path):

@@ -14,7 +14,7 @@ from training_models import CONFIG, MODEL, batch, compressed_params
 from cluscomp_jax import llama
 from cluscomp_jax.clustering.matrix import decompress
 from cluscomp_jax.config.finetune import FinetuneConfig
-from cluscomp_jax.config.settings import DistillationSettings, TrainingSettings
+from cluscomp_jax.config.settings import DistillationConfig, TrainingConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.losses import divergence
 from cluscomp_jax.errors import InputError
@@ -26,7 +26,7 @@ from cluscomp_jax.training import step as step_module
 TEACHER_CONFIG = dataclasses.replace(CONFIG, hidden_size=24, intermediate_size=40, num_attention_heads=4)
 TEACHER_MODEL = llama.build(TEACHER_CONFIG)
 TEACHER = llama.init_params(TEACHER_CONFIG, jax.random.key(5))
-MIXED = TrainingSettings(distillation=DistillationSettings(weight=0.3, temperature=2.0))
+MIXED = TrainingConfig(distillation=DistillationConfig(weight=0.3, temperature=2.0))
 
 
 def log_softmax64(logits):
@@ -34,12 +34,12 @@ def log_softmax64(logits):
     return shifted - np.log(np.sum(np.exp(shifted), axis=-1, keepdims=True))
 
 
-def oracle(params, tokens, scored, *, weight, temperature):
+def oracle(params, tokens, loss_mask, *, weight, temperature):
     """The mixed loss in float64, by an implementation of the decoder that shares no code with ours."""
     models = [(params, CONFIG), (TEACHER, TEACHER_CONFIG)]
     wide = [(trees.map_by_path(lambda _, leaf: np.asarray(leaf, np.float64), p), config) for p, config in models]
     total = 0.0
-    for row, counts in zip(tokens, scored, strict=True):
+    for row, counts in zip(tokens, loss_mask, strict=True):
         ours, theirs = (llama_oracle.logits(p, row, config, [None] * config.num_hidden_layers) for p, config in wide)
         expected, found = log_softmax64(theirs / temperature), log_softmax64(ours / temperature)
         apart = np.sum(np.exp(expected) * (expected - found), axis=-1)
@@ -56,18 +56,18 @@ def teacher():
 @pytest.mark.parametrize(("weight", "temperature"), [(1.0, 1.0), (0.3, 2.0), (0.0, 1.0)])
 def test_the_mixed_loss_is_that_of_float64(teacher, weight, temperature):
     params = compressed_params()
-    tokens, scored = batch()
+    tokens, loss_mask = batch()
     trained, frozen, layout = split_params(DictSource(params, MODEL), MODEL, (".*/codebook",))
-    settings = TrainingSettings(distillation=DistillationSettings(weight=weight, temperature=temperature))
-    found = summed_loss(trained, frozen, tokens, scored, teacher, layout=layout, settings=settings)
-    expected = oracle(decompress(params), tokens, scored, weight=weight, temperature=temperature)
+    settings = TrainingConfig(distillation=DistillationConfig(weight=weight, temperature=temperature))
+    found = summed_loss(trained, frozen, tokens, loss_mask, teacher, layout=layout, settings=settings)
+    expected = oracle(decompress(params), tokens, loss_mask, weight=weight, temperature=temperature)
     assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("recompute", ["all", "cheap"])
-def test_the_gradient_is_that_of_all_logits_at_once(monkeypatch, teacher, recompute):
+@pytest.mark.parametrize("remat_policy", ["all", "cheap"])
+def test_the_gradient_is_that_of_all_logits_at_once(monkeypatch, teacher, remat_policy):
     dense = decompress(compressed_params(dtype=np.float32))
-    tokens, scored = batch()
+    tokens, loss_mask = batch()
     theirs = llama.forward(TEACHER, tokens, TEACHER_CONFIG)[:, :-1]
 
     def plain(params):
@@ -75,13 +75,13 @@ def test_the_gradient_is_that_of_all_logits_at_once(monkeypatch, teacher, recomp
         nll = -jnp.take_along_axis(jax.nn.log_softmax(ours), tokens[:, 1:, None], axis=-1)[..., 0]
         expected, found = jax.nn.log_softmax(theirs / 2), jax.nn.log_softmax(ours / 2)
         apart = jnp.sum(jnp.exp(expected) * (expected - found), axis=-1)
-        return jnp.sum(jnp.where(scored[:, 1:], 0.7 * nll + 1.2 * apart, 0.0))
+        return jnp.sum(jnp.where(loss_mask[:, 1:], 0.7 * nll + 1.2 * apart, 0.0))
 
     expected = trees.flatten(jax.grad(plain)(dense))
     monkeypatch.setattr(step_module, "HEAD_POSITIONS", 12)  # 3 of the 8 positions of each of 4 rows: padded
     trained, frozen, layout = split_params(DictSource(dense, MODEL), MODEL, (".*",))
-    settings = dataclasses.replace(MIXED, recompute=recompute)
-    found = jax.grad(summed_loss)(trained, frozen, tokens, scored, teacher, layout=layout, settings=settings)
+    settings = dataclasses.replace(MIXED, remat_policy=remat_policy)
+    found = jax.grad(summed_loss)(trained, frozen, tokens, loss_mask, teacher, layout=layout, settings=settings)
     for name, value in trees.iterate(found):
         group, _, relative = name.partition("/")
         paths = [relative] if group == "rest" else [f"model/layers/{i}/{relative}" for i in range(3)]
@@ -97,8 +97,8 @@ def test_divergence_from_oneself_is_zero_and_a_constant_changes_nothing():
 
 CFG = FinetuneConfig(
     model=CONFIG,
-    training=TrainingSettings(
-        steps=6, batch_size=2, learning_rate=0.02, distillation=DistillationSettings(weight=0.8, temperature=2.0)
+    training=TrainingConfig(
+        steps=6, batch_size=2, learning_rate=0.02, distillation=DistillationConfig(weight=0.8, temperature=2.0)
     ),
     save_every=2,
 )
@@ -138,7 +138,7 @@ def test_the_fingerprint_knows_the_teacher_and_how_it_is_followed():
         return fingerprint(source, cfg, as_batches(ROWS, cfg, MODEL), None, followed).digest
 
     other = trees.map_by_path(lambda _, leaf: leaf * 1.5, TEACHER)
-    hotter = dataclasses.replace(CFG.training, distillation=DistillationSettings(weight=0.8, temperature=3.0))
+    hotter = dataclasses.replace(CFG.training, distillation=DistillationConfig(weight=0.8, temperature=3.0))
     eps = llama.build(dataclasses.replace(TEACHER_CONFIG, rms_norm_eps=1e-3))
     found = {digest(), digest(teacher=other), digest(dataclasses.replace(CFG, training=hotter)), digest(model=eps)}
     assert len(found) == 4
@@ -169,4 +169,4 @@ def test_a_teacher_that_does_not_fit_is_refused(options, cfg, text):
 )
 def test_settings_out_of_range_are_refused(fields, text):
     with pytest.raises(InputError, match=text):
-        DistillationSettings(**fields)
+        DistillationConfig(**fields)

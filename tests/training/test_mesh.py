@@ -6,7 +6,7 @@ from paths import HELPERS
 from training_models import MODEL
 from virtual_devices import run_on_devices
 
-from cluscomp_jax.config.settings import MeshSettings
+from cluscomp_jax.config.settings import MeshConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.training import make_sharding
 
@@ -60,11 +60,11 @@ def test_matrices_lie_in_parts_and_a_dimension_that_does_not_divide_stays_whole(
 
 
 def test_indices_move_as_they_are_stored_and_of_gradients_only_the_codebooks(runs):
-    gathered = [shapes for shapes, kind in runs["meshes"]["fsdp"]["collectives"] if kind == "all-gather"]
+    gathered = [shapes for shapes, layer_type in runs["meshes"]["fsdp"]["collectives"] if layer_type == "all-gather"]
     blocks = [shape for shape in gathered if not shape.startswith(("f32[32,40]", "f32[40,32]"))]  # head, embedding
     assert blocks
     assert all(shape.startswith(("u8[", "f32[1,16,4]")) for shape in blocks)
-    reduced = [shapes for shapes, kind in runs["meshes"]["data"]["collectives"] if kind == "all-reduce"]
+    reduced = [shapes for shapes, layer_type in runs["meshes"]["data"]["collectives"] if layer_type == "all-reduce"]
     assert any("f32[16,4]" in shapes for shapes in reduced)
     for matrix in ("f32[32,32]", "f32[32,64]", "f32[64,32]", "f32[32,16]"):
         assert not [shapes for shapes in reduced if matrix in shapes]
@@ -87,16 +87,16 @@ def test_a_state_saved_on_one_mesh_goes_on_on_another_and_on_one_device(runs):
 
 
 def test_the_plan_counts_what_one_device_holds(runs):
-    one, mixed = runs["planned"]["one"], runs["planned"]["mixed"]
-    for plan in (one, mixed):
+    one, mixed_precision = runs["planned"]["one"], runs["planned"]["mixed"]
+    for plan in (one, mixed_precision):
         assert plan["arguments"] == pytest.approx(plan["held"], rel=0.02)
-    assert mixed["held"] < 0.4 * one["held"]
+    assert mixed_precision["held"] < 0.4 * one["held"]
 
 
 def test_a_mesh_of_another_size_than_there_are_devices_is_refused():
     with pytest.raises(InputError, match=r"mesh data=3,fsdp=1,tensor=1 takes 3 devices, there are 1 in 1 process"):
-        make_sharding(MeshSettings(data=3), MODEL)
+        make_sharding(MeshConfig(data=3), MODEL)
 
 
 def test_one_device_has_no_mesh():
-    assert make_sharding(MeshSettings(), MODEL) is None
+    assert make_sharding(MeshConfig(), MODEL) is None

@@ -14,7 +14,7 @@ from jax.extend.core import jaxprs_in_params
 from training_models import BF16, CONFIG, MODEL, batch, compressed_params
 
 from cluscomp_jax.clustering.matrix import decompress
-from cluscomp_jax.config.settings import TrainingSettings
+from cluscomp_jax.config.settings import TrainingConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.errors import InputError
@@ -35,11 +35,11 @@ def split(params, trainable=(".*/codebook",)):
     return split_params(DictSource(params, MODEL), MODEL, trainable)
 
 
-def oracle_loss(params, tokens, scored):
+def oracle_loss(params, tokens, loss_mask):
     """Summed -log p in float64, by an implementation that shares no code with ours."""
     dense = trees.map_by_path(lambda _, leaf: np.asarray(leaf, np.float64), params)
     total = 0.0
-    for row, counts in zip(tokens, scored, strict=True):
+    for row, counts in zip(tokens, loss_mask, strict=True):
         logits = llama_oracle.logits(dense, row, CONFIG, [None] * CONFIG.num_hidden_layers)
         for t in range(1, len(row)):
             if counts[t]:
@@ -66,15 +66,15 @@ def decode64(codebook, leaf):
 
 
 def test_inputs_kept_on_the_host_change_no_bit():
-    tokens, scored = batch()
+    tokens, loss_mask = batch()
     trained, frozen, layout = split(compressed_params(odd_block=1))
     results = []
     for offload in (False, True):
-        settings = TrainingSettings(offload_inputs=offload)
+        settings = TrainingConfig(offload_inputs=offload)
         loss = partial(summed_loss, layout=layout, settings=settings)
-        program = jax.jit(jax.value_and_grad(loss)).trace(trained, frozen, tokens, scored)
+        program = jax.jit(jax.value_and_grad(loss)).trace(trained, frozen, tokens, loss_mask)
         assert ("<host>" in str(program.jaxpr)) is offload
-        results.append(program.lower().compile()(trained, frozen, tokens, scored))
+        results.append(program.lower().compile()(trained, frozen, tokens, loss_mask))
     chex.assert_trees_all_equal(*results)
 
 
@@ -85,26 +85,26 @@ def test_shapes_are_split_as_arrays_are():
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     abstract = DictSource(shapes, MODEL)
     blocks = [abstract.load_block(i) for i in range(MODEL.num_blocks)]
-    found = split_shapes(blocks, abstract.load_rest(), MODEL, (".*/codebook", ".*norm/weight"))
+    found = split_shapes(blocks, abstract.load_outer(), MODEL, (".*/codebook", ".*norm/weight"))
     chex.assert_trees_all_equal_shapes_and_dtypes((trained, frozen), found[:2])
     assert found[2] == layout
 
 
 def test_the_loss_is_that_of_float64():
     params = compressed_params(odd_block=1)
-    tokens, scored = batch()
+    tokens, loss_mask = batch()
     trained, frozen, layout = split(params)
     assert [(span.first, span.count) for span in layout.spans] == [(0, 1), (1, 1), (2, 1)]
-    ours = summed_loss(trained, frozen, tokens, scored, layout=layout, settings=TrainingSettings())
-    assert float(ours) == pytest.approx(oracle_loss(dense_float64(params), tokens, scored), rel=1e-5)
+    ours = summed_loss(trained, frozen, tokens, loss_mask, layout=layout, settings=TrainingConfig())
+    assert float(ours) == pytest.approx(oracle_loss(dense_float64(params), tokens, loss_mask), rel=1e-5)
 
 
 @pytest.mark.parametrize("odd_block", [None, 1])
 def test_gradients_of_codebooks_are_those_of_float64_finite_differences(odd_block):
     params = compressed_params(odd_block=odd_block, dtype=np.float32)
-    tokens, scored = batch(rows=1, length=6)
+    tokens, loss_mask = batch(rows=1, length=6)
     trained, frozen, layout = split(params)
-    gradient = jax.grad(summed_loss)(trained, frozen, tokens, scored, layout=layout, settings=TrainingSettings())
+    gradient = jax.grad(summed_loss)(trained, frozen, tokens, loss_mask, layout=layout, settings=TrainingConfig())
     dense, flat = dense_float64(params), trees.flatten(params)
     rng = np.random.default_rng(1)
     for span in layout.spans:
@@ -116,7 +116,7 @@ def test_gradients_of_codebooks_are_those_of_float64_finite_differences(odd_bloc
             for sign in (1, -1):
                 codebook = np.asarray(flat[path].codebook, np.float64) + sign * 1e-5 * direction
                 moved = trees.flatten(dense) | {path: decode64(codebook, flat[path])}
-                losses.append(oracle_loss(trees.unflatten(moved), tokens, scored))
+                losses.append(oracle_loss(trees.unflatten(moved), tokens, loss_mask))
             slope = (losses[0] - losses[1]) / 2e-5
             # Of the direction's length, not of the slope: a random direction may be nearly flat.
             scale = np.linalg.norm(stacked[place])
@@ -126,14 +126,14 @@ def test_gradients_of_codebooks_are_those_of_float64_finite_differences(odd_bloc
 def test_scanned_blocks_and_chunked_logits_change_nothing(monkeypatch):
     """Against the plain forward pass and all logits at once, differentiated by JAX as they stand."""
     params = compressed_params(dtype=np.float32)
-    tokens, scored = batch()
+    tokens, loss_mask = batch()
 
     def plain(params):
         from cluscomp_jax import llama
 
         logp = jax.nn.log_softmax(llama.forward(params, tokens, CONFIG)[:, :-1])
         chosen = jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1)[..., 0]
-        return -jnp.sum(jnp.where(scored[:, 1:], chosen, 0.0))
+        return -jnp.sum(jnp.where(loss_mask[:, 1:], chosen, 0.0))
 
     dense = decompress(params)
     expected = trees.flatten(jax.grad(plain)(dense))
@@ -141,7 +141,7 @@ def test_scanned_blocks_and_chunked_logits_change_nothing(monkeypatch):
     trained, frozen, layout = split(dense, (".*",))
     assert trees.flatten(frozen) == {}
     (span,) = layout.spans
-    found = jax.grad(summed_loss)(trained, frozen, tokens, scored, layout=layout, settings=TrainingSettings())
+    found = jax.grad(summed_loss)(trained, frozen, tokens, loss_mask, layout=layout, settings=TrainingConfig())
     for name, value in trees.iterate(found):
         group, _, relative = name.partition("/")
         if group == "rest":
@@ -154,10 +154,10 @@ def test_scanned_blocks_and_chunked_logits_change_nothing(monkeypatch):
 def test_logits_of_a_whole_batch_never_exist(monkeypatch):
     monkeypatch.setattr(step_module, "HEAD_POSITIONS", 128)
     trained, frozen, layout = split(compressed_params())
-    settings = TrainingSettings()
-    tokens, scored = (array[None] for array in batch(rows=64, length=9))
+    settings = TrainingConfig()
+    tokens, loss_mask = (array[None] for array in batch(rows=64, length=9))
     step = partial(train_step.__wrapped__, layout=layout, settings=settings)
-    jaxpr = jax.make_jaxpr(step)(init_state(trained, settings=settings), frozen, tokens, scored).jaxpr
+    jaxpr = jax.make_jaxpr(step)(init_state(trained, settings=settings), frozen, tokens, loss_mask).jaxpr
     shapes = [v.aval.shape for v in outputs(jaxpr)]
     assert (64, 2, CONFIG.vocab_size) in shapes
     logits = [shape for shape in shapes if shape[-1:] == (CONFIG.vocab_size,)]
@@ -176,17 +176,17 @@ def run_steps(params, settings, *, count=6, rows=4):
     state = init_state(trained, settings=settings)
     losses = []
     for _ in range(count):
-        tokens, scored = batch(rows=rows)
-        shape = (settings.accumulation, rows // settings.accumulation, -1)
+        tokens, loss_mask = batch(rows=rows)
+        shape = (settings.grad_accumulation_steps, rows // settings.grad_accumulation_steps, -1)
         state, metrics = train_step(
-            state, frozen, tokens.reshape(shape), scored.reshape(shape), layout=layout, settings=settings
+            state, frozen, tokens.reshape(shape), loss_mask.reshape(shape), layout=layout, settings=settings
         )
         losses.append(float(metrics.loss))
     assert int(state.step) == count
     return state, frozen, layout, losses
 
 
-FAST = TrainingSettings(steps=60, learning_rate=0.01, relative_rate=False, schedule="constant", warmup_fraction=0.0)
+FAST = TrainingConfig(steps=60, learning_rate=0.01, relative_rate=False, schedule="constant", warmup_fraction=0.0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -227,7 +227,7 @@ def test_splitting_and_merging_gives_the_model_back():
 def test_accumulated_batches_are_one_large_batch():
     params = compressed_params(dtype=np.float32)
     whole = run_steps(params, FAST)[0].trained
-    parts = run_steps(params, dataclasses.replace(FAST, accumulation=2))[0].trained
+    parts = run_steps(params, dataclasses.replace(FAST, grad_accumulation_steps=2))[0].trained
     chex.assert_trees_all_close(whole, parts, rtol=1e-3, atol=1e-4)
 
 
@@ -237,13 +237,13 @@ def test_steps_are_those_of_optax_with_vectors_at_a_tenth_of_the_rate():
     settings = dataclasses.replace(FAST, trainable=trainable, clip_norm=0.5)
     trained, frozen, layout = split(params, trainable)
     start = jax.tree.map(jnp.copy, trained)
-    tokens, scored = batch()
+    tokens, loss_mask = batch()
     state = init_state(trained, settings=settings)
-    state, metrics = train_step(state, frozen, tokens[None], scored[None], layout=layout, settings=settings)
-    count = int(scored[:, 1:].sum())
+    state, metrics = train_step(state, frozen, tokens[None], loss_mask[None], layout=layout, settings=settings)
+    count = int(loss_mask[:, 1:].sum())
 
     def mean(trained):
-        return summed_loss(trained, frozen, tokens, scored, layout=layout, settings=settings) / count
+        return summed_loss(trained, frozen, tokens, loss_mask, layout=layout, settings=settings) / count
 
     loss, gradient = jax.value_and_grad(mean)(start)
     rule = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(0.01, weight_decay=0.0))
@@ -254,7 +254,7 @@ def test_steps_are_those_of_optax_with_vectors_at_a_tenth_of_the_rate():
         np.testing.assert_allclose(moved, share * update, rtol=1e-3, atol=2e-6)
     assert float(metrics.loss) == pytest.approx(float(loss), rel=1e-5)
     assert float(metrics.gradient_norm) == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-4)
-    assert int(metrics.scored) == count
+    assert int(metrics.loss_mask) == count
 
 
 def test_a_step_that_is_not_finite_changes_nothing():
@@ -264,9 +264,9 @@ def test_a_step_that_is_not_finite_changes_nothing():
     broken["rest/model/norm/weight"] = jnp.full(CONFIG.hidden_size, jnp.nan)
     state = init_state(trained, settings=settings)
     before = jax.device_get(state)
-    tokens, scored = batch()
+    tokens, loss_mask = batch()
     state, metrics = train_step(
-        state, trees.unflatten(broken), tokens[None], scored[None], layout=layout, settings=settings
+        state, trees.unflatten(broken), tokens[None], loss_mask[None], layout=layout, settings=settings
     )
     assert not bool(metrics.finite)
     chex.assert_trees_all_equal(jax.device_get(state), before)
@@ -313,8 +313,8 @@ def test_blocks_train_apart_where_the_expressions_say_so():
     assert [span.name for span in layout.spans] == ["0-1", "2-2"]
     assert trained.keys() == {"0-1"}
     assert trees.flatten(frozen)["2-2/mlp/up_proj/kernel"].codebook is not None
-    tokens, scored = batch()
-    loss = summed_loss(trained, frozen, tokens, scored, layout=layout, settings=FAST)
+    tokens, loss_mask = batch()
+    loss = summed_loss(trained, frozen, tokens, loss_mask, layout=layout, settings=FAST)
     assert np.isfinite(float(loss))
 
 
@@ -326,7 +326,7 @@ def test_blocks_train_apart_where_the_expressions_say_so():
         ({"trainable": ()}, "trainable"),
         ({"trainable": ("(",)}, "no regular expression"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
-        ({"vector_rate": float("nan")}, "vector_rate is nan"),
+        ({"vector_lr_scale": float("nan")}, "vector_lr_scale is nan"),
         ({"schedule": "step"}, "schedule is 'step'"),
         ({"compute_dtype": "int8"}, "compute_dtype is 'int8'"),
         ({"clip_norm": 0.0}, "clip_norm is 0.0"),
@@ -334,4 +334,4 @@ def test_blocks_train_apart_where_the_expressions_say_so():
 )
 def test_settings_out_of_range_are_refused(changes, text):
     with pytest.raises(InputError, match=text):
-        TrainingSettings(**changes)
+        TrainingConfig(**changes)

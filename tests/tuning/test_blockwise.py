@@ -12,12 +12,12 @@ import pytest
 
 from cluscomp_jax import llama
 from cluscomp_jax.clustering import hessian
-from cluscomp_jax.clustering.hessian import Batch, channel_moments, site_moments
+from cluscomp_jax.clustering.hessian import Batch, collect_hessian_diagonals, collect_hessians
 from cluscomp_jax.clustering.matrix import cluster_matrix
-from cluscomp_jax.config.settings import ClusterSettings, CompressionRule, TuningSettings
+from cluscomp_jax.config.settings import BlockTuningConfig, ClusterConfig, CompressionRule
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray, decode
-from cluscomp_jax.core.losses import mean_squared_error, position_weights
+from cluscomp_jax.core.losses import mean_squared_error, token_weights
 from cluscomp_jax.models.activations import ActivationStore, run_through
 from cluscomp_jax.runtime.reporter import SilentReporter
 from cluscomp_jax.tuning import blockwise, tune_block
@@ -31,8 +31,8 @@ CONFIG = llama.LlamaConfig(
     num_key_value_heads=1, head_dim=8, initializer_range=0.3,
 )  # fmt: skip
 MODEL = llama.build(CONFIG)
-KIND = MODEL.block_kind(0)
-FAST = TuningSettings(epochs=6, learning_rate=0.01, relative_rate=False, schedule="constant")
+KIND = MODEL.layer_type(0)
+FAST = BlockTuningConfig(epochs=6, learning_rate=0.01, relative_rate=False, schedule="constant")
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +42,13 @@ def dense():
 
 @pytest.fixture(scope="module")
 def compressed(dense):
-    kernels = {path for paths in MODEL.sites.values() for path in paths}
+    kernels = {path for paths in MODEL.input_groups.values() for path in paths}
 
     def one(path, leaf):
         if path not in kernels:
             return leaf
-        rule = CompressionRule(g=4, num_codes=12)
-        return cluster_matrix(leaf, rule, ClusterSettings(iterations=5), key=jax.random.key(1))[0]
+        rule = CompressionRule(group_size=4, num_codes=12)
+        return cluster_matrix(leaf, rule, ClusterConfig(iterations=5), key=jax.random.key(1))[0]
 
     return trees.map_by_path(one, dense)
 
@@ -58,41 +58,48 @@ def streams(tmp_path, dense):
     x = np.random.default_rng(0).standard_normal((6, 10, 16)).astype(np.float32)
     inputs, targets = (ActivationStore(tmp_path / name, x.shape, np.float32) for name in ("x", "y"))
     inputs.write(slice(0, 6), x)
-    run_through(lambda batch: MODEL.block(dense, batch, kind=KIND), inputs, targets, batch_size=4, dtype=jnp.float32)
+    run_through(
+        lambda batch: MODEL.block(dense, batch, layer_type=KIND), inputs, targets, batch_size=4, dtype=jnp.float32
+    )
     return inputs, targets
 
 
 def test_moments_are_the_mean_squares_of_what_each_kernel_reads(dense, streams):
     inputs, _ = streams
-    moments = channel_moments(MODEL, KIND, dense, (Batch(jnp.asarray(x)) for _, x in inputs.batches(4)))
+    moments = collect_hessian_diagonals(MODEL, KIND, dense, (Batch(jnp.asarray(x)) for _, x in inputs.batches(4)))
     seen = {}
-    MODEL.block(dense, jnp.asarray(inputs.read(slice(0, 6))), kind=KIND, tap=lambda site, x, _: seen.update({site: x}))
-    for site, paths in MODEL.sites.items():
-        expected = np.mean(np.asarray(seen[site], np.float64).reshape(60, -1) ** 2, axis=0)
+    MODEL.block(
+        dense,
+        jnp.asarray(inputs.read(slice(0, 6))),
+        layer_type=KIND,
+        observer=lambda group, x, _: seen.update({group: x}),
+    )
+    for group, paths in MODEL.input_groups.items():
+        expected = np.mean(np.asarray(seen[group], np.float64).reshape(60, -1) ** 2, axis=0)
         for path in paths:
             np.testing.assert_allclose(moments[path], expected, rtol=1e-5)
             assert moments[path].shape == (trees.flatten(dense)[path].shape[0],)
     with pytest.raises(ValueError, match="no batches"):
-        channel_moments(MODEL, KIND, dense, [])
+        collect_hessian_diagonals(MODEL, KIND, dense, [])
 
 
 def seen_at_sites(block, x):
     """{site: (input, residual)} float64 [positions, channels] of a block, by the tap alone."""
     seen = {}
-    MODEL.block(block, jnp.asarray(x), kind=KIND, tap=lambda site, x, onto: seen.update({site: (x, onto)}))
+    MODEL.block(block, jnp.asarray(x), layer_type=KIND, observer=lambda group, x, onto: seen.update({group: (x, onto)}))
     rows = lambda a: None if a is None else np.asarray(a, np.float64).reshape(-1, a.shape[-1])  # noqa: E731
-    return {site: (rows(x), rows(onto)) for site, (x, onto) in seen.items()}
+    return {group: (rows(x), rows(onto)) for group, (x, onto) in seen.items()}
 
 
 def test_site_moments_are_the_mean_products_of_what_the_site_reads(dense, streams):
     inputs, _ = streams
-    for site, (rows, _) in seen_at_sites(dense, inputs.read(slice(0, 6))).items():
-        moments = site_moments(MODEL, KIND, site, dense, (Batch(jnp.asarray(x)) for _, x in inputs.batches(4)))
-        np.testing.assert_allclose(moments.inputs, rows.T @ rows / 60, rtol=1e-4, atol=1e-6)
+    for group, (rows, _) in seen_at_sites(dense, inputs.read(slice(0, 6))).items():
+        moments = collect_hessians(MODEL, KIND, group, dense, (Batch(jnp.asarray(x)) for _, x in inputs.batches(4)))
+        np.testing.assert_allclose(moments.hessian, rows.T @ rows / 60, rtol=1e-4, atol=1e-6)
         assert moments.drift is None
         assert moments.errors is None
     with pytest.raises(ValueError, match="no batches"):
-        site_moments(MODEL, KIND, "mlp/input", dense, [])
+        collect_hessians(MODEL, KIND, "mlp/input", dense, [])
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -108,13 +115,13 @@ def test_site_moments_of_two_streams_tell_what_the_outputs_lack(dense, streams, 
         Batch(*(jnp.asarray(a[where]) for a in (x, x0, counts))) if weighted else Batch(x[where], x0[where])
         for where in (slice(0, 4), slice(4, 6))
     ]
-    for site, paths in MODEL.sites.items():
-        moments = site_moments(MODEL, KIND, site, block, batches, original=dense)
-        (rows, onto), (rows0, onto0) = now[site], was[site]
+    for group, paths in MODEL.input_groups.items():
+        moments = collect_hessians(MODEL, KIND, group, block, batches, original=dense)
+        (rows, onto), (rows0, onto0) = now[group], was[group]
         kernel = np.asarray(trees.flatten(dense)[paths[0]], np.float64)
         lacking = rows0 @ kernel - rows @ kernel + (0 if onto is None else onto0 - onto)
         each = counts.reshape(-1, 1).astype(np.float64)
-        np.testing.assert_allclose(moments.inputs, (each * rows).T @ rows / 60, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(moments.hessian, (each * rows).T @ rows / 60, rtol=1e-4, atol=1e-5)
         assert (moments.errors is None) == (onto is None)
         given = moments.errors if moments.drift is None else np.asarray(moments.drift, np.float64) @ kernel
         np.testing.assert_allclose(given, (each * rows).T @ lacking / 60, rtol=1e-3, atol=1e-4)
@@ -149,7 +156,7 @@ def test_gradients_reach_the_codebooks_alone_and_equal_finite_differences(compre
     codebooks = {path: codebook.astype(jnp.float32) for path, codebook in codebooks.items()}
 
     def loss(codebooks):
-        return block_loss(codebooks, frozen, inputs, (targets,), model=MODEL, kind=KIND, settings=FAST)
+        return block_loss(codebooks, frozen, inputs, (targets,), model=MODEL, layer_type=KIND, settings=FAST)
 
     gradients = jax.grad(loss)(codebooks)
     chex.assert_trees_all_equal_shapes(gradients, codebooks)
@@ -166,9 +173,9 @@ def test_loss_is_the_mean_squared_distance_to_every_target(compressed, streams):
     x, y = (jnp.asarray(store.read(slice(0, 2))) for store in streams)
     codebooks, frozen = split_trainable(compressed, norms=False)
     dense = trees.map_by_path(_decoded, compressed)
-    output = np.asarray(MODEL.block(dense, x, kind=KIND), np.float64)
+    output = np.asarray(MODEL.block(dense, x, layer_type=KIND), np.float64)
     one, two = (
-        float(block_loss(codebooks, frozen, x, targets, model=MODEL, kind=KIND, settings=FAST))
+        float(block_loss(codebooks, frozen, x, targets, model=MODEL, layer_type=KIND, settings=FAST))
         for targets in ((y,), (y, 2 * y))
     )
     np.testing.assert_allclose(one, np.mean((output - np.asarray(y)) ** 2), rtol=1e-5)
@@ -181,8 +188,10 @@ def test_a_step_is_adamw_on_the_gradient(compressed, streams):
     settings = dataclasses.replace(FAST, weight_decay=0.1)
     state = init_state(codebooks, settings=settings, total_steps=3)
     start = jax.tree.map(jnp.copy, state.trained)
-    gradients = jax.grad(lambda c: block_loss(c, frozen, x, (y,), model=MODEL, kind=KIND, settings=settings))(start)
-    state, _ = tuning_step(state, frozen, x, (y,), model=MODEL, kind=KIND, settings=settings, total_steps=3)
+    gradients = jax.grad(lambda c: block_loss(c, frozen, x, (y,), model=MODEL, layer_type=KIND, settings=settings))(
+        start
+    )
+    state, _ = tuning_step(state, frozen, x, (y,), model=MODEL, layer_type=KIND, settings=settings, total_steps=3)
     for path, before in start.items():
         g = np.asarray(gradients[path], np.float64)
         # The first step of Adam: both moments' bias corrections cancel, which leaves g / (|g| + eps).
@@ -255,7 +264,7 @@ def test_vectors_take_a_tenth_of_the_step_of_codebooks(compressed, streams):
     ]
     x, y = (jnp.asarray(store.read(slice(0, 2))) for store in streams)
     state = init_state(trained, settings=settings, total_steps=9)
-    state, _ = tuning_step(state, frozen, x, (y,), model=MODEL, kind=KIND, settings=settings, total_steps=9)
+    state, _ = tuning_step(state, frozen, x, (y,), model=MODEL, layer_type=KIND, settings=settings, total_steps=9)
     for path, start in trained.items():
         step = np.abs(np.asarray(state.trained[path]) - np.asarray(start, np.float32))
         np.testing.assert_allclose(step.max(), 1e-3 if start.ndim == 2 else 1e-4, rtol=2e-2)
@@ -277,7 +286,7 @@ def test_tuning_is_deterministic_and_follows_its_random_order(compressed, stream
 
 
 def test_held_out_samples_choose_the_epoch(compressed, streams):
-    settings = dataclasses.replace(FAST, held_out=2, learning_rate=0.3, epochs=3)
+    settings = dataclasses.replace(FAST, validation_samples=2, learning_rate=0.3, epochs=3)
     inputs, targets = streams
     tuned, result = tune_block(
         MODEL, KIND, compressed, inputs, (targets,), settings, rng=np.random.default_rng(0), reporter=SilentReporter()
@@ -286,7 +295,7 @@ def test_held_out_samples_choose_the_epoch(compressed, streams):
     assert result.chosen_epoch == int(np.argmin(result.held_out_losses))
     x, y = (jnp.asarray(store.read(slice(4, 6))) for store in streams)
     trained, frozen = split_trainable(tuned, norms=True)
-    kept = float(block_loss(trained, frozen, x, (y,), model=MODEL, kind=KIND, settings=settings))
+    kept = float(block_loss(trained, frozen, x, (y,), model=MODEL, layer_type=KIND, settings=settings))
     np.testing.assert_allclose(kept, min(result.held_out_losses), rtol=1e-5)
 
 
@@ -317,10 +326,10 @@ def test_a_loss_that_is_not_finite_stops_the_block_at_the_last_good_codebooks(co
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        (TuningSettings(learning_rate=1.0, schedule="constant"), [1, 1, 1, 1, 1]),
-        (TuningSettings(learning_rate=1.0, schedule="linear"), [1, 0.8, 0.6, 0.4, 0.2]),
-        (TuningSettings(learning_rate=1.0, schedule="cosine"), [(1 + np.cos(np.pi * k / 5)) / 2 for k in range(5)]),
-        (TuningSettings(learning_rate=1.0, schedule="constant", warmup_fraction=0.4), [0.5, 1, 1, 1, 1]),
+        (BlockTuningConfig(learning_rate=1.0, schedule="constant"), [1, 1, 1, 1, 1]),
+        (BlockTuningConfig(learning_rate=1.0, schedule="linear"), [1, 0.8, 0.6, 0.4, 0.2]),
+        (BlockTuningConfig(learning_rate=1.0, schedule="cosine"), [(1 + np.cos(np.pi * k / 5)) / 2 for k in range(5)]),
+        (BlockTuningConfig(learning_rate=1.0, schedule="constant", warmup_fraction=0.4), [0.5, 1, 1, 1, 1]),
     ],
 )
 def test_schedules(settings, expected):
@@ -334,7 +343,7 @@ def test_schedules(settings, expected):
 
 
 def test_clipping_bounds_the_gradient_that_adam_sees():
-    optimizer = make_optimizer(TuningSettings(clip_norm=1.0), 5)
+    optimizer = make_optimizer(BlockTuningConfig(clip_norm=1.0), 5)
     parameters = {"a": jnp.zeros(4)}
     _, state = optimizer.update({"a": jnp.full(4, 100.0)}, optimizer.init(parameters), parameters)
     mu = optax.tree.get(state, "mu")["a"]
@@ -345,12 +354,14 @@ def test_float16_gradients_do_not_vanish(compressed, streams):
     """The loss is a mean of squares far below float16's smallest number; its gradient must survive all the same."""
     x, y = (jnp.asarray(store.read(slice(0, 6))) for store in streams)
     codebooks, frozen = split_trainable(compressed, norms=False)
-    near = y + 1e-3 * (MODEL.block(trees.map_by_path(_decoded, compressed), x, kind=KIND) - y)
+    near = y + 1e-3 * (MODEL.block(trees.map_by_path(_decoded, compressed), x, layer_type=KIND) - y)
     mean = {}
     for dtype in ("float32", "float16"):
         settings = dataclasses.replace(FAST, compute_dtype=dtype)
         state = init_state(codebooks, settings=settings, total_steps=3)
-        state, _ = tuning_step(state, frozen, x, (near,), model=MODEL, kind=KIND, settings=settings, total_steps=3)
+        state, _ = tuning_step(
+            state, frozen, x, (near,), model=MODEL, layer_type=KIND, settings=settings, total_steps=3
+        )
         mean[dtype] = optax.tree.get(state.optimizer, "mu")
     for path, expected in mean["float32"].items():
         scale = float(jnp.abs(expected).max())
@@ -366,12 +377,12 @@ def test_positions_of_huge_outputs_count_in_proportion_less():
     outputs[0, 0] *= 1000.0
     squares = np.mean(outputs.astype(np.float64) ** 2, axis=-1)
     expected = np.minimum(1.0, 2.0 * np.median(squares, axis=1, keepdims=True) / squares)
-    weights = position_weights(jnp.asarray(outputs), 2.0)
+    weights = token_weights(jnp.asarray(outputs), 2.0)
     np.testing.assert_allclose(weights, expected, rtol=1e-4)
     assert weights[0, 0] < 1e-4
-    np.testing.assert_array_equal(position_weights(jnp.asarray(outputs), 0.0), np.ones((2, 9)))
+    np.testing.assert_array_equal(token_weights(jnp.asarray(outputs), 0.0), np.ones((2, 9)))
     other = outputs + 1.0
-    loss = mean_squared_error(jnp.asarray(other), jnp.asarray(outputs), outlier_limit=2.0)
+    loss = mean_squared_error(jnp.asarray(other), jnp.asarray(outputs), massive_activation_limit=2.0)
     np.testing.assert_allclose(loss, expected.mean(), rtol=1e-4)
     np.testing.assert_allclose(mean_squared_error(jnp.asarray(other), jnp.asarray(outputs)), 1.0, rtol=1e-4)
 
@@ -379,7 +390,7 @@ def test_positions_of_huge_outputs_count_in_proportion_less():
 @pytest.mark.parametrize(("fast", "kernel"), [(True, "codebook_scatter"), (False, "codebook_segment_sum")])
 def test_the_settings_choose_the_order_of_gradients_on_a_gpu(compressed, fast, kernel, monkeypatch):
     monkeypatch.setattr(api, "_cuda_can_be_compiled", lambda: True)
-    settings = dataclasses.replace(FAST, fast_gradients=fast, compute_dtype="bfloat16")
+    settings = dataclasses.replace(FAST, atomic_gradients=fast, compute_dtype="bfloat16")
     trained, frozen = split_trainable(compressed, norms=False)
     x = jnp.zeros((1, 10, 16), jnp.bfloat16)
     options = {"model": MODEL, "kind": KIND, "settings": settings}

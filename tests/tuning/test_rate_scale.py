@@ -9,13 +9,13 @@ import optax
 import pytest
 
 import cluscomp_jax
-from cluscomp_jax.config.run import PAPER, RunConfig
+from cluscomp_jax.config.run import PAPER, CompressConfig
 from cluscomp_jax.config.settings import (
-    CalibrationSettings,
-    ClusterSettings,
+    BlockTuningConfig,
+    CalibrationConfig,
+    ClusterConfig,
     CompressionRule,
-    TrainingSettings,
-    TuningSettings,
+    TrainingConfig,
 )
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
@@ -52,13 +52,13 @@ def rescaled(params, config, scale):
 
 def run(params, config, tokens, *, seed=0, codes=16, iterations=3):
     # bfloat16 rounds alike at every scale; float16 would round codes below 6e-5 more coarsely.
-    cluster = ClusterSettings(
-        rules=(CompressionRule(g=4, num_codes=codes),), iterations=iterations, codebook_dtype="bfloat16"
+    cluster = ClusterConfig(
+        rules=(CompressionRule(group_size=4, num_codes=codes),), iterations=iterations, codebook_dtype="bfloat16"
     )
-    cfg = RunConfig(
+    cfg = CompressConfig(
         model=config,
         cluster=cluster,
-        calibration=CalibrationSettings(samples=len(tokens), length=tokens.shape[1]),
+        calibration=CalibrationConfig(samples=len(tokens), length=tokens.shape[1]),
         seed=seed,
     )
     blocks = Blocks()
@@ -125,7 +125,7 @@ def test_a_first_step_is_the_rate_times_the_root_mean_square():
     """Adam's first update is the sign of the gradient."""
     params = {"a/b": jnp.array([[3.0, 4.0], [0.0, 0.0]]), "c": jnp.array([[1.0, 1.0], [7.0, 7.0]])}
     gradients = jax.tree.map(jnp.ones_like, params)
-    settings = TuningSettings(learning_rate=0.1, schedule="constant")
+    settings = BlockTuningConfig(learning_rate=0.1, schedule="constant")
     updates = one_step(settings, params, gradients, stacked=lambda path: path == "c")
     np.testing.assert_allclose(updates["a/b"], -0.1 * 2.5, rtol=1e-5)
     np.testing.assert_allclose(updates["c"], [[-0.1, -0.1], [-0.7, -0.7]], rtol=1e-5)
@@ -133,12 +133,12 @@ def test_a_first_step_is_the_rate_times_the_root_mean_square():
 
 def test_decay_is_a_share_of_each_weight():
     params = {"a": jnp.array([3.0, 4.0, 0.0, 0.0])}
-    settings = TuningSettings(learning_rate=0.1, schedule="constant", weight_decay=0.5)
+    settings = BlockTuningConfig(learning_rate=0.1, schedule="constant", weight_decay=0.5)
     updates = one_step(settings, params, {"a": jnp.zeros(4)})
     np.testing.assert_allclose(updates["a"], [-0.15, -0.2, 0.0, 0.0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("settings", [PAPER.tuning, TrainingSettings(relative_rate=False)])
+@pytest.mark.parametrize("settings", [PAPER.tuning, TrainingConfig(relative_rate=False)])
 def test_an_absolute_rate_is_adamw_as_optax_has_it(settings):
     params = {"a": jnp.array([[3.0, 4.0], [0.5, -2.0]])}
     gradients = {"a": jnp.array([[0.1, -2.0], [0.0, 3.0]])}
@@ -151,12 +151,12 @@ def test_an_absolute_rate_is_adamw_as_optax_has_it(settings):
 
 def test_the_paper_keeps_its_absolute_rate():
     assert (PAPER.tuning.learning_rate, PAPER.tuning.relative_rate) == (0.005, False)
-    assert TuningSettings().relative_rate
-    assert TrainingSettings().relative_rate
+    assert BlockTuningConfig().relative_rate
+    assert TrainingConfig().relative_rate
 
 
 def test_an_array_of_zeros_moves_by_an_absolute_rate_alone():
-    settings = TuningSettings(learning_rate=0.1, schedule="constant")
+    settings = BlockTuningConfig(learning_rate=0.1, schedule="constant")
     absolute = dataclasses.replace(settings, relative_rate=False)
     params, gradients = {"a": jnp.zeros(3)}, {"a": jnp.ones(3)}
     np.testing.assert_allclose(one_step(settings, params, gradients)["a"], 0.0, atol=1e-6)

@@ -83,10 +83,10 @@ class GgufSource:
         with self._stamps.held():
             return trees.unflatten({p: self._load(prefix + p) for p in self.model.block_shapes(i)})
 
-    def load_rest(self) -> Params:
+    def load_outer(self) -> Params:
         """Returns embedding, last norm and, unless tied, the output head. Raises as `load_block` does."""
         with self._stamps.held():
-            return trees.unflatten({path: self._load(path) for path in self.model.rest_shapes()})
+            return trees.unflatten({path: self._load(path) for path in self.model.outer_shapes()})
 
     def fingerprint(self) -> str:
         """Returns a digest of the file's name, size, modification time and header, not of its data."""

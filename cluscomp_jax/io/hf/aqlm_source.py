@@ -85,10 +85,10 @@ class AqlmSource:
         with self._stamps.held():
             return trees.unflatten({path: self._load(prefix + path) for path in self.model.block_shapes(i)})
 
-    def load_rest(self) -> Params:
+    def load_outer(self) -> Params:
         """Returns what stands outside the blocks, by full paths. Raises as `load_block` does."""
         with self._stamps.held():
-            return trees.unflatten({path: self._load(path) for path in self.model.rest_shapes()})
+            return trees.unflatten({path: self._load(path) for path in self.model.outer_shapes()})
 
     def fingerprint(self) -> str:
         """Returns a digest of config.json and of the files' names, sizes and modification times."""

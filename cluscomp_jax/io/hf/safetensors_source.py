@@ -102,20 +102,20 @@ class SafetensorsSource:
         with self._stamps.held():
             return trees.unflatten({path: self._load(prefix + path) for path in self._model.block_shapes(i)})
 
-    def load_rest(self) -> Params:
+    def load_outer(self) -> Params:
         """Returns embedding, last norm and, unless tied, the output head, in the dtypes of `load_block`.
 
         Raises:
           InputError: as `load_block`; or the config ties the output head, but the file has another one.
         """
         with self._stamps.held():
-            rest = {path: self._load(path) for path in self._model.rest_shapes()}
-            if self._tied_head and not np.array_equal(_read(self._tied_head), rest[layout.EMBEDDING]):
+            outer = {path: self._load(path) for path in self._model.outer_shapes()}
+            if self._tied_head and not np.array_equal(_read(self._tied_head), outer[layout.EMBEDDING]):
                 raise InputError(
                     f"{self._folder}: config.json says tie_word_embeddings, but {self._tied_head.name} differs from "
                     f"{self._entries[layout.EMBEDDING].name}; correct the config"
                 )
-        return trees.unflatten(rest)
+        return trees.unflatten(outer)
 
     def fingerprint(self) -> str:
         """Returns a digest of the files' names, sizes, modification times and headers, not of their data."""

@@ -22,7 +22,7 @@ from cluscomp_jax.models.layers import kv_cache
 from cluscomp_jax.models.layers.attention import attention, causal_attention, causal_mask
 from cluscomp_jax.models.layers.rope import rotary_tables, rotate
 from cluscomp_jax.models.llama.config import LlamaConfig
-from cluscomp_jax.models.model import Cache, Tap, run_block, run_embed
+from cluscomp_jax.models.model import Cache, Observer, run_block, run_embed
 
 BLOCKS_PATH = "model/layers"
 SITES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -71,11 +71,11 @@ class LlamaModel:
         return BLOCKS_PATH
 
     @property
-    def sites(self) -> Mapping[str, tuple[str, ...]]:
+    def input_groups(self) -> Mapping[str, tuple[str, ...]]:
         """{site: block-relative paths of the kernels that read that input}, in order of computation."""
         return SITES
 
-    def block_kind(self, i: int) -> Hashable:
+    def layer_type(self, i: int) -> Hashable:
         """Returns the attention window of block i, None for all positions."""
         return self.config.window(i)
 
@@ -100,7 +100,7 @@ class LlamaModel:
                 shapes[f"mlp/{name}_proj/bias"] = sides[1:]
         return shapes
 
-    def rest_shapes(self) -> dict[str, tuple[int, ...]]:
+    def outer_shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns {path: shape} of the parameters outside the blocks."""
         c = self.config
         shapes: dict[str, tuple[int, ...]] = {
@@ -111,40 +111,40 @@ class LlamaModel:
             shapes["lm_head/kernel"] = (c.hidden_size, c.vocab_size)
         return shapes
 
-    def embed(self, rest: Params, tokens: jax.Array, *, dtype: Any) -> jax.Array:
+    def embed(self, outer: Params, tokens: jax.Array, *, dtype: Any) -> jax.Array:
         """Returns x [b, t, d] of `dtype` for int tokens [b, t]; NaN where a token is past the vocabulary."""
-        table = jnp.asarray(rest["model"]["embed_tokens"]["embedding"])
+        table = jnp.asarray(outer["model"]["embed_tokens"]["embedding"])
         return jnp.take(table, tokens, axis=0, mode="fill").astype(dtype)
 
-    def head(self, rest: Params, x: jax.Array) -> jax.Array:
+    def head(self, outer: Params, x: jax.Array) -> jax.Array:
         """Returns logits float32 [b, t, v] of x [b, t, d]; products are of x's dtype, sums float32."""
-        normed = rms_norm(x, rest["model"]["norm"]["weight"], self.config.rms_norm_eps)
+        normed = rms_norm(x, outer["model"]["norm"]["weight"], self.config.rms_norm_eps)
         if self.config.tie_word_embeddings:
-            table = jnp.asarray(rest["model"]["embed_tokens"]["embedding"]).astype(x.dtype)
+            table = jnp.asarray(outer["model"]["embed_tokens"]["embedding"]).astype(x.dtype)
             return jnp.einsum("btd,vd->btv", normed, table, preferred_element_type=jnp.float32)
-        return linear(normed, rest["lm_head"]["kernel"], out_dtype=jnp.float32)
+        return linear(normed, outer["lm_head"]["kernel"], out_dtype=jnp.float32)
 
-    def block(self, params: Params, x: jax.Array, *, kind: Hashable, tap: Tap | None = None) -> Any:
+    def block(self, params: Params, x: jax.Array, *, layer_type: Hashable, observer: Observer | None = None) -> Any:
         """Returns y [b, t, d] of x [b, t, d]; with a tap, (y, {site: what the tap returns}).
 
         Args:
           params: the block's tree, block-relative paths, dense or compressed kernels.
           x: positions 0 … t-1; its dtype is the compute dtype.
-          kind: `block_kind` of the block.
+          kind: `layer_type` of the block.
           tap: see `cluscomp_jax.models.model.Tap`.
         """
 
         def attend(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
-            return causal_attention(queries, keys, values, _window(kind))
+            return causal_attention(queries, keys, values, _window(layer_type))
 
         tapped: dict[str, Any] = {}
 
-        def observe(site: str, value: jax.Array, residual: jax.Array | None = None) -> None:
-            if tap is not None:
-                tapped[site] = tap(site, value, residual)
+        def observe(group: str, value: jax.Array, residual: jax.Array | None = None) -> None:
+            if observer is not None:
+                tapped[group] = observer(group, value, residual)
 
         y = self._residual_block(params, x, jnp.arange(x.shape[1]), x.shape[1], attend, observe)
-        return y if tap is None else (y, tapped)
+        return y if observer is None else (y, tapped)
 
     def init_cache(self, i: int, batch: int, length: int, dtype: Any) -> Cache:
         """Returns the empty cache of block i: keys and values [batch, k, length, h] of `dtype`, floating or int8."""
@@ -157,7 +157,7 @@ class LlamaModel:
         cache: Cache,
         position: jax.Array | int,
         *,
-        kind: Hashable,
+        layer_type: Hashable,
         length: jax.Array | int | None = None,
     ) -> tuple[jax.Array, Cache]:
         """Returns (y [b, t, d], new cache) of x [b, t, d] at positions `position` … position+t-1.
@@ -172,7 +172,7 @@ class LlamaModel:
         t, size = x.shape[1], cache["keys"].shape[2]
         length = position + t if length is None else length
         positions = position + jnp.arange(t)
-        mask = causal_mask(positions, jnp.arange(size), _window(kind))
+        mask = causal_mask(positions, jnp.arange(size), _window(layer_type))
         begins = isinstance(position, int) and position == 0 and t > 1  # then nothing in the cache is older than x
         written: Cache = {}
 
@@ -180,7 +180,7 @@ class LlamaModel:
             written.update(kv_cache.write(cache, keys, values, position))
             stored_keys, stored_values = kv_cache.read(written, x.dtype)
             if begins:
-                return causal_attention(queries, stored_keys[:, :, :t], stored_values[:, :, :t], _window(kind))
+                return causal_attention(queries, stored_keys[:, :, :t], stored_values[:, :, :t], _window(layer_type))
             return attention(queries, stored_keys, stored_values, mask)
 
         y = self._residual_block(params, x, positions, length, attend, lambda *_: None)
@@ -224,10 +224,10 @@ class LlamaModel:
         return attend(rotate(queries, tables), keys, values).reshape(b, t, -1)
 
 
-def _window(kind: Hashable) -> int | None:
-    if kind is not None and not isinstance(kind, int):
-        raise InputError(f"block kind {kind!r} is not one of this family; take it from block_kind(i)")
-    return kind
+def _window(layer_type: Hashable) -> int | None:
+    if layer_type is not None and not isinstance(layer_type, int):
+        raise InputError(f"block kind {layer_type!r} is not one of this family; take it from layer_type(i)")
+    return layer_type
 
 
 def build(config: LlamaConfig) -> LlamaModel:
@@ -236,8 +236,8 @@ def build(config: LlamaConfig) -> LlamaModel:
 
 
 @partial(jax.jit, static_argnums=0)
-def _head(model: LlamaModel, rest: Params, x: jax.Array) -> jax.Array:
-    return model.head(rest, x)
+def _head(model: LlamaModel, outer: Params, x: jax.Array) -> jax.Array:
+    return model.head(outer, x)
 
 
 def forward(params: Mapping[Any, Any], tokens: Any, config: LlamaConfig, *, dtype: Any = jnp.float32) -> jax.Array:
@@ -258,10 +258,10 @@ def forward(params: Mapping[Any, Any], tokens: Any, config: LlamaConfig, *, dtyp
 
 
 def _forward(params: Mapping[Any, Any], tokens: jax.Array, *, model: LlamaModel, dtype: Any) -> jax.Array:
-    rest = trees.without(params, BLOCKS_PATH)
-    x = run_embed(rest, tokens, model=model, dtype=dtype)
+    outer = trees.without(params, BLOCKS_PATH)
+    x = run_embed(outer, tokens, model=model, dtype=dtype)
     for i in range(model.num_blocks):
         block = trees.subtree(params, f"{BLOCKS_PATH}/{i}")
-        x = run_block(block, x, model=model, kind=model.block_kind(i))
-    logits: jax.Array = _head(model, rest, x)
+        x = run_block(block, x, model=model, layer_type=model.layer_type(i))
+    logits: jax.Array = _head(model, outer, x)
     return logits

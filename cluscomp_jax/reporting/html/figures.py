@@ -62,9 +62,9 @@ class Drawing:
             self.figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
             text = file.getvalue()
         text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-        opening, rest = text.split(">", 1)
+        opening, outer = text.split(">", 1)
         opening = re.sub(r'\s(?:width|height)="[^"]*"', "", opening)
-        return f'{opening} role="img" aria-label="{self.title}">{rest}'
+        return f'{opening} role="img" aria-label="{self.title}">{outer}'
 
 
 def draw_run(records: RunRecords, uses: Mapping[str, CodeUse]) -> list[Drawing]:

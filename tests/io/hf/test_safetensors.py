@@ -98,9 +98,9 @@ def test_biases_and_norms_of_the_families_arrive(tmp_path, model_type, changes):
 
 def test_tied_embeddings_come_without_a_head_and_a_duplicate_is_dropped(tmp_path):
     fields, tensors = config_fields(tie_word_embeddings=True), hf_tensors(tied=True)
-    plain = open_source(write_hf(tmp_path / "plain", fields, tensors)).load_rest()
+    plain = open_source(write_hf(tmp_path / "plain", fields, tensors)).load_outer()
     doubled = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
-    again = open_source(write_hf(tmp_path / "doubled", fields, doubled)).load_rest()
+    again = open_source(write_hf(tmp_path / "doubled", fields, doubled)).load_outer()
     assert set(plain) == set(again) == {"model"}
     chex.assert_trees_all_equal(plain, again)
 
@@ -110,7 +110,7 @@ def test_a_head_that_differs_beside_tied_embeddings_is_refused(tmp_path):
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
     source = open_source(write_hf(tmp_path, config_fields(tie_word_embeddings=True), tensors))
     with pytest.raises(InputError, match=r"tie_word_embeddings.*lm_head\.weight differs"):
-        source.load_rest()
+        source.load_outer()
 
 
 def test_rotary_buffers_of_old_files_are_passed_over(tmp_path):

@@ -24,7 +24,7 @@ def configs(draw):
     kv_heads, layers = draw(st.integers(1, 3)), draw(st.integers(1, 2))
     window = None if family == "llama" else draw(st.none() | st.integers(1, 8))
     kinds = st.sampled_from(["full_attention", "sliding_attention"])
-    mixed = window is not None and family.startswith("qwen")
+    mixed_precision = window is not None and family.startswith("qwen")
     return LlamaConfig(
         model_type=family,
         vocab_size=draw(st.integers(2, 20)),
@@ -38,7 +38,7 @@ def configs(draw):
         tie_word_embeddings=draw(st.booleans()),
         rope=RopeConfig(theta=draw(st.sampled_from([10.0, 10000.0]))),
         sliding_window=window,
-        layer_types=tuple(draw(st.lists(kinds, min_size=layers, max_size=layers))) if mixed else (),
+        layer_types=tuple(draw(st.lists(kinds, min_size=layers, max_size=layers))) if mixed_precision else (),
         attention_bias=family in ("llama", "qwen3") and draw(st.booleans()),
         mlp_bias=family == "llama" and draw(st.booleans()),
     )
@@ -49,7 +49,9 @@ def configs(draw):
 def test_logits_equal_the_float64_oracle(config, seed):
     params, tokens = random_params(config, seed), random_tokens(config, (1, 11), seed)
     wide = trees.map_by_path(lambda _, leaf: np.asarray(leaf, np.float64), params)
-    windows = [config.sliding_window if kind == "sliding_attention" else None for kind in config.layer_types]
+    windows = [
+        config.sliding_window if layer_type == "sliding_attention" else None for layer_type in config.layer_types
+    ]
     expected = llama_oracle.logits(wide, tokens[0], config, windows)
     actual = forward(params, tokens, config)[0]
     chex.assert_tree_all_finite(actual)
@@ -58,7 +60,7 @@ def test_logits_equal_the_float64_oracle(config, seed):
 
 def cached_logits(config, params, tokens, bounds, length):
     model = build(config)
-    step = jax.jit(model.cached_block, static_argnames="kind")
+    step = jax.jit(model.cached_block, static_argnames="layer_type")
     caches = [model.init_cache(i, len(tokens), length, jnp.float32) for i in range(model.num_blocks)]
     embedded = model.embed(params, tokens, dtype=jnp.float32)
     pieces = []
@@ -66,7 +68,7 @@ def cached_logits(config, params, tokens, bounds, length):
         x = embedded[:, start:end]
         for i in range(model.num_blocks):
             block = trees.subtree(params, f"{model.blocks_path}/{i}")
-            x, caches[i] = step(block, x, caches[i], jnp.int32(start), kind=model.block_kind(i))
+            x, caches[i] = step(block, x, caches[i], jnp.int32(start), layer_type=model.layer_type(i))
         pieces.append(np.asarray(x))
     return np.asarray(model.head(params, np.concatenate(pieces, axis=1)))
 
@@ -126,8 +128,8 @@ def test_the_compute_dtype_is_that_of_x(dtype):
         block = trees.subtree(params, "model/layers/1")
         x = model.embed(params, tokens, dtype=dtype)
         empty = model.init_cache(1, 1, 6, dtype)
-        y, cache = model.cached_block(block, x, empty, jnp.int32(0), kind=4)
-        return (x, model.block(block, x, kind=4), y, cache["keys"], cache["values"]), model.head(params, x)
+        y, cache = model.cached_block(block, x, empty, jnp.int32(0), layer_type=4)
+        return (x, model.block(block, x, layer_type=4), y, cache["keys"], cache["values"]), model.head(params, x)
 
     *inner, logits = jax.tree.leaves(jax.eval_shape(run, params, random_tokens(MIXED, (1, 4))))
     assert {leaf.dtype for leaf in inner} == {jnp.dtype(dtype)}
@@ -143,10 +145,12 @@ def test_shapes_sites_and_kinds_describe_the_parameters(config):
     for i in range(model.num_blocks):
         flat = trees.flatten(trees.subtree(params, f"{model.blocks_path}/{i}"))
         assert {path: leaf.shape for path, leaf in flat.items()} == model.block_shapes(i)
-        assert {path for paths in model.sites.values() for path in paths} == {p for p in flat if p.endswith("kernel")}
-        assert model.block_kind(i) == config.window(i)
-    rest = trees.flatten(trees.without(params, model.blocks_path))
-    assert {path: leaf.shape for path, leaf in rest.items()} == model.rest_shapes()
+        assert {path for paths in model.input_groups.values() for path in paths} == {
+            p for p in flat if p.endswith("kernel")
+        }
+        assert model.layer_type(i) == config.window(i)
+    outer = trees.flatten(trees.without(params, model.blocks_path))
+    assert {path: leaf.shape for path, leaf in outer.items()} == model.outer_shapes()
 
 
 def test_initial_parameters_follow_the_key():
@@ -164,18 +168,20 @@ def test_taps_see_the_input_of_every_kernel():
     model, params = build(MIXED), random_params(MIXED)
     block = trees.subtree(params, "model/layers/0")
     x = model.embed(params, random_tokens(MIXED, (2, 5)), dtype=jnp.float32)
-    y, both = jax.jit(lambda block, x: model.block(block, x, kind=None, tap=lambda site, *seen: seen))(block, x)
-    tapped = {site: value for site, (value, _) in both.items()}
-    assert tapped.keys() == model.sites.keys()
-    for site, paths in model.sites.items():
+    y, both = jax.jit(lambda block, x: model.block(block, x, layer_type=None, observer=lambda group, *seen: seen))(
+        block, x
+    )
+    tapped = {group: value for group, (value, _) in both.items()}
+    assert tapped.keys() == model.input_groups.keys()
+    for group, paths in model.input_groups.items():
         for path in paths:
-            assert tapped[site].shape == (2, 5, model.block_shapes(0)[path][0])
+            assert tapped[group].shape == (2, 5, model.block_shapes(0)[path][0])
     gate, up = (tapped["mlp/input"] @ block["mlp"][f"{name}_proj"]["kernel"] for name in ("gate", "up"))
     chex.assert_trees_all_close(tapped["mlp/hidden"], gate / (1 + jnp.exp(-gate)) * up, atol=1e-5)
     after_attention = x + tapped["self_attn/output"] @ block["self_attn"]["o_proj"]["kernel"]
     down = tapped["mlp/hidden"] @ block["mlp"]["down_proj"]["kernel"]
     chex.assert_trees_all_close(y, after_attention + down, atol=1e-5)
-    residuals = {site: residual for site, (_, residual) in both.items()}
+    residuals = {group: residual for group, (_, residual) in both.items()}
     chex.assert_trees_all_close(residuals["self_attn/output"], x)
     chex.assert_trees_all_close(residuals["mlp/hidden"], after_attention, atol=1e-5)
     assert residuals["self_attn/input"] is None
@@ -193,7 +199,7 @@ def test_block_gradients_match_finite_differences():
     @jax.jit
     def value(step):
         moved = jax.tree.map(lambda leaf, d: leaf + step * d, block, direction)
-        return jnp.sum(model.block(moved, x, kind=3) * probe)
+        return jnp.sum(model.block(moved, x, layer_type=3) * probe)
 
     slope = jax.grad(value)(0.0)
     assert float(slope) == pytest.approx(float((value(1e-3) - value(-1e-3)) / 2e-3), rel=1e-2)
@@ -209,7 +215,7 @@ def test_a_token_past_the_vocabulary_is_nan_not_its_neighbour():
 def test_a_kind_of_another_family_is_refused():
     model, params = build(WINDOWED), random_params(WINDOWED)
     with pytest.raises(InputError, match="block kind 'full'"):
-        model.block(trees.subtree(params, "model/layers/0"), jnp.zeros((1, 2, 12)), kind="full")
+        model.block(trees.subtree(params, "model/layers/0"), jnp.zeros((1, 2, 12)), layer_type="full")
 
 
 def test_missing_parameters_are_named():

@@ -92,7 +92,7 @@ def _measure(opened: OpenedModel, arguments: CompressArguments) -> Measure:
 def _describe_rules(cfg: CompressConfig, by_block: list[Rules], calibration: np.ndarray | None) -> str:
     """Returns how finely matrices are cut, in one phrase."""
     if mixes(cfg, calibration):
-        return f"{cfg.cluster.bits} bits per weight, spent by {cfg.cluster.mixed_precision} where they count"
+        return f"{cfg.cluster.bits} bits per weight, spent on each matrix by its sensitivity"
     return ", ".join(sorted({describe_rule(rule) for rules in by_block for rule in rules.values()}))
 
 

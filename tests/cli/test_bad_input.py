@@ -104,8 +104,8 @@ def test_a_broken_model(capsys: pytest.CaptureFixture[str], tmp_path: Path, make
 OPTIONS: dict[str, tuple[str, list[str]]] = {
     "no codes": ("--num-codes 0", ["num_codes is 0", "65536"]),
     "too many codes": ("--num-codes 65537", ["num_codes is 65537", "65536"]),
-    "no group": ("--g 0", ["g is 0", "32"]),
-    "too large a group": ("--g 33", ["g is 33", "32"]),
+    "no group": ("--g 0", ["group_size is 0", "32"]),
+    "too large a group": ("--g 33", ["group_size is 33", "32"]),
     "unreachable bits": ("--bits 0.01", ["0.01", "least"]),
     "empty text": ("--calibration {}/empty.txt", ["empty.txt"]),
     "no text": ("--calibration {}/absent.txt", ["absent.txt"]),

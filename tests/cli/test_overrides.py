@@ -58,7 +58,7 @@ def test_every_option_reaches_its_setting() -> None:
     assert config_of(bits=2.0, mixed_precision="per_matrix", calibration="t").cluster.mixed_precision == "per_matrix"
     assert config_of(bits=2.0, unweighted=True, calibration="t").cluster.mixed_precision == "none"
     assert config_of(bits=2.0, mixed_precision="none").cluster.mixed_precision == "none"
-    assert config_of(tie_codebooks="input").cluster.tie_codebooks == "site"
+    assert config_of(tie_codebooks="input").cluster.tie_codebooks == "input"
     assert config_of().cluster.tie_codebooks == "none"
 
 

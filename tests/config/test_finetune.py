@@ -75,7 +75,7 @@ def test_the_mesh_is_read_and_is_no_part_of_what_the_run_is(tmp_path: Path) -> N
         ("[data]\nlength = 1", "length is 1; it must be 2 or more"),
         ("[data]\ntoo_long = 'split'", "'data.too_long' is 'split'; it must be one of"),
         ("[training.distillation]\nweight = 2", "weight is 2.0; it must be a number from 0.0 to 1.0"),
-        ("[training]\nremat_policy = 'some'", "'training.recompute' is 'some'"),
+        ("[training]\nremat_policy = 'some'", "'training.remat_policy' is 'some'"),
         ("result = 'first'", "'result' is 'first'"),
         ("mesh = {rows = 2}", "key 'mesh.rows' is not known; known here: data, fsdp, tensor"),
         ("mesh = {data = 0}", "mesh.data is 0; it must be 1 or more"),

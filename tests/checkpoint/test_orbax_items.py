@@ -15,11 +15,11 @@ import sys
 from pathlib import Path
 import numpy as np
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.io import items
+from cluscomp_jax.checkpoint import orbax_items
 expected = {f"a/{i}": ((400, 1000), np.dtype("float32")) for i in range(12)}
 for _ in range(8):
     try:
-        items.read_item(Path(sys.argv[1]), expected)
+        orbax_items.read_item(Path(sys.argv[1]), expected)
     except InputError as error:
         assert "\\n" not in str(error)
         print(str(error))

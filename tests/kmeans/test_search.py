@@ -112,7 +112,7 @@ def test_vectors_far_from_zero_keep_their_digits() -> None:
 
 def test_results_do_not_depend_on_how_much_is_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = np.random.default_rng(1).standard_normal((5000, 4)).astype(np.float32)
-    search, probe_lists = (sys.modules[f"cluscomp_jax.kmeans.{name}"] for name in ("search", "lists"))
+    search, probe_lists = (sys.modules[f"cluscomp_jax.kmeans.{name}"] for name in ("search", "probe_lists"))
 
     def fit() -> tuple[jax.Array, jax.Array]:
         return fit_codebook(vectors, num_codes=300, key=jax.random.key(0), iterations=4)[:2]

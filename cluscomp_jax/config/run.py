@@ -24,8 +24,8 @@ class CompressConfig:
       seed: non-negative; with the same inputs it fixes every bit of the result.
       device_memory_gib: largest device memory of compression, > 0: forward passes take as many samples together as it
         allows, and a stage that needs more is refused before any work; nothing is checked without calibration, and the
-        measure of sensitivities (`cluster.mixed_precision`) is not counted. Bits of the result can change with the number of
-        samples. None: 2,048 tokens together, and no check.
+        measure of sensitivities (`cluster.mixed_precision`) is not counted. Bits of the result can change with the
+        number of samples. None: 2,048 tokens together, and no check.
       mesh: how many devices share the samples of a batch and the matrices to be clustered: its data axis; the others
         are 1. Bits of the result change with it. A tuning batch that it does not divide is computed whole on each.
       zstd: codes the files of a checkpoint folder: shorter by the bits that entries of 8-bit indices do not hold.

@@ -156,7 +156,7 @@ def test_axis_in_is_compressed_without_activation_weights(params):
 def test_rules_decide_per_matrix_and_what_none_matches_stays_dense(params):
     rules = (
         CompressionRule(pattern=r".*/1/.*", group_size=2, num_codes=7),
-        CompressionRule(pattern=r".*/(q|down)_proj/kernel", g=3, num_codes=300),
+        CompressionRule(pattern=r".*/(q|down)_proj/kernel", group_size=3, num_codes=300),
     )
     compressed = trees.flatten(
         compress(params, dataclasses.replace(RUN, cluster=ClusterConfig(rules=(rules[1],), iterations=1)))
@@ -260,7 +260,7 @@ def test_claims_on_held_out_text(judge):
         return judge.perplexity(judge.compress(cluster, tuning))
 
     rule = CompressionRule(group_size=4, num_codes=64)
-    alone = {"rules": (rule,), "iterations": 10, "correction": False, "sequential": False}
+    alone = {"rules": (rule,), "iterations": 10, "drift_correction": False, "true_sequential": False}
     blind = score(ClusterConfig(weighted=False, error_feedback=False, **alone))
     weighted = score(ClusterConfig(error_feedback=False, **alone))
     fed_back = score(ClusterConfig(refine_rounds=0, **alone))
@@ -349,7 +349,7 @@ def test_what_cannot_be_clustered_is_named(params):
     large = trees.unflatten(flat | {path: 1e5 * np.asarray(flat[path])})
     narrow = dataclasses.replace(RUN.tuning, compute_dtype="float16", activation_dtype="float16")
     for feedback in (True, False):
-        cfg = dataclasses.replace(RUN, tuning=narrow, cluster=dataclasses.replace(RUN.cluster, feedback=feedback))
+        cfg = dataclasses.replace(RUN, tuning=narrow, cluster=dataclasses.replace(RUN.cluster, error_feedback=feedback))
         with pytest.raises(FloatingPointError, match=r"block 1: the inputs of .* are not finite in float16"):
             compress(large, cfg, calibration=TOKENS)
 

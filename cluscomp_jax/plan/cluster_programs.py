@@ -1,4 +1,4 @@
-"""The programs that cluster one block, step by step as `BlockClustering` and `cluster_matrix` call them.
+"""The programs that cluster one block, step by step as `cluster_block` and `cluster_matrix` call them.
 
 Statistics, correction and error feedback have stages of their own. What the device holds beside each is added up here.
 """
@@ -10,15 +10,14 @@ from typing import Any
 import jax
 
 from cluscomp_jax.clustering import drift_correction, error_feedback, hessian, matrix, refine
-from cluscomp_jax.clustering.block import weigh_tokens
 from cluscomp_jax.clustering.drift_correction import LayerStatistics
 from cluscomp_jax.clustering.error_feedback import HessianFactor
-from cluscomp_jax.clustering.hessian import Batch
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray, decode_arrays, index_shape
 from cluscomp_jax.kmeans import build_code_index
 from cluscomp_jax.kmeans.code_index import grow_forest
 from cluscomp_jax.models.model import run_block
+from cluscomp_jax.models.streams import Batch, weigh_tokens
 from cluscomp_jax.plan.kmeans_programs import STAGE, fit_programs
 from cluscomp_jax.plan.program import Program
 from cluscomp_jax.plan.setting import STORED, BlockSpec
@@ -178,10 +177,10 @@ def _assigned(
     live = nbytes((weight, array.codebook, fed))
     stored, codes = array.codebook, place.array(*array.codebook.shape)
     search: dict[str, Any] = {"g": g, "code_index": place.like(jax.eval_shape(build_code_index, stored, place.key()))}
-    if search["forest"] is not None:
+    if search["code_index"] is not None:
         traced = grow_forest.trace(codes, place.key())
-        yield Program("assign", "forest", traced, live + nbytes(codes), setting.blocks * max(1, refine_rounds))
-    live += nbytes(search["forest"])
+        yield Program("assign", "code index", traced, live + nbytes(codes), setting.blocks * max(1, refine_rounds))
+    live += nbytes(search["code_index"])
     traced = error_feedback.assign_with_error_feedback.trace(weight, stored, fed, **search)
     yield Program("assign", "codes", traced, live, setting.blocks)
     chosen = place.like(traced.out_info)

@@ -131,7 +131,7 @@ def test_all_of_a_group_have_one_codebook_and_it_counts_once(params, tie_codeboo
     if how != "tuned":
         run = dataclasses.replace(run, tuning=None)
     if how == "in":
-        alone = {"weighted": False, "feedback": False, "rules": (dataclasses.replace(RULE, axis="in"),)}
+        alone = {"weighted": False, "error_feedback": False, "rules": (dataclasses.replace(RULE, axis="in"),)}
         run = sharing(run, tie_codebooks, **alone)
     compressed = compress(params, run, calibration=None if how == "blind" else TOKENS)
     assert_tied(compressed, codebooks=2 * per_block)
@@ -227,8 +227,8 @@ def test_codebooks_that_are_said_to_be_one_and_are_not_are_refused(shared, tmp_p
 @pytest.mark.parametrize("owner", [DOWN, OUT, "mlp/none/kernel", 7, "input_layernorm/weight"])
 def test_a_manifest_that_names_no_stored_codebook_is_refused(shared, tmp_path, owner):
     save_checkpoint(tmp_path / "out", shared, RUN)
-    forge(tmp_path / "out", lambda f: f["matrices"][f"model/layers/1/{DOWN}"].update(tied_to=owner))
-    expected = "tied_to is 7; it must be a str" if owner == 7 else f"has the codebook of {owner!r}, which stores none"
+    forge(tmp_path / "out", lambda f: f["matrices"][f"model/layers/1/{DOWN}"].update(codebook_of=owner))
+    expected = "codebook_of is 7; it must be a str" if owner == 7 else f"has the codebook of {owner!r}, which stores none"
     with pytest.raises(InputError, match=expected):
         load_checkpoint(tmp_path / "out")
 

@@ -77,3 +77,13 @@ def tiny_train_tokens(tiny_model: Path) -> np.ndarray:
 def tiny_test_tokens(tiny_model: Path) -> np.ndarray:
     """The text that was held out from `tiny_model`, int32 [tokens], by its own tokenizer; read-only."""
     return _tokens(tiny_model, "wiki_test")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which the fixtures and texts have the paths they have in a checkout, and that can be written to."""
+    for place in ("tests/fixtures", "cluscomp_jax/data"):
+        (tmp_path / place).parent.mkdir()
+        (tmp_path / place).symlink_to(FIXTURES.parent.parent / place)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -7,6 +7,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -39,6 +40,12 @@ RELEASE = (
     "scripts/test_verify_kernels", "test_imports", "test_pipeline", "test_wheel", "test_x64", "training/", "tuning/",
 )  # fmt: skip
 """Beginnings of the paths of test files that depend on the release of JAX and its neighbours."""
+
+hypothesis.settings.register_profile(
+    "repeatable", deadline=None, derandomize=True
+)  # so that programs are found compiled
+hypothesis.settings.register_profile("explore", deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 

@@ -249,6 +249,7 @@ def judge(tiny_model, tiny_train_tokens, tiny_test_tokens):
     return Judge(opened.config, load_all(opened.source, opened.model), tokens, tiny_test_tokens[:8192])
 
 
+@pytest.mark.long
 def test_claims_on_held_out_text(judge):
     """Each part of the method is worth its time: at equal bits, on text never seen, perplexity falls step by step.
 
@@ -271,6 +272,7 @@ def test_claims_on_held_out_text(judge):
     assert max(corrected, tuned) < refitted < fed_back < weighted < blind
 
 
+@pytest.mark.long
 def test_bits_spent_where_they_count_beat_even_ones_on_held_out_text(judge):
     even = ClusterConfig(rules=(CompressionRule(group_size=4, num_codes=64),), iterations=10)
     bits, perplexity = {}, {"original": judge.perplexity(judge.params)}

@@ -27,7 +27,11 @@ from cluscomp_jax.tuning.blockwise import join_trainable, split_trainable
 from pallas_kernels.codebook_matmul import ATOMIC_GRADIENTS, IMPLEMENTATION
 
 GIB = 2**30
-VARIANTS = {"decoded": "every kernel decoded by XLA", "ordered": "kernels, fixed order", "atomic": "kernels, atomics"}
+VARIANTS = {
+    "decoded": "every kernel decoded by XLA",
+    "ordered": "GPU kernels, fixed order",
+    "atomic": "GPU kernels, atomics",
+}
 
 
 def compressed_block(model: LlamaModel, g: int, num_codes: int, axis: Any, dtype: Any) -> dict[str, Any]:

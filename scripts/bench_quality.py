@@ -7,7 +7,7 @@
 
 Calibration is the fixed set of cluscomp_jax/data, perplexity that of the first 8,192 tokens of wiki_test in windows of
 512. A run takes 5 to 40 minutes on two cores; every finished one leaves NAME-SEED.json and its checkpoint in OUT.
-The baselines beside it, round-to-nearest and scalar GPTQ, are in scripts/bench_quality_baselines.py.
+The baselines to compare with, round-to-nearest and scalar GPTQ, are in scripts/bench_quality_baselines.py.
 """
 
 import argparse
@@ -36,7 +36,7 @@ UNTUNED = "tuning = false"
 EVEN = "group_size = 4\nnum_codes = 1024"
 
 FOLLOWED = "-followed"
-"""Ends the name of a row that goes on from the row before the ending: one more pass over its samples, behind the
+"""Ends the name of a row that goes on from the row before the ending: one more pass over its samples, with the
 original (configs/finetune/follow.toml)."""
 
 BlockSpec = tuple[str, int, int]
@@ -126,7 +126,7 @@ def _compress(name: str, setting: BlockSpec, seed: int, out: Path) -> None:
 
 
 def _follow(name: str, setting: BlockSpec, seed: int, out: Path) -> None:
-    """One pass behind the original over the samples that the model was compressed with, no others."""
+    """One pass with the original as teacher over the samples that the model was compressed with, no others."""
     _, samples, length = setting
     rows = out / f"samples-{samples}x{length}.npy"
     if not rows.exists():

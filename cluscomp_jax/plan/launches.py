@@ -37,7 +37,7 @@ class Launches:
         return Launches(self.launches + other.launches, self.unknown_loops + other.unknown_loops)
 
     def times(self, count: float) -> "Launches":
-        """Returns the launches of so many turns of the same text."""
+        """Returns the launches of this many turns of the same text."""
         return Launches(self.launches * count, self.unknown_loops)
 
 

@@ -50,7 +50,7 @@ LAZY = 128
 SCALE_BITS, SMALLEST, LARGEST = 16, 2.0**-24, 65504.0  # of a float16
 
 
-class BlockSpec(NamedTuple):
+class Quantizer(NamedTuple):
     """Bits per code, and consecutive input channels of one output that share a grid (the last group may be shorter)."""
 
     bits: int
@@ -60,7 +60,7 @@ class BlockSpec(NamedTuple):
         return f"{self.bits}:{self.group}"
 
 
-def parse_setting(text: str) -> BlockSpec:
+def parse_setting(text: str) -> Quantizer:
     """Returns the setting that "BITS:GROUP" spells.
 
     Raises:
@@ -71,10 +71,10 @@ def parse_setting(text: str) -> BlockSpec:
         raise InputError(f"--setting {text!r} is not BITS:GROUP; write 3:64 for instance")
     if not 1 <= int(bits) <= 8 or int(group) < 1:
         raise InputError(f"--setting {text}: bits are 1 to 8 and a group has 1 channel or more")
-    return BlockSpec(int(bits), int(group))
+    return Quantizer(int(bits), int(group))
 
 
-def stored_bits(shape: tuple[int, ...], setting: BlockSpec) -> int:
+def stored_bits(shape: tuple[int, ...], setting: Quantizer) -> int:
     """Returns the bits of one kernel [i, o]: its codes, and scale and zero point of every group."""
     channels, outputs = shape
     groups = -(-channels // setting.group)
@@ -102,12 +102,12 @@ def find_grid(weights: torch.Tensor, bits: int) -> Grid:
     return Grid(scale, torch.clamp(torch.round(-low / scale), 0, last), last)
 
 
-def rtn(kernel: torch.Tensor, setting: BlockSpec) -> torch.Tensor:
+def rtn(kernel: torch.Tensor, setting: Quantizer) -> torch.Tensor:
     """Returns the kernel [i, o], every weight moved to the nearest point of its group's grid."""
     return torch.cat([find_grid(group, setting.bits).nearest(group) for group in torch.split(kernel, setting.group)])
 
 
-def gptq(kernel: torch.Tensor, hessian: torch.Tensor, setting: BlockSpec, *, act_order: bool = False) -> torch.Tensor:
+def gptq(kernel: torch.Tensor, hessian: torch.Tensor, setting: Quantizer, *, act_order: bool = False) -> torch.Tensor:
     """Returns the dequantised kernel [i, o], each channel's error compensated by the channels after it.
 
     Args:
@@ -178,7 +178,7 @@ class Quantised(NamedTuple):
 
 
 def quantise(
-    opened: OpenedModel, method: str, setting: BlockSpec, calibration: np.ndarray, *, act_order: bool
+    opened: OpenedModel, method: str, setting: Quantizer, calibration: np.ndarray, *, act_order: bool
 ) -> Quantised:
     """Quantises block after block; with GPTQ each sees the calibration tokens through the quantised ones before it."""
     began = time.monotonic()
@@ -195,7 +195,7 @@ def quantise(
             for group in model.input_groups:
                 hessians[group] = collect_hessians(
                     model, layer_type, group, on_device, (Batch(jnp.asarray(x)) for x in stream)
-                ).inputs
+                ).hessian
         for path, group in ((path, group) for group, paths in model.input_groups.items() for path in paths):
             kernel = as_tensor(flat[path])
             hessian = as_tensor(hessians[group]) if stream else None
@@ -224,7 +224,7 @@ class Inputs(NamedTuple):
     """Everything that was read: calibration int32 [samples, length], and the text int32 [tokens]."""
 
     opened: OpenedModel
-    settings: list[BlockSpec]
+    settings: list[Quantizer]
     calibration: np.ndarray
     text: np.ndarray
 
@@ -250,7 +250,7 @@ def read_inputs(options: argparse.Namespace) -> Inputs:
 
 
 def record(
-    options: argparse.Namespace, name: str, method: str, setting: BlockSpec, quantised: Quantised, score: Perplexity
+    options: argparse.Namespace, name: str, method: str, setting: Quantizer, quantised: Quantised, score: Perplexity
 ) -> dict[str, Any]:
     """Returns the JSON fields of one result."""
     return {

@@ -156,7 +156,7 @@ def test_axis_in_is_compressed_without_activation_weights(params):
 def test_rules_decide_per_matrix_and_what_none_matches_stays_dense(params):
     rules = (
         CompressionRule(pattern=r".*/1/.*", group_size=2, num_codes=7),
-        CompressionRule(pattern=r".*/(q|down)_proj/kernel", g=3, num_codes=300),
+        CompressionRule(pattern=r".*/(q|down)_proj/kernel", group_size=3, num_codes=300),
     )
     compressed = trees.flatten(
         compress(params, dataclasses.replace(RUN, cluster=ClusterConfig(rules=(rules[1],), iterations=1)))
@@ -260,7 +260,7 @@ def test_claims_on_held_out_text(judge):
         return judge.perplexity(judge.compress(cluster, tuning))
 
     rule = CompressionRule(group_size=4, num_codes=64)
-    alone = {"rules": (rule,), "iterations": 10, "correction": False, "sequential": False}
+    alone = {"rules": (rule,), "iterations": 10, "drift_correction": False, "true_sequential": False}
     blind = score(ClusterConfig(weighted=False, error_feedback=False, **alone))
     weighted = score(ClusterConfig(error_feedback=False, **alone))
     fed_back = score(ClusterConfig(refine_rounds=0, **alone))
@@ -276,15 +276,15 @@ def test_bits_spent_where_they_count_beat_even_ones_on_held_out_text(judge):
     bits, perplexity = {}, {"original": judge.perplexity(judge.params)}
     for name, cluster in (
         ("even", even),
-        ("mixed", ClusterConfig(bits=1.573, mixed_precision="per_matrix", iterations=10)),
+        ("per_matrix", ClusterConfig(bits=1.573, mixed_precision="per_matrix", iterations=10)),
     ):
         compressed = judge.compress(cluster)
         bits[name] = cluscomp_jax.size_report(compressed).bits_per_weight
         perplexity[name] = judge.perplexity(compressed)
-    assert bits["mixed"] <= 1.573
+    assert bits["per_matrix"] <= 1.573
     assert bits["even"] == pytest.approx(1.573, abs=1e-3)
     excess = {name: np.log(perplexity[name] / perplexity["original"]) for name in bits}
-    assert 0 < excess["mixed"] < 0.85 * excess["even"]
+    assert 0 < excess["per_matrix"] < 0.85 * excess["even"]
 
 
 @pytest.mark.parametrize(("mixed_precision", "tie_codebooks"), [("per_matrix", "none"), ("per_matrix", "block")])
@@ -348,8 +348,9 @@ def test_what_cannot_be_clustered_is_named(params):
         compress(broken, RUN, calibration=TOKENS)
     large = trees.unflatten(flat | {path: 1e5 * np.asarray(flat[path])})
     narrow = dataclasses.replace(RUN.tuning, compute_dtype="float16", activation_dtype="float16")
-    for feedback in (True, False):
-        cfg = dataclasses.replace(RUN, tuning=narrow, cluster=dataclasses.replace(RUN.cluster, feedback=feedback))
+    for error_feedback in (True, False):
+        cluster = dataclasses.replace(RUN.cluster, error_feedback=error_feedback)
+        cfg = dataclasses.replace(RUN, tuning=narrow, cluster=cluster)
         with pytest.raises(FloatingPointError, match=r"block 1: the inputs of .* are not finite in float16"):
             compress(large, cfg, calibration=TOKENS)
 

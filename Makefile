@@ -1,4 +1,4 @@
-# demo, test, test-slow and parity each make a virtual environment afresh and install the built wheel into it.
+# demo, test, test-long, test-slow and parity each make a virtual environment afresh and install the built wheel into it.
 # PYTHON chooses the interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ unexport PYTHONPATH PYTHONHOME
 export PYTHONSAFEPATH = 1
 export CLUSCOMP_TEST_INSTALL = wheel
 
-.PHONY: help demo test test-oldest test-slow parity card docs lint types lock clean
+.PHONY: help demo test test-long test-oldest test-slow parity card docs lint types lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1: /p' Makefile
@@ -23,6 +23,10 @@ demo:  ## compress a real 135M-parameter Llama and show what it cost and kept
 test:  ## the fast tests, against the wheel
 	$(PYTHON) scripts/make_venv.py .venv-test --group test
 	.venv-test/bin/pytest -n auto --dist loadfile $(PYTEST_ARGS)
+
+test-long:  ## the tests that compile for several devices, kill runs, or hold a claim on text; CI runs them
+	$(PYTHON) scripts/make_venv.py .venv-long --group test
+	.venv-long/bin/pytest -n auto --dist loadfile -m "long and not slow" --hypothesis-profile=explore $(PYTEST_ARGS)
 
 test-oldest:  ## those that depend on the release of JAX: for the oldest that is supported
 	$(PYTHON) scripts/make_venv.py .venv-oldest --group test

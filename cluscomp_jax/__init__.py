@@ -28,23 +28,25 @@ if TYPE_CHECKING:
     from cluscomp_jax.io.open import open_model
     from cluscomp_jax.models import llama
     from cluscomp_jax.pipeline import compress
+    from cluscomp_jax.text.text import calibration_samples, load_tokens
     from cluscomp_jax.text.token_rows import TokenRows
 
 _HOMES = {
+    "BlockTuningConfig": "config.settings",
     "CalibrationConfig": "config.settings",
     "ClusterConfig": "config.settings",
     "CodebookArray": "core.codebook",
+    "CompressConfig": "config.run",
     "CompressionRule": "config.settings",
     "DataConfig": "config.settings",
     "DistillationConfig": "config.settings",
-    "TokenRows": "text.token_rows",
     "FinetuneConfig": "config.finetune",
     "InputError": "errors",
     "Perplexity": "evaluation.perplexity",
-    "CompressConfig": "config.run",
     "SizeReport": "clustering.matrix",
+    "TokenRows": "text.token_rows",
     "TrainingConfig": "config.settings",
-    "BlockTuningConfig": "config.settings",
+    "calibration_samples": "text.text",
     "compress": "pipeline",
     "decompress": "clustering.matrix",
     "finetune": "finetuning",
@@ -52,6 +54,7 @@ _HOMES = {
     "load_checkpoint": "checkpoint.reader",
     "load_config": "config.run",
     "load_finetune_config": "config.finetune",
+    "load_tokens": "text.text",
     "open_model": "io.open",
     "perplexity": "evaluation.perplexity",
     "save_checkpoint": "checkpoint.reader",
@@ -73,6 +76,7 @@ __all__ = [
     "SizeReport",
     "TokenRows",
     "TrainingConfig",
+    "calibration_samples",
     "compress",
     "decompress",
     "finetune",
@@ -81,6 +85,7 @@ __all__ = [
     "load_checkpoint",
     "load_config",
     "load_finetune_config",
+    "load_tokens",
     "open_model",
     "perplexity",
     "save_checkpoint",

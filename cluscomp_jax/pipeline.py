@@ -5,10 +5,9 @@ Sees a Model, a ParamSource and a sink; knows no file format. Device memory hold
 
 import dataclasses
 import hashlib
-import json
 import math
 import time
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,26 +16,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cluscomp_jax.clustering.block import BlockClustering, Streams
+from cluscomp_jax.checkpoint.run_records import RunRecords
+from cluscomp_jax.clustering.block import cluster_block
 from cluscomp_jax.clustering.matrix import decompress, size_report
-from cluscomp_jax.clustering.resolve import check_calibration, mixes, rules_by_block
+from cluscomp_jax.clustering.resolve import Rules, check_calibration, mixes, rules_by_block
 from cluscomp_jax.clustering.sensitivity import sensitivities
 from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.config.settings import BlockTuningConfig, compute_dtype_of
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.caller_mesh import without_mesh
 from cluscomp_jax.core.codebook import CodebookArray, round_codebook
-from cluscomp_jax.core.losses import mean_squared_error
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.models.activations import ActivationStore, run_through
-from cluscomp_jax.models.model import build_model, run_block, run_embed
+from cluscomp_jax.models.model import Model, build_model, run_block
 from cluscomp_jax.models.prefetch import BlockReader, BlockWriter
-from cluscomp_jax.models.sharding import make_sharding, put_samples, put_whole
+from cluscomp_jax.models.sharding import Sharding, make_sharding, put_whole
 from cluscomp_jax.models.source import BlockSink, DictSink, Fingerprint, ParamSource, as_source, run_fingerprint
+from cluscomp_jax.models.streams import Streams, embed_streams
 from cluscomp_jax.plan.budget import forward_batch
 from cluscomp_jax.plan.host import scratch_bytes
-from cluscomp_jax.runtime import atomic
 from cluscomp_jax.runtime.reporter import Reporter, SilentReporter
 from cluscomp_jax.runtime.scratch import scratch_folder
 from cluscomp_jax.runtime.timing import StageTimer
@@ -125,19 +123,21 @@ def compress_stream(
     Raises:
       InputError: whatever does not fit, before any long work.
     """
-    clock = StageTimer(owns_process=owns_process)
-    run = _Run(source, sink, cfg, calibration, work_dir, reporter or SilentReporter(), clock)
-    records = run.blocks(finished_blocks)
-    run.close()
-    with run.clock("load"):
+    timer = StageTimer(owns_process=owns_process)
+    records = RunRecords(work_dir / "records")
+    run = prepare(source, cfg, calibration, work_dir, records, timer, reporter or SilentReporter())
+    blocks = _compress_blocks(run, source, sink, records, finished_blocks)
+    if run.streams is not None:
+        run.streams.delete()
+    with timer("load"):
         outer = source.load_outer()
-    with run.clock("store"):
+    with timer("store"):
         sink.store_outer(outer)
-    matrices = tuple(matrix for record in records for matrix in record.pop("matrices"))
+    matrices = tuple(matrix for record in blocks for matrix in record.pop("matrices"))
     weights = sum(math.prod(matrix["shape"]) for matrix in matrices)
     bits = sum(matrix["bits"] for matrix in matrices)
-    total_bytes = sum(record["total_bytes"] for record in records) + size_report(outer).total_bytes
-    return CompressionSummary(matrices, tuple(records), run.clock.to_dict(), bits / weights, total_bytes)
+    total_bytes = sum(record["total_bytes"] for record in blocks) + size_report(outer).total_bytes
+    return CompressionSummary(matrices, tuple(blocks), timer.to_dict(), bits / weights, total_bytes)
 
 
 def fingerprint(source: ParamSource, cfg: CompressConfig, calibration: np.ndarray | None) -> Fingerprint:
@@ -146,240 +146,218 @@ def fingerprint(source: ParamSource, cfg: CompressConfig, calibration: np.ndarra
     return run_fingerprint(source, cfg.to_dict(), cfg.model, calibration=digest)
 
 
-class _Run:
-    """The state of one run between blocks: the two activation streams, the rules, the clock."""
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What every block of a run is compressed with.
 
-    def __init__(
-        self,
-        source: ParamSource,
-        sink: BlockSink,
-        cfg: CompressConfig,
-        calibration: np.ndarray | None,
-        work_dir: Path,
-        reporter: Reporter,
-        clock: StageTimer,
-    ):
-        self.model = build_model(cfg.model)
-        self.cfg, self.source, self.sink, self.reporter = cfg, source, sink, reporter
-        self.rules = rules_by_block(self.model, cfg)
-        self.clock = clock
-        self.records_dir = work_dir / "records"
-        self.records_dir.mkdir(parents=True, exist_ok=True)
-        self.tuning = cfg.tuning if calibration is not None else None
-        self.sharding = make_sharding(cfg.mesh, self.model)
-        self.cluster = BlockClustering(self.model, cfg.cluster, cfg.seed, self.clock, self.reporter, self.sharding)
-        self.dtype, self.batch_size = jnp.dtype("float32"), 1
-        self.original: ActivationStore | None = None
-        self.compressed: ActivationStore | None = None
-        self.augmented: ActivationStore | None = None
-        if calibration is None:
-            return
-        check_calibration(self.model, cfg, calibration, self.rules)
-        # Of as many samples as can be spread, so that only the last batch may lie whole on every device.
-        spread = max(1, len(calibration) // cfg.mesh.data)
-        self.batch_size = cfg.mesh.data * min(spread, forward_batch(self.model, cfg, calibration.shape))
-        if mixes(cfg, calibration):
-            self.rules = rules_by_block(self.model, cfg, self._sensitivities(calibration, work_dir))
+    Attributes:
+      model: the decoder.
+      cfg: the settings.
+      rules: per block, {block-relative path: rule}.
+      tuning: how blocks are tuned; None: they are not.
+      streams: inputs of the next block; None: no stage looks at activations.
+      sharding: of the devices that share the samples of a batch; None: there is one.
+      timer: of the stages.
+      reporter: of progress.
+    """
+
+    model: Model
+    cfg: CompressConfig
+    rules: list[Rules]
+    tuning: BlockTuningConfig | None
+    streams: Streams | None
+    sharding: Sharding | None
+    timer: StageTimer
+    reporter: Reporter
+
+    def step(self, params: Params, i: int) -> Callable[[jax.Array], jax.Array]:
+        """Returns block i with these parameters, placed on the devices, as a function of its input."""
+        there = put_whole(params, self.sharding)
+        return partial(run_block, there, model=self.model, layer_type=self.model.layer_type(i))
+
+
+def prepare(
+    source: ParamSource,
+    cfg: CompressConfig,
+    calibration: np.ndarray | None,
+    work_dir: Path,
+    records: RunRecords,
+    timer: StageTimer,
+    reporter: Reporter,
+) -> Run:
+    """Returns the run at its first block: settings resolved and checked, sensitivities measured, tokens embedded.
+
+    Raises:
+      InputError: whatever does not fit.
+    """
+    model = build_model(cfg.model)
+    rules = rules_by_block(model, cfg)
+    sharding = make_sharding(cfg.mesh, model)
+    if calibration is None:
+        return Run(model, cfg, rules, None, None, sharding, timer, reporter)
+    check_calibration(model, cfg, calibration, rules)
+    if mixes(cfg, calibration):
+        damping = cfg.cluster.damping if cfg.cluster.error_feedback else None
+
+        def measure() -> dict[str, float]:
+            with timer("sensitivity"):
+                return sensitivities(model, source, calibration, damping=damping, work_dir=work_dir, reporter=reporter)
+
+        rules = rules_by_block(model, cfg, records.sensitivities(measure))
+    streams = None
+    if cfg.cluster.calibrated or cfg.tuning:
         numbers = cfg.tuning or BlockTuningConfig()
-        self.dtype = jnp.dtype(compute_dtype_of(numbers))
-        if cfg.cluster.calibrated or self.tuning:
-            with self.clock("embed"):
-                self._embed(calibration, work_dir, jnp.dtype(numbers.activation_dtype))
+        # Of as many samples as can be spread, so that only the last batch may be whole on every device.
+        spread = max(1, len(calibration) // cfg.mesh.data)
+        with timer("embed"):
+            streams = embed_streams(
+                model,
+                source.load_outer(),
+                calibration,
+                work_dir,
+                original=cfg.tuning is not None or cfg.cluster.corrects,
+                augmented=cfg.tuning is not None and cfg.tuning.aug_loss,
+                batch_size=cfg.mesh.data * min(spread, forward_batch(model, cfg, calibration.shape)),
+                dtype=jnp.dtype(compute_dtype_of(numbers)),
+                activation_dtype=jnp.dtype(numbers.activation_dtype),
+                sharding=sharding,
+            )
+    return Run(model, cfg, rules, cfg.tuning, streams, sharding, timer, reporter)
 
-    def _sensitivities(self, calibration: np.ndarray, work_dir: Path) -> dict[str, float]:
-        """Returns {path: sensitivity}, from the records where a run is resumed."""
-        path = self.records_dir / "sensitivities.json"
-        if not path.exists():
-            with self.clock("sensitivity"):
-                damping = self.cfg.cluster.damping if self.cfg.cluster.error_feedback else None
-                measured = sensitivities(
-                    self.model, self.source, calibration, damping=damping, work_dir=work_dir, reporter=self.reporter
-                )
-            with atomic.writing(path):
-                atomic.write_text(path, json.dumps(measured, indent=1), aside=path.with_suffix(".tmp"))
-        known: dict[str, float] = json.loads(path.read_text())
-        return known
 
-    def _embed(self, calibration: np.ndarray, work_dir: Path, dtype: Any) -> None:
-        """Opens the streams that the run needs, at the first block's input."""
-        outer = jax.tree.map(jnp.asarray, self.source.load_outer())
-        embed = partial(run_embed, outer, model=self.model, dtype=self.dtype)
-        width = embed(jnp.asarray(calibration[:1])).shape[-1]
-        new_store = partial(ActivationStore, shape=(*calibration.shape, width), dtype=dtype)
-        self.compressed = new_store(work_dir / "compressed.bin")
-        if self.tuning or self.cfg.cluster.corrects:
-            self.original = new_store(work_dir / "original.bin")
-        if self.tuning and self.tuning.aug_loss:
-            self.augmented = new_store(work_dir / "augmented.bin")
-        for i in range(len(calibration)):
-            x = embed(jnp.asarray(calibration[i : i + 1]))
-            for store in (self.compressed, self.original):
-                if store is not None:
-                    store.write(slice(i, i + 1), x)
+def _compress_blocks(
+    run: Run, source: ParamSource, sink: BlockSink, records: RunRecords, finished: int
+) -> list[dict[str, Any]]:
+    """Compresses all blocks but the first `finished`, which the sink has, and returns the record of each."""
 
-    def close(self) -> None:
-        """Removes the scratch files of the streams."""
-        for store in (self.original, self.compressed, self.augmented):
-            if store is not None:
-                store.delete()
+    def store(i: int, block: Params, record: dict[str, Any]) -> None:
+        records.store(i, record)
+        sink.store_block(i, block)
 
-    def blocks(self, finished: int) -> list[dict[str, Any]]:
-        """Compresses all blocks but the first `finished`, which the sink has, and returns the record of each."""
-        for i in range(finished):
-            self.report(i)
-        count, first = self.model.num_blocks, 0 if self.compressed is not None else finished
-        with BlockReader(self.source, count, self.clock, first) as reader, BlockWriter(self.clock) as writer:
-            for i in range(first, count):
-                if i < finished:
-                    self._resume(i, reader)
-                    continue
-                block, record = self._compress(i, reader)
-                with self.clock("store"):
-                    writer.wait()
-                if i > finished:
-                    self.report(i - 1)
-                writer.put(partial(self._store, i, block, record))
-                del block
-            with self.clock("store"):
+    for i in range(finished):
+        records.report(i, run.reporter)
+    count, first = run.model.num_blocks, 0 if run.streams is not None else finished
+    with BlockReader(source, count, run.timer, first) as reader, BlockWriter(run.timer) as writer:
+        for i in range(first, count):
+            if i < finished:
+                _resume_block(run, i, reader, sink)
+                continue
+            block, record = compress_block(run, i, reader)
+            with run.timer("store"):
                 writer.wait()
-        if finished < count:
-            self.report(count - 1)
-        return [self._record(i) for i in range(count)]
+            if i > finished:
+                records.report(i - 1, run.reporter)
+            writer.put(partial(store, i, block, record))
+            del block
+        with run.timer("store"):
+            writer.wait()
+    if finished < count:
+        records.report(count - 1, run.reporter)
+    return [records.block(i) for i in range(count)]
 
-    def _resume(self, i: int, reader: BlockReader) -> None:
-        """Moves the streams behind a block that an earlier process finished."""
-        layer_type = self.model.layer_type(i)
-        with self.clock("load"):
-            dense = put_whole(reader.take(i), self.sharding)
-        with self.clock("resume"):
-            self._propagate_original(dense, layer_type)
-            del dense
-            reader.read_next()
-            self._propagate_compressed(self.sink.load_block(i), layer_type)
 
-    def _store(self, i: int, block: Params, record: dict[str, Any]) -> None:
-        path = self._record_path(i)
-        with atomic.writing(path):
-            atomic.write_text(path, json.dumps(record), aside=path.with_suffix(".tmp"))
-        self.sink.store_block(i, block)
-
-    def _compress(self, i: int, reader: BlockReader) -> tuple[Params, dict[str, Any]]:
-        """Returns (block i compressed, on the host; its record), the streams moved behind it.
-
-        What is not needed on the device any more is let go of before the next stage, whose peak it would add to.
-        """
-        with self.clock("load"):
-            dense = reader.take(i)
-        if self.tuning is None:
-            reader.read_next()  # nothing longer than clustering follows that reading could run beside
-        began, layer_type = time.monotonic(), self.model.layer_type(i)
-        streams = self._streams()
-        if streams is not None and self.cfg.cluster.calibrated:
-            dense = jax.device_get(jax.device_put(dense))  # laid out as the device has it: it goes there several times
-        block, matrices = self.cluster(i, dense, self.rules[i], streams)
-        block = jax.device_get(block)
-        self.clock.release()
-        if self.tuning is not None or (self.original is not None and i + 1 < self.model.num_blocks):
-            dense = put_whole(dense, self.sharding)
-            self._propagate_original(dense, layer_type)
+def _resume_block(run: Run, i: int, reader: BlockReader, sink: BlockSink) -> None:
+    """Moves the streams past a block that an earlier process finished."""
+    with run.timer("load"):
+        dense = reader.take(i)
+    with run.timer("resume"):
+        _pass_original(run, i, dense)
         del dense
-        self.clock.release()
         reader.read_next()
-        record: dict[str, Any] = {"index": i}
-        trained: Collection[str] = ()
-        if self.tuning is not None and matrices:
-            trained = set(split_trainable(block, norms=self.tuning.norms)[0])
-            block, tuned = self._tune(i, block, layer_type)
-            record |= dataclasses.asdict(tuned)
-            if tuned.diverged:
-                self.reporter.warn(
-                    f"block {i}: loss or gradient was not finite at epoch {len(tuned.epoch_losses)}; "
-                    "the last good codebooks are kept"
-                )
-        block = jax.device_get(_rounded(block, trained, self.cfg.cluster.codebook_dtype))
-        self.clock.release()
-        if i + 1 < self.model.num_blocks or self.tuning is not None:
-            record |= self._propagate_compressed(block, layer_type)
-        size = size_report(block)
-        record |= {"seconds": time.monotonic() - began, "total_bytes": size.total_bytes, "matrices": matrices}
-        return block, record
-
-    def report(self, i: int) -> None:
-        """Tells the reporter of finished block i, in the same words whenever it is called."""
-        self.reporter.record("block", time=self._record_path(i).stat().st_mtime, **self._record(i))
-
-    def _record_path(self, i: int) -> Path:
-        return self.records_dir / f"{i:05d}.json"
-
-    def _record(self, i: int) -> dict[str, Any]:
-        record: dict[str, Any] = json.loads(self._record_path(i).read_text())
-        return record
-
-    def _streams(self) -> Streams | None:
-        if self.compressed is None:
-            return None
-        return Streams(self.compressed, self.original, self.batch_size, self.dtype, self.sharding)
-
-    def _tune(self, i: int, block: Params, layer_type: Hashable) -> tuple[Params, BlockTuning]:
-        assert self.tuning is not None
-        assert self.compressed is not None
-        assert self.original is not None
-        train = len(self.compressed) - self.tuning.validation_samples
-        steps = self.tuning.epochs * (train // self.tuning.batch_size)
-        self.reporter.start(f"block {i + 1}/{self.model.num_blocks}: tune", steps, "steps")
-        targets = (self.original,) if self.augmented is None else (self.original, self.augmented)
-        rng = np.random.default_rng((self.cfg.seed, i))
-        with self.clock("tune"):
-            return tune_block(
-                self.model,
-                layer_type,
-                block,
-                self.compressed,
-                targets,
-                self.tuning,
-                rng=rng,
-                reporter=self.reporter,
-                sharding=self.sharding,
-            )
-
-    def _through(self, step: Callable[[jax.Array], jax.Array]) -> Callable[[ActivationStore, ActivationStore], None]:
-        """Returns what passes one stream through a block into another."""
-        put = partial(put_samples, sharding=self.sharding)
-        return partial(run_through, step, batch_size=self.batch_size, dtype=self.dtype, put=put)
-
-    def _propagate_original(self, dense: Params, layer_type: Hashable) -> None:
-        with self.clock("targets"):
-            step = partial(run_block, dense, model=self.model, layer_type=layer_type)
-            run = self._through(step)
-            if self.augmented is not None and self.compressed is not None:
-                run(self.compressed, self.augmented)
-            if self.original is not None:
-                run(self.original, self.original)
-
-    def _propagate_compressed(self, block: Params, layer_type: Hashable) -> dict[str, float]:
-        """Moves the compressed stream behind the block; returns its distance from the original stream there."""
-        if self.compressed is None:
-            return {}
-        with self.clock("propagate"):
-            # Decoded first, so that one program serves all blocks, however finely each is cut.
-            step = partial(
-                run_block, put_whole(decompress(block), self.sharding), model=self.model, layer_type=layer_type
-            )
-            self._through(step)(self.compressed, self.compressed)
-            if self.original is None:
-                return {}
-            limit = (self.tuning or self.cfg.cluster).massive_activation_limit
-            return {"loss_after": _stream_distance(self.compressed, self.original, self.batch_size, limit)}
+        _pass_compressed(run, i, sink.load_block(i))
 
 
-_squared_error = jax.jit(mean_squared_error, static_argnames="massive_activation_limit")
+def compress_block(run: Run, i: int, reader: BlockReader) -> tuple[Params, dict[str, Any]]:
+    """Returns (block i compressed, on the host; its record), and moves the streams past it.
+
+    What the next stage does not need is deleted from the device before it, whose peak it would add to.
+    """
+    with run.timer("load"):
+        dense = reader.take(i)
+    if run.tuning is None:
+        reader.read_next()  # reading overlaps with the longest stage, which is clustering
+    began = time.monotonic()
+    if run.streams is not None and run.cfg.cluster.calibrated:
+        dense = jax.device_get(jax.device_put(dense))  # laid out as the device has it: it goes there several times
+    block, matrices = cluster_block(
+        run.model,
+        i,
+        dense,
+        run.rules[i],
+        run.streams,
+        run.cfg.cluster,
+        seed=run.cfg.seed,
+        timer=run.timer,
+        reporter=run.reporter,
+        sharding=run.sharding,
+    )
+    block = jax.device_get(block)
+    run.timer.release()
+    if run.tuning is not None or i + 1 < run.model.num_blocks:
+        _pass_original(run, i, dense)
+    del dense
+    run.timer.release()
+    reader.read_next()
+    record: dict[str, Any] = {"index": i}
+    trained: Collection[str] = ()
+    if run.tuning is not None and matrices:
+        trained = set(split_trainable(block, norms=run.tuning.norms)[0])
+        block, tuned = _tune(run, i, block)
+        record |= dataclasses.asdict(tuned)
+    block = jax.device_get(_rounded(block, trained, run.cfg.cluster.codebook_dtype))
+    run.timer.release()
+    if i + 1 < run.model.num_blocks or run.tuning is not None:
+        record |= _pass_compressed(run, i, block)
+    size = size_report(block)
+    record |= {"seconds": time.monotonic() - began, "total_bytes": size.total_bytes, "matrices": matrices}
+    return block, record
 
 
-def _stream_distance(a: ActivationStore, b: ActivationStore, batch_size: int, massive_activation_limit: float) -> float:
-    """Returns the mean squared error of stream a against stream b, as tuning counts it."""
-    error = partial(_squared_error, massive_activation_limit=massive_activation_limit)
-    total = sum(len(x) * float(error(jnp.asarray(x), jnp.asarray(b.read(where)))) for where, x in a.batches(batch_size))
-    return total / len(a)
+def _tune(run: Run, i: int, block: Params) -> tuple[Params, BlockTuning]:
+    assert run.tuning is not None
+    assert run.streams is not None
+    assert run.streams.original is not None
+    train = len(run.streams.compressed) - run.tuning.validation_samples
+    steps = run.tuning.epochs * (train // run.tuning.batch_size)
+    run.reporter.start(f"block {i + 1}/{run.model.num_blocks}: tune", steps, "steps")
+    augmented = () if run.streams.augmented is None else (run.streams.augmented,)
+    with run.timer("tune"):
+        tuned, result = tune_block(
+            run.model,
+            run.model.layer_type(i),
+            block,
+            run.streams.compressed,
+            (run.streams.original, *augmented),
+            run.tuning,
+            rng=np.random.default_rng((run.cfg.seed, i)),
+            reporter=run.reporter,
+            sharding=run.sharding,
+        )
+    if result.diverged:
+        run.reporter.warn(
+            f"block {i}: loss or gradient was not finite at epoch {len(result.epoch_losses)}; "
+            "the last good codebooks are kept"
+        )
+    return tuned, result
+
+
+def _pass_original(run: Run, i: int, dense: Params) -> None:
+    """Moves the original stream past block i, if there is one."""
+    if run.streams is not None and run.streams.original is not None:
+        step = run.step(dense, i)
+        with run.timer("targets"):
+            run.streams.pass_original(step)
+
+
+def _pass_compressed(run: Run, i: int, block: Params) -> dict[str, float]:
+    """Moves the compressed stream past block i; returns its distance from the original stream there."""
+    if run.streams is None:
+        return {}
+    with run.timer("propagate"):
+        # Decoded first, so that one program serves all blocks, however finely each is cut.
+        run.streams.pass_compressed(run.step(decompress(block), i))
+        distance = run.streams.distance((run.tuning or run.cfg.cluster).massive_activation_limit)
+    return {} if distance is None else {"loss_after": distance}
 
 
 def _rounded(block: Params, trained: Collection[str], dtype: str) -> Params:

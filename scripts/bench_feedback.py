@@ -21,12 +21,13 @@ import cluscomp_jax
 from cluscomp_jax import data, kmeans
 from cluscomp_jax.cli.demo import find_model
 from cluscomp_jax.clustering.error_feedback import HessianFactor, assign_with_error_feedback, factor_hessian
-from cluscomp_jax.clustering.hessian import Batch, collect_hessians
+from cluscomp_jax.clustering.hessian import collect_hessians
 from cluscomp_jax.clustering.matrix import matrix_key, to_vectors
 from cluscomp_jax.clustering.refine import refine
 from cluscomp_jax.config.settings import ClusterConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.models.model import run_block, run_embed
+from cluscomp_jax.models.streams import Batch
 from cluscomp_jax.text.text import load_tokens
 
 

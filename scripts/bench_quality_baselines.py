@@ -30,7 +30,7 @@ import torch
 from cluscomp_jax import data
 from cluscomp_jax.cli.demo import find_model
 from cluscomp_jax.cli.inputs import read_tokens
-from cluscomp_jax.clustering.hessian import Batch, collect_hessians
+from cluscomp_jax.clustering.hessian import collect_hessians
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
@@ -38,6 +38,7 @@ from cluscomp_jax.evaluation.perplexity import Perplexity, perplexity
 from cluscomp_jax.io.open import OpenedModel, open_model
 from cluscomp_jax.models.model import Model, check_tokens, run_block, run_embed
 from cluscomp_jax.models.source import DictSink
+from cluscomp_jax.models.streams import Batch
 from cluscomp_jax.reporting.tables import format_table
 from cluscomp_jax.runtime.reporter import to_json
 from cluscomp_jax.text.text import calibration_samples

@@ -7,6 +7,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -39,6 +40,12 @@ RELEASE = (
     "scripts/test_verify_kernels", "test_imports", "test_pipeline", "test_wheel", "test_x64", "training/", "tuning/",
 )  # fmt: skip
 """Beginnings of the paths of test files that depend on the release of JAX and its neighbours."""
+
+hypothesis.settings.register_profile(
+    "repeatable", deadline=None, derandomize=True
+)  # so that programs are found compiled
+hypothesis.settings.register_profile("explore", deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
 
@@ -77,3 +84,13 @@ def tiny_train_tokens(tiny_model: Path) -> np.ndarray:
 def tiny_test_tokens(tiny_model: Path) -> np.ndarray:
     """The text that was held out from `tiny_model`, int32 [tokens], by its own tokenizer; read-only."""
     return _tokens(tiny_model, "wiki_test")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which the fixtures and texts have the paths they have in a checkout, and that can be written to."""
+    for place in ("tests/fixtures", "cluscomp_jax/data"):
+        (tmp_path / place).parent.mkdir()
+        (tmp_path / place).symlink_to(FIXTURES.parent.parent / place)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

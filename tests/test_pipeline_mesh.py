@@ -9,6 +9,8 @@ from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.config.settings import MeshConfig
 from cluscomp_jax.errors import InputError
 
+pytestmark = pytest.mark.long
+
 PROGRAM = HELPERS / "spread_runs.py"
 
 

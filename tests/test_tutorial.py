@@ -11,16 +11,6 @@ from paths import ROOT
 from cluscomp_jax.cli import main
 
 
-@pytest.fixture
-def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in which the paths of the tutorial lead where they do in a checkout, and to which it may write."""
-    for place in ("tests/fixtures", "cluscomp_jax/data"):
-        (tmp_path / place).parent.mkdir()
-        (tmp_path / place).symlink_to(ROOT / place)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def blocks(name: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "docs" / name).read_text(), re.DOTALL | re.MULTILINE)
 

@@ -30,6 +30,7 @@ def runs(tmp_path_factory):
     return run("0"), run("1")
 
 
+@pytest.mark.long
 def test_results_have_the_same_bytes(runs):
     narrow, wide = runs
     assert (narrow.pop("x64"), wide.pop("x64")) == (False, True)

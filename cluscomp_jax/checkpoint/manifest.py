@@ -1,6 +1,6 @@
 """manifest.json: everything a compressed checkpoint says of itself, written, read and checked against itself.
 
-Knows the names and sizes of the checkpoint's files and tensors, never their contents. docs/format.md describes it.
+Knows the names and sizes of the checkpoint's files and tensors, never their contents. docs/formats.md describes it.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Compressed checkpoints opened, read, saved and loaded. docs/format.md describes the folder.
+"""Compressed checkpoints opened, read, saved and loaded. docs/formats.md describes the folder.
 
 `open_checkpoint` streams block by block; `load_checkpoint` and `save_checkpoint` are for models that fit in memory.
 """

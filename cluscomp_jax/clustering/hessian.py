@@ -9,7 +9,7 @@ Letters: b samples of t positions, d channels between blocks, i input channels o
 
 from collections.abc import Callable, Hashable, Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,20 +17,7 @@ import jax.numpy as jnp
 from cluscomp_jax.clustering.drift_correction import LayerStatistics
 from cluscomp_jax.core.trees import Params, flatten
 from cluscomp_jax.models.model import Model
-
-
-class Batch(NamedTuple):
-    """Inputs of a block at some positions.
-
-    Attributes:
-      x: [b, t, d] of the compressed stream.
-      original: [b, t, d] of the original stream, or None.
-      weights: float32 [b, t], the weight of each position, or None for 1.
-    """
-
-    x: jax.Array
-    original: jax.Array | None = None
-    weights: jax.Array | None = None
+from cluscomp_jax.models.streams import Batch
 
 
 def collect_hessian_diagonals(

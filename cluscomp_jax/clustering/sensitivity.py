@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from cluscomp_jax.clustering.error_feedback import factor_hessian
-from cluscomp_jax.clustering.hessian import Batch, collect_hessians
+from cluscomp_jax.clustering.hessian import collect_hessians
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.losses import token_nll
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.models.activations import ActivationStore, run_through
 from cluscomp_jax.models.model import Model, run_block, run_embed
 from cluscomp_jax.models.source import ParamSource
+from cluscomp_jax.models.streams import Batch
 from cluscomp_jax.runtime.reporter import Reporter
 
 _SAMPLES = 8

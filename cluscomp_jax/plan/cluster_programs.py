@@ -1,4 +1,4 @@
-"""The programs that cluster one block, in the order in which `BlockClustering` and `cluster_matrix` call them.
+"""The programs that cluster one block, in the order in which `cluster_block` and `cluster_matrix` call them.
 
 Statistics, drift correction and error feedback are stages of their own. For each program this module adds up what the
 device holds in addition to the program's own memory.
@@ -11,15 +11,14 @@ from typing import Any
 import jax
 
 from cluscomp_jax.clustering import drift_correction, error_feedback, hessian, matrix, refine
-from cluscomp_jax.clustering.block import weigh_tokens
 from cluscomp_jax.clustering.drift_correction import LayerStatistics
 from cluscomp_jax.clustering.error_feedback import HessianFactor
-from cluscomp_jax.clustering.hessian import Batch
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray, decode_arrays, index_shape
 from cluscomp_jax.kmeans import build_code_index
 from cluscomp_jax.kmeans.code_index import grow_code_index
 from cluscomp_jax.models.model import run_block
+from cluscomp_jax.models.streams import Batch, weigh_tokens
 from cluscomp_jax.plan.kmeans_programs import STAGE, fit_programs
 from cluscomp_jax.plan.program import Program
 from cluscomp_jax.plan.setting import STORED, BlockSpec

@@ -21,7 +21,7 @@ def indices(draw):
 
 
 @given(indices())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_packed_bytes_are_those_of_the_stream_and_come_back(case):
     bits, values = case
     index = np.array(values, np.uint8 if bits <= 8 else np.uint16)

@@ -23,7 +23,7 @@ def matrices(draw):
 
 
 @given(matrices())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_matrix_comes_back_and_its_entry_says_what_is_stored(w):
     entry, arrays = encode("a/kernel", w)
     assert {p: (a.shape, a.dtype) for p, a in arrays.items()} == stored_arrays("a/kernel", entry)

@@ -63,7 +63,7 @@ def test_names_are_those_of_the_two_formats(path, hf, gguf):
     assert layout.HUGGING_FACE.path(hf) == layout.GGUF.path(gguf) == path
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     family=st.sampled_from(FAMILIES),
     pick=st.integers(0, 10**6),
@@ -75,7 +75,7 @@ def test_path_undoes_name(family, pick, naming):
     assert naming.path(naming.name(path)) == path
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(rows=st.integers(1, 9), columns=st.integers(1, 9), seed=st.integers(0, 99))
 def test_a_kernel_is_the_transpose_of_what_is_stored_and_an_embedding_is_not(rows, columns, seed):
     stored = np.random.default_rng(seed).normal(size=(rows, columns))

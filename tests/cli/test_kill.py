@@ -20,6 +20,8 @@ from io_models import config_fields, write_hf
 from cluscomp_jax.checkpoint.reader import load_checkpoint, open_checkpoint
 from cluscomp_jax.errors import InputError
 
+pytestmark = pytest.mark.long
+
 BLOCKS = 4
 CONFIG = """
 seed = 3

@@ -100,7 +100,7 @@ def test_costs_are_roots_of_sensitivities_per_weight():
 
 
 @given(bits=st.floats(0.6, 9.0), seed=st.integers(0, 1000))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_budget_holds_and_even_spending_is_never_better(bits, seed):
     sensitivities = {path: 1.0 + (hash((path.count("1"), i, seed)) % 100) for i, path in enumerate(LARGE)}
     found = allocate_unevenly(LARGE, sensitivities, bits, like=ANY)

@@ -40,7 +40,7 @@ def random_array(rng, shape, g, n, axis):
     d_in=st.integers(1, 13), d_out=st.integers(1, 13), g=st.integers(1, 9), n=st.sampled_from([1, 5, 256, 257]),
     axis=st.sampled_from(["out", "in"]), seed=st.integers(0, 99),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_decode_is_its_definition(d_in, d_out, g, n, axis, seed):
     w = validate(random_array(np.random.default_rng(seed), (d_in, d_out), g, n, axis))
     assert decode(w).shape == w.shape

@@ -48,7 +48,7 @@ LARGE = {"q": (4096, 4096), "down": (11008, 4096)}
 
 
 @given(bits=st.floats(1.05, 8.0))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_allocate_meets_the_budget_and_leaves_less_than_half_a_bit(bits):
     rule = rules.allocate(LARGE, bits)
     spent = rules.total_bits_per_weight(LARGE, g=rule.group_size, num_codes=rule.num_codes)

@@ -227,12 +227,15 @@ def test_codebooks_that_are_said_to_be_one_and_are_not_are_refused(shared, tmp_p
 @pytest.mark.parametrize("owner", [DOWN, OUT, "mlp/none/kernel", 7, "input_layernorm/weight"])
 def test_a_manifest_that_names_no_stored_codebook_is_refused(shared, tmp_path, owner):
     save_checkpoint(tmp_path / "out", shared, RUN)
-    forge(tmp_path / "out", lambda f: f["matrices"][f"model/layers/1/{DOWN}"].update(tied_to=owner))
-    expected = "tied_to is 7; it must be a str" if owner == 7 else f"has the codebook of {owner!r}, which stores none"
+    forge(tmp_path / "out", lambda f: f["matrices"][f"model/layers/1/{DOWN}"].update(codebook_of=owner))
+    expected = (
+        "codebook_of is 7; it must be a str" if owner == 7 else f"has the codebook of {owner!r}, which stores none"
+    )
     with pytest.raises(InputError, match=expected):
         load_checkpoint(tmp_path / "out")
 
 
+@pytest.mark.long
 def test_sharing_buys_quality_on_held_out_text(tiny_model, tiny_test_tokens):
     """At 4.1 bits, where codebooks are large beside kernels as small as these; weights alone are clustered."""
     opened, losses = open_model(tiny_model), []

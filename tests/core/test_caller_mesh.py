@@ -9,6 +9,8 @@ from virtual_devices import run_on_devices
 
 from cluscomp_jax.core.linear import linear
 
+pytestmark = pytest.mark.long
+
 PROGRAM = HELPERS / "caller_mesh_runs.py"
 ROUNDING = 64 * float(np.finfo(np.float32).eps)
 """Of sums of at most 32 numbers of about 1, in whatever order."""

@@ -23,7 +23,7 @@ from cluscomp_jax.training import round_masters, split_params
 BLIND = ClusterConfig(iterations=5, error_feedback=False, weighted=False)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 2**32 - 1), st.floats(-12, 6))
 def test_the_dtype_that_loses_less_is_taken(seed, magnitude):
     codes = (np.random.default_rng(seed).normal(size=(16, 4)) * 10.0**magnitude).astype(np.float32)

@@ -59,25 +59,25 @@ def run(cfg: CompressConfig, calibration: np.ndarray | None) -> dict:
     """The records of a run, its decoded kernels, the device of each matrix, and where the samples of batches lay."""
     where: dict[str, str] = {}
     samples: set[str] = set()
-    cluster, moments = block.BlockClustering._cluster, block.collect_hessians
+    cluster, hessians = block._cluster, block.collect_hessians
 
-    def clustered(self, i, *arguments):
+    def clustered(job, *arguments):
         (device,) = jnp.zeros(()).devices()
-        where[f"{i}/{arguments[-1]}"] = str(device)
-        return cluster(self, i, *arguments)
+        where[f"{job.i}/{arguments[-1]}"] = str(device)
+        return cluster(job, *arguments)
 
     def watched(*arguments, **options):
         *front, batches = arguments
         seen = list(batches)
         samples.update(str(getattr(batch.x.sharding, "spec", None)) for batch in seen)
-        return moments(*front, seen, **options)
+        return hessians(*front, seen, **options)
 
-    block.BlockClustering._cluster, block.collect_hessians = clustered, watched
+    block._cluster, block.collect_hessians = clustered, watched
     sink = DictSink()
     with tempfile.TemporaryDirectory() as work:
         params = llama.init_params(CONFIG, jax.random.key(0))
         summary = compress_stream(DictSource(params, MODEL), sink, cfg, calibration=calibration, work_dir=Path(work))
-    block.BlockClustering._cluster, block.collect_hessians = cluster, moments
+    block._cluster, block.collect_hessians = cluster, hessians
     kernels = {
         path: np.asarray(leaf, np.float32).tolist()
         for path, leaf in trees.flatten(decompress(sink.params(MODEL))).items()

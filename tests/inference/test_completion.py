@@ -34,7 +34,7 @@ def until_stop(text: str, stops: Sequence[str]) -> str:
     return text
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @example(text="aéa", stops=["é", "aéa"])
 @given(text=st.text("abcé東😀", max_size=20), stops=st.lists(st.text("abcé", min_size=1, max_size=3), max_size=3))
 def test_the_pieces_are_the_text_up_to_the_first_stop(text: str, stops: list[str]) -> None:

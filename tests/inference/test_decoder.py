@@ -262,7 +262,7 @@ def test_the_cache_holds_little_more_than_what_is_written(length: int, new: int,
     assert decoder.cache_length(length, new) == positions
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(1, 200_000), st.integers(1, 20_000))
 def test_the_cache_has_room_for_every_piece_of_the_prompt_and_every_new_token(length: int, new: int) -> None:
     held, piece = decoder.cache_length(length, new), decoder.prompt_width(length)
@@ -287,7 +287,7 @@ def allowed_tokens(
     return kept
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 2**31 - 1),
     limits=st.sampled_from([(3, None, None), (None, 0.6, None), (5, 0.8, 0.3), (100, 1.0, None), (None, None, 0.4)]),

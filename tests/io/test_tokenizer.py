@@ -58,7 +58,7 @@ SMOLLM, GPT2 = train_byte_level(digits=True), train_byte_level(digits=False)
 TEXTS = st.text(alphabet="the cat,and 1984 é—\n'", max_size=60) | st.text(max_size=30)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(text=TEXTS, pre=st.sampled_from(["smollm", "gpt-2"]))
 def test_a_byte_level_tokenizer_is_rebuilt_from_the_header(text, pre):
     oracle = SMOLLM if pre == "smollm" else GPT2
@@ -164,7 +164,7 @@ def merge_by_score(text):
     return ids
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.text(alphabet="aabbc d é", max_size=24))
 def test_a_sentencepiece_tokenizer_is_rebuilt_from_its_scores(text):
     tokenizer = build_tokenizer(SENTENCEPIECE, where="here")

@@ -86,7 +86,7 @@ def test_index_and_inertia_are_those_of_the_returned_codebook():
 
 
 @given(seed=st.integers(0, 2**31), size=st.sampled_from([(2, 9, 1), (50, 1, 7), (400, 4, 40)]))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_inertia_never_rises(seed, size):
     m, g, n = size
     vectors = np.random.default_rng(seed).standard_normal((m, g)).astype(np.float32)
@@ -98,7 +98,7 @@ def test_inertia_never_rises(seed, size):
 
 
 @given(seed=st.integers(0, 2**31))
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 def test_scaling_the_vectors_scales_the_codebook(seed):
     vectors = np.random.default_rng(seed).standard_normal((300, 4)).astype(np.float32)
     one, index_one, _ = fit_codebook(vectors, num_codes=20, key=jax.random.key(seed), iterations=5)

@@ -38,7 +38,7 @@ class Blocks:
         return ""
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 12))
 def test_every_block_is_read_once_and_in_order(count: int) -> None:
     source = Blocks()

@@ -183,9 +183,9 @@ def test_a_program_for_the_cpu_has_no_launches() -> None:
 
 
 def feeding(place: AbstractDevice, d_in: int, d_out: int, calls: float) -> Program:
-    weight, factor = place.array(d_in, d_out), HessianFactor(place.array(d_in, dtype="int32"), place.array(d_in, d_in))
+    weight, fed = place.array(d_in, d_out), HessianFactor(place.array(d_in, dtype="int32"), place.array(d_in, d_in))
     stored = place.array(16, 4, dtype="float16")
-    traced = error_feedback.assign_with_error_feedback.trace(weight, stored, factor, g=4, code_index=None)
+    traced = error_feedback.assign_with_error_feedback.trace(weight, stored, fed, g=4, code_index=None)
     return Program("assign", "codes", traced, 0, calls)
 
 

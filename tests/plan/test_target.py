@@ -120,6 +120,7 @@ def test_programs_compile_for_every_shipped_card(name: str) -> None:
     assert memory.peak_bytes >= memory.argument_bytes + memory.output_bytes + 100
 
 
+@pytest.mark.long
 @needs_compiler
 def test_what_a_mesh_shares_out_is_missing_on_each_card() -> None:
     """Of rows alone the whole model stays on every card; by fsdp and tensor a card holds its part of it."""

@@ -38,6 +38,7 @@ def run(out, *options, **environment):
     return process.returncode, printed, said
 
 
+@pytest.mark.long
 def test_the_dry_run_tells_everything_without_the_packages_that_a_card_may_lack(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(FORBID)
     hooks = {"PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"}

@@ -142,7 +142,7 @@ def test_a_token_outside_the_vocabulary_is_refused_with_both_values(tmp_path):
         text.load_tokens(tmp_path / "a.txt", Letters(), vocab_size=100)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(total=st.integers(2, 300), length=st.integers(2, 300), samples=st.integers(1, 9), seed=st.integers(0, 2**32))
 def test_samples_are_crops_of_the_text_and_follow_the_seed(total, length, samples, seed):
     tokens = np.arange(total, dtype=np.int32)

@@ -14,7 +14,7 @@ def numbered(count):
     return TokenRows(tokens, np.ones_like(tokens, bool))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(count=st.integers(1, 9), rows=st.integers(1, 12), seed=st.integers(0, 2**40))
 def test_every_pass_takes_every_row_once_in_an_order_of_its_own(count, rows, seed):
     batches = ShuffledBatches(numbered(count), rows, seed)

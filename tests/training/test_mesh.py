@@ -10,6 +10,8 @@ from cluscomp_jax.config.settings import MeshConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.training import make_sharding
 
+pytestmark = pytest.mark.long
+
 MESHES = ("data", "fsdp", "tensor", "combined")
 PROGRAM = HELPERS / "mesh_runs.py"
 PRODUCTS = 2 * (3 * 9 + 1)

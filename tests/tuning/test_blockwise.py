@@ -12,13 +12,14 @@ import pytest
 
 from cluscomp_jax import llama
 from cluscomp_jax.clustering import hessian
-from cluscomp_jax.clustering.hessian import Batch, collect_hessian_diagonals, collect_hessians
+from cluscomp_jax.clustering.hessian import collect_hessian_diagonals, collect_hessians
 from cluscomp_jax.clustering.matrix import cluster_matrix
 from cluscomp_jax.config.settings import BlockTuningConfig, ClusterConfig, CompressionRule
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray, decode
 from cluscomp_jax.core.losses import mean_squared_error, token_weights
 from cluscomp_jax.models.activations import ActivationStore, run_through
+from cluscomp_jax.models.streams import Batch
 from cluscomp_jax.runtime.reporter import SilentReporter
 from cluscomp_jax.tuning import blockwise, tune_block
 from cluscomp_jax.tuning.blockwise import block_loss, init_state, join_trainable, split_trainable, tuning_step

@@ -23,6 +23,8 @@ from cluscomp_jax.models.source import load_all
 from cluscomp_jax.runtime.reporter import SilentReporter
 from cluscomp_jax.tuning.optimizer import make_optimizer
 
+pytestmark = pytest.mark.long
+
 SCALES = {"an eighth": 8.0, "a 64th": 64.0, "eight times": 0.125}
 
 

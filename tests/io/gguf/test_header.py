@@ -80,7 +80,7 @@ def test_a_vocabulary_of_the_largest_models_is_read(tmp_path):
     assert source.metadata["tokenizer.ggml.tokens"] == ["a"]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.one_of(st.integers(0, 2**31), st.text(max_size=9), st.booleans(), st.lists(st.text(max_size=3)))))
 def test_an_array_behind_any_other_keys_is_found(tmp_path_factory, values):
     path = tmp_path_factory.mktemp("gguf") / "m.gguf"

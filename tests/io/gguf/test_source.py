@@ -91,7 +91,7 @@ def test_shortest_decimal_undoes_float32(value):
     assert shortest_decimal(float(np.float32(value))) == value
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.floats(width=32, allow_nan=False, allow_infinity=False))
 def test_shortest_decimal_is_the_same_float32(value):
     assert np.float32(shortest_decimal(value)) == np.float32(value)

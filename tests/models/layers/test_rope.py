@@ -68,7 +68,7 @@ def test_yarn_attention_factor():
     assert yarn_attention_factor(40.0, 0.7, 0.0) == yarn_attention_factor(40.0)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     positions=st.tuples(st.integers(0, 4000), st.integers(0, 4000)), shift=st.integers(0, 4000), seed=st.integers(0, 99)
 )

@@ -44,7 +44,7 @@ def configs(draw):
     )
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(config=configs(), seed=st.integers(0, 1000))
 def test_logits_equal_the_float64_oracle(config, seed):
     params, tokens = random_params(config, seed), random_tokens(config, (1, 11), seed)

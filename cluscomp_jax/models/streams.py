@@ -1,0 +1,162 @@
+"""The activation streams of a compression: what the original model computes, and what the compressed model does.
+
+Knows stores and batches, not how a block is compressed: a block comes as a function of its input.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cluscomp_jax.core.losses import mean_squared_error, token_weights
+from cluscomp_jax.core.trees import Params
+from cluscomp_jax.models.activations import ActivationStore, run_through
+from cluscomp_jax.models.model import Model, run_embed
+from cluscomp_jax.models.sharding import Sharding, put_samples
+
+weigh_tokens = jax.jit(token_weights, static_argnames="limit")
+_squared_error = jax.jit(mean_squared_error, static_argnames="massive_activation_limit")
+Step = Callable[[jax.Array], jax.Array]
+"""A block: x [b, t, d] -> y [b, t, d]."""
+
+
+class Batch(NamedTuple):
+    """Inputs of a block at some positions.
+
+    Attributes:
+      x: [b, t, d] of the compressed stream.
+      original: [b, t, d] of the original stream, or None.
+      weights: float32 [b, t], the weight of each position, or None for 1.
+    """
+
+    x: jax.Array
+    original: jax.Array | None = None
+    weights: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Streams:
+    """The inputs of a block, and how they are read.
+
+    Attributes:
+      compressed: what the compressed model computes.
+      original: what the original model computes, or None where nothing needs it.
+      augmented: the original block's outputs on the compressed stream, or None where nothing needs them.
+      batch_size: samples at a time.
+      dtype: compute dtype.
+      sharding: of the samples of a batch, where several devices share them.
+    """
+
+    compressed: ActivationStore
+    original: ActivationStore | None
+    augmented: ActivationStore | None
+    batch_size: int
+    dtype: Any
+    sharding: Sharding | None = None
+
+    def batches(self, weights: np.ndarray | None, *, both: bool = False) -> Iterator[Batch]:
+        """Yields inputs of the compressed stream.
+
+        Args:
+          weights: float32 [samples, t], the weight of each position; None: 1.
+          both: of the original stream too.
+        """
+        for where, x in self.compressed.batches(self.batch_size):
+            original = self._on_device(self.original.read(where)) if both and self.original is not None else None
+            counted = None if weights is None else put_samples(weights[where], self.sharding)
+            yield Batch(self._on_device(x), original, counted)
+
+    def token_weights(self, block: Step, limit: float) -> np.ndarray | None:
+        """Returns float32 [samples, t], the weight of each position by its output of the original block."""
+        if not limit:
+            return None
+        stream = self.compressed if self.original is None else self.original
+        outputs = (block(self._on_device(x)) for _, x in stream.batches(self.batch_size))
+        return np.concatenate([np.asarray(weigh_tokens(y, limit=limit)) for y in outputs])
+
+    def pass_original(self, block: Step) -> None:
+        """Moves the original stream to the outputs of the original block."""
+        if self.augmented is not None:
+            self._pass(block, self.compressed, self.augmented)
+        if self.original is not None:
+            self._pass(block, self.original, self.original)
+
+    def pass_compressed(self, block: Step) -> None:
+        """Moves the compressed stream to the outputs of the compressed block."""
+        self._pass(block, self.compressed, self.compressed)
+
+    def distance(self, massive_activation_limit: float) -> float | None:
+        """Returns the mean squared error of the compressed stream against the original one, as tuning counts it."""
+        if self.original is None:
+            return None
+        error = partial(_squared_error, massive_activation_limit=massive_activation_limit)
+        total = sum(
+            len(x) * float(error(jnp.asarray(x), jnp.asarray(self.original.read(where))))
+            for where, x in self.compressed.batches(self.batch_size)
+        )
+        return total / len(self.compressed)
+
+    def delete(self) -> None:
+        """Removes the files."""
+        for store in (self.original, self.compressed, self.augmented):
+            if store is not None:
+                store.delete()
+
+    def _pass(self, block: Step, stream: ActivationStore, into: ActivationStore) -> None:
+        put = partial(put_samples, sharding=self.sharding)
+        run_through(block, stream, into, batch_size=self.batch_size, dtype=self.dtype, put=put)
+
+    def _on_device(self, x: np.ndarray) -> jax.Array:
+        return put_samples(x, self.sharding).astype(self.dtype)
+
+
+def embed_streams(
+    model: Model,
+    outer: Params,
+    tokens: np.ndarray,
+    work_dir: Path,
+    *,
+    original: bool,
+    augmented: bool,
+    batch_size: int,
+    dtype: Any,
+    activation_dtype: Any,
+    sharding: Sharding | None,
+) -> Streams:
+    """Returns the streams at the first block's input, in files of `work_dir`.
+
+    Args:
+      outer: parameters outside the blocks.
+      tokens: int [samples, t].
+      original, augmented: whether there are such streams.
+      batch_size, dtype, sharding: as of `Streams`.
+      activation_dtype: of the files.
+
+    Raises:
+      OSError: the disk has no room for them.
+    """
+    embed = partial(run_embed, jax.tree.map(jnp.asarray, outer), model=model, dtype=dtype)
+    width = embed(jnp.asarray(tokens[:1])).shape[-1]
+
+    def new_store(name: str) -> ActivationStore:
+        return ActivationStore(work_dir / f"{name}.bin", (*tokens.shape, width), activation_dtype)
+
+    streams = Streams(
+        compressed=new_store("compressed"),
+        original=new_store("original") if original else None,
+        augmented=new_store("augmented") if augmented else None,
+        batch_size=batch_size,
+        dtype=dtype,
+        sharding=sharding,
+    )
+    for i in range(len(tokens)):
+        x = embed(jnp.asarray(tokens[i : i + 1]))
+        for store in (streams.compressed, streams.original):
+            if store is not None:
+                store.write(slice(i, i + 1), np.asarray(x))
+    return streams

@@ -227,7 +227,7 @@ def test_codebooks_that_are_said_to_be_one_and_are_not_are_refused(shared, tmp_p
 @pytest.mark.parametrize("owner", [DOWN, OUT, "mlp/none/kernel", 7, "input_layernorm/weight"])
 def test_a_manifest_that_names_no_stored_codebook_is_refused(shared, tmp_path, owner):
     save_checkpoint(tmp_path / "out", shared, RUN)
-    forge(tmp_path / "out", lambda f: f["matrices"][f"model/layers/1/{DOWN}"].update(codebook_of=owner))
+    forge(tmp_path / "out", lambda f: f["matrices"][f"model/layers/1/{DOWN}"].update({"codebook_of": owner}))
     expected = (
         "codebook_of is 7; it must be a str" if owner == 7 else f"has the codebook of {owner!r}, which stores none"
     )

@@ -1,6 +1,6 @@
 """finetune: the loop around the training step. Batches in, states saved, losses recorded, a compressed model out.
 
-Sees a Model, a ParamSource and a sink; knows no file format but that states lie in a folder it is given.
+Knows a Model, a ParamSource and a sink; no file format, except that states are in a folder given by the caller.
 """
 
 import contextlib
@@ -54,10 +54,11 @@ class FinetuneSummary:
     Attributes:
       trained_parameters: how many numbers trained.
       steps: optimiser steps, those before an interruption too.
-      first_step: the step this process began behind.
+      first_step: the number of steps done before this process began.
       losses: mean training loss, nats per token, of the first and of the last tenth of all steps.
       evaluations: per evaluation step, nll (nats per scored token), perplexity and tokens.
-      result_step: the steps behind which the result was taken; fewer than `steps` where an earlier state was the best.
+      result_step: the number of steps after which the result was taken; fewer than `steps` where an earlier
+        state was the best.
       seconds: wall time of this process's part.
     """
 
@@ -93,15 +94,15 @@ def finetune(
 
     Args:
       params: a nested dict in the FlaxLlama layout, compressed or not, or a ParamSource.
-      batches: rows to train on: int [n, t], all scored; Examples; or an object that hands out the rows of each step.
-        Rows are taken in an order that cfg.seed draws anew in every pass.
+      batches: rows to train on: int [n, t], all scored; TokenRows; or an object that gives the rows of each step.
+        Rows are taken in an order that cfg.seed draws for every pass.
       cfg: the run; `cfg.model` is the family's config.
       evaluation: rows whose loss is recorded, of the model as it would be stored then.
       teacher: the model that `cfg.training.distillation` follows, of the same vocabulary; it stays on the device.
       teacher_config: its family's config; None: that of `cfg.model`.
       state_dir: a folder for saved states; with one, the same call resumes after an interruption, and ends in the
         same bits as a run that was not interrupted.
-      reporter: is told of progress; silent by default.
+      reporter: receives progress; silent by default.
 
     Raises:
       InputError: whatever does not fit, before any long work.
@@ -201,7 +202,7 @@ def check_teacher(cfg: FinetuneConfig, model: Model, teacher: TeacherSource | No
 
 
 def as_batches(batches: Batches | TokenRows | np.ndarray, cfg: FinetuneConfig, model: Model) -> Batches:
-    """Returns rows in the order of `cfg.seed`; an object that hands out batches is returned as it is.
+    """Returns rows in the order of `cfg.seed`; an object that gives batches is returned as it is.
 
     Raises:
       InputError: rows that are none, or tokens outside the vocabulary.
@@ -218,7 +219,7 @@ def _all_scored(tokens: np.ndarray) -> TokenRows:
 
 
 def check_length(length: int, cfg: FinetuneConfig) -> None:
-    """Returns if rows of so many tokens lie within the model's context. Raises InputError if they do not."""
+    """Returns if rows of this many tokens are within the model's context. Raises InputError if they do not."""
     context = getattr(cfg.model, "max_position_embeddings", None)
     if context is not None and length > context:
         raise InputError(f"rows of {length} tokens exceed the model's context of {context}; shorten them")
@@ -257,7 +258,7 @@ def _identity(teacher: TeacherSource) -> str:
 
 
 class _Run:
-    """One run between its steps: what stands still, and the records so far."""
+    """One run between its steps: what is frozen, and the records so far."""
 
     def __init__(
         self,
@@ -278,7 +279,7 @@ class _Run:
         self.rate = make_schedule(cfg.training, cfg.training.steps)
 
     def resume(self, state: TrainState) -> TrainState:
-        """Returns the newest saved state, or this one; tells the reporter again what had been recorded by then."""
+        """Returns the newest saved state, or this one; sends the reporter again the records up to then."""
         self.best = jax.tree.map(jnp.copy, state.trained) if self.cfg.result == "best" else {}
         found = None if self.states is None else self.states.newest((state, self.best))
         if found is not None:
@@ -318,7 +319,7 @@ class _Run:
         loss, norm = float(metrics.loss), float(metrics.gradient_norm)
         if not bool(metrics.finite):
             self._save(state, step)
-            kept = f"the state behind step {step} is kept" if self.saved else "no state before it is kept"
+            kept = f"the state after step {step} is kept" if self.saved else "no state before it is kept"
             raise DivergedError(
                 f"step {step + 1}: the loss is {loss}, the norm of its gradient {norm}; its batch was "
                 f"{self.batches.describe(step)}; {kept}; look at these rows, or lower the learning rate, for which "

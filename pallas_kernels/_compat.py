@@ -1,4 +1,4 @@
-"""What depends on the release of JAX, in one place. Knows no model and no kernel but by its name.
+"""What depends on the release of JAX, in one place. Knows no model, and a GPU kernel only by its name.
 
 A release that is not in `TRIED` was released after this file: what needs a switch inside JAX is then left out, with a
 line in the log, and tests/test_compat.py fails, so that somebody tries it and adds it here.
@@ -25,7 +25,7 @@ DEVICE_KINDS = {
     (10, 0): "NVIDIA B200",
     (12, 0): "NVIDIA RTX PRO 6000",
 }
-"""{compute capability: the name of a card that has it}. Pallas knows cards by name, and not every one: no A6000."""
+"""{compute capability: the name of a card that has it}. Pallas identifies cards by name, and lacks some: the A6000."""
 
 CPU_SCHEDULER = "xla_cpu_enable_concurrency_optimized_scheduler"
 """The flag of XLA that orders programs for the CPU by what could run side by side. A jaxlib that does not know a flag
@@ -64,7 +64,7 @@ def lowering_for(capability: tuple[int, int]) -> Iterator[None]:
     From 0.11.0 on Pallas asks which card it lowers for. `capability` is (major, minor), (8, 6) say.
 
     Raises:
-      ValueError: no card of this capability is known.
+      ValueError: no card of this capability is listed.
     """
     import jax
 
@@ -85,7 +85,7 @@ def triton_context() -> Any:
 
 @functools.cache
 def relax_atomics(kernel: str) -> bool:
-    """Has the additions of one kernel compile to plain reductions; returns whether they will.
+    """Makes the additions of one GPU kernel compile to plain reductions; returns whether they will.
 
     Pallas orders every atomic against all other memory traffic, a fence for every addition, and has no public switch.
     Where the order between the additions of one launch means nothing, the fences are left out. No other kernel is

@@ -27,7 +27,11 @@ from cluscomp_jax.tuning.blockwise import join_trainable, split_trainable
 from pallas_kernels.codebook_matmul import ATOMIC_GRADIENTS, IMPLEMENTATION
 
 GIB = 2**30
-VARIANTS = {"decoded": "every kernel decoded by XLA", "ordered": "kernels, fixed order", "atomic": "kernels, atomics"}
+VARIANTS = {
+    "decoded": "every kernel decoded by XLA",
+    "ordered": "GPU kernels, fixed order",
+    "atomic": "GPU kernels, atomics",
+}
 
 
 def compressed_block(model: LlamaModel, g: int, num_codes: int, axis: Any, dtype: Any) -> dict[str, Any]:
@@ -42,9 +46,9 @@ def compressed_block(model: LlamaModel, g: int, num_codes: int, axis: Any, dtype
     return trees.unflatten({path: leaf(shape) for path, shape in model.block_shapes(0).items()})
 
 
-def gradients(model: LlamaModel, outer: dict[str, Any]) -> Callable[..., Any]:
-    """Returns (trained, arrays of `rest`, x, dy) -> (y, gradients of trained, gradient of x)."""
-    static = jax.tree.structure(outer)
+def gradients(model: LlamaModel, frozen: dict[str, Any]) -> Callable[..., Any]:
+    """Returns (trained, arrays of `frozen`, x, dy) -> (y, gradients of trained, gradient of x)."""
+    static = jax.tree.structure(frozen)
 
     def step(trained: Any, frozen: Any, x: jax.Array, dy: jax.Array) -> Any:
         def block(trained: Any, x: jax.Array) -> jax.Array:
@@ -70,11 +74,11 @@ def main() -> None:
     on_card, config = placement(target), preset_config("llama-2-70b")
     model = LlamaModel(config)
     block = compressed_block(model, options.g, options.codes, options.axis, jnp.bfloat16)
-    trained, outer = split_trainable(block, norms=False)
+    trained, frozen = split_trainable(block, norms=False)
     x = jax.ShapeDtypeStruct((1, options.length, config.hidden_size), jnp.bfloat16)
     arguments = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=on_card),
-        (trained, jax.tree.leaves(outer), x, x),
+        (trained, jax.tree.leaves(frozen), x, x),
     )
     print(f"jax {jax.__version__}, {target.name}, ahead of time: one block of Llama-2-70B, {vars(options)}")
     print("| variant | arguments GiB | outputs GiB | temporaries GiB | peak GiB | seconds |\n" + "|---" * 6 + "|")
@@ -82,7 +86,7 @@ def main() -> None:
         began = time.monotonic()
         implementation = "definition" if variant == "decoded" else "triton"
         with compiling_for(target), IMPLEMENTATION(implementation), ATOMIC_GRADIENTS(variant == "atomic"):
-            compiled = jax.jit(gradients(model, outer)).trace(*arguments).lower().compile()
+            compiled = jax.jit(gradients(model, frozen)).trace(*arguments).lower().compile()
         memory = compiled.memory_analysis()
         sizes = [memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes]
         sizes.append(memory.peak_memory_in_bytes)

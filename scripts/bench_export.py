@@ -1,7 +1,7 @@
 """What exports cost and whether others measure the same: `bench_export.py perplexity OUT`, `bench_export.py memory`.
 
 `perplexity` exports a compressed folder as AQLM and dense, loads both with transformers in PyTorch float32, and sets
-their perplexity beside ours. `memory` makes a checkpoint of two blocks in the shape of Llama-2-70B with random codes
+their perplexity next to ours. `memory` makes a checkpoint of two blocks in the shape of Llama-2-70B with random codes
 and exports it in every format, each in a process of its own. Needs `pip install ".[parity]"` for the first.
 """
 

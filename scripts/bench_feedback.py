@@ -1,10 +1,11 @@
-"""Times error feedback for one block of SmolLM2-135M beside the clustering of that block, warm, in one process.
+"""Times error feedback for one block of SmolLM2-135M next to the clustering of that block, warm, in one process.
 
     pip install ".[demo]"
     python scripts/bench_feedback.py --num-codes 1024 --repeats 5
 
-Clustering is `fit_codebook` of the seven matrices; feedback is the root of E[x x^T] of the four inputs and the choice
-of all codes, refitted as often as by default. Each round times both, so that what else the machine does falls on both.
+Clustering is `fit_codebook` of the seven matrices. Error feedback is the root of the Hessian E[x x^T] of the four
+inputs and the choice of all codes, with the default number of refine rounds. Each round times both, so that other work
+of the machine affects both.
 """
 
 import argparse
@@ -30,8 +31,8 @@ from cluscomp_jax.models.streams import Batch
 from cluscomp_jax.text.text import load_tokens
 
 
-def moments_of(opened: Any, block: int, samples: int) -> dict[str, jax.Array]:
-    """Returns {site: E[x x^T]} of a block's inputs on real text."""
+def hessians_of(opened: Any, block: int, samples: int) -> dict[str, jax.Array]:
+    """Returns {input group: E[x x^T] float32 [d_in, d_in]} of a block on real text."""
     model, source = opened.model, opened.source
     tokens = load_tokens(data.path("wiki_train"), opened.load_tokenizer())[: samples * 512].reshape(samples, 512)
     outer = jax.tree.map(jnp.asarray, source.load_outer())
@@ -42,7 +43,7 @@ def moments_of(opened: Any, block: int, samples: int) -> dict[str, jax.Array]:
     dense = jax.tree.map(jnp.asarray, source.load_block(block))
     layer_type = model.layer_type(block)
     return {
-        group: collect_hessians(model, layer_type, group, dense, map(Batch, stream)).inputs
+        group: collect_hessians(model, layer_type, group, dense, map(Batch, stream)).hessian
         for group in model.input_groups
     }
 
@@ -52,12 +53,12 @@ def main() -> None:
     parser.add_argument("--g", type=int, default=4)
     parser.add_argument("--num-codes", type=int, default=1024)
     parser.add_argument("--iterations", type=int, default=20)
-    parser.add_argument("--refine_rounds", type=int, default=ClusterConfig().refine_rounds, help="rounds of refitting")
+    parser.add_argument("--refine-rounds", type=int, default=ClusterConfig().refine_rounds, help="refine rounds")
     parser.add_argument("--block", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
     opened = cluscomp_jax.open_model(find_model())
-    moments = moments_of(opened, options.block, samples=4)
+    hessians = hessians_of(opened, options.block, samples=4)
     flat = trees.flatten(jax.tree.map(jnp.asarray, opened.source.load_block(options.block)))
     kernels = {path: flat[path] for paths in opened.model.input_groups.values() for path in paths}
 
@@ -73,15 +74,15 @@ def main() -> None:
 
     def feed_back(codes: dict[str, jax.Array]) -> None:
         for group, paths in opened.model.input_groups.items():
-            previous: HessianFactor = factor_hessian(moments[group])
+            factor: HessianFactor = factor_hessian(hessians[group])
             for path in paths:
                 weight, key = kernels[path], matrix_key(0, path)
                 code_index = kmeans.build_code_index(codes[path], key)
-                index = assign_with_error_feedback(weight, codes[path], previous, g=options.g, code_index=code_index)
-                refitted = refine(
-                    weight, codes[path], index, previous, rounds=options.refine_rounds, code_index=code_index, key=key
+                index = assign_with_error_feedback(weight, codes[path], factor, g=options.g, code_index=code_index)
+                refined = refine(
+                    weight, codes[path], index, factor, rounds=options.refine_rounds, code_index=code_index, key=key
                 )
-                jax.block_until_ready(refitted)
+                jax.block_until_ready(refined)
 
     codes = cluster()
     feed_back(codes)
@@ -92,9 +93,9 @@ def main() -> None:
         between = time.monotonic()
         feed_back(codes)
         times.append((between - began, time.monotonic() - between))
-        print(f"clustering {times[-1][0]:.2f} s, feedback {times[-1][1]:.2f} s", flush=True)
+        print(f"clustering {times[-1][0]:.2f} s, error feedback {times[-1][1]:.2f} s", flush=True)
     ratio = statistics.median(factor / clustering for clustering, factor in times)
-    print(f"block {options.block}, g={options.g}, n={options.num_codes}: feedback takes {ratio:.2f} x clustering")
+    print(f"block {options.block}, g={options.g}, n={options.num_codes}: error feedback takes {ratio:.2f} x clustering")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Generation beside PyTorch's transformers on the same cores, and what an int8 cache costs: `bench_generation.py OUT`.
+"""Generation next to PyTorch's transformers on the same cores, and what an int8 cache costs: `bench_generation.py OUT`.
 
 Both run float32 with a key-value cache from the same compressed folder, ours materialised once, theirs loaded from a
 dense export; rounds alternate. The perplexity is of 8,192 tokens of the shipped text, each window of 512 passed

@@ -1,6 +1,6 @@
 """Compresses models that differ in depth alone, and prints the memory and time that each took.
 
-Host memory must not grow with the number of layers. The weights are random, of Llama-2-70B's shapes unless told
+Host memory must not grow with the number of layers. The weights are random, of Llama-2-70B's shapes unless options
 otherwise, written to sharded safetensors as a download would be; what costs only time is cut: iterations, tokens.
 
     python scripts/bench_host_memory.py --work FOLDER                      # needs some 20 GB there
@@ -21,7 +21,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from cluscomp_jax._version import versions
-from cluscomp_jax.models.prefetch import AHEAD, BEHIND
+from cluscomp_jax.models.prefetch import PREFETCH, WRITE_BACK
 
 GIB = 2**30
 
@@ -101,7 +101,7 @@ def compress(options: argparse.Namespace, model: Path, out: Path) -> dict[str, o
 
 def over_apart(stages: Any, seconds: float) -> float:
     """Returns the run's seconds over those of its stages one after another, reading and writing included once."""
-    waiting = {"load": AHEAD, "store": BEHIND}
+    waiting = {"load": PREFETCH, "store": WRITE_BACK}
     apart = sum(float(s["seconds"]) for name, s in stages.items() if waiting.get(name) not in stages)
     return seconds / apart
 
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--g", type=int, default=4)
     parser.add_argument("--num-codes", type=int, default=65500)
     parser.add_argument("--iterations", type=int, default=4)
-    parser.add_argument("--refine_rounds", type=int, help="rounds of refitting; those of the recipe unless given")
+    parser.add_argument("--refine-rounds", type=int, help="refine rounds; those of the recipe unless given")
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=2)

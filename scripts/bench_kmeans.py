@@ -1,4 +1,4 @@
-"""Times `fit_codebook` beside faiss-cpu on weight-like vectors of true Llama shapes, and compares their errors.
+"""Times `fit_codebook` next to faiss-cpu on weight-like vectors of true Llama shapes, and compares their errors.
 
 Both cluster the same vectors in one process with the same threads, in turn. faiss trains as its users do for the
 least error: `Clustering` over `IndexFlatL2`, 20 iterations, every vector. Our error is that of the index we return;

@@ -1,4 +1,4 @@
-"""The harness through us beside its own PyTorch backend: `bench_lm_eval.py OUT`, `--limit 50` for fewer documents.
+"""The harness: our model class next to its PyTorch backend: `bench_lm_eval.py OUT`, `--limit 50` for fewer documents.
 
 Makes the local tasks and a dense export of the compressed folder OUT in a scratch folder, runs both backends in
 processes of their own, one after the other, and compares accuracies, every log-likelihood and the seconds between

@@ -1,4 +1,4 @@
-"""Finetuning by codebooks alone beside LoRA with as many trained numbers: on our compressed model, and on a 3-bit copy.
+"""Finetuning by codebooks alone, and LoRA with as many trained numbers: on our compressed model, and on a 3-bit copy.
 
     pip install ".[demo]"
     python scripts/make_instructions.py --out data
@@ -40,7 +40,7 @@ BITS, GROUP = 3, 64
 
 @dataclasses.dataclass(frozen=True)
 class LoraModel:
-    """A Model whose target kernels are W + A B: lora_a [d_in, rank] and lora_b [rank, d_out] stand beside W."""
+    """A Model whose target kernels are W + A B: lora_a [d_in, rank] and lora_b [rank, d_out] are parameters too."""
 
     base: Any
     rank: int

@@ -51,7 +51,7 @@ def torch_model(opened: OpenedModel) -> Any:
 def summed_loss(network: Any, rows: TokenRows) -> tuple[Any, int]:
     """Returns the summed cross entropy of the scored tokens, and how many they are."""
     tokens = torch.tensor(rows.tokens, dtype=torch.long)
-    targets = torch.where(torch.tensor(rows.scored), tokens, IGNORED)[:, 1:].flatten()
+    targets = torch.where(torch.tensor(rows.loss_mask), tokens, IGNORED)[:, 1:].flatten()
     logits = network(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
     loss = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
     return loss, int((targets != IGNORED).sum())

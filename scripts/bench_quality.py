@@ -7,7 +7,7 @@
 
 Calibration is the fixed set of cluscomp_jax/data, perplexity that of the first 8,192 tokens of wiki_test in windows of
 512. A run takes 5 to 40 minutes on two cores; every finished one leaves NAME-SEED.json and its checkpoint in OUT.
-The baselines beside it, round-to-nearest and scalar GPTQ, are in scripts/bench_quality_baselines.py.
+The baselines to compare with, round-to-nearest and scalar GPTQ, are in scripts/bench_quality_baselines.py.
 """
 
 import argparse
@@ -36,10 +36,10 @@ UNTUNED = "tuning = false"
 EVEN = "group_size = 4\nnum_codes = 1024"
 
 FOLLOWED = "-followed"
-"""Ends the name of a row that goes on from the row before the ending: one more pass over its samples, behind the
+"""Ends the name of a row that goes on from the row before the ending: one more pass over its samples, with the
 original (configs/finetune/follow.toml)."""
 
-BlockSpec = tuple[str, int, int]
+Row = tuple[str, int, int]
 """(TOML, samples, tokens per sample)."""
 
 
@@ -52,7 +52,7 @@ def even(cluster: str = "", *, top: str = UNTUNED) -> str:
     return f"{top}\n[cluster]\n{cluster}\n[[cluster.rules]]\n{EVEN}"
 
 
-TABLES: dict[str, dict[str, BlockSpec]] = {
+TABLES: dict[str, dict[str, Row]] = {
     "budgets": {
         "2.63-clustered-16": (budget(2.63, tuned=False), 16, 512),
         "2.63-tuned-16": (budget(2.63), 16, 512),
@@ -73,9 +73,9 @@ TABLES: dict[str, dict[str, BlockSpec]] = {
     "parts": {
         "blind": (even("weighted = false\nerror_feedback = false", top=f'recipe = "paper"\n{UNTUNED}'), 16, 512),
         "weighted": (even("error_feedback = false"), 16, 512),
-        "feedback": (even("drift_correction = false\ntrue_sequential = false\nrefine_rounds = 0"), 16, 512),
-        "sequential": (even("drift_correction = false\nrefine_rounds = 0"), 16, 512),
-        "correction": (even("refine_rounds = 0"), 16, 512),
+        "error-feedback": (even("drift_correction = false\ntrue_sequential = false\nrefine_rounds = 0"), 16, 512),
+        "true-sequential": (even("drift_correction = false\nrefine_rounds = 0"), 16, 512),
+        "drift-correction": (even("refine_rounds = 0"), 16, 512),
         "refine_rounds": (even(), 16, 512),
         "mixed-matrix": (budget(2.63, mixed_precision="per_matrix", tuned=False), 16, 512),
         "refine_rounds-64": (even(), 64, 512),
@@ -93,7 +93,7 @@ TABLES["budgets"] |= {
 }
 
 
-def measure(name: str, setting: BlockSpec, seed: int, out: Path) -> dict[str, Any]:
+def measure(name: str, setting: Row, seed: int, out: Path) -> dict[str, Any]:
     """Returns {"perplexity", "bits_per_weight", "seconds"} of one run, from its file if it is there already."""
     done, folder = out / f"{name}-{seed}.json", out / f"{name}-{seed}"
     if not done.exists():
@@ -112,7 +112,7 @@ def measure(name: str, setting: BlockSpec, seed: int, out: Path) -> dict[str, An
     return known
 
 
-def _compress(name: str, setting: BlockSpec, seed: int, out: Path) -> None:
+def _compress(name: str, setting: Row, seed: int, out: Path) -> None:
     config, samples, length = setting
     toml = out / f"{name}-{seed}.toml"
     toml.write_text(config + "\n")
@@ -125,8 +125,8 @@ def _compress(name: str, setting: BlockSpec, seed: int, out: Path) -> None:
     _cluscomp("compress", str(find_model()), *options, "--out", str(out / f"{name}-{seed}"))
 
 
-def _follow(name: str, setting: BlockSpec, seed: int, out: Path) -> None:
-    """One pass behind the original over the samples that the model was compressed with, no others."""
+def _follow(name: str, setting: Row, seed: int, out: Path) -> None:
+    """One pass with the original as teacher over the samples that the model was compressed with, no others."""
     _, samples, length = setting
     rows = out / f"samples-{samples}x{length}.npy"
     if not rows.exists():
@@ -172,7 +172,7 @@ def _code(out: Path) -> Path:
     return path
 
 
-def rows(table: dict[str, BlockSpec], seeds: list[int], out: Path) -> Iterator[str]:
+def rows(table: dict[str, Row], seeds: list[int], out: Path) -> Iterator[str]:
     """Yields the lines of a Markdown table, each as soon as its runs are done."""
     yield f"| setting | bits per weight | {' | '.join(f'seed {seed}' for seed in seeds)} | mean | minutes |"
     yield "|---" * (len(seeds) + 4) + "|"

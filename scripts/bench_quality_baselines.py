@@ -1,4 +1,4 @@
-"""Perplexity of a model quantised round-to-nearest and by scalar GPTQ, in PyTorch: what ClusComp is measured beside.
+"""Perplexity of a model quantised round-to-nearest and by scalar GPTQ, in PyTorch: the baselines of ClusComp.
 
 The model, calibration tokens and measure are those of our own figures: calibration is wiki_train cut at the fixed
 starts, the score is the perplexity of wiki_test. Every kernel of every decoder block is quantised, nothing else. Bits
@@ -7,7 +7,7 @@ input channels of every output. Kernels are [i, o], input channels i and outputs
 to --out; asserts nothing.
 
 GPTQ is Frantar et al., 2022 (arXiv 2210.17323), written from the paper: channels in order, 1% damping, and the grid of
-a group taken when the group begins from the weights as corrected by then. The moments of a block's inputs are taken
+a group taken when the group begins from the weights as corrected by then. The Hessians of a block's inputs are taken
 through quantised predecessors and the block's own dense weights.
 
     pip install ".[demo,parity]"
@@ -45,13 +45,13 @@ from cluscomp_jax.text.text import calibration_samples
 
 METHODS = ("rtn", "gptq")
 DAMPING = 0.01
-"""Share of the mean diagonal of the moments that is added to it."""
+"""Share of the mean diagonal of the Hessian that is added to it."""
 LAZY = 128
 """Channels whose errors reach the channels after them together."""
 SCALE_BITS, SMALLEST, LARGEST = 16, 2.0**-24, 65504.0  # of a float16
 
 
-class BlockSpec(NamedTuple):
+class Quantizer(NamedTuple):
     """Bits per code, and consecutive input channels of one output that share a grid (the last group may be shorter)."""
 
     bits: int
@@ -61,7 +61,7 @@ class BlockSpec(NamedTuple):
         return f"{self.bits}:{self.group}"
 
 
-def parse_setting(text: str) -> BlockSpec:
+def parse_setting(text: str) -> Quantizer:
     """Returns the setting that "BITS:GROUP" spells.
 
     Raises:
@@ -72,10 +72,10 @@ def parse_setting(text: str) -> BlockSpec:
         raise InputError(f"--setting {text!r} is not BITS:GROUP; write 3:64 for instance")
     if not 1 <= int(bits) <= 8 or int(group) < 1:
         raise InputError(f"--setting {text}: bits are 1 to 8 and a group has 1 channel or more")
-    return BlockSpec(int(bits), int(group))
+    return Quantizer(int(bits), int(group))
 
 
-def stored_bits(shape: tuple[int, ...], setting: BlockSpec) -> int:
+def stored_bits(shape: tuple[int, ...], setting: Quantizer) -> int:
     """Returns the bits of one kernel [i, o]: its codes, and scale and zero point of every group."""
     channels, outputs = shape
     groups = -(-channels // setting.group)
@@ -103,27 +103,27 @@ def find_grid(weights: torch.Tensor, bits: int) -> Grid:
     return Grid(scale, torch.clamp(torch.round(-low / scale), 0, last), last)
 
 
-def rtn(kernel: torch.Tensor, setting: BlockSpec) -> torch.Tensor:
+def rtn(kernel: torch.Tensor, setting: Quantizer) -> torch.Tensor:
     """Returns the kernel [i, o], every weight moved to the nearest point of its group's grid."""
     return torch.cat([find_grid(group, setting.bits).nearest(group) for group in torch.split(kernel, setting.group)])
 
 
-def gptq(kernel: torch.Tensor, moments: torch.Tensor, setting: BlockSpec, *, act_order: bool = False) -> torch.Tensor:
-    """Returns the dequantised kernel [i, o], each channel's error made good by the channels after it.
+def gptq(kernel: torch.Tensor, hessian: torch.Tensor, setting: Quantizer, *, act_order: bool = False) -> torch.Tensor:
+    """Returns the dequantised kernel [i, o], each channel's error compensated by the channels after it.
 
     Args:
       kernel: computed in its own dtype.
-      moments: E[x x^T] [i, i] of the kernel's inputs.
+      hessian: E[x x^T] [i, i] of the kernel's inputs.
       act_order: channels of large moment first, on grids found before anything has moved.
 
-    With H the damped moments and H^-1 = U^T U, U upper triangular, fixing channel i to q moves each channel k after it
+    With H the damped Hessian and H^-1 = U^T U, U upper triangular, fixing channel i to q moves each channel k after it
     by -U[i, k] / U[i, i] * (w_i - q).
     """
     channels = len(kernel)
     order = torch.arange(channels)
     if act_order:
-        order = torch.argsort(torch.diagonal(moments), descending=True, stable=True)
-    factor = inverse_factor(moments[order][:, order]).to(kernel.dtype)
+        order = torch.argsort(torch.diagonal(hessian), descending=True, stable=True)
+    factor = inverse_factor(hessian[order][:, order]).to(kernel.dtype)
     static = [find_grid(group, setting.bits) for group in torch.split(kernel, setting.group)] if act_order else []
     weights = kernel[order]
     for begin, end in lazy_batches(channels, setting.group):
@@ -144,11 +144,11 @@ def gptq(kernel: torch.Tensor, moments: torch.Tensor, setting: BlockSpec, *, act
     return result
 
 
-def inverse_factor(moments: torch.Tensor) -> torch.Tensor:
-    """Returns U float64 [i, i], upper triangular, with U^T U the inverse of the damped moments."""
-    moments = moments.double()
-    mean = float(torch.diagonal(moments).mean())
-    damped = moments + DAMPING * (mean if mean > 0 else 1.0) * torch.eye(len(moments), dtype=torch.float64)
+def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """Returns U float64 [i, i], upper triangular, with U^T U the inverse of the damped Hessian."""
+    hessian = hessian.double()
+    mean = float(torch.diagonal(hessian).mean())
+    damped = hessian + DAMPING * (mean if mean > 0 else 1.0) * torch.eye(len(hessian), dtype=torch.float64)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
     factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
     return factor
@@ -179,7 +179,7 @@ class Quantised(NamedTuple):
 
 
 def quantise(
-    opened: OpenedModel, method: str, setting: BlockSpec, calibration: np.ndarray, *, act_order: bool
+    opened: OpenedModel, method: str, setting: Quantizer, calibration: np.ndarray, *, act_order: bool
 ) -> Quantised:
     """Quantises block after block; with GPTQ each sees the calibration tokens through the quantised ones before it."""
     began = time.monotonic()
@@ -190,17 +190,17 @@ def quantise(
     for i in range(model.num_blocks):
         block, layer_type = opened.source.load_block(i), model.layer_type(i)
         flat = trees.flatten(block)
-        moments: dict[str, jax.Array] = {}
+        hessians: dict[str, jax.Array] = {}
         if stream:
             on_device = jax.tree.map(jnp.asarray, block)
             for group in model.input_groups:
-                moments[group] = collect_hessians(
+                hessians[group] = collect_hessians(
                     model, layer_type, group, on_device, (Batch(jnp.asarray(x)) for x in stream)
-                ).inputs
+                ).hessian
         for path, group in ((path, group) for group, paths in model.input_groups.items() for path in paths):
             kernel = as_tensor(flat[path])
-            known = as_tensor(moments[group]) if stream else None
-            done = rtn(kernel, setting) if known is None else gptq(kernel, known, setting, act_order=act_order)
+            hessian = as_tensor(hessians[group]) if stream else None
+            done = rtn(kernel, setting) if hessian is None else gptq(kernel, hessian, setting, act_order=act_order)
             flat[path] = done.numpy()
             bits += stored_bits(kernel.shape, setting)
             weights += kernel.numel()
@@ -225,7 +225,7 @@ class Inputs(NamedTuple):
     """Everything that was read: calibration int32 [samples, length], and the text int32 [tokens]."""
 
     opened: OpenedModel
-    settings: list[BlockSpec]
+    settings: list[Quantizer]
     calibration: np.ndarray
     text: np.ndarray
 
@@ -251,7 +251,7 @@ def read_inputs(options: argparse.Namespace) -> Inputs:
 
 
 def record(
-    options: argparse.Namespace, name: str, method: str, setting: BlockSpec, quantised: Quantised, score: Perplexity
+    options: argparse.Namespace, name: str, method: str, setting: Quantizer, quantised: Quantised, score: Perplexity
 ) -> dict[str, Any]:
     """Returns the JSON fields of one result."""
     return {

@@ -1,4 +1,4 @@
-"""Recovery training of SmolLM2-135M after compression, and the original finetuned on the same tokens beside it.
+"""Recovery training of SmolLM2-135M after compression, and for comparison, the original finetuned on the same tokens.
 
     pip install ".[demo]"
     python scripts/bench_recovery.py --out recovery                                  # 2.1 bits, tuned: 64 x 512 tokens

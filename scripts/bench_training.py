@@ -1,4 +1,4 @@
-"""Times one finetuning step of a whole SmolLM2-135M (codebooks alone train) beside the same step in PyTorch.
+"""Times one finetuning step of a whole SmolLM2-135M (codebooks alone train) next to the same step in PyTorch.
 
 Random weights of its shapes, the same codes, tokens, threads and float32; in turn in one process, their losses compared
 first. Peak memory is that of a process for each. Asserts nothing but that the losses agree.

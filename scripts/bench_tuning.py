@@ -1,4 +1,4 @@
-"""Times one block-wise tuning step (forward, backward, AdamW on the codebooks) beside the same step in PyTorch.
+"""Times one block-wise tuning step (forward, backward, AdamW on the codebooks) next to the same step in PyTorch.
 
 Both run on the same block of the same shape, the same codes, tokens, threads and float32, in turn in one
 process, and their losses are compared first. Prints a table; asserts nothing but that the losses agree.

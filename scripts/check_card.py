@@ -6,8 +6,8 @@
     python scripts/check_card.py --out dry.json --dry               # the same on a CPU, with tiny shapes
 
 Needs a checkout, JAX with CUDA, and jax's usual neighbours; no network, no installed wheel. The result file is written
-anew after every fact, so a run that is cut off leaves what it found. Exit codes: 0 all steps done and all values right;
-1 otherwise; 2 wrong input.
+again after every fact, so a run that is cut off leaves what it found. Exit codes: 0 all steps done and all values
+right; 1 otherwise; 2 wrong input.
 """
 
 import sys

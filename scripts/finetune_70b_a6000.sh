@@ -10,7 +10,7 @@
 # BITS   of MODEL: 4, 3, 2 or 1 (default 2); decides what the plan reckons with
 #
 # Needs pip install ".[cuda12,hf]", and "[aot]" for the plan, which takes minutes and no GPU; and host memory
-# for the compressed model, of which a copy lies there while it is read. FAMILY=llama3 for Llama-3; STEPS (default 1000).
+# for the compressed model, of which a copy is there while it is read. FAMILY=llama3 for Llama-3; STEPS (default 1000).
 set -euo pipefail
 
 model=${1:?which compressed folder?} data=${2:?which data?} new=${3:?into which folder?} bits=${4:-2}
@@ -21,7 +21,7 @@ preset=$([ "$family" = llama3 ] && echo llama-3-70b || echo llama-2-70b)
 
 # What `plan` counts with: JAX may take 92% of the card, the rest is the CUDA context's.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
-# Without this every stage of a resumed run compiles anew.
+# Without this every stage of a resumed run is compiled again.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/cluscomp-jax}
 
 JAX_PLATFORMS=cpu cluscomp plan "$preset" --target a6000 --config "$here/configs/${family}_70b_${bits}bit.toml" \

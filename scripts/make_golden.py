@@ -2,7 +2,7 @@
 
     python scripts/make_golden.py tests/fixtures/golden_v1
 
-Run once per format version: what is committed stays as it was written, for it stands for the checkpoints of users.
+Run once per format version: what is committed stays as it was written, because it represents the checkpoints of users.
 """
 
 import hashlib

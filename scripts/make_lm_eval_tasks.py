@@ -2,8 +2,8 @@
 
 Three tasks of 200 documents each, the same whenever it is run:
 
-    wiki_next_words     the next ten words of a paragraph, beside the ones of three other articles' paragraphs
-    wiki_next_sentence  the next sentence, beside three other sentences of the same article
+    wiki_next_words     the next ten words of a paragraph, among the ones of three other articles' paragraphs
+    wiki_next_sentence  the next sentence, among three other sentences of the same article
     wiki_last_word      the last word of a passage, by greedy decoding
 
 FOLDER is then what --include_path takes. The standard library alone.

@@ -1,4 +1,4 @@
-"""Writes PyTorch's logits of tests/fixtures/tiny_llama beside it, after scripts/train_fixture.py has made it anew.
+"""Writes PyTorch's logits of tests/fixtures/tiny_llama next to it, after scripts/train_fixture.py has made a new one.
 
 Run with the parity extra installed; the default tests then need no PyTorch:
 

@@ -83,7 +83,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def torch_model(fields: dict[str, Any], seed: int) -> Any:
-    """Returns the float32 PyTorch model of config fields, every parameter drawn anew so that none is idle."""
+    """Returns the float32 PyTorch model of config fields, every parameter drawn at random so that none is idle."""
     config = transformers.AutoConfig.for_model(**json.loads(json.dumps(fields)))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The shapes of SmolLM2-135M and random codes of any shape, for the scripts that time a step beside PyTorch."""
+"""The shapes of SmolLM2-135M and random codes of any shape, for the scripts that compare a step with PyTorch."""
 
 import numpy as np
 

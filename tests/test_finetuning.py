@@ -108,7 +108,7 @@ def test_a_run_that_diverges_says_where_and_keeps_the_state_before(params, tmp_p
     assert "step 2: the loss is nan" in str(raised.value)
     assert rows.describe(1) in str(raised.value)
     assert [path.name for path in (tmp_path / "s").iterdir()] == ["1"]
-    assert "the state behind step 1 is kept" in str(raised.value)
+    assert "the state after step 1 is kept" in str(raised.value)
 
 
 def test_a_run_that_diverges_at_once_has_no_state_to_keep(params, tmp_path):

@@ -278,15 +278,15 @@ def test_bits_spent_where_they_count_beat_even_ones_on_held_out_text(judge):
     bits, perplexity = {}, {"original": judge.perplexity(judge.params)}
     for name, cluster in (
         ("even", even),
-        ("mixed", ClusterConfig(bits=1.573, mixed_precision="per_matrix", iterations=10)),
+        ("per_matrix", ClusterConfig(bits=1.573, mixed_precision="per_matrix", iterations=10)),
     ):
         compressed = judge.compress(cluster)
         bits[name] = cluscomp_jax.size_report(compressed).bits_per_weight
         perplexity[name] = judge.perplexity(compressed)
-    assert bits["mixed"] <= 1.573
+    assert bits["per_matrix"] <= 1.573
     assert bits["even"] == pytest.approx(1.573, abs=1e-3)
     excess = {name: np.log(perplexity[name] / perplexity["original"]) for name in bits}
-    assert 0 < excess["mixed"] < 0.85 * excess["even"]
+    assert 0 < excess["per_matrix"] < 0.85 * excess["even"]
 
 
 @pytest.mark.parametrize(("mixed_precision", "tie_codebooks"), [("per_matrix", "none"), ("per_matrix", "block")])

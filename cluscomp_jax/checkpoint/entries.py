@@ -1,4 +1,4 @@
-"""How one parameter is stored: its entry in the manifest, and the plain arrays it becomes and comes back from.
+"""How one parameter is stored: its entry in the manifest, and the conversion to and from plain arrays.
 
 A CodebookArray at path P becomes P/codebook [n, g] and P/index, the packed index uint8 [bytes] (absent for one
 code, which needs no bits); where its codebook is another kernel's, only that one stores it. Any other array is stored
@@ -107,7 +107,7 @@ class TensorEntry:
 
     @property
     def loaded_bytes(self) -> int:
-        """The same: it lies in memory as it is stored."""
+        """The bytes in memory: those of the stored array."""
         return self.num_bytes
 
     def to_dict(self) -> dict[str, Any]:

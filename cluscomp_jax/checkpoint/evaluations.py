@@ -1,4 +1,4 @@
-"""Perplexities that were measured after a run, kept beside its checkpoint in evaluations.jsonl. Measures nothing.
+"""Perplexities that were measured after a run, kept next to its checkpoint in evaluations.jsonl. Measures nothing.
 
 A record is a measurement (see `cluscomp_jax.evaluation.perplexity.Perplexity`) with the stage and the name of what was
 measured.
@@ -47,7 +47,7 @@ def stages_until(manifest: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def read_evaluations(folder: Path) -> list[dict[str, Any]]:
-    """Returns the records beside a checkpoint, oldest first.
+    """Returns the records next to a checkpoint, oldest first.
 
     Raises:
       InputError: the file is damaged.
@@ -73,7 +73,7 @@ def _is_measured(record: Mapping[str, Any]) -> bool:
 
 
 def add_evaluation(folder: Path, record: Mapping[str, Any]) -> Path:
-    """Adds a record to those beside a checkpoint, and returns their file; it is replaced whole or not at all."""
+    """Adds a record to those next to a checkpoint, and returns their file; it is replaced whole or not at all."""
     path = folder / EVALUATIONS_NAME
     lines = [json.dumps(entry) for entry in (*read_evaluations(folder), dict(record))]
     atomic.write_text(path, "".join(f"{line}\n" for line in lines), aside=path.with_name(f"{path.name}.writing"))

@@ -1,4 +1,4 @@
-"""A checkpoint folder held against what its manifest lists: shapes, files, sizes, checksums; and items read by it.
+"""A checkpoint folder compared with its manifest: shapes, files, sizes, checksums; and items read by it.
 
 Used on finished checkpoints and, by the writer, on the finished items of an unfinished one.
 """
@@ -21,7 +21,7 @@ TOKENIZER = "tokenizer"
 BLOCKS = "blocks"
 
 MOST_TIMES = 64
-"""An item may take so many times the bytes of its files in memory.
+"""The most memory an item may take, as a multiple of the bytes of its files.
 
 Unpacking makes an index 8 times as large at most (1 bit to 1 byte), and `items.write_item` lets zstd shorten by
 `MOST_SHORTENED` = 8 at most. The least that a real model reaches is far below: 1.5 of zstd for 16-bit weights.
@@ -45,7 +45,7 @@ def model_shapes(model: Model) -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def item_prefix(model: Model, folder: str) -> str:
-    """Returns what the paths within an item lack to be full: "model/layers/3/" for block 3, nothing for the rest."""
+    """Returns the prefix that makes paths within an item full: "model/layers/3/" for block 3, "" outside the blocks."""
     return "" if folder == REST else f"{model.blocks_path}/{int(folder.rpartition('/')[2])}/"
 
 
@@ -118,7 +118,7 @@ def check_expansion(root: Path, parts: Mapping[str, Contents]) -> None:
 
     Args:
       root: the checkpoint, for the error.
-      parts: {item folder: its contents}, the sizes of files held against the disk.
+      parts: {item folder: its contents}, the sizes of files compared with the disk.
 
     Raises:
       InputError: what items take beyond MOST_TIMES the bytes of their files is more than ALLOWANCE.

@@ -41,8 +41,8 @@ class Layout:
     """One naming of the tensors. Invariant: `path(name(p)) == p` for every path of the llama families.
 
     Attributes:
-      block_prefix: what stands before a block's number.
-      modules: {Flax module: stored module}, of the blocks and of the rest.
+      block_prefix: what precedes a block's number.
+      modules: {Flax module: stored module}, inside and outside the blocks.
       ignorable: a pattern of stored names that carry no parameter of ours and may be passed over.
     """
 
@@ -115,7 +115,8 @@ def match_tensors(
       where: the file or folder, for errors.
 
     Returns:
-      ({Flax path: stored name} of every parameter, the stored name of an output head beside tied embeddings or None).
+      ({Flax path: stored name} of every parameter, the stored name of an output head
+      that is stored although embeddings are tied, or None).
 
     Raises:
       InputError: a tensor is missing, unused or of another shape; the line names it.

@@ -155,7 +155,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def parse_contents(fields: Mapping[str, Any], where: Path) -> Contents:
-    """Returns the Contents whose JSON form stands in `fields`.
+    """Returns the Contents whose JSON form is `fields`.
 
     Raises:
       InputError: a missing field, a value of the wrong type or range, or a file path that leads out of the
@@ -223,7 +223,7 @@ def _file(name: str, fields: Any, where: Path) -> FileEntry:
     parts = name.split("/")
     unsafe = any(part in ("", ".", "..") for part in parts) or "\\" in name or "\0" in name
     if unsafe or len(parts) < 2 or parts[0] not in CONTENT_FOLDERS:
-        raise InputError(f"{where}: file {name!r} does not lie in {', '.join(CONTENT_FOLDERS)} of the checkpoint")
+        raise InputError(f"{where}: file {name!r} is not in {', '.join(CONTENT_FOLDERS)} of the checkpoint")
     size, sha256 = _field(fields, "size", int, f"{where}: {name}"), _field(fields, "sha256", str, f"{where}: {name}")
     if size < 0 or not _SHA256.fullmatch(sha256):
         raise InputError(f"{where}: {name} has size {size} and SHA-256 {sha256!r}; the manifest is damaged")

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all: written beside its place, and renamed there at the end.
+"""A folder that appears whole or not at all: written next to its final path, and renamed to it at the end.
 
 For what is made in one go. Knows nothing of what the folder holds; `run_folder` is for work that resumes.
 """
@@ -23,7 +23,7 @@ def require_free(final: Path) -> None:
     inside = next((p for p in final.absolute().parents if any((p / name).exists() for name in _OF_A_CHECKPOINT)), None)
     if inside is not None:
         raise InputError(
-            f"{final}: lies in the checkpoint {inside}, which has no room for other files; choose another folder"
+            f"{final}: is inside the checkpoint {inside}, which takes no other files; choose another folder"
         )
     if os.path.lexists(final):
         if not final.is_dir():
@@ -38,7 +38,7 @@ def require_free(final: Path) -> None:
 def new_folder(final: Path) -> Iterator[Path]:
     """Yields an empty folder that becomes `final` when the block ends well, and is removed when it does not.
 
-    A process that is killed leaves ".NAME.partial" beside `final`; the next call for the same place removes it.
+    A process that is killed leaves ".NAME.partial" next to `final`; the next call for the same path removes it.
 
     Args:
       final: absent, or an empty folder.
@@ -75,7 +75,7 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def _claim(aside: Path, final: Path) -> int:
-    """Returns a descriptor that locks `aside`, made anew and empty."""
+    """Returns a descriptor that locks `aside`, a new and empty folder."""
     aside.mkdir(exist_ok=True)
     lock = os.open(aside, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:

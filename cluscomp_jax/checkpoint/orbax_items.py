@@ -23,7 +23,7 @@ TIME_STAMPED = "_CHECKPOINT_METADATA"
 """The one file of an item that differs from run to run."""
 
 MOST_SHORTENED = 8
-"""zstd may shorten an item to one part in so many; what it would shorten more is written as it is.
+"""The most that zstd may shorten an item by; an item that it would shorten more is written without it.
 
 Trained weights become 1.5 times as short and packed indices 1.4 times at most, so it is constants that are meant. A
 reader can then refuse what claims far more bytes than its files have.

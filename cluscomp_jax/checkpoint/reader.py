@@ -75,7 +75,7 @@ class CheckpointSource:
 def open_checkpoint(path: str | Path, *, verify: bool = False) -> CheckpointSource:
     """Returns a source over a checkpoint whose manifest, model config and files fit each other.
 
-    Every file must be there, of its size, and nothing unlisted beside it. The tokenizer's files are verified now;
+    Every file must be there, of its size, and no file that is not listed. The tokenizer's files are verified now;
     every other file is whenever its item is read, or now too with `verify`.
 
     Raises:

@@ -37,7 +37,7 @@ class Identity:
     """What makes two runs the same: the fingerprint of their inputs, and both configs as JSON values.
 
     Attributes:
-      inputs: {what the fingerprint is made of: digest or value}, for naming what differs; {} where that is not known.
+      inputs: {what the fingerprint is made of: digest or value}, for naming what differs; {} where not recorded.
     """
 
     fingerprint: str
@@ -155,7 +155,7 @@ def _is_file_of(descriptor: int, path: Path) -> bool:
 
 
 def _clear(work: Path) -> None:
-    """Empties work/ but for the lock, by which a claim knows it for its own."""
+    """Empties work/ except for the lock, by which a claim recognises its own folder."""
     for entry in work.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -175,7 +175,7 @@ def _refuse_others(folder: Path, identity: Identity, *, locked: bool) -> None:
 
     Args:
       folder: the output folder.
-      identity: of the run that wants it.
+      identity: of the run that claims the folder.
       locked: whether this process holds the lock on it.
     """
     if not _exists(folder):
@@ -212,7 +212,7 @@ def _refuse_finished(folder: Path, identity: Identity, *, locked: bool) -> None:
 
 
 def _is_untouched(folder: Path) -> bool:
-    """Whether nothing lies in the folder but what a claim leaves if it is killed before run.json or after it."""
+    """Whether the folder has nothing but what a claim leaves if it is killed before run.json or after it."""
     names = {entry.name for entry in folder.iterdir()}
     if names != {WORK_NAME}:
         return not names
@@ -238,7 +238,7 @@ def _read_identity(path: Path) -> Identity:
 
 
 def _differences(there: Identity, now: Identity) -> str:
-    """Returns in words how two runs differ, "" where they do not."""
+    """Returns a description of how two runs differ, "" where they do not."""
     old = {**_leaves(there.model_config, "model."), **_leaves(there.run_config, "")}
     new = {**_leaves(now.model_config, "model."), **_leaves(now.run_config, "")}
     keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]

@@ -15,7 +15,7 @@ from cluscomp_jax.runtime import atomic
 class TrainStates:
     """A folder of states, each of a step, with the records that a run had made by then.
 
-    Saving goes on behind the next steps; use as a context manager, which waits for the last save on the way out.
+    Saving runs in the background of the next steps. Use as a context manager, which exits after the last save.
     """
 
     def __init__(self, folder: Path, *, keep: int, fingerprint: str):
@@ -23,7 +23,7 @@ class TrainStates:
 
         Args:
           folder: holds nothing but states.
-          keep: the newest so many stay, >= 1.
+          keep: number of the newest states that stay, >= 1.
           fingerprint: of the run; states of another are refused.
         """
         self._folder, self._fingerprint = folder.absolute(), fingerprint

@@ -1,6 +1,6 @@
 """CheckpointWriter: a compressed checkpoint written block by block, resumable after any interruption.
 
-Every item is written in work/, synced, recorded, and renamed to its place, so an item that stands is whole. Holds
+Every item is written in work/, synced, recorded, and renamed to its place, so an item at its place is whole. Holds
 one block at a time. Does not know what a run computes.
 """
 
@@ -46,7 +46,7 @@ class CheckpointWriter:
     """A BlockSink that makes one checkpoint folder; nothing in it loads before `finish` has returned.
 
     Use as a context manager: on the way out the lock is given back, and a run that has stored nothing, and put
-    nothing else into the folder, leaves nothing behind.
+    nothing else into the folder, leaves no files.
 
     Attributes:
       path: the checkpoint folder.
@@ -257,7 +257,7 @@ class CheckpointWriter:
             self._publish(folder, entries)
 
     def _publish(self, folder: str, entries: dict[str, Entry]) -> None:
-        """Syncs what lies aside, records it, and renames it to its place."""
+        """Syncs the item in work/, records it, and renames it to its place."""
         aside, final, record = self._folder.work / "items" / folder, self.path / folder, self._record(folder)
         atomic.sync_tree(aside)
         files = {
@@ -273,7 +273,7 @@ class CheckpointWriter:
         self._parts[folder] = part
 
     def _find_finished(self) -> dict[str, Contents]:
-        """Returns {item folder: contents} of the items that stand, each held against its record and the model."""
+        """Returns {item folder: contents} of the items at their places, each compared with its record and the model."""
         folders = [folder for folder in self._items if (self.path / folder).is_dir()]
         blocks = [folder for folder in folders if folder not in (REST, TOKENIZER)]
         if blocks != [block_folder(i) for i in range(len(blocks))]:

@@ -1,4 +1,4 @@
-"""Bits where they count: (g, num_codes) by matrix under one budget, of the least predicted loss."""
+"""Mixed precision: (g, num_codes) of each matrix under one bit budget, of the least predicted loss."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,13 +17,14 @@ from cluscomp_jax.runtime.suppress_output import silenced
 Shapes = Mapping[str, tuple[int, ...]]
 
 _GROUPS = (1, 2, 3, 4, 6, 8)
-"""Weights per code that are offered: what lies between them or beyond buys less than half a percent."""
+"""Weights per code that are offered: others, between them or larger, gain less than half a percent."""
 _INDEX_BITS = range(2, 17)
 _LEAST, _ABOVE = 0.5, 1.5
 """Index bits per weight that are offered: from this share of the budget, unless codebooks leave less, to so many above.
 With fewer, errors are as large as weights, of which a prediction to second order knows nothing."""
 _BY_HEART = 2.0
-"""Share of the error that is saved for every code per vector; measured: 2 to 4."""
+"""Share of the error that is saved for every code per vector, because codes then learn vectors by heart (overfit);
+measured: 2 to 4."""
 _ENOUGH = {"mip_rel_gap": 1e-3, "node_limit": 200}
 """When branch and bound ends: near the least, or where so many costs are equal that it would count through them all."""
 _TOLERANCE = 2e-6
@@ -33,9 +34,9 @@ _TOLERANCE = 2e-6
 def tempered(sensitivities: Mapping[str, float], matrices: Shapes) -> dict[str, float]:
     """Returns {path: cost of an error}: the square root of each sensitivity per weight, times the number of weights.
 
-    Sensitivities are those of single errors in the original model. In the compressed one the kernels behind an error
-    make good a part of it, the larger the more there is to make good: spent by their square roots, bits leave less than
-    half of the divergence that they leave spent by the sensitivities themselves (docs/experiments.md).
+    Sensitivities are those of single errors in the original model. In the compressed one the kernels after an error
+    compensate a part of it, and the larger the error, the larger the part. Bits spent by the square roots leave less
+    than half of the divergence of bits spent by the sensitivities themselves (docs/experiments.md).
 
     Args:
       sensitivities: {path: loss per unit of relative squared error}, at least those of `matrices`; >= 0.
@@ -63,7 +64,7 @@ def allocate_unevenly(
         every matrix has its own.
 
     Raises:
-      ArithmeticError: no choice is within the budget; `check_reachable` tells before.
+      ArithmeticError: no choice is within the budget; `check_reachable` finds that out beforehand.
     """
     problem = _problem(matrices, pools, like.axis)
     return {
@@ -74,7 +75,7 @@ def allocate_unevenly(
 
 
 def check_reachable(matrices: Shapes, bits: float, *, axis: Axis, pools: Mapping[str, str] | None = None) -> None:
-    """Raises InputError where `allocate_unevenly` has nothing to offer that is within the budget, whatever the costs.
+    """Raises InputError where `allocate_unevenly` offers nothing within the budget, whatever the costs.
 
     Args:
       matrices, bits, pools: as there.
@@ -93,7 +94,7 @@ def _offers(bits: float, *, least: float) -> list[tuple[int, int]]:
 
 
 class _Problem(NamedTuple):
-    """What is to be chosen.
+    """The choice to be made.
 
     Attributes:
       matrices: {path: (d_in, d_out)}.
@@ -144,9 +145,9 @@ def _system(problem: _Problem, offers: Sequence[tuple[int, int]]) -> _System:
 
 def _minimised(system: _System, objective: np.ndarray, budget: float | None) -> np.ndarray:
     """Returns the unknowns, rounded, of nearly the least objective within a budget of bits, by branch and bound."""
-    # In shares of the budget: numbers of bits would be far apart from the ones beside them.
+    # In shares of the budget: numbers of bits are many orders of magnitude above the 1s of the other rules.
     within = [] if budget is None else [LinearConstraint(system.bits[None] / budget, -np.inf, 1.0 - _TOLERANCE)]
-    with silenced(1):  # HiGHS writes words of its own, whatever it is told
+    with silenced(1):  # HiGHS prints messages of its own, whatever its options
         solved = milp(
             objective,
             integrality=np.ones(len(objective)),

@@ -1,9 +1,9 @@
-"""Where a kernel should go so that drifted inputs give the outputs that the original inputs gave.
+"""Drift correction: a kernel is moved so that the compressed model's inputs give the original outputs.
 
-By the time a kernel is compressed its inputs x are no longer those of the original model, x0, and nor is the residual
-r that its outputs are added to. Quantising the original weights W would repair none of that; this moves them first
-to the ridge regression of the original outputs x0 W + r0 - r on x. (The same first step, without the residual, is in
-GPTAQ, Li et al. 2025, and Qronos, Zhang et al. 2025.)
+When a kernel is compressed, its inputs x are no longer the inputs x0 of the original model: they have drifted. So has
+the residual r that its outputs are added to. To quantise the original weights W would repair none of that. Drift
+correction first replaces W by the ridge regression of the original outputs x0 W + r0 - r on x. (The same first step,
+without the residual, is in GPTAQ, Li et al. 2025, and Qronos, Zhang et al. 2025.)
 """
 
 from functools import partial
@@ -17,14 +17,14 @@ from cluscomp_jax.core.cholesky import DAMPING_RETRIES, blocked_cholesky
 
 
 class LayerStatistics(NamedTuple):
-    """Second moments of the inputs x [d_in] of a site, float32, means over positions.
+    """Statistics of the inputs x [d_in] of an input group, float32, means over positions.
 
     Attributes:
-      inputs: E[x x^T] [d_in, d_in].
-      drift: E[x (x0 - x)^T] [d_in, d_in], x0 the original stream's inputs; None where it is not known, and where
-        `errors` says more.
-      errors: E[x e^T] [d_in, d_out], e = (x0 - x) W + r0 - r what the outputs of the site's one kernel lack on their
-        residual; None where outputs are added to none.
+      hessian: H = E[x x^T] [d_in, d_in].
+      drift: E[x (x0 - x)^T] [d_in, d_in], x0 the original stream's inputs. None where the original stream is not
+        given, and where `errors` is there instead.
+      errors: E[x e^T] [d_in, d_out], e = (x0 - x) W + r0 - r the error of the residual stream after the group's one
+        projection W. None where the outputs are not added to a residual.
     """
 
     hessian: jax.Array
@@ -33,15 +33,17 @@ class LayerStatistics(NamedTuple):
 
 
 def corrected(weight: jax.Array | np.ndarray, statistics: LayerStatistics, *, ridge: float) -> jax.Array:
-    """Returns the kernel float32 [d_in, d_out] W + (E[x x^T] + ridge m I)^-1 E[x e^T], m the mean of E[x_i^2].
+    """Returns the kernel float32 [d_in, d_out] W + (H + ridge m I)^-1 E[x e^T], m the mean of H's diagonal.
 
     Args:
-      weight: [d_in, d_out], the original W; from the host it comes to the device behind the root, which needs the room.
-      moments: with drift or errors.
-      ridge: > 0; the larger, the nearer to W; tenfold, up to four times, if it is too little to solve with.
+      weight: [d_in, d_out], the original W, floating. An array of the host is copied to the device after the root is
+        computed, which needs the memory.
+      statistics: the Hessian, with drift or errors.
+      ridge: > 0; the larger it is, the closer the result is to W. Where it is too little for a Cholesky root, it is
+        raised tenfold, up to four times.
 
     Raises:
-      FloatingPointError: the moments cannot be factorised.
+      FloatingPointError: the Hessian has no Cholesky root at any of these ridges.
     """
     for retry in range(DAMPING_RETRIES):
         root = ridge_root(statistics.hessian, ridge * 10.0**retry)
@@ -49,14 +51,21 @@ def corrected(weight: jax.Array | np.ndarray, statistics: LayerStatistics, *, ri
             moved: jax.Array = corrected_kernel(weight, root, statistics.drift, statistics.errors)
             return moved
     raise FloatingPointError(
-        f"second moments of {statistics.hessian.shape[0]} channels cannot be factorised even with a ridge of "
-        f"{ridge * 10.0 ** (DAMPING_RETRIES - 1)} times their mean"
+        f"the Hessian of {statistics.hessian.shape[0]} channels has no Cholesky root even with a ridge of "
+        f"{ridge * 10.0 ** (DAMPING_RETRIES - 1)} times the mean of its diagonal"
     )
 
 
 @jax.jit
 def ridge_root(hessian: jax.Array, ridge: jax.Array) -> jax.Array:
-    """Returns the lower root of E[x x^T] + ridge m I, a program of its own: it needs twice its memory while it runs."""
+    """Returns the lower Cholesky root float32 [d_in, d_in] of H + ridge m I, m the mean of H's diagonal.
+
+    It is a program of its own, because it needs twice its memory while it runs.
+
+    Args:
+      hessian: H float32 [d_in, d_in], symmetric.
+      ridge: scalar, > 0. Too small, it gives a root with NaN on its diagonal.
+    """
     mean = jnp.mean(jnp.diagonal(hessian))
     damped = hessian + ridge * jnp.where(mean > 0, mean, 1.0) * jnp.eye(len(hessian), dtype=jnp.float32)
     return blocked_cholesky(damped)
@@ -66,11 +75,18 @@ def ridge_root(hessian: jax.Array, ridge: jax.Array) -> jax.Array:
 def corrected_kernel(
     weight: jax.Array, root: jax.Array, drift: jax.Array | None, errors: jax.Array | None
 ) -> jax.Array:
-    """Returns the kernel [d_in, d_out], float32, moved by the ridge regression of `errors` and `drift` under `root`."""
+    """Returns the kernel float32 [d_in, d_out] W + (root root^T)^-1 E[x e^T].
+
+    Args:
+      weight: W [d_in, d_out], floating; computed in float32.
+      root: float32 [d_in, d_in], lower triangular, of `ridge_root`.
+      drift: float32 [d_in, d_in], as in `LayerStatistics`; read only where `errors` is None.
+      errors: float32 [d_in, d_out], as in `LayerStatistics`, or None.
+    """
     weight = weight.astype(jnp.float32)
     if errors is None:
         assert drift is not None
         errors = jnp.dot(drift, weight, precision="highest")
-    # Solved from the right, transposed: GPU solvers want columns side by side, and that is what rows become.
+    # Solved from the right, transposed: GPU solvers expect column-major arrays, which the transposed rows are.
     solve = partial(jax.lax.linalg.triangular_solve, root.T, left_side=False, lower=False)
     return weight + solve(solve(errors.T), transpose_a=True).T

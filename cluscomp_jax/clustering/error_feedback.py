@@ -1,13 +1,14 @@
-"""Error feedback: codes chosen one input channel after another, each channel making good the errors before it.
+"""Error feedback as in OBQ and GPTQ (Frantar et al., 2022): each input channel compensates the errors before it.
 
-The idea of OBQ and GPTQ (Frantar et al., 2022) for vectors along the output axis, whose g weights share one input
-channel. With inputs X of second moment H = E[x x^T] = R R^T, R upper triangular, the output error of E = W - Q is
+Codes are chosen one input channel after another. The vectors run along the output axis, so that the g weights of a
+vector share one input channel. With the Hessian H = E[x x^T] = R R^T of the inputs x, R upper triangular, the output
+error of E = W - Q is
 
     tr(E^T H E) = |R^T E|^2 = sum_i R_ii^2 |E_i + sum_{j<i} R_ji / R_ii E_j|^2.
 
 So channel i takes the codes nearest to W_i + sum_{j<i} R_ji / R_ii E_j, and every term is as small as the choices
-before it allow. These are the codes of OBQ, which moves the weights still to come by rows of a factor of H^-1 instead;
-here no inverse is made (the equivalence is that of Babai's nearest plane: Chen et al., 2025).
+before it allow. These are the codes of OBQ, which instead moves the weights not coded yet by rows of a factor of H^-1.
+Here no inverse is computed (the equivalence is that of Babai's nearest plane: Chen et al., 2025).
 
 Letters: i input channels, o outputs, n codes, g weights per code, c = ceil(o/g) codes per channel.
 """
@@ -22,13 +23,16 @@ from cluscomp_jax.core.cholesky import DAMPING_RETRIES, blocked_cholesky
 from cluscomp_jax.kmeans import CodeIndex, nearest_code
 
 _BLOCK_SIZE = 128
-"""Channels whose errors reach the channels after them together: one product of matrices instead of many sums."""
+"""Channels whose errors are added to the channels after them in one product of matrices, instead of many sums."""
 
 
 class HessianFactor(NamedTuple):
-    """Channels int32 [i] from the one coded last to the one coded first, and the lower root [i, i] of H in that order.
+    """The Cholesky root of a damped Hessian H, and the order in which channels are coded (`act_order` in GPTQ).
 
-    Running backwards through it is running forwards through R.
+    Attributes:
+      act_order: int32 [i], the channels from the one coded last to the one coded first.
+      root: float32 [i, i], lower triangular, root root^T = H with rows and columns in that order. The last row belongs
+        to the channel coded first: R is this root read backwards.
     """
 
     act_order: jax.Array
@@ -36,37 +40,43 @@ class HessianFactor(NamedTuple):
 
     @property
     def channel_weights(self) -> jax.Array:
-        """The weight R_ii^2, float32 [i], of each channel's squared distance from what it should have been."""
+        """R_ii^2, float32 [i] by channel: the weight of the squared distance between its codes and their target."""
         squares = jnp.square(jnp.diagonal(self.root))
         return jnp.zeros_like(squares).at[self.act_order].set(squares)
 
 
 def factor_hessian(hessian: jax.Array, *, damping: float = 0.01) -> HessianFactor:
-    """Returns the order and root of the damped second moments E[x x^T], float32 [i, i].
+    """Returns the HessianFactor of the damped Hessian.
 
-    Channels of large moment come first, while many are left to make good their errors. A channel that is never active
-    keeps its own codes and answers for none.
+    Channels with a large diagonal E[x_i^2] are coded first, while many others are left to compensate their errors. A
+    channel that is never active takes the codes nearest to its weights and compensates nothing.
 
     Args:
-      moments: symmetric, positive semidefinite.
-      damping: share of the mean diagonal that is added to it, > 0; tenfold, up to four times, if that is too little.
+      hessian: E[x x^T] float32 [i, i], symmetric, positive semidefinite.
+      damping: share of the mean diagonal that is added to the diagonal, > 0. Where that is too little for a Cholesky
+        root, it is raised tenfold, up to four times.
 
     Raises:
-      FloatingPointError: the moments cannot be factorised.
+      FloatingPointError: the Hessian has no Cholesky root at any of these dampings.
     """
     for retry in range(DAMPING_RETRIES):
         factor: HessianFactor = factor_damped(hessian, damping * 10.0**retry)
         if bool(jnp.isfinite(jnp.diagonal(factor.root)).all()):
             return factor
     raise FloatingPointError(
-        f"second moments of {hessian.shape[0]} channels cannot be factorised even with a damping of "
-        f"{damping * 10.0 ** (DAMPING_RETRIES - 1)} times their mean"
+        f"the Hessian of {hessian.shape[0]} channels has no Cholesky root even with a damping of "
+        f"{damping * 10.0 ** (DAMPING_RETRIES - 1)} times the mean of its diagonal"
     )
 
 
 @jax.jit
 def factor_damped(hessian: jax.Array, damping: jax.Array) -> HessianFactor:
-    """Returns the factor of E[x x^T] plus `damping` times the mean of its diagonal; one try of `factor_hessian`."""
+    """Returns the HessianFactor of H + damping * mean(diag H) * I: one attempt of `factor_hessian`.
+
+    Args:
+      hessian: H float32 [i, i], symmetric.
+      damping: scalar, > 0. Too small, it gives a root with NaN on its diagonal.
+    """
     diagonal = jnp.diagonal(hessian)
     order = jnp.argsort(diagonal, stable=True).astype(jnp.int32)
     mean = jnp.mean(diagonal)
@@ -79,18 +89,20 @@ def factor_damped(hessian: jax.Array, damping: jax.Array) -> HessianFactor:
 def assign_with_error_feedback(
     weight: jax.Array, codebook: jax.Array, factor: HessianFactor, *, g: int, code_index: CodeIndex | None = None
 ) -> jax.Array:
-    """Returns the index int32 [i, c] of the codes.
+    """Returns the index int32 [i, c] of the codes that error feedback chooses.
 
     Args:
-      weight: [i, o].
-      codebook: [n, g], as it will be stored; computed in float32.
-      forest: of the codes; None: every vector is compared with all of them.
+      weight: W [i, o], floating; computed in float32.
+      codebook: [n, g], floating, as it will be stored; computed in float32.
+      factor: act_order int32 [i] and root float32 [i, i] of the Hessian of the inputs.
+      g: weights per code.
+      code_index: search trees over the codes (`build_code_index`). None: every vector is compared with all codes.
     """
     channels, outputs = weight.shape
     codebook = codebook.astype(jnp.float32)
     rows = min(_BLOCK_SIZE, channels)
     spare = -channels % rows
-    # Spare channels in front, which are coded last, are zero, and their part of the root an identity's.
+    # Channels of padding come first in this order and are coded last. They are zero, and their diagonal of the root 1.
     ordered = jnp.pad(weight.astype(jnp.float32)[factor.act_order], ((spare, 0), (0, -outputs % g)))
     root = jnp.pad(factor.root, ((spare, 0), (spare, 0))) if spare else factor.root
     diagonal = jnp.where(jnp.arange(spare + channels) < spare, 1.0, jnp.diagonal(root))
@@ -125,14 +137,15 @@ def nearest_to_row(
     *,
     outputs: int,
 ) -> jax.Array:
-    """Returns the index int32 [c] of the codes nearest to what one channel should be.
+    """Returns the index int32 [c] of the codes nearest to one channel's target.
 
     Args:
       target: float32 [c * g], of which the first `outputs` count.
       codebook: float32 [n, g].
-      forest: of the codes; None: every vector is compared with all of them.
-      known: int32 [c], a code for each vector that is kept unless a nearer one is found.
-      outputs: a last vector that reaches beyond them is compared with all codes, by its weights within them.
+      code_index: search trees over the codes. None: every vector is compared with all codes.
+      previous: int32 [c], a code for each vector that is kept unless a nearer one is found. None: there is none.
+      outputs: o, the output channels. A last vector that extends past them is compared with all codes, by its first
+        o mod g weights alone.
     """
     g = codebook.shape[1]
     index = nearest_code(target.reshape(-1, g), codebook, code_index, previous)

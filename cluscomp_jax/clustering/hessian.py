@@ -1,4 +1,11 @@
-"""Input moments of a block's kernels, taken through the block's tap. Knows a Model and batches, no files."""
+"""Hessians of a block's projections: E[x x^T] of their inputs x, collected by an observer in the block.
+
+A projection (q_proj and its like) multiplies its input x by a kernel W. The layer-wise output error of a change E of W
+is tr(E^T H E) with the Hessian H = E[x x^T], the mean over positions. Projections that read one activation form an
+input group and have one Hessian. An observer is a function that the block calls with the input of every group. This
+module knows a Model and batches, no files.
+Letters: b samples of t positions, d channels between blocks, i input channels of a group (d_in).
+"""
 
 from collections.abc import Callable, Hashable, Iterable
 from functools import partial
@@ -16,11 +23,13 @@ from cluscomp_jax.models.streams import Batch
 def collect_hessian_diagonals(
     model: Model, layer_type: Hashable, block: Params, batches: Iterable[Batch]
 ) -> dict[str, jax.Array]:
-    """Returns {block-relative kernel path: E[x_i^2] float32 [d_in]} over all positions of all batches.
+    """Returns {block-relative kernel path: the Hessian's diagonal E[x_i^2], float32 [d_in]}, means over all positions.
 
     Args:
-      block: parameters of the block, block-relative paths.
-      batches: inputs of the block, of which the compressed stream's count.
+      model: the decoder.
+      layer_type: what distinguishes the block's program (`Model.layer_type`).
+      block: parameters of the block by block-relative paths.
+      batches: inputs of the block; only `x` and `weights` are read.
 
     Raises:
       ValueError: no batch.
@@ -38,13 +47,18 @@ def collect_hessians(
     *,
     original: Params | None = None,
 ) -> LayerStatistics:
-    """Returns the second moments of one site's inputs over all positions of all batches.
+    """Returns the Hessian of one input group, and its drift statistics where `original` is given.
+
+    All are float32 means over all positions of all batches.
 
     Args:
-      site: of `model.sites`; the parts of the block behind it are not computed.
-      block: parameters of the block as they are by now, dense or compressed.
-      batches: inputs of the block, with `original` those of both streams.
-      original: the block's dense parameters; with them the moments tell how far the compressed stream has drifted.
+      model: the decoder.
+      layer_type: what distinguishes the block's program (`Model.layer_type`).
+      group: an input group, a key of `model.input_groups`; the parts of the block after it are not computed.
+      block: parameters of the block at this point of the run, dense or compressed.
+      batches: inputs of the block; with `original`, those of both streams.
+      original: the block's dense parameters. They give the drift, the difference of the original stream's inputs from
+        the compressed stream's. None: the Hessian alone.
 
     Raises:
       ValueError: no batch.
@@ -60,19 +74,24 @@ def _means(batches: Iterable[Batch], add: Callable[[Any, Batch], dict[str, jax.A
     sums: dict[str, jax.Array] | None = None
     positions = 0
     for batch in batches:
-        # Else batches that nothing has begun to add would fill the device.
+        # Without this, batches whose sums have not been added yet would fill the device.
         jax.block_until_ready(sums)  # type: ignore[no-untyped-call]
         sums = add(sums, batch)
         positions += batch.x.shape[0] * batch.x.shape[1]
     if sums is None:
-        raise ValueError("no batches to take the moments of")
+        raise ValueError("no batches to collect a Hessian of")
     means: dict[str, jax.Array] = divide(sums, positions)
     return means
 
 
 @partial(jax.jit, donate_argnums=0)
 def divide(sums: dict[str, jax.Array], count: jax.Array) -> dict[str, jax.Array]:
-    """Returns the sums divided by `count`, in their own memory: of the largest site they are gigabytes."""
+    """Returns {name: float32 array / count}, in the memory of `sums`, which are gigabytes for the largest input group.
+
+    Args:
+      sums: {name: float32 array of any shape}; donated.
+      count: scalar, the number of positions, > 0.
+    """
     return {name: total / count for name, total in sums.items()}
 
 
@@ -80,7 +99,15 @@ def divide(sums: dict[str, jax.Array], count: jax.Array) -> dict[str, jax.Array]
 def add_squares(
     sums: dict[str, jax.Array] | None, batch: Batch, *, model: Model, layer_type: Hashable, block: Params
 ) -> dict[str, jax.Array]:
-    """Adds the sums of x_i^2 of a batch, float32 [d_in] for each site, to `sums` (None: zero)."""
+    """Returns {input group: float32 [d_in]}, `sums` plus the sum of x_i^2 over a batch.
+
+    Args:
+      sums: the result so far; donated. None: zero.
+      batch: x [b, t, d] of the compute dtype, weights float32 [b, t] or None.
+      model: the decoder.
+      layer_type: that of the block.
+      block: parameters of the block.
+    """
 
     def observer(group: str, value: jax.Array, residual: jax.Array | None) -> jax.Array:
         rows = _rows(value)
@@ -94,7 +121,16 @@ def add_squares(
 def add_products(
     sums: dict[str, jax.Array] | None, batch: Batch, *, model: Model, layer_type: Hashable, group: str, block: Params
 ) -> dict[str, jax.Array]:
-    """Adds the sums of x x^T of a batch, float32 [d_in, d_in], at one site to `sums` (None: zero)."""
+    """Returns {"hessian": float32 [d_in, d_in]}, `sums` plus the sum of x x^T over a batch, for one input group.
+
+    Args:
+      sums: the result so far; donated. None: zero.
+      batch: x [b, t, d] of the compute dtype, weights float32 [b, t] or None.
+      model: the decoder.
+      layer_type: that of the block.
+      group: a key of `model.input_groups`.
+      block: parameters of the block.
+    """
     value, _ = _at_group(model, layer_type, group, block, batch.x)
     return _sum(sums, {"hessian": _product(_weighted(value, batch.weights), value)})
 
@@ -110,7 +146,17 @@ def add_pair(
     block: Params,
     original: Params,
 ) -> dict[str, jax.Array]:
-    """Adds what `add_products` adds, and the sums of x e^T of the input's and the residual's drift."""
+    """Returns what `add_products` does, and in addition the sum of x e^T under "drift" or "errors" (`LayerStatistics`).
+
+    Args:
+      sums: the result so far; donated. None: zero.
+      batch: x and original [b, t, d] of the compute dtype, weights float32 [b, t] or None.
+      model: the decoder.
+      layer_type: that of the block.
+      group: a key of `model.input_groups`.
+      block: parameters of the block, dense or compressed.
+      original: the block's dense parameters.
+    """
     assert batch.original is not None
     x, onto = _at_group(model, layer_type, group, block, batch.x)
     wanted, wanted_onto = _at_group(model, layer_type, group, original, batch.original)
@@ -128,7 +174,7 @@ def add_pair(
 def _at_group(
     model: Model, layer_type: Hashable, group: str, block: Params, x: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns (input float32 [m, d_in] of the site, residual float32 [m, d] that its output is added to or None)."""
+    """Returns (input float32 [m, d_in] of the group, residual float32 [m, d] that its output is added to or None)."""
 
     def observer(name: str, value: jax.Array, residual: jax.Array | None) -> Any:
         return (_rows(value), None if residual is None else _rows(residual)) if name == group else None

@@ -1,4 +1,4 @@
-"""One matrix at a time: dense kernel to CodebookArray and back, and what a compressed tree weighs.
+"""One matrix at a time: dense kernel to CodebookArray and back, and the stored size of a compressed tree.
 
 Knows matrices and trees, no models.
 """
@@ -28,7 +28,7 @@ from cluscomp_jax.errors import InputError
 
 NOT_IN = (
     "axis 'in' takes neither activation weights nor error feedback: its vectors span input channels of different "
-    "weight that answer for each other; set weighted = false and error_feedback = false (--unweighted), or axis = 'out'"
+    "weight; set weighted = false and error_feedback = false (--unweighted), or axis = 'out'"
 )
 
 
@@ -48,13 +48,13 @@ def to_vectors(weight: jax.Array, *, g: int, axis: Axis) -> jax.Array:
 
 
 class SharedStart(NamedTuple):
-    """What a kernel begins with where its codebook is shared; on the host.
+    """The codebook and first codes of a kernel whose codebook is shared; on the host.
 
     Attributes:
       owner: block-relative path of the kernel that stores the codebook; None: this one.
       codebook: [n, g], 16 bit.
       codes: int32 [m], the code nearest to each of the kernel's vectors.
-      seconds: that the codebook took, where it is this kernel's; else 0.
+      seconds: wall time of the codebook's k-means, where this kernel stores the codebook; else 0.
     """
 
     owner: str | None
@@ -93,18 +93,18 @@ def cluster_matrix(
     """Returns the CodebookArray of a kernel [d_in, d_out] and its error; the codebook is already 16 bit.
 
     Args:
-      weight: [d_in, d_out], finite. What lies on the host, weight or feedback, is on the device only while it is used:
-        k-means, which needs the most memory for itself, has it to itself.
-      rule: gives g, num_codes and axis; its pattern is not looked at.
-      settings: iterations, codebook_dtype and, with feedback, refine_rounds are used.
+      weight: [d_in, d_out], finite. Arrays of the host, weight or factor, are on the device only while they are used:
+        k-means, which needs the most memory, then has the device to itself.
+      rule: gives g, num_codes and axis; its pattern is not read.
+      settings: iterations, codebook_dtype and, with error feedback, refine_rounds are used.
       key: same key, same bytes.
       channel_weights: [d_in] >= 0, weight of each input channel's error (E[x_i^2]); axis "out" only.
-      feedback: of the kernel's input: codes are chosen channel by channel, each making good the errors before it;
-        axis "out" only.
-      shared: the codebook, not to be changed, of several kernels; None: a k-means of the kernel's own makes it.
+      factor: of the Hessian of the kernel's input. With it, codes are chosen by error feedback, and codes and codebook
+        are improved by refine rounds; axis "out" only. None: every vector takes its nearest code.
+      shared: the codebook of several kernels, which stays unchanged. None: k-means of this kernel's vectors makes one.
 
     Raises:
-      InputError: weights that are not finite, or channel weights or feedback for axis "in".
+      InputError: weights that are not finite, or channel weights or a factor for axis "in".
     """
     d_in, d_out = weight.shape
     if rule.axis != "out" and (factor is not None or channel_weights is not None):
@@ -112,7 +112,7 @@ def cluster_matrix(
     began, owner = time.monotonic(), None
     weight, channel_weights = on_one_device(weight), on_one_device(channel_weights)
     if shared is None:
-        # No name here holds the vectors and their weights, so that k-means can let go of them.
+        # No name here refers to the vectors and their weights, so that k-means can free them.
         codes, index, _ = kmeans.fit_codebook(
             to_vectors(jax.device_put(weight), g=rule.group_size, axis=rule.axis),
             num_codes=rule.num_codes,
@@ -129,7 +129,7 @@ def cluster_matrix(
         owner, rounded, index = shared.owner, jnp.asarray(shared.codebook), jnp.asarray(shared.codes)
     if factor is not None:
         del index  # all codes are chosen anew
-        rounded, index = _with_feedback(weight, rounded, factor, rule, settings, key, shared is None)
+        rounded, index = _with_error_feedback(weight, rounded, factor, rule, settings, key, shared is None)
     shape = (d_in, d_out)
     packed = index.reshape(cb.index_shape(shape, rule.group_size, rule.axis)).astype(cb.index_dtype(rule.num_codes))
     array = CodebookArray(codebook=rounded, index=packed, shape=shape, axis=rule.axis, tied_to=owner)
@@ -138,7 +138,7 @@ def cluster_matrix(
     return array, ClusterStats(plain, weighted, entropy, time.monotonic() - began)
 
 
-def _with_feedback(
+def _with_error_feedback(
     weight: jax.Array | np.ndarray,
     codebook: jax.Array,
     factor: HessianFactor,
@@ -147,14 +147,14 @@ def _with_feedback(
     key: jax.Array,
     solve: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (codebook, rounded; index), chosen with feedback and refitted; `solve`: the codebook too."""
-    there: jax.Array = jax.device_put(weight)
+    """Returns (codebook, rounded; index) of error feedback and refine rounds; `solve`: of the codebook too."""
+    on_device: jax.Array = jax.device_put(weight)
     factor = jax.device_put(factor)
     code_index = kmeans.build_code_index(codebook, key)
     codes, index = refine(
-        there,
+        on_device,
         codebook,
-        assign_with_error_feedback(there, codebook, factor, g=rule.group_size, code_index=code_index),
+        assign_with_error_feedback(on_device, codebook, factor, g=rule.group_size, code_index=code_index),
         factor,
         rounds=settings.refine_rounds,
         code_index=code_index,
@@ -167,8 +167,8 @@ def _with_feedback(
 def index_entropy(index: np.ndarray, num_codes: int) -> float:
     """Returns the entropy of the entries of an index, in bits: what a perfect entropy coder would spend on each."""
     counts = np.bincount(index.reshape(-1), minlength=num_codes)
-    tie_codebooks = counts[counts > 0] / index.size
-    return float(-np.sum(tie_codebooks * np.log2(tie_codebooks)))
+    shares = counts[counts > 0] / index.size
+    return float(-np.sum(shares * np.log2(shares)))
 
 
 @partial(jax.jit, static_argnames=("d_out", "g"))
@@ -181,7 +181,9 @@ def vector_weights(channel_weights: jax.Array, *, d_out: int, g: int) -> jax.Arr
 
 
 def channel_mass(weights: jax.Array) -> jax.Array:
-    """Returns float32 weights of mean 1, dead ones lifted to a millionth so that they keep their vectors; 1 if all are.
+    """Returns float32 [d_in], weights of mean 1, all 1 where all channels are dead (weight 0).
+
+    A dead channel among others gets a millionth, so that its vectors keep codes.
 
     Args:
       weights: [d_in] >= 0.
@@ -239,7 +241,7 @@ class MatrixSize:
 
 @dataclasses.dataclass(frozen=True)
 class SizeReport:
-    """What a params tree weighs in storage: packed indices, 16-bit codebooks, everything else in its own dtype.
+    """Stored size of a params tree: packed indices, 16-bit codebooks, everything else in its own dtype.
 
     Attributes:
       matrices: the compressed matrices.
@@ -267,14 +269,14 @@ class SizeReport:
 
 
 def matrix_size(path: str, array: CodebookArray) -> MatrixSize:
-    """Returns the stored size of one CodebookArray; a codebook counts where it is its own."""
+    """Returns the stored size of one CodebookArray; a codebook counts where the array has its own."""
     own, n = array.tied_to is None, array.num_codes
     bits = cb.stored_bits(array.shape, g=array.group_size, num_codes=n, axis=array.axis, own=own)
     return MatrixSize(path, array.shape, array.axis, array.group_size, n, bits)
 
 
 def size_report(params: Mapping[Any, Any]) -> SizeReport:
-    """Returns what the params weigh in storage."""
+    """Returns the stored size of a params tree."""
     matrices, dense_bytes = [], 0
     for path, leaf in trees.flatten(params).items():
         if isinstance(leaf, CodebookArray):

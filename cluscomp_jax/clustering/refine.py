@@ -1,12 +1,12 @@
-"""Codes and codebook made better together, once every channel has codes: descent on the output error.
+"""Refine rounds after error feedback: coordinate descent over the codes, then least squares for the codebook.
 
-Error feedback chooses a channel's codes knowing only the errors before it. Afterwards all are known, and the output
-error tr(E^T H E) of E = W - Q can be lowered by turns: over the codes of one channel, all others held (coordinate
-descent, as QuantEase has it for scalars: Behdin et al., 2023), and over the codebook, all codes held, which is a
-linear least-squares problem. Neither can raise the error but by rounding.
+Error feedback chooses a channel's codes from the errors before it alone. Once every channel has codes, all errors are
+known. A round lowers the output error tr(E^T H E) of E = W - Q in two steps: over the codes of one channel after
+another, all others fixed (coordinate descent, as in QuantEase for scalars: Behdin et al., 2023), and over the codebook,
+all codes fixed, which is a linear least-squares problem. Apart from rounding, neither step can raise the error.
 
-H is the damped E[x x^T] of `cluscomp_jax.clustering.error_feedback`, made again from its root for each matrix: the
-rounds multiply by it five times each. Letters as there.
+H is the damped Hessian E[x x^T] of `cluscomp_jax.clustering.error_feedback`. It is computed again from its root for
+each matrix, because a round multiplies by it five times. Letters as there.
 """
 
 from collections.abc import Callable
@@ -20,17 +20,22 @@ from cluscomp_jax.clustering.error_feedback import HessianFactor, nearest_to_row
 from cluscomp_jax.kmeans import CodeIndex, build_code_index
 
 _ROWS = 128
-"""Channels whose changes reach the others together."""
+"""Channels whose changes are added to the others in one product of matrices."""
 _STEPS = 3
-"""Of conjugate gradients: sixteen end within 0.1% of the error of three (docs/experiments.md)."""
+"""Steps of conjugate gradients: sixteen end within 0.1% of the error of three (docs/experiments.md)."""
 _OUTPUTS = 4096
-"""Whose errors the codebook's equations hold at one time."""
+"""Outputs whose errors are in memory at one time while the codebook is solved for."""
 _HELD = 1e-3
-"""Share of its own weight by which a code is held where it is, so that codes hardly used cannot run away."""
+"""Ridge of the least squares, as a share of a code's own weight: it keeps rarely used codes near their old values."""
 
 
 class Curvature(NamedTuple):
-    """H float32 [i, i], its channels in the order int32 [i] of a `Feedback`."""
+    """A damped Hessian, its channels in the coding order of a `HessianFactor`.
+
+    Attributes:
+      order: int32 [i], the factor's `act_order`.
+      hessian: float32 [i, i], rows and columns in that order.
+    """
 
     order: jax.Array
     hessian: jax.Array
@@ -38,7 +43,11 @@ class Curvature(NamedTuple):
 
 @jax.jit
 def curvature_of(factor: HessianFactor) -> Curvature:
-    """Returns the damped second moments of which the feedback has the root."""
+    """Returns the damped Hessian root root^T of the factor.
+
+    Args:
+      factor: act_order int32 [i] and root float32 [i, i].
+    """
     return Curvature(factor.act_order, jnp.dot(factor.root, factor.root.T, precision="highest"))
 
 
@@ -53,17 +62,17 @@ def refine(
     key: jax.Array,
     solve: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (codebook float32 [n, g], index int32 [i, c]) after so many rounds of new codes and a new codebook.
+    """Returns (codebook float32 [n, g], index int32 [i, c]) after `rounds` refine rounds.
 
     Args:
-      weight: [i, o].
-      codebook: [n, g].
-      index: [i, c], the codes so far.
-      feedback: order and root of the moments.
+      weight: W [i, o], floating; computed in float32.
+      codebook: [n, g], floating; computed in float32.
+      index: integer [i, c], the codes so far.
+      factor: act_order int32 [i] and root float32 [i, i] of the Hessian of the inputs.
       rounds: >= 0; the first lowers the output error most.
-      forest: of the codes as they are given.
-      key: decides the trees of the codes that follow (`build_code_index`).
-      solve: False leaves the codebook as it is, for other kernels have it too.
+      code_index: search trees over `codebook`. None: every vector is compared with all codes.
+      key: seed of the search trees of later codebooks (`build_code_index`).
+      solve: False leaves the codebook unchanged, where other kernels share it.
     """
     codebook = codebook.astype(jnp.float32)
     if rounds == 0:
@@ -88,16 +97,17 @@ def reassign_codes(
     g: int,
     code_index: CodeIndex | None = None,
 ) -> jax.Array:
-    """Returns the index int32 [i, c] after one round in which every channel chooses anew, those of large moment first.
+    """Returns the index int32 [i, c] after one pass of coordinate descent, channels in the order of error feedback.
 
-    A channel takes the codes nearest to Q_i + (H E)_i / H_ii, the least of the output error over its row alone.
+    A channel takes the codes nearest to Q_i + (H E)_i / H_ii, which minimises the output error over its row alone.
 
     Args:
-      weight: [i, o].
-      codebook: [n, g]; computed in float32.
-      index: [i, c], the codes so far.
-      curvature: order and moments.
-      forest: of the codes; None: every vector is compared with all of them.
+      weight: W [i, o], floating; computed in float32.
+      codebook: [n, g], floating; computed in float32.
+      index: integer [i, c], the codes so far.
+      curvature: order int32 [i] and Hessian float32 [i, i].
+      g: weights per code.
+      code_index: search trees over the codes. None: every vector is compared with all codes.
     """
     channels, outputs = weight.shape
     rows = min(_ROWS, channels)
@@ -114,7 +124,7 @@ def reassign_codes(
         hessian = jax.lax.dynamic_slice_in_dim(padded, first, rows)
         slopes = jnp.dot(hessian, errors, precision="highest")
         within = jax.lax.dynamic_slice_in_dim(hessian, first, rows, axis=1)
-        own = jnp.where(jnp.diagonal(within) > 0, jnp.diagonal(within), 1.0)  # 0 where channels are spare
+        own = jnp.where(jnp.diagonal(within) > 0, jnp.diagonal(within), 1.0)  # 0 in channels of padding
         before = jax.lax.dynamic_slice_in_dim(errors, first, rows)
         block, used, held = (jax.lax.dynamic_slice_in_dim(a, first, rows) for a in (ordered, real, index))
 
@@ -135,16 +145,16 @@ def reassign_codes(
 
 @jax.jit
 def update_codebook(weight: jax.Array, codebook: jax.Array, index: jax.Array, curvature: Curvature) -> jax.Array:
-    """Returns the codebook float32 [n, g] of nearly the least output error with these codes.
+    """Returns the codebook float32 [n, g] of nearly the least output error for a fixed index.
 
     Conjugate gradients on the normal equations sum_i H (W - Q) = 0 over the places of each code, preconditioned by a
-    code's own weight. A code that stands nowhere stays where it is.
+    code's own weight. A code that the index does not contain is unchanged.
 
     Args:
-      weight: [i, o].
-      codebook: [n, g], where to begin.
-      index: [i, c].
-      curvature: order and moments.
+      weight: W [i, o], floating; computed in float32.
+      codebook: [n, g], floating, the initial value.
+      index: integer [i, c].
+      curvature: order int32 [i] and Hessian float32 [i, i].
     """
     n, g = codebook.shape
     pieces = _in_pieces(weight, index, curvature.order, g)
@@ -172,14 +182,14 @@ def update_codebook(weight: jax.Array, codebook: jax.Array, index: jax.Array, cu
         lambda move: gathered(lambda piece: weighed(spread(move, piece))) + held * move,
         gathered(lambda piece: weighed(piece.weight - spread(start, piece))),
         M=lambda slope: inverse * slope,
-        tol=1e-6,  # where so few codes are that it ends early, another step would divide nothing by nothing
+        tol=1e-6,  # few codes converge early, and another step would divide 0 by 0
         maxiter=_STEPS,
     )[0]
     return start + solved
 
 
 class _Piece(NamedTuple):
-    """Some of the outputs: weights [i, w], codes [i, w/g], and bool [w], which are no padding."""
+    """Some of the outputs: weights [i, w], codes [i, w/g], and bool [w], False for padding."""
 
     weight: jax.Array
     codes: jax.Array

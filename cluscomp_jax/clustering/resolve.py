@@ -1,4 +1,4 @@
-"""What a run settles before any long work: which rule compresses which kernel, and whether the calibration fits."""
+"""Checks before any long work: which rule compresses which kernel, and whether the calibration fits."""
 
 from collections.abc import Collection, Mapping
 
@@ -76,7 +76,7 @@ def bits_per_weight(model: Model, cfg: CompressConfig, by_block: list[Rules]) ->
 
 
 def mixes(cfg: CompressConfig, calibration: np.ndarray | None) -> bool:
-    """Returns whether a budget is spent unevenly, by sensitivities that calibration tells."""
+    """Returns whether a bit budget is spent unevenly, by sensitivities measured on the calibration."""
     return cfg.cluster.uneven and calibration is not None
 
 

@@ -1,10 +1,10 @@
-"""How much the loss of the whole model suffers from an error of each kernel. Sees a Model and a ParamSource.
+"""Sensitivity: how much an error of each kernel raises the loss of the whole model. Knows a Model and a ParamSource.
 
 To second order a change D of a kernel raises the loss by half of sum_io F_io D_io^2, F the diagonal of the empirical
 Fisher information: squared gradients of the loss of single samples (LeCun et al. 1989; Kim et al. 2024). Quantisation
 spreads its error over a kernel about evenly, so that one number is enough: sum(F) mean(W^2) / 2 is the loss per unit
-of relative squared error. Error feedback takes away the part of an output's error that other channels can make good;
-what stays of E[x^T x] is sum_i R_ii^2 (`cluscomp_jax.clustering.error_feedback`).
+of relative squared error. Error feedback removes the part of an output's error that other channels can compensate;
+what remains of E[x^T x] is sum_i R_ii^2 (`cluscomp_jax.clustering.error_feedback`).
 """
 
 from collections.abc import Hashable
@@ -27,7 +27,7 @@ from cluscomp_jax.models.streams import Batch
 from cluscomp_jax.runtime.reporter import Reporter
 
 _SAMPLES = 8
-"""Samples the gradients are taken of; more change the choice of codebooks little."""
+"""Samples of which gradients are computed; more change the choice of codebooks little."""
 
 
 def sensitivities(
@@ -41,7 +41,7 @@ def sensitivities(
 ) -> dict[str, float]:
     """Returns {path: loss in nats per token, by which a relative squared error of 1 of the kernel would raise it}.
 
-    Memory holds one block; the inputs of all blocks lie in `work_dir` meanwhile, 4 bytes a number.
+    Memory holds one block. The inputs of all blocks are in files in `work_dir`, 4 bytes a number.
 
     Args:
       model: the decoder.
@@ -49,7 +49,7 @@ def sensitivities(
       tokens: int [samples, length]; the first 8 samples are used.
       damping: that of error feedback, or None where there is none.
       work_dir: scratch.
-      reporter: is told of progress.
+      reporter: receives progress.
     """
     tokens = np.asarray(tokens[:_SAMPLES])
     reporter.start("sensitivity", 2 * model.num_blocks, "blocks")
@@ -79,11 +79,11 @@ def sensitivities(
 def _forward(
     model: Model, source: ParamSource, i: int, inputs: ActivationStore, outputs: ActivationStore, damping: float | None
 ) -> dict[str, float]:
-    """Writes the outputs of block i; returns {path: share of an error that feedback leaves}, if there is feedback."""
+    """Writes the outputs of block i; returns {path: share of an error that error feedback leaves}, empty without it."""
     block, layer_type = _block(source, i), model.layer_type(i)
     step = partial(run_block, block, model=model, layer_type=layer_type)
     run_through(step, inputs, outputs, batch_size=1, dtype=jnp.dtype("float32"))
-    return {} if damping is None else _named(model, i, _kept_by_feedback(model, layer_type, block, inputs, damping))
+    return {} if damping is None else _named(model, i, _share_after_feedback(model, layer_type, block, inputs, damping))
 
 
 def _backward(
@@ -100,7 +100,7 @@ def _backward(
 
 
 def scratch_bytes(num_blocks: int, shape: tuple[int, ...], width: int) -> int:
-    """Returns the bytes that `sensitivities` has on the disk meanwhile: the inputs of all blocks, and their outputs.
+    """Returns the bytes of the scratch files of `sensitivities`: the inputs of all blocks, and their outputs.
 
     Args:
       num_blocks: of the model.
@@ -124,10 +124,10 @@ def _named(model: Model, i: int, values: dict[str, float]) -> dict[str, float]:
     return {f"{model.blocks_path}/{i}/{path}": value for path, value in values.items()}
 
 
-def _kept_by_feedback(
+def _share_after_feedback(
     model: Model, layer_type: Hashable, block: Params, inputs: ActivationStore, damping: float
 ) -> dict[str, float]:
-    """Returns {block-relative path: sum_i R_ii^2 / sum_i E[x_i^2]}, the share of an error that feedback leaves."""
+    """Returns {block-relative path: sum_i R_ii^2 / sum_i E[x_i^2]}, the share that error feedback leaves."""
     shares: dict[str, float] = {}
     for group, paths in model.input_groups.items():
         batches = (Batch(jnp.asarray(x)) for _, x in inputs.batches(1))

@@ -1,4 +1,4 @@
-"""One codebook for several kernels of a block: which kernels share one, and how it is found.
+"""Tied codebooks: which kernels of a block share one codebook, and how it is fitted.
 
 A codebook of many codes costs a small model more than its indices gain; kernels that share it divide the cost.
 """
@@ -25,10 +25,10 @@ def sharing_groups(
 ) -> list[tuple[str, ...]]:
     """Returns the paths of a block's kernels with a codebook in common, two or more each, the owner first.
 
-    Kernels that are cut differently (g, num_codes, axis) do not share, whatever stands between them.
+    Kernels that are cut differently (g, num_codes, axis) do not share one.
 
     Args:
-      sites: {site: block-relative paths of its kernels}.
+      input_groups: {input group: block-relative paths of its kernels}.
       rules: {block-relative path: rule} of what is compressed.
       tie_codebooks: "none", "input" or "block".
     """
@@ -51,23 +51,23 @@ def fit_shared(
     key: jax.Array,
     channel_weights: Mapping[str, Any],
 ) -> dict[str, SharedStart]:
-    """Returns {path: what it begins with} of kernels that share a codebook, the first of which owns it.
+    """Returns {path: codebook and first codes} of kernels that share a codebook, the first of which stores it.
 
-    An error counts as a share of its own kernel's mean weighted square, so that no kernel is lost among larger numbers
-    and every weight counts alike.
+    An error counts as a share of its own kernel's mean weighted square, so that a kernel of
+    small weights counts as much as one of large weights.
 
     Args:
       kernels: {path: [d_in, d_out]}, the owner first.
       rule: gives g, num_codes and axis.
       settings: iterations and codebook_dtype are used.
       key: same key, same bytes.
-      channel_weights: {path: [d_in] >= 0, what an error of each input channel costs}; for axis "out", where it has any.
+      channel_weights: {path: [d_in] >= 0, the weight of each input channel's error}, for axis "out"; may lack kernels.
 
     Raises:
       InputError: weights that are not finite.
     """
     began = time.monotonic()
-    vectors, weights = [], []  # on the host: on the device lies one kernel, and later all that k-means needs
+    vectors, weights = [], []  # on the host: the device holds one kernel at a time, and later all that k-means needs
     for path, kernel in kernels.items():
         own = np.array(to_vectors(jnp.asarray(kernel), g=rule.group_size, axis=rule.axis))
         given = channel_weights.get(path)

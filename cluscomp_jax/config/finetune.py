@@ -18,12 +18,12 @@ class FinetuneConfig:
       data: how texts become rows; of no effect where rows are handed in.
       training: what trains, and how.
       mesh: how the devices are arranged; data x fsdp divides the batch size.
-      evaluate_every: steps between two evaluations, >= 1; there is one before the first step and one behind the last
+      evaluate_every: steps between two evaluations, >= 1; there is one before the first step and one after the last
         in any case. None: only those.
-      save_every: steps between two saved states, >= 1; a resumed run repeats at most so many.
+      save_every: steps between two saved states, >= 1; a resumed run repeats at most this many.
       keep: saved states that are kept, >= 1.
-      result: which masters become the result: "last", those behind the last step; "best", those of the lowest
-        evaluation, which then lie beside every saved state.
+      result: which masters become the result: "last", those after the last step; "best", those of the lowest
+        evaluation, which every saved state then contains in addition.
       seed: non-negative; orders the rows.
     """
 

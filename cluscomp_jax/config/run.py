@@ -110,7 +110,7 @@ def load_config(path: str | Path, *, recipe: Recipe | None = None) -> CompressCo
 
     Raises:
       InputError: no such file, not TOML, a key nobody reads, a value of the wrong type or range, or a recipe in the
-        file that is not the one asked for, or a bit budget beside the g or num_codes that it would replace.
+        file that is not the one asked for, or a bit budget together with the g or num_codes that it would replace.
     """
     fields = read_toml(path)
     try:

@@ -63,29 +63,29 @@ class ClusterConfig:
     Attributes:
       rules: the first rule whose pattern matches decides; what no rule matches stays dense.
       bits: a budget in stored bits per weight instead of g and num_codes: every rule keeps its pattern and axis,
-        and (g, num_codes) are chosen to meet the budget. None: the rules stand as they are.
+        and (g, num_codes) are chosen to meet the budget. None: the rules are used as they are.
       mixed_precision: how a budget is spent where calibration is given: "none": one (group_size, num_codes) for all;
         "per_matrix": one for every matrix, by the measured sensitivity of the model's loss; every block is compiled
         anew.
       tie_codebooks: which projections of a block have one codebook: "none"; "input": those that read one input (q, k
         and v; gate and up); "block": all; as far as their rules give them one (g, num_codes, axis). Worth its while
-        where codebooks are large beside their matrices (docs/experiments.md).
+        where codebooks are large compared with their matrices (docs/experiments.md).
       export: the form the result is meant for: "aqlm" restricts a budget, and refuses rules, to what an AQLM
         checkpoint can hold: one (g, num_codes) and axis for all matrices, g dividing every cut axis.
       iterations: Lloyd iterations, >= 0 (paper: 20).
       weighted: weight each vector by the mean square of its input channel, E[x_i^2], from calibration; used for
         axis "out" only, and only where calibration is given.
       error_feedback: choose the codes of one input channel after another, each making good the errors before it, by the
-        second moments E[x x^T] from calibration; used for axis "out" only, and only where calibration is given.
-      damping: share of the mean of E[x_i^2] added to the diagonal of those moments, > 0.
+        the Hessian E[x x^T] from calibration; used for axis "out" only, and only where calibration is given.
+      damping: share of the mean of E[x_i^2] added to the Hessian's diagonal, > 0.
       drift_correction: before a kernel is clustered, move it towards what gives the original model's outputs from the
         compressed model's inputs (`cluscomp_jax.clustering.drift_correction`); with error feedback only.
-      ridge: how strongly the correction is held back, as a share of the mean of E[x_i^2], > 0.
+      ridge: regularisation of the drift correction, as a share of the mean of E[x_i^2], > 0.
       true_sequential: inside a block, kernels see the outputs of those clustered before them, not of the original ones;
         with error feedback only.
-      massive_activation_limit: a position whose output of the block has more than so many times the median mean square
-        weighs in proportion less in the Hessian, >= 0; 0: all weigh the same; with error feedback only.
-      refine_rounds: rounds in which every channel is assigned anew, all other errors known, and the codebook is
+      massive_activation_limit: a position whose output of the block has more than this many times the median mean
+        square has proportionally less weight in the Hessian, >= 0; 0: all weigh the same; with error feedback only.
+      refine_rounds: rounds in which every channel is assigned again, given all other errors, and the codebook is
         updated by least squares, >= 0; with error feedback only.
       codebook_dtype: 16-bit type codebooks are stored and evaluated in; a matrix with codes beyond the range of
         float16 is kept in bfloat16.
@@ -156,7 +156,7 @@ class ClusterConfig:
 
     @property
     def uneven(self) -> bool:
-        """Whether a budget is spent by sensitivities, where calibration tells them."""
+        """Whether a bit budget is spent by sensitivities, which calibration is needed for."""
         return self.mixed_precision != "none"
 
     @property
@@ -203,12 +203,12 @@ class BlockTuningConfig:
       weight_decay: decoupled weight decay, >= 0.
       clip_norm: largest global gradient norm, > 0; None: no clipping.
       aug_loss: also match the original block's output on the compressed stream (official option, off by default).
-      massive_activation_limit: a position whose target has more than so many times the median mean square weighs in
+      massive_activation_limit: a position whose target has more than this many times the median mean square weighs in
         proportion less in the loss, >= 0; 0: all weigh the same.
       norms: train the block's one-dimensional parameters too (norm weights, biases), at a tenth of the rate; they are
         then stored in the dtype of codebooks.
-      compute_dtype: dtype of activations and decoded weights; masters and moments stay float32. None: bfloat16 on a
-        GPU, whose float32 products take eight times as long; float32 elsewhere (`compute_dtype_of`).
+      compute_dtype: dtype of activations and decoded weights; masters and Adam's moments stay float32. None: bfloat16
+        on a GPU, whose float32 products take eight times as long; float32 elsewhere (`compute_dtype_of`).
       activation_dtype: dtype of the stored activation streams.
       validation_samples: samples kept out of tuning and scored after each epoch, >= 0; the epoch with the lowest loss
         on them is kept. 0: the last epoch is kept.
@@ -270,10 +270,10 @@ class DataConfig:
 
     Attributes:
       length: tokens per row, >= 2. Running text is cut into rows, a shorter last one is dropped; a conversation has a
-        row of its own, padded behind its end.
+        row of its own, padded after its end.
       responses_only: score only what the assistant says; conversations only.
       too_long: what becomes of a conversation of more tokens: "refuse" stops before any work and names its line, "cut"
-        drops the tokens behind the length, "skip" leaves it out.
+        drops the tokens past the length, "skip" leaves it out.
     """
 
     length: int = 512
@@ -294,7 +294,8 @@ class MeshConfig:
 
     Attributes:
       data: parts that the rows of a batch are spread over, >= 1.
-      fsdp: parts that rows are spread over besides, and in which arrays lie; a block's are gathered for its turn, >= 1.
+      fsdp: parts that rows are spread over in addition, and that arrays are split into, >= 1; a block is gathered
+        for its turn.
       tensor: parts that every large matrix is computed in, >= 1.
     """
 
@@ -357,7 +358,7 @@ class TrainingConfig:
     Attributes:
       steps: optimiser steps, >= 1.
       trainable: regular expressions, each matched against the whole name of every array; what one of them matches
-        trains. The codebook of a compressed kernel has the kernel's path with "/codebook" behind it
+        trains. The codebook of a compressed kernel has the kernel's path followed by "/codebook"
         ("model/layers/0/mlp/up_proj/kernel/codebook"), any other array its path ("model/norm/weight").
       batch_size: sequences that pass through the model together, >= 1.
       grad_accumulation_steps: such batches per step, >= 1. The loss of a step is the mean over all its scored tokens,
@@ -371,11 +372,11 @@ class TrainingConfig:
       clip_norm: largest global gradient norm, > 0; None: no clipping.
       distillation: how far a teacher is followed; None without one.
       compute_dtype: as in `BlockTuningConfig`.
-      remat_policy: what of a block is computed anew in the backward pass: "all", a block keeps its input alone;
+      remat_policy: what of a block is computed again in the backward pass: "all", a block keeps its input alone;
         "cheap", all but its matrix products, whose outputs it keeps: a tenth faster on a CPU, and memory for about
         7 * hidden_size + 2 * intermediate_size numbers per position and block. Changes results within rounding.
       atomic_gradients: as in `BlockTuningConfig`.
-      offload_inputs: the input of every block waits for the backward pass in pinned memory of the host; same bits,
+      offload_inputs: the input of every block is kept for the backward pass in pinned memory of the host; same bits,
         less device memory, more traffic. On a CPU host and device are one.
     """
 

@@ -33,7 +33,7 @@ def overlay(base: Any, fields: Mapping[str, Any], where: str = "") -> Any:
     A field named "model" is the caller's alone: no file can set it.
 
     Raises:
-      InputError: a key that is no field, or a value of the wrong type or range; `where` stands before its name.
+      InputError: a key that is no field, or a value of the wrong type or range; `where` precedes its name.
     """
     hints = typing.get_type_hints(type(base))
     known = [field.name for field in dataclasses.fields(base) if field.name != "model"]

@@ -1,8 +1,8 @@
-"""Work that does not depend on the mesh that the caller's arrays lie on, or that the caller has set.
+"""Work that does not depend on the mesh of the caller's arrays, or on the mesh that the caller has set.
 
-In a mesh with Explicit axes (the default of `jax.make_mesh`) the type of every array says how it lies, and each
-operation must know how its result will. A gather of codes, a reshape or a product over a split axis does not. So
-compression works on one device without a mesh, and what takes arrays of a mesh runs with Auto axes inside.
+In a mesh with Explicit axes (the default of `jax.make_mesh`) the type of every array contains its sharding, and each
+operation must know the sharding of its result. A gather of codes, a reshape or a product over a split axis does not. So
+compression runs on one device without a mesh, and functions of arrays on a mesh run with Auto axes inside.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ _spec: Any = PartitionSpec
 
 
 def on_one_device(array: Any) -> Any:
-    """Returns the array; one that lies on several devices, whole or in parts, as a NumPy array of the host."""
+    """Returns the array; one on several devices, whole or in parts, as a NumPy array of the host."""
     traced = isinstance(array, jax.core.Tracer)
     if isinstance(array, jax.Array) and not traced and len(array.sharding.device_set) > 1:
         return np.asarray(array)
@@ -26,14 +26,14 @@ def on_one_device(array: Any) -> Any:
 
 @contextlib.contextmanager
 def without_mesh() -> Iterator[None]:
-    """Programs traced inside know no mesh: one that the caller has set would say where every array has to lie."""
+    """Programs traced inside have no mesh: one that the caller has set would fix the devices of every array."""
     none: Any = None
     with jax.set_mesh(none):
         yield
 
 
 def explicit_mesh(*trees: Any) -> Any:
-    """Returns the mesh with an Explicit axis that an array of the trees lies on by its type; None if there is none."""
+    """Returns the mesh with an Explicit axis of an array of the trees, by its type; None if there is none."""
     for leaf in jax.tree.leaves(trees):
         mesh = getattr(_sharding(leaf), "mesh", None)
         if mesh is not None and AxisType.Explicit in (mesh.axis_types or ()):
@@ -42,7 +42,7 @@ def explicit_mesh(*trees: Any) -> Any:
 
 
 def _sharding(array: Any) -> Any:
-    """Returns how an array lies by its type; None of what is no array of JAX, an nnx.Param say."""
+    """Returns the sharding of an array by its type; None for what is no array of JAX, an nnx.Param for example."""
     return getattr(jax.typeof(array), "sharding", None) if isinstance(array, jax.Array) else None
 
 

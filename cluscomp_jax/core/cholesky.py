@@ -1,4 +1,4 @@
-"""The lower Cholesky root of second moments, however many channels there are. Knows nothing of what it is for."""
+"""The lower Cholesky root of a Hessian of any number of channels."""
 
 from functools import partial
 
@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 
 _WHOLE = 16384
-"""Rows that one call of the backend's own factorisation takes."""
+"""Most rows that one call of the backend's own factorisation gets."""
 _PANEL = 4096
 
 DAMPING_RETRIES = 5
-"""How often a factorisation is begun, each time with ten times as much added to the diagonal."""
+"""Attempts at a factorisation, each with ten times as much added to the diagonal as the one before."""
 
 
 def blocked_cholesky(matrix: jax.Array) -> jax.Array:
@@ -20,7 +20,7 @@ def blocked_cholesky(matrix: jax.Array) -> jax.Array:
     writes past its memory at 28,672 rows on several threads, and other backends need less memory so.
 
     Args:
-      matrix: symmetric; only its lower triangle counts.
+      matrix: float32 [i, i], symmetric; only its lower triangle is read.
     """
     rows = len(matrix)
     if rows <= _WHOLE:

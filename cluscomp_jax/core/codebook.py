@@ -1,4 +1,4 @@
-"""CodebookArray: a weight matrix held as a codebook and an index. Knows nothing of where it stands in a model."""
+"""CodebookArray: a weight matrix held as a codebook and an index. Knows nothing of its place in a model."""
 
 import dataclasses
 import math
@@ -31,7 +31,7 @@ class CodebookArray:
       tied_to: path, within the block, of the kernel whose codebook this one is; it is stored once and trains as
         one. None: its own.
 
-    Invariant: decode(w).shape == w.shape; index.max() < n. Padding lies only past the end of the cut axis.
+    Invariant: decode(w).shape == w.shape; index.max() < n. Padding is only past the end of the cut axis.
     """
 
     codebook: Any

@@ -1,4 +1,4 @@
-"""linear(x, kernel): the one place where dense and compressed kernels meet."""
+"""linear(x, kernel): the one function that multiplies by dense and compressed kernels alike."""
 
 from functools import partial
 from typing import Any

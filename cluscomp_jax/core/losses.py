@@ -5,14 +5,14 @@ import jax.numpy as jnp
 
 
 def token_weights(outputs: jax.Array, limit: float) -> jax.Array:
-    """Returns what every position counts, float32 [b, t], 0 to 1: min(1, limit median / mean square) of its output.
+    """Returns the weight of every position, float32 [b, t], 0 to 1: min(1, limit median / mean square) of its output.
 
     A few positions, above all the first, carry activations thousands of times as large as all others (Sun et al.,
-    2024). The next norm divides them away, but squared errors would be about them alone.
+    2024). The next norm divides them away, but without weights they alone would decide the squared error.
 
     Args:
       outputs: [b, t, d] of the original block; the median is that of the sample.
-      limit: positions up to so many times the median count in full; 0: all do.
+      limit: positions of up to this many times the median have weight 1; 0: all have.
     """
     squares = jnp.mean(jnp.square(outputs.astype(jnp.float32)), axis=-1)
     if not limit:
@@ -47,7 +47,8 @@ def divergence(teacher: jax.Array, student: jax.Array, temperature: float) -> ja
     Args:
       teacher: logits [..., vocab].
       student: logits [..., vocab].
-      temperature: > 0. The gradient falls with its square, which a mixture makes good (Hinton et al., 2015, section 2).
+      temperature: > 0. The gradient falls with its square, which a mixture compensates (Hinton et al., 2015,
+        section 2).
     """
     expected = jax.nn.log_softmax(teacher.astype(jnp.float32) / temperature)
     found = jax.nn.log_softmax(student.astype(jnp.float32) / temperature)

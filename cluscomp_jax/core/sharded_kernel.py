@@ -1,8 +1,8 @@
 """ShardedKernel: a CodebookArray whose product every device of a mesh computes for its own rows and its own part of W.
 
-Under shard_map, because XLA cannot partition a GPU kernel. And anywhere it would add up the dense gradient
-[d_in, d_out] over all rows of all devices before it makes the codebook's [n, g] of it; here only that leaves a device.
-Knows no model; which side of which kernel is split is decided above.
+Under shard_map, because XLA cannot partition a GPU kernel. And on any backend it would sum the dense gradient
+[d_in, d_out] over all rows of all devices before it computes the codebook's [n, g]; here only the latter is exchanged.
+Knows no model; the caller decides which side of which kernel is split.
 """
 
 import dataclasses

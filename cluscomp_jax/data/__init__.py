@@ -1,6 +1,6 @@
 """The texts that ship with the package, by name. Knows nothing of tokenizers or of what the texts are used for.
 
-The texts are English Wikipedia prose under CC BY-SA 3.0 (LICENSE.txt and wiki_attribution.json beside them).
+The texts are English Wikipedia prose under CC BY-SA 3.0 (LICENSE.txt and wiki_attribution.json in the same folder).
 """
 
 import gzip

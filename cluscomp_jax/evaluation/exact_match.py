@@ -1,6 +1,6 @@
 """How many questions a model answers exactly: by the likeliest tokens, the answer compared as a string.
 
-As GSM8K is scored (Cobbe et al., 2021, arXiv 2110.14168). Sees a Decoder and a tokenizer; knows no files.
+As GSM8K is scored (Cobbe et al., 2021, arXiv 2110.14168). Knows a Decoder and a tokenizer, no files.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from cluscomp_jax.runtime.reporter import Reporter, SilentReporter
 from cluscomp_jax.text.token_rows import Question
 
 GSM8K_ANSWER = r"####\s*([^\n]*)"
-"""What stands behind the four signs that close an answer of GSM8K."""
+"""What follows the four signs that close an answer of GSM8K."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ def exact_match(
       max_new_tokens: longest text of an answer, >= 1.
       batch_size: questions at a time, >= 1; changes the speed, and results within rounding.
       stop_tokens: end an answer.
-      reporter: is told of progress; silent by default.
+      reporter: receives progress; silent by default.
 
     Raises:
       InputError: an expected answer that the pattern finds nothing in, or a prompt too long for the model.

@@ -3,7 +3,7 @@
     python -m cluscomp_jax.evaluation.lm_eval --model cluscomp --model_args path=OUT --tasks TASK
 
 takes the harness's own arguments; `path` is anything that `cluscomp evaluate` takes. The harness finds model classes
-only in its own package, so that this module registers the class and then hands over. Needs the extra `lm-eval`.
+only in its own package, so that this module registers the class and then calls that package. Needs the extra `lm-eval`.
 """
 
 import sys
@@ -102,7 +102,7 @@ class CluscompLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands before a text without a context."""
+        """The token that precedes a text without a context."""
         start = self.tokenizer.bos_token_id
         return self.eot_token_id if start is None else int(start)
 
@@ -112,7 +112,7 @@ class CluscompLM(TemplateLM):  # type: ignore[misc]
         return self._name.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_options: Any) -> list[int]:
-        """Returns the tokens of a text, with the tokenizer's own special tokens unless told otherwise.
+        """Returns the tokens of a text, with the tokenizer's own special tokens unless the arguments say otherwise.
 
         A text that already begins with the start token gets no second one.
         """
@@ -216,7 +216,7 @@ class CluscompLM(TemplateLM):  # type: ignore[misc]
 
 
 def main() -> int:
-    """Runs the harness's command line with the model `cluscomp` known to it, and returns 0, or 2 for wrong input."""
+    """Runs the harness's command line with the model `cluscomp` registered, and returns 0, or 2 for wrong input."""
     from lm_eval.__main__ import cli_evaluate
 
     keep_freed_memory()

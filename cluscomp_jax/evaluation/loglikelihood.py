@@ -2,7 +2,7 @@
 
 Continuations of one context, such as the choices of a question, make a tree: the context and its longest continuation
 are the trunk, one row of a pass; every other continuation is a branch, whose first token the trunk predicts and whose
-other tokens pass behind a copy of the trunk's key-value cache. Logits exist for scored tokens alone.
+other tokens pass after it, on a copy of the trunk's key-value cache. Logits exist for scored tokens alone.
 
 Letters: b batch, t time, d model width, v vocabulary, p predicted tokens.
 """
@@ -32,7 +32,7 @@ _HEAD_TOKENS = 128
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
-    """Tokens to be scored behind a context that has at least one token."""
+    """Tokens to be scored after a context that has at least one token."""
 
     context: Sequence[int]
     tokens: Sequence[int]
@@ -114,7 +114,7 @@ def _trees(requests: Sequence[Continuation], max_length: int) -> list[_Tree]:
         count = len(request.tokens)
         if not len(request.context) or not 0 < count <= max_length:
             raise InputError(
-                f"a continuation of {count} tokens behind a context of {len(request.context)} cannot be scored; both "
+                f"a continuation of {count} tokens after a context of {len(request.context)} cannot be scored; both "
                 f"need a token, and the continuation at most {max_length}"
             )
         row = np.asarray([*request.context, *request.tokens][-(max_length + 1) :], np.int32)
@@ -126,7 +126,7 @@ def _trees(requests: Sequence[Continuation], max_length: int) -> list[_Tree]:
 
 
 def _passes(decoder: Decoder, trees: Sequence[_Tree], batch_size: int) -> Iterator[tuple[jax.Array, list[_Predicted]]]:
-    """Yields (x [b, t, d] behind the blocks, what it predicts) of the pass of all trunks and those of the branches."""
+    """Yields (x [b, t, d] after the blocks, what it predicts) of the pass of all trunks and those of the branches."""
     trunks = [tree.trunk for tree in trees]
     inputs = _stacked(trunks, batch_size)
     predicted = []
@@ -139,7 +139,7 @@ def _passes(decoder: Decoder, trees: Sequence[_Tree], batch_size: int) -> Iterat
     if not branches:
         yield _through_blocks(decoder, inputs), predicted
         return
-    # Any branch may stand in a pass as wide as the longest, and all that is written must find room.
+    # Any branch may be in a pass as wide as the longest, and the cache must have room for all that is written.
     widest = _padded(max(len(tail) for _, _, tail in branches) - 1)
     positions = positions_held(max(max(len(tree.context) for tree in trees) + widest, inputs.shape[1]))
     caches = decoder.empty_caches(batch_size, positions)
@@ -213,7 +213,7 @@ def _stacked(rows: Sequence[np.ndarray], count: int) -> np.ndarray:
 
 
 def _lengths(rows: Sequence[np.ndarray], count: int) -> np.ndarray:
-    """Returns int32 [count]: the lengths of the rows, 1 behind them."""
+    """Returns int32 [count]: the lengths of the rows, 1 after the last row."""
     lengths = np.ones(count, np.int32)
     lengths[: len(rows)] = [len(row) for row in rows]
     return lengths
@@ -252,7 +252,7 @@ def _gathered(x: jax.Array, rows: jax.Array, columns: jax.Array) -> jax.Array:
 def _target_scores(
     outer: Params, hidden: jax.Array, targets: jax.Array, *, model: Model
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (log-likelihood [p], whether most likely [p]) of targets int32 [p] behind hidden [p, d]."""
+    """Returns (log-likelihood [p], whether most likely [p]) of targets int32 [p] after hidden [p, d]."""
     logits = model.head(outer, hidden[None])[0]
     chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=1), jnp.argmax(logits, axis=1) == targets

@@ -65,7 +65,7 @@ def perplexity(
     """Returns the perplexity of non-overlapping windows, each scored on its context - 1 targets.
 
     All windows pass through one block before the next is loaded: parameters are read once, and memory holds one
-    block and a few windows; the activations lie in a memory-mapped temporary file.
+    block and a few windows; the activations are in a memory-mapped temporary file.
 
     Args:
       params: a dict of dense or compressed params, or a ParamSource.
@@ -74,8 +74,8 @@ def perplexity(
       context: tokens per window, >= 2.
       batch_size: windows per forward pass; changes the speed only.
       dtype: compute dtype; softmax, norms and losses are float32.
-      reporter: is told of progress; silent by default.
-      work_dir: an existing folder, in which the activations (`scratch_bytes`) lie in a temporary one meanwhile; None:
+      reporter: receives progress; silent by default.
+      work_dir: an existing folder for a temporary one with the activations (`scratch_bytes`); None:
         the system's folder for temporary files.
 
     Raises:

@@ -42,7 +42,7 @@ def export_checkpoint(
 
     Raises:
       InputError: the format cannot hold the checkpoint, an option has no effect on it, or `out` is taken.
-      RunError: the disk is full or fails. Nothing is left behind.
+      RunError: the disk is full or fails. No file is left.
     """
     if form not in get_args(ExportFormat):
         raise InputError(f"export format is {form!r}; it must be one of {', '.join(get_args(ExportFormat))}")

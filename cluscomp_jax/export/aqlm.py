@@ -78,7 +78,7 @@ class AqlmScheme:
             "scales": (dtype, (d_out // out_group, 1, 1, 1)),
         }
         module = layout.HUGGING_FACE.name(path).removesuffix(".weight")
-        return [TensorSpec(f"{module}.{name}", *kind) for name, kind in shapes.items()]
+        return [TensorSpec(f"{module}.{name}", *entry) for name, entry in shapes.items()]
 
     def tensors(self, leaf: CodebookArray) -> Iterator[np.ndarray]:
         """Yields codes, codebooks and scales of a matrix."""
@@ -97,7 +97,7 @@ def scheme_of(entries: Mapping[str, Entry], blocks_path: str, *, bits: int | Non
 
     Args:
       entries: {parameter path: entry}.
-      blocks_path: the path that the blocks stand under.
+      blocks_path: the path of the blocks.
       bits: of a code, at most 16; None: as few as the matrices need, but never 8.
 
     Raises:

@@ -17,7 +17,7 @@ from cluscomp_jax.models.model import build_model
 
 
 def ordered_entries(source: CheckpointSource) -> dict[str, Entry]:
-    """Returns {full path: entry}: first what stands outside the blocks, then block after block. Reads no tensor."""
+    """Returns {full path: entry}: first what is outside the blocks, then block after block. Reads no tensor."""
     blocks_path = build_model(source.model_config).blocks_path
     entries = source.manifest.contents.entries
     return dict(sorted(entries.items(), key=lambda item: _block(item[0], blocks_path)[0]))
@@ -40,7 +40,7 @@ def walk(source: CheckpointSource, entries: Mapping[str, Entry]) -> Iterator[tup
 
 
 def copy_tokenizer(source: CheckpointSource, folder: Path) -> None:
-    """Copies the files of the checkpoint's tokenizer, and nothing else that may lie beside them."""
+    """Copies the files of the checkpoint's tokenizer, and no other file next to them."""
     if source.tokenizer_path is not None:
         for name in TOKENIZER_FILES:
             if (source.tokenizer_path / name).is_file():
@@ -67,7 +67,7 @@ def dense_array(path: str, leaf: Any, dtype: np.dtype[Any] | None) -> np.ndarray
 
 
 def _block(path: str, blocks_path: str) -> tuple[int, str]:
-    """Returns the block a path stands in and the path within it; -1 and the path itself outside the blocks."""
+    """Returns the block of a path and the path within it; -1 and the path itself outside the blocks."""
     if not path.startswith(f"{blocks_path}/"):
         return -1, path
     number, _, name = path.removeprefix(f"{blocks_path}/").partition("/")

@@ -1,6 +1,6 @@
 """Plain parameter trees of a compressed checkpoint: one orbax item, or one msgpack file of Flax.
 
-Both are written one parameter at a time. An orbax item in zarr form keeps every array in a folder of its own beside
+Both are written one parameter at a time. An orbax item in zarr form keeps every array in a folder of its own next to
 one description of the tree, so that items of one array each are put together by moving folders and merging
 descriptions. Msgpack is a stream of map headers, keys and leaves.
 """
@@ -123,9 +123,9 @@ def _pack_array(file: IO[bytes], packer: Any, array: np.ndarray) -> None:
 
 
 def _depth_first(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Returns the entries in an order in which all paths of a folder stand together.
+    """Returns the entries in an order in which all paths of a folder are together.
 
-    A folder stands where its last path did, so that what is outside the blocks still comes before all of them, and no
+    A folder takes the place of its last path, so that what is outside the blocks still comes before all of them, and no
     item is loaded twice.
     """
     order: dict[str, int] = {}

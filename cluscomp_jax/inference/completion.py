@@ -1,6 +1,6 @@
 """From prompts in tokens to completions in text: stop tokens, stop strings, streaming, and what it took.
 
-Sees a Decoder and a tokenizer of transformers; knows no command line.
+Knows a Decoder and a tokenizer of transformers, no command line.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Text generation: prefill and cached decoding of a batch of prompts. Sees a Model, no family, no tokenizer.
 
-Each step calls one compiled program per block kind, block after block. Measured on 30 blocks of width 576 on two
+Each step calls one compiled program per layer type, block after block. Measured on 30 blocks of width 576 on two
 CPU cores, that compiles sooner and runs faster than a scan over stacked blocks or one program of all blocks.
 Letters: b batch, t time, d model width, v vocabulary.
 """
@@ -69,7 +69,7 @@ def generate(
       cache_dtype: of the key-value cache; None: `dtype`. "int8" keeps one bfloat16 scale per position and head.
       decode_weights: "once" decodes compressed kernels when loading: fast steps, memory of the dense model in `dtype`.
         "call" keeps the memory of the compressed model: on a CUDA device kernels multiply by codebook and index
-        directly, elsewhere every step decodes anew, which is slower. The tokens are the same up to rounding.
+        directly, elsewhere every step decodes them again, which is slower. The tokens are the same up to rounding.
 
     Raises:
       InputError: an argument out of its range, or parameters that do not fit the config.
@@ -115,7 +115,7 @@ def checked_prompts(prompt_tokens: Any, model: Model, max_new_tokens: int) -> li
 
 
 def _until_stopped(drawn: Iterator[jax.Array], stop_tokens: frozenset[int], batch: int) -> np.ndarray:
-    """Returns int32 [b, n]: columns up to the one that stops the last row, stopped rows held at their stop token."""
+    """Returns int32 [b, n]: columns up to the one that stops the last row, stopped rows repeat their stop token."""
     columns: list[np.ndarray] = []
     stopped = np.zeros(batch, bool)
     for column in drawn:
@@ -133,14 +133,14 @@ def bucket(length: int) -> int:
 
 
 def positions_held(needed: int) -> int:
-    """Returns how many positions a key-value cache gets that needs so many: their bucket up to 4,096, beyond that the
+    """Returns how many positions a key-value cache gets that needs this many: their bucket up to 4,096, beyond that the
     next multiple of 1,024. Every step reads all of them.
     """
     return bucket(needed) if needed <= _LARGEST_BUCKET else -(-needed // _CACHE_STEP) * _CACHE_STEP
 
 
 def cache_length(length: int, max_new_tokens: int) -> int:
-    """Returns the positions of the key-value cache for a prompt of `length` and so many new tokens.
+    """Returns the positions of the key-value cache for a prompt of `length` tokens and the new ones.
 
     The last piece of the prompt is written whole, its padding too.
     """
@@ -159,7 +159,7 @@ class Decoder:
 
     Attributes:
       model: whose parameters they are.
-      rest: parameters outside the blocks.
+      outer: parameters outside the blocks.
       blocks: the blocks' trees, in order.
       dtype: compute dtype.
       cache_dtype: of the key-value cache.
@@ -203,7 +203,7 @@ class Decoder:
         """Yields int32 [b] tokens, one step after the other; each prompt is int32 [t], as `checked_prompts` has it.
 
         Prompts are padded at their ends: no position reads a later one, every padded position of the cache is written
-        anew before it is read, and the blocks are told the lengths without padding. Long ones go piece by piece.
+        again before it is read, and the blocks get the lengths without padding. Long ones go piece by piece.
         """
         each = np.asarray([len(prompt) for prompt in prompts], np.int32)
         t = int(each.max())
@@ -242,7 +242,7 @@ class Decoder:
     def through_blocks(self, tokens: jax.Array, caches: list[Cache], position: Any, length: Any) -> jax.Array:
         """Returns the outputs [b, t, d] of tokens [b, t] that start at `position`; `caches` move on.
 
-        The sequences have `length` positions in all; what lies behind them is padding. Both are numbers, or
+        The sequences have `length` positions in all; what follows them is padding. Both are numbers, or
         int [b] where the rows differ; `position` None is the beginning of all.
         """
         x: jax.Array = embed_tokens(self.model, self.dtype, self.outer, tokens)

@@ -1,4 +1,4 @@
-"""Steps of cached decoding for a batch whose rows stand at positions of their own. Sees a Model, no parameters' source.
+"""Steps of cached decoding for a batch whose rows are at different positions. Knows a Model, no parameters' source.
 
 A Model's cached block takes one position for the whole batch; here it is mapped over rows, which leaves each matrix
 product one product of the batch. Letters: b batch, t time, d model width, v vocabulary.
@@ -53,14 +53,14 @@ def gather_last(last: jax.Array, x: jax.Array, at: jax.Array) -> jax.Array:
 def next_unseen(
     model: Model, sampling: Sampling, outer: Params, last: jax.Array, step: jax.Array, key: jax.Array, seen: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (tokens int32 [b], `seen` with them), drawn behind last [b, 1, d] under the repetition penalty."""
+    """Returns (tokens int32 [b], `seen` with them), drawn from last [b, 1, d] under the repetition penalty."""
     logits = penalise(model.head(outer, last)[:, 0], seen, sampling.repetition_penalty)
     tokens = sample(logits, sampling, jax.random.fold_in(key, step))
     return tokens, seen.at[jnp.arange(len(tokens)), tokens].set(True)
 
 
 def seen_tokens(prompts: list[np.ndarray], vocab_size: int) -> jax.Array:
-    """Returns bool [b, v]: which tokens stand in each prompt."""
+    """Returns bool [b, v]: which tokens are in each prompt."""
     seen = np.zeros((len(prompts), vocab_size), bool)
     for row, prompt in zip(seen, prompts, strict=True):
         row[prompt] = True

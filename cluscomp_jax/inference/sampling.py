@@ -23,7 +23,7 @@ class Sampling:
         be drawn (arXiv 1904.09751). None: all.
       min_p: 0 to 1; only tokens at least that share as likely as the likeliest can be drawn (arXiv 2407.01082).
         None: all.
-      repetition_penalty: above 0; logits of tokens that stand in the prompt or were drawn are divided by it where
+      repetition_penalty: above 0; logits of tokens that are in the prompt or were drawn are divided by it where
         they are positive and multiplied where they are negative, before all else (arXiv 1909.05858). 1: unchanged.
     """
 

@@ -49,7 +49,7 @@ class OpenedModel:
       kind: "hf" (safetensors), "gguf", "compressed", or "aqlm" (safetensors with compressed matrices).
       config: the family's config.
       model: the Model of that config.
-      source: hands out its parameters, block by block.
+      source: gives its parameters, block by block.
       name: what it is called in reports: a hub id, or the name of the file or folder.
       files: the files it is made of, in order; of a compressed checkpoint its manifest, which lists the others.
       tokenizer_loader: what `load_tokenizer` calls.
@@ -71,7 +71,7 @@ class OpenedModel:
     def origin(self) -> dict[str, Any]:
         """Provenance: {"name", "kind", "files": [{"name", "bytes", "sha256"}]}.
 
-        Where all make up 1 GB or more, "sampled_sha256" stands for "sha256": of 64 KiB at 256 places of each file.
+        Where all make up 1 GB or more, "sampled_sha256" replaces "sha256": of 64 KiB at 256 places of each file.
         """
         whole = sum(path.stat().st_size for path in self.files) < _HASHED_BYTES
         files: list[dict[str, Any]] = []
@@ -100,7 +100,7 @@ def open_model(spec: str | Path) -> OpenedModel:
         downloaded or taken from the local cache.
 
     Raises:
-      InputError: nothing of the kind is there, or it is broken; one line says what.
+      InputError: there is no such model, or it is broken; one line says what.
     """
     path = Path(spec)
     if path.is_file():

@@ -1,6 +1,6 @@
 """The exact nearest code of every vector, by brute force.
 
-Letters: m vectors, n codes, g weights per vector. Vectors lie as [g, m] so that neighbouring lanes hold
+Letters: m vectors, n codes, g weights per vector. Vectors are laid out as [g, m], so that neighbouring lanes hold
 neighbouring vectors: the loop runs over codes and every step is elementwise over vectors, which is 10 to 20
 times faster on the CPU than an argmin over a distance matrix, and needs no [m, n] buffer.
 """
@@ -15,7 +15,7 @@ _CHUNK = 131072
 _UNROLL = 16
 """Codes per loop step, kept in registers against one load of the vectors. Changes the speed only."""
 _FEW_CODES = 512
-"""Below so many codes a quarter of that compiles sooner than it runs longer."""
+"""Below this many codes a quarter of `_UNROLL` saves more compile time than it costs run time."""
 
 
 @jax.jit
@@ -23,14 +23,19 @@ def assign(vectors: jax.Array, codebook: jax.Array) -> tuple[jax.Array, jax.Arra
     """Returns (index int32 [m], squared distance float32 [m]) of the nearest code; ties go to the lowest index.
 
     Args:
-      vectors: [m, g], finite; computed in float32.
-      codebook: [n, g], finite; computed in float32.
+      vectors: [m, g], floating, finite; computed in float32.
+      codebook: [n, g], floating, finite; computed in float32.
     """
     return nearest_lanes(vectors.astype(jnp.float32).T, codebook.astype(jnp.float32))
 
 
 def nearest_lanes(lanes: jax.Array, codebook: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """As `assign`, for vectors already laid out as [g, m] float32."""
+    """Returns what `assign` returns, for vectors laid out as [g, m].
+
+    Args:
+      lanes: float32 [g, m], finite.
+      codebook: float32 [n, g], finite.
+    """
     g, m = lanes.shape
     chunk = min(_CHUNK, m)
     whole = m // chunk * chunk

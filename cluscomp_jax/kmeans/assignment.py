@@ -1,4 +1,4 @@
-"""What an assignment of vectors to codes leaves behind, and the codebook that follows from it."""
+"""The result of assigning vectors to codes, and the update of the codebook that follows from it."""
 
 from typing import NamedTuple
 
@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 _REFILLS_AT_ONCE = 4096
-"""Most codes refilled after one assignment; the next one sees to the rest."""
+"""Most empty codes that one update moves onto vectors; later updates move the others."""
 _ROW = 2**17
-"""Values of which `largest` takes the largest at one time; of so many XLA does not cut its top_k into parts, which for
-a GPU never ends between 2^20 and 2^21 values."""
+"""Most values of one top_k in `largest`. Up to this many XLA does not split top_k into parts; for a GPU the compilation
+of the split one never ends between 2^20 and 2^21 values."""
 
 
 class Blocks(NamedTuple):
@@ -24,10 +24,11 @@ class Assignment(NamedTuple):
 
     Attributes:
       nearest: int32 [k, m'], the code of every vector.
-      certain: bool [k, m'], true where no other code can be nearer.
-      sums: [n, g + 1], by code the weighted sum of (vector - code), then of the weights.
-      inertia: sum of weight times squared distance.
-      worst: int32 [w], places in the flattened blocks of vectors with much error; worst_error [w] their share of it.
+      certain: bool [k, m'], true where it is proven that no other code is nearer.
+      sums: float32 [n, g + 1], by code the weighted sum of (vector - code), then the sum of the weights.
+      inertia: float32 scalar, the sum of weight times squared distance.
+      worst: int32 [w], places in the flattened blocks of vectors with a large error.
+      worst_error: float32 [w], the weighted squared errors of those vectors.
     """
 
     nearest: jax.Array
@@ -39,21 +40,31 @@ class Assignment(NamedTuple):
 
 
 def squared_lengths(vectors: jax.Array) -> jax.Array:
-    """Returns |x|^2 of vectors [..., g]."""
+    """Returns |x|^2 [...] of vectors [..., g], in their dtype."""
     return jnp.sum(jnp.square(vectors), axis=-1)
 
 
 def add_up(sums: jax.Array, offset: jax.Array, weights: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns (sums [n, g + 1] with these added, weighted squared error [m]) of vectors at `offset` from their codes.
+    """Returns (sums float32 [n, g + 1] with these vectors added, weighted squared error float32 [m]).
 
-    Offsets from the present code are small beside the code: their float32 sums keep more digits.
+    Sums are of offsets from the code, which are small compared with the code: float32 keeps more of their digits.
+
+    Args:
+      sums: float32 [n, g + 1], as in `Assignment`.
+      offset: float32 [m, g], vector minus code.
+      weights: float32 [m], >= 0.
+      index: int32 [m], the codes, below n.
     """
     rows = jnp.concatenate([offset * weights[:, None], weights[:, None]], axis=1)
     return sums.at[index].add(rows, mode="promise_in_bounds"), squared_lengths(offset) * weights
 
 
 def mean_offset(sums: jax.Array) -> jax.Array:
-    """Returns the weighted mean offset [n, g] of each code's vectors, 0 for a code without any."""
+    """Returns the weighted mean offset float32 [n, g] of each code's vectors, 0 for a code without any.
+
+    Args:
+      sums: float32 [n, g + 1], as in `Assignment`.
+    """
     mass = sums[:, -1:]
     return sums[:, :-1] / jnp.where(mass > 0, mass, 1.0)
 
@@ -67,10 +78,18 @@ def next_codebook(
     step: jax.Array,
     momentum: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns (codebook [n, g], velocity [n, g], codes refilled): Lloyd's update as a heavy ball.
+    """Returns (codebook float32 [n, g], velocity float32 [n, g], int32 scalar of codes moved onto a vector).
 
-    With a step of 1 and a momentum of 0 every code moves to the mean of its vectors. A code without vectors moves onto
-    one of the worst vectors, if that has any error.
+    Lloyd's update with heavy-ball momentum: with a step of 1 and a momentum of 0 every code moves to the mean of its
+    vectors. An empty code, one without vectors, moves onto a vector of large error, if that has any error.
+
+    Args:
+      blocks: the vectors and weights.
+      codebook: float32 [n, g].
+      velocity: float32 [n, g], the last move of each code.
+      assignment: of all vectors to `codebook`.
+      step: scalar, the length of the step in units of Lloyd's, > 0.
+      momentum: scalar, the share of the velocity that is kept, 0 to 1.
     """
     velocity = step * mean_offset(assignment.sums) + momentum * velocity
     moved = codebook + velocity
@@ -95,12 +114,12 @@ def _refill(
 
 
 def largest(values: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Returns (the largest values [count] in falling order, their places int32); of equal ones the first comes first.
+    """Returns (the largest values [count], descending, their places int32 [count]); of equal ones the first is first.
 
-    The same as `jax.lax.top_k`, of rows first and of what they leave then.
+    The result of `jax.lax.top_k`, computed by rows and then over the results of the rows.
 
     Args:
-      values: [w], finite.
+      values: [w], floating, finite.
       count: 1 to w, and at most half of `_ROW`.
     """
     places = jnp.arange(values.shape[0], dtype=jnp.int32)

@@ -1,7 +1,8 @@
-"""The nearest code of vectors that come a few at a time: a handful of trees searched for each vector by itself.
+"""A search index of the codes (`CodeIndex`): several trees that each vector searches by itself.
 
-`search_listed` sorts many vectors and lets neighbours search together; error feedback has the vectors of one input
-channel at a time, too few for that, and as many codes. Each tree misses some nearest codes, and no two miss the same.
+It finds the nearest code where vectors come a few at a time. `search_listed` sorts many vectors so that neighbours
+search together. Error feedback has the vectors of one input channel at a time, which are too few for that, and as many
+codes. Each tree misses some nearest codes, and no two trees miss the same ones.
 Letters: m vectors, n codes, g weights per code; t trees of k leaves of b codes; s leaves on a list.
 """
 
@@ -19,11 +20,17 @@ _TREES = 3
 _COMPARED = 64
 """Codes that one tree compares with a vector, times g: together the trees add half a percent to the error at most."""
 _COMPARE_ALL = 1024
-"""Up to so many codes, times g, comparing with all of them is as fast."""
+"""Up to this many codes, times g, a comparison with all of them is as fast."""
 
 
 class CodeIndex(NamedTuple):
-    """Trees stacked on a leading axis: each one's parts, its codes [t, k, b, g] and lists of leaves [t, k, s]."""
+    """Search trees over n codes, stacked on a leading axis.
+
+    Attributes:
+      trees: the trees, each leaf of theirs with a leading axis t.
+      codes: float32 [t, k, b, g], the codes by leaf; inf in places without a code.
+      searched: int32 [t, k, s], the leaves that a vector of each leaf searches.
+    """
 
     trees: CodeTree
     codes: jax.Array
@@ -31,22 +38,27 @@ class CodeIndex(NamedTuple):
 
 
 def build_code_index(codebook: jax.Array, key: jax.Array) -> CodeIndex | None:
-    """Returns the trees of the codes [n, g], or None where there are so few that all are compared.
+    """Returns the search trees of the codes, or None where the codes are few enough to compare a vector with all.
 
     Args:
-      codebook: finite, n <= 65536; the forest is of the codes as they lie now.
-      key: decides the rotations; same key, same trees.
+      codebook: [n, g], floating, finite, n <= 65536. Other values need other trees.
+      key: seed of the rotations; same key, same trees.
     """
     n, g = codebook.shape
     if n <= _COMPARE_ALL * g:
         return None
-    code_index: CodeIndex = grow_forest(codebook.astype(jnp.float32), key)
+    code_index: CodeIndex = grow_code_index(codebook.astype(jnp.float32), key)
     return code_index
 
 
 @jax.jit
-def grow_forest(codebook: jax.Array, key: jax.Array) -> CodeIndex:
-    """Returns the trees of the codes float32 [n, g], one program for all."""
+def grow_code_index(codebook: jax.Array, key: jax.Array) -> CodeIndex:
+    """Returns the search trees of the codes, in one program for all.
+
+    Args:
+      codebook: float32 [n, g], finite, 1 <= n <= 65536.
+      key: seed of the rotations.
+    """
     n, g = codebook.shape
     _, leaf = leaves_of(n)
 
@@ -64,21 +76,21 @@ def grow_forest(codebook: jax.Array, key: jax.Array) -> CodeIndex:
 def nearest_code(
     vectors: jax.Array, codebook: jax.Array, code_index: CodeIndex | None, previous: jax.Array | None = None
 ) -> jax.Array:
-    """Returns the index int32 [m] of the nearest code found, the nearest of all where there is no forest.
+    """Returns the index int32 [m] of the nearest code that the trees find, or of the nearest of all without trees.
 
     Args:
-      vectors: [m, g], finite.
-      codebook: float32 [n, g], those of which the forest was planted.
-      forest: of `build_code_index`.
-      known: int32 [m], a code for each vector that is kept unless a nearer one is found.
+      vectors: [m, g], floating, finite; computed in float32.
+      codebook: float32 [n, g], the codes of which `code_index` was built.
+      code_index: of `build_code_index`. None: every vector is compared with all codes.
+      previous: int32 [m], a code for each vector that is kept unless a nearer one is found. None: there is none.
     """
     if code_index is None:
         everywhere: jax.Array = assign(vectors, codebook)[0]
         return everywhere
     vectors = vectors.astype(jnp.float32)
     start = jnp.zeros(len(vectors), jnp.int32) if previous is None else previous.astype(jnp.int32)
-    assignment = jax.vmap(_search_tree, in_axes=(0, None, None, None))  # side by side: on a GPU each step is a launch
-    codes, distances = assignment(code_index, vectors, start, squared_lengths(codebook[start] - vectors))
+    search = jax.vmap(_search_tree, in_axes=(0, None, None, None))  # all trees at once: on a GPU each step is a launch
+    codes, distances = search(code_index, vectors, start, squared_lengths(codebook[start] - vectors))
     nearest: jax.Array = jnp.take_along_axis(codes, jnp.argmin(distances, axis=0)[None], axis=0)[0]
     return nearest
 

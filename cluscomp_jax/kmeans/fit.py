@@ -1,4 +1,4 @@
-"""k-means over weighted vectors: a host function of checks and clocks over jitted pieces."""
+"""k-means over weighted vectors: a host function that checks, times and calls jitted steps."""
 
 import dataclasses
 import time
@@ -20,14 +20,15 @@ _MAX_CODES = 65536
 _MAX_GROUP = 32
 _BLOCK = 262144
 _UNIT = 4096
-"""Most vectors of a block, which are sorted and summed up together, and what its size is a multiple of."""
+"""`_BLOCK` is the largest number of vectors that are sorted and summed together, `_UNIT` what the number is a multiple
+of."""
 COMPARE_ALL = 256
-"""Up to so many codes every vector is compared with all of them."""
+"""Up to this many codes every vector is compared with all of them."""
 SETTLING = 4
-"""The last assignment searches lists so many times as long."""
+"""The lists of the last assignment are this many times as long."""
 _STEP, _MOMENTUM = 1.5, 0.7
 _PLAIN_UPDATES = 3
-"""The last updates are plain means: the codes come to rest."""
+"""The last updates are plain means, without momentum, so that the codes converge."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,7 @@ class KMeansStats:
     Attributes:
       inertia: sum of weight times squared distance, float; before each update, and last for what is returned.
       certified: share of the vectors, 0 to 1, of which it is proven that no code is nearer than the one returned.
-      refills: codes without vectors that were moved onto a vector, over all iterations.
+      reseeded: codes without vectors that were moved onto a vector, over all iterations.
       seconds: wall time, compilation included.
     """
 
@@ -58,7 +59,8 @@ def fit_codebook(
 ) -> tuple[jax.Array, jax.Array, KMeansStats]:
     """Returns (codebook float32 [n, g], index int32 [m], stats) of k-means on `vectors` (paper section 3.2).
 
-    One start from vectors drawn where codes are due (`init_codebook`), then `iterations` times assignment and update.
+    The initial codes are vectors drawn with the density of good codes (`init_codebook`). Then `iterations` times all
+    vectors are assigned and the codebook is updated.
     Up to 256 codes every assignment is exact. With more, a vector keeps the code it has unless it finds a nearer one
     on the lists of a tree, and every iteration grows another tree: almost every `index` ends at the nearest code.
     A code without vectors moves onto one of those with the largest weighted error. With at most `num_codes` distinct
@@ -67,7 +69,7 @@ def fit_codebook(
     Args:
       vectors: [m, g], m >= 1, 1 <= g <= 32, any floating dtype; computed in float32.
       num_codes: n, 1 to 65536.
-      key: decides the start and the trees; same key, same bytes.
+      key: seed of the initial codes and the trees; same key, same bytes.
       weights: [m], finite, >= 0, or None for all equal.
       iterations: updates of the codebook, >= 0.
       accelerate: all updates but the last three overshoot and keep a share of their velocity, which reaches in half
@@ -82,7 +84,7 @@ def fit_codebook(
         m = vectors.shape[0]
         vectors, weights = on_one_device(vectors), on_one_device(weights)
         blocks = make_blocks(vectors, weights)
-        del vectors, weights  # where the caller keeps none either, their memory is free from here on
+        del vectors, weights  # where the caller has no reference either, their memory is free from here on
         _check_finite(blocks)
         sample, mass = draw_sample(blocks, key, num_codes=num_codes, count=m)
         exact = _exact_codebook(blocks, m, num_codes, sample)
@@ -122,9 +124,12 @@ def fit_codebooks(
     The matrices follow each other through the same compiled programs: the memory is that of one.
 
     Args:
-      vectors: [k, m, g], k >= 1.
+      vectors: [k, m, g], k >= 1, any floating dtype.
+      num_codes: n, 1 to 65536.
       keys: [k], one key for each.
-      weights: [k, m] or None.
+      weights: [k, m], finite, >= 0, or None for all equal.
+      iterations: updates of each codebook, >= 0.
+      accelerate: as in `fit_codebook`.
 
     Raises:
       InputError: as `fit_codebook`, or the leading sizes differ.
@@ -168,18 +173,28 @@ def _share(certain: jax.Array, m: int) -> jax.Array:
 
 @partial(jax.jit, static_argnames="m")
 def in_order(nearest: jax.Array, m: int) -> jax.Array:
-    """Returns the codes int32 [m] of vectors that lie in blocks."""
+    """Returns int32 [m], the codes of the first m vectors of blocks.
+
+    Args:
+      nearest: int32 [k, m'], by block.
+      m: number of vectors without padding.
+    """
     return nearest.reshape(-1)[:m]
 
 
 def codes_searched(g: int) -> int:
-    """Returns how many codes a vector is compared with: the more weights per code, the more neighbours a code has."""
+    """Returns how many codes a vector of g weights is compared with; a code has more neighbours at larger g."""
     return 128 if g <= 4 else 256 if g <= 6 else 512
 
 
 @jax.jit
 def make_blocks(vectors: jax.Array, weights: jax.Array | None) -> Blocks:
-    """Returns the vectors [m, g] in equal blocks, as few as possible."""
+    """Returns the vectors in equal blocks, as few as possible, in float32.
+
+    Args:
+      vectors: [m, g], floating, m >= 1.
+      weights: [m], floating, >= 0. None: 1 for each.
+    """
     m, g = vectors.shape
     count = -(-m // _BLOCK)
     block = -(-m // (count * _UNIT)) * _UNIT
@@ -220,7 +235,11 @@ def _check_finite(blocks: Blocks) -> None:
 
 @jax.jit
 def is_finite(blocks: Blocks) -> tuple[jax.Array, jax.Array]:
-    """Returns whether all vectors are finite, and whether all weights are finite and not negative; bool scalars."""
+    """Returns (whether all vectors are finite, whether all weights are finite and >= 0), bool scalars.
+
+    Args:
+      blocks: float32 vectors [k, m', g] and weights [k, m'].
+    """
     weights = blocks.weights
     return jnp.isfinite(blocks.vectors).all(), (jnp.isfinite(weights) & (weights >= 0)).all()
 

@@ -1,9 +1,9 @@
-"""Where k-means begins: a spread-out sample with as many codes in each region as the best codebook has there.
+"""The initial codebook of k-means: sampled vectors, as many in each region as the best codebook has codes there.
 
 Letters: m vectors, n codes, g weights per vector, s vectors sampled. High-resolution quantisation theory (Zador)
-says that the best codes lie with density p^(g/(g+2)) where the vectors lie with density p: thinner than the
-vectors where these crowd, thicker in the tails. Lloyd's iterations move codes a little at a time, so a start of
-uniformly drawn vectors never gets there.
+says that the best codes have density p^(g/(g+2)) where the vectors have density p: fewer than the vectors where these
+are dense, more in the tails. Lloyd's iterations move codes a little at a time, so that from uniformly drawn vectors
+they never reach that density.
 """
 
 from functools import partial
@@ -17,18 +17,19 @@ from cluscomp_jax.kmeans.tree import random_rotation
 
 _SAMPLES_PER_CODE = 16
 _PER_LEAF = 16
-"""Vectors of a leaf: enough to measure how far apart they lie, few enough to lie together."""
+"""Vectors of a leaf: enough to measure their spread, few enough to be close together."""
 _FLOOR = 0.01
-"""Least error of a vector as a share of the mean: even a crowd of equal vectors gets a code."""
+"""Least error of a vector as a share of the mean: even many equal vectors get a code."""
 
 
 def init_codebook(sample: jax.Array, mass: jax.Array, key: jax.Array, *, num_codes: int) -> jax.Array:
-    """Returns codes [n, g], each one of the sampled vectors; the density that counts is that of their weights.
+    """Returns codes float32 [n, g], each one of the sampled vectors, drawn by the density of their weights.
 
     Args:
-      sample: [s, g] float32, s >= n; 16 vectors per code are enough.
-      mass: [s] >= 0, their weights.
-      key: draws the tree and the codes.
+      sample: float32 [s, g], s >= n; 16 vectors per code are enough.
+      mass: float32 [s], >= 0, their weights.
+      key: seed of the tree and the codes.
+      num_codes: n.
     """
     rotation = random_rotation(key, 0, g=sample.shape[1])
     codes: jax.Array = pick(sample, mass, rotation, jax.random.fold_in(key, 1), num_codes=num_codes)
@@ -37,9 +38,13 @@ def init_codebook(sample: jax.Array, mass: jax.Array, key: jax.Array, *, num_cod
 
 @partial(jax.jit, static_argnames=("num_codes", "count"))
 def draw_sample(blocks: Blocks, key: jax.Array, *, num_codes: int, count: int) -> tuple[jax.Array, jax.Array]:
-    """Returns (vectors [s, g], weights [s]), one from each of s equal stretches of the first `count`.
+    """Returns (vectors float32 [s, g], weights float32 [s]), one from each of s equal parts of `count` vectors.
 
-    s is 16 for each code, or `count` if that is less.
+    Args:
+      blocks: the vectors and weights.
+      key: seed of the draw.
+      num_codes: n; s is 16 n, or `count` if that is less.
+      count: number of vectors without padding.
     """
     size = min(count, _SAMPLES_PER_CODE * num_codes)
     stretches = np.arange(size + 1) * count // size
@@ -50,11 +55,19 @@ def draw_sample(blocks: Blocks, key: jax.Array, *, num_codes: int, count: int) -
 
 @partial(jax.jit, static_argnames="num_codes")
 def pick(sample: jax.Array, mass: jax.Array, rotation: jax.Array, key: jax.Array, *, num_codes: int) -> jax.Array:
-    """Returns n of the sampled vectors [s, g], none twice within rounding, with the density of good codes."""
+    """Returns float32 [n, g], n of the sampled vectors, none twice within rounding, with the density of good codes.
+
+    Args:
+      sample: float32 [s, g].
+      mass: float32 [s], >= 0, their weights.
+      rotation: float32 [g, g], orthogonal, its columns the directions along which the tree cuts.
+      key: seed of the draw.
+      num_codes: n <= s.
+    """
     leaf = _leaves_by_means(sample, rotation)
     leaf, order = jax.lax.sort((leaf, jnp.arange(len(leaf), dtype=jnp.int32)), num_keys=1)
     ends = jnp.cumsum(_capped(_zador_share(sample[order], mass[order], leaf), num_codes))
-    # Systematic sampling along the tree: neighbours in the order are neighbours in space.
+    # Systematic sampling in the order of the tree, in which neighbours are neighbours in space.
     ticks = (jnp.arange(num_codes, dtype=jnp.float32) + jax.random.uniform(key, dtype=jnp.float32)) * (
         ends[-1] / num_codes
     )
@@ -83,9 +96,9 @@ def _leaves_by_means(vectors: jax.Array, rotation: jax.Array) -> jax.Array:
 
 
 def _zador_share(vectors: jax.Array, mass: jax.Array, leaf: jax.Array) -> jax.Array:
-    """Returns [s] >= 0: the codes that each of the vectors [s, g] is due, up to a factor; leaf is sorted.
+    """Returns [s] >= 0: the expected number of codes of each of the vectors [s, g], up to a factor; leaf is sorted.
 
-    A leaf of weight w that extends over a length l is due w^(g/(g+2)) * (l^g)^(2/(g+2)) codes, which is the power
+    A leaf of weight w that extends over a length l gets w^(g/(g+2)) * (l^g)^(2/(g+2)) codes, which is the power
     g/(g+2) of w * l^2, its error if it had one code.
     """
     s, g = vectors.shape
@@ -93,7 +106,7 @@ def _zador_share(vectors: jax.Array, mass: jax.Array, leaf: jax.Array) -> jax.Ar
     total = _sum_by(leaf, mass, s)[:, None]
     centre = _sum_by(leaf, mass[:, None] * vectors, s) / jnp.where(total > 0, total, 1.0)
     error = _sum_by(leaf, mass * jnp.sum(jnp.square(vectors - centre[leaf]), axis=1), s)
-    # Vectors lie nearer to their own mean than to that of all: by the usual (members - 1) / members.
+    # Vectors are nearer to their own mean than to that of all, by the factor (members - 1) / members.
     error *= members / jnp.maximum(members - 1.0, 1.0)
     mean = jnp.sum(error) / s
     share = jnp.where(mean > 0, (error / jnp.where(mean > 0, mean, 1.0) + _FLOOR * members) ** (g / (g + 2)), 1.0)
@@ -109,8 +122,8 @@ def _capped(share: jax.Array, num_codes: int) -> jax.Array:
 
     def scale(_: jax.Array, factor: jax.Array) -> jax.Array:
         full = factor * share >= 1.0
-        outer = jnp.sum(jnp.where(full, 0.0, share))
-        return jnp.where(outer > 0, (num_codes - jnp.sum(full)) / jnp.where(outer > 0, outer, 1.0), factor)
+        below = jnp.sum(jnp.where(full, 0.0, share))
+        return jnp.where(below > 0, (num_codes - jnp.sum(full)) / jnp.where(below > 0, below, 1.0), factor)
 
     factor = jax.lax.fori_loop(0, 20, scale, num_codes / jnp.sum(share))
     return jnp.minimum(factor * share, 1.0)

@@ -1,4 +1,4 @@
-"""For every leaf of a tree of codes the leaves nearest to it: where its vectors look for their code.
+"""Probe lists: for every leaf of a tree of codes, the nearest leaves, in which its vectors search for their code.
 
 Letters: n codes, g weights per code; k leaves of b codes; s leaves on a list.
 """
@@ -12,15 +12,20 @@ import jax.numpy as jnp
 from cluscomp_jax.kmeans.tree import EMPTY, CodeTree
 
 _CENTRE_SHARE = 0.1
-"""Share of the squared distance between centres in the rank of a leaf: most boxes near a leaf touch its centre."""
+"""Weight of the squared distance between centres in the rank of a leaf: most boxes near a leaf touch its centre, at
+a distance of 0."""
 _ROWS = 256
 """Lists made at once. Changes the speed only."""
 
 
 class Lists(NamedTuple):
-    """Centres [k, g] of the leaves; leaves searched, int32 [k, s], nearest first; reach [k].
+    """The probe lists of k leaves.
 
-    No code outside the list of a leaf lies nearer to the leaf's centre than its reach (inf if all are listed).
+    Attributes:
+      centres: float32 [k, g], the mean of each leaf's codes.
+      searched: int32 [k, s], the leaves on each list, nearest first.
+      reach: float32 [k]. No code outside the list of a leaf is nearer to the leaf's centre than this distance; inf if
+        all leaves are listed.
     """
 
     centres: jax.Array
@@ -30,7 +35,13 @@ class Lists(NamedTuple):
 
 @partial(jax.jit, static_argnames="length")
 def make_probe_lists(tree: CodeTree, codebook: jax.Array, *, length: int) -> Lists:
-    """Returns lists of `length` leaves, or of all if there are fewer, for the codes [n, g] as they lie now."""
+    """Returns lists of `length` leaves, or of all if there are fewer.
+
+    Args:
+      tree: of the codes.
+      codebook: float32 [n, g], the codes.
+      length: s, >= 1.
+    """
     k = tree.order.shape[0]
     here = tree.order != EMPTY
     codes = jnp.where(here[..., None], codebook[tree.order], 0.0)
@@ -49,7 +60,7 @@ def make_probe_lists(tree: CodeTree, codebook: jax.Array, *, length: int) -> Lis
 def _nearest_boxes(
     points: jax.Array, *, low: jax.Array, high: jax.Array, middle: jax.Array, live: jax.Array, length: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (boxes [r, length], distance [r] to the nearest of the others) of points [r, d] beside boxes [k, d]."""
+    """Returns (boxes [r, length], distance [r] from the nearest of the others) to points [r, d], among boxes [k, d]."""
     gap = jnp.zeros((points.shape[0], low.shape[0]), jnp.float32)
     apart = jnp.zeros_like(gap)
     for t in range(points.shape[1]):
@@ -58,7 +69,7 @@ def _nearest_boxes(
         apart += jnp.square(middle[:, t] - x)
     gap = jnp.where(live, gap, jnp.inf)
     rank = gap + _CENTRE_SHARE * apart
-    # Behind the barrier XLA keeps its fast top_k; with its results sliced it would sort every row in full.
+    # The barrier keeps XLA's fast top_k; where its results are sliced, XLA would sort every row in full.
     best, boxes = jax.lax.optimization_barrier(jax.lax.top_k(-rank, length))  # type: ignore[no-untyped-call]
     beyond = jnp.where(-rank < best[:, -1:], gap, jnp.inf)
     return boxes, jnp.sqrt(jnp.min(beyond, axis=1))

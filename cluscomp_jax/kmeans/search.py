@@ -23,7 +23,12 @@ _PIECES = 4
 
 @jax.jit
 def search_all(blocks: Blocks, codebook: jax.Array) -> Assignment:
-    """Returns the exact assignment to the codes [n, g]; ties go to the lowest index."""
+    """Returns the exact assignment; ties go to the lowest index.
+
+    Args:
+      blocks: float32 vectors [k, m', g] and weights [k, m'].
+      codebook: float32 [n, g], finite.
+    """
     k, m, g = blocks.vectors.shape
     index, _ = nearest_lanes(blocks.vectors.reshape(-1, g).T, codebook)
 
@@ -48,8 +53,11 @@ def search_listed(
     distances per tile, whatever n is.
 
     Args:
-      index: int32 [k, m'], codes known so far, -1 for none.
-      codebook: [n, g], the codes of which `tree` and `lists` were made.
+      blocks: float32 vectors [k, m', g] and weights [k, m'].
+      index: int32 [k, m'], the previous code of each vector, -1 for none; donated.
+      codebook: float32 [n, g], the codes of which `tree` and `probe_lists` were made.
+      tree: of the codes.
+      probe_lists: of the leaves of `tree`.
     """
     _, m, g = blocks.vectors.shape
     bits = (m - 1).bit_length()
@@ -74,7 +82,7 @@ def search_listed(
             leaf
         ].repeat(_TILE)
         sums, error = add_up(sums, offset, weights, best)
-        # One scatter brings both back: an uncertain code c as ~c, which is below zero.
+        # One scatter puts both into the vectors' order: an uncertain code c is written as ~c, which is below zero.
         back = jnp.zeros((m,), jnp.int32).at[at].set(jnp.where(certain, best, ~best), unique_indices=True)
         return sums, (back, jnp.sum(error), *_worst(error, at))
 

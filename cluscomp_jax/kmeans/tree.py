@@ -1,8 +1,8 @@
-"""A tree over the codes: which few codes lie where, and in which leaf a vector falls.
+"""A tree over the codes: which few codes each leaf has, and the leaf of a vector.
 
-The codes are turned by a random rotation and halved again and again at the median, one direction of the rotated
-frame after the other, until a leaf holds 9 to 16 of them. Another rotation gives another tree, whose cell walls
-lie elsewhere: what one tree cuts off, the next one finds.
+The codes are rotated at random and halved repeatedly at the median, along one direction of the rotated frame after the
+other, until a leaf has 9 to 16 of them. Another rotation gives another tree with other cell boundaries, so that a code
+that one tree misses is found by the next.
 Letters: n codes, g weights per code, m vectors; 2^depth leaves of b codes.
 """
 
@@ -14,14 +14,17 @@ import jax.numpy as jnp
 
 _LARGEST_LEAF = 16
 EMPTY = -1
-"""Stands in `CodeTree.order` for a place without a code."""
+"""The entry of `CodeTree.order` for a place without a code."""
 
 
 class CodeTree(NamedTuple):
-    """Directions [g, d] of the rotated frame that are cut, cuts [2^depth - 1] in heap order, order int32 [2^depth, b].
+    """A balanced tree of n codes. The children of node i are 2i+1 (at or below the cut) and 2i+2.
 
-    The children of node i are 2i+1 (at or below the cut) and 2i+2. A node of level l is cut along direction l mod d.
-    `order` holds each of the n codes once, and EMPTY in the places that are left, all of them in the last leaves.
+    Attributes:
+      directions: float32 [g, d] of the rotated frame; a node of level l is cut along direction l mod d.
+      cuts: float32 [2^depth - 1], in heap order.
+      order: int32 [2^depth, b], each of the n codes once, and EMPTY in the places that are left, all of them in the
+        last leaves.
     """
 
     directions: jax.Array
@@ -30,21 +33,32 @@ class CodeTree(NamedTuple):
 
 
 def leaves_of(num_codes: int) -> tuple[int, int]:
-    """Returns (depth, b) of the tree of so many codes: 2^depth leaves of b <= 16 codes."""
+    """Returns (depth, b) of a tree of `num_codes` codes, >= 1: 2^depth leaves of b <= 16 codes."""
     depth = (-(-num_codes // _LARGEST_LEAF) - 1).bit_length()
     return depth, -(-num_codes // (1 << depth))
 
 
 @partial(jax.jit, static_argnames="g")
 def random_rotation(key: jax.Array, turn: jax.Array | int, *, g: int) -> jax.Array:
-    """Returns an orthogonal matrix [g, g]; a program of its own, because it compiles as long as a whole tree."""
+    """Returns an orthogonal matrix float32 [g, g]; a program of its own, because it compiles as long as a whole tree.
+
+    Args:
+      key: seed of all rotations.
+      turn: number of this one, integer, >= 0.
+      g: weights per code.
+    """
     rotation: jax.Array = jax.random.orthogonal(jax.random.fold_in(key, turn), g, dtype=jnp.float32)
     return rotation
 
 
 @jax.jit
 def grow_tree(codebook: jax.Array, rotation: jax.Array) -> CodeTree:
-    """Returns the tree of the codes [n, g], finite, 1 <= n <= 65536, cut along the columns of `rotation` [g, g]."""
+    """Returns the tree of the codes.
+
+    Args:
+      codebook: float32 [n, g], finite, 1 <= n <= 65536.
+      rotation: float32 [g, g], orthogonal, its columns the directions that are cut.
+    """
     n, g = codebook.shape
     depth, leaf = leaves_of(n)
     places = leaf << depth
@@ -72,7 +86,7 @@ def grow_tree(codebook: jax.Array, rotation: jax.Array) -> CodeTree:
 def _nearly_sorted(values: jax.Array) -> jax.Array:
     """Returns the order, uint32 [d, n], of each row of values [d, n], n <= 65536, taken to 8 significant bits.
 
-    A sort of single numbers that carry their place in their lower half is many times as fast as a sort of pairs, and
+    A sort of single numbers whose lower half is their place is many times as fast as a sort of pairs, and
     codes within 1% of each other may be on either side of a cut.
     """
     bits = jax.lax.bitcast_convert_type(values, jnp.int32)
@@ -89,7 +103,7 @@ def _inverse(permutations: jax.Array) -> jax.Array:
 
 
 def leaf_of(tree: CodeTree, vectors: jax.Array) -> jax.Array:
-    """Returns the leaf, int32 [m], in which each of the vectors [m, g] falls."""
+    """Returns int32 [m], the leaf of each of the vectors float32 [m, g]."""
     depth = tree.cuts.shape[0].bit_length()
     if depth == 0:
         return jnp.zeros(vectors.shape[:1], jnp.int32)

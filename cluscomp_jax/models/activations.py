@@ -15,7 +15,7 @@ import numpy as np
 class ActivationStore:
     """A file of activations [samples, length, d] in one dtype.
 
-    The file is scratch: it is created anew, and nothing reads it in a later run.
+    The file is scratch: it is always a new one, and no later run reads it.
     """
 
     def __init__(self, path: Path, shape: tuple[int, int, int], dtype: Any):

@@ -1,6 +1,6 @@
-"""What the upper layers see of a decoder: the Model protocol and the table model_type -> family.
+"""The Model protocol, through which the upper layers use a decoder, and the table model_type -> family.
 
-Knows no family by its insides: a family is a module with `parse_config(dict) -> config`, its inverse
+Knows no family's internals: a family is a module with `parse_config(dict) -> config`, its inverse
 `to_hf_dict(config) -> dict`, and `build(config) -> Model`.
 """
 
@@ -19,8 +19,8 @@ from cluscomp_jax.errors import InputError
 
 Cache = dict[str, jax.Array]
 Observer = Callable[[str, jax.Array, jax.Array | None], Any]
-"""Called as tap(site, x [..., d_in], residual [..., d] or None) with the input of a site's kernels and what their
-output is added to, if it is added to anything; block returns what it returns."""
+"""Called as observer(group, x [..., d_in], residual [..., d] or None): the name of an input group, the input x of its
+projections, and the residual that their output is added to, if there is one. `Model.block` returns its results."""
 
 
 @runtime_checkable
@@ -43,16 +43,16 @@ class Model(Protocol):
 
     @property
     def blocks_path(self) -> str:
-        """The path under which blocks "0", "1", … stand, e.g. "model/layers"."""
+        """The path under which the parameters have blocks "0", "1", …, e.g. "model/layers"."""
         ...
 
     @property
     def input_groups(self) -> Mapping[str, tuple[str, ...]]:
-        """{site: block-relative paths of the kernels that read that same input}, in order of computation."""
+        """{input group: block-relative paths of the kernels that read one input}, in order of computation."""
         ...
 
     def layer_type(self, i: int) -> Hashable:
-        """What distinguishes block i's program besides its shapes (its attention window, say)."""
+        """What distinguishes block i's program in addition to its shapes (its attention window, for example)."""
         ...
 
     def block_shapes(self, i: int) -> dict[str, tuple[int, ...]]:
@@ -68,7 +68,7 @@ class Model(Protocol):
         ...
 
     def block(self, params: Params, x: jax.Array, *, layer_type: Hashable, observer: Observer | None = None) -> Any:
-        """x [b, t, d] -> y [b, t, d]; with a tap, (y, {site: tap(site, input, residual)})."""
+        """x [b, t, d] -> y [b, t, d]; with an observer, (y, {group: observer(group, input, residual)})."""
         ...
 
     def head(self, outer: Params, x: jax.Array) -> jax.Array:
@@ -149,13 +149,13 @@ def run_embed(outer: Params, tokens: jax.Array, *, model: Model, dtype: Any) -> 
 
 @partial(jax.jit, static_argnames=("model", "layer_type"))
 def run_block(block: Params, x: jax.Array, *, model: Model, layer_type: Hashable) -> jax.Array:
-    """Jitted `model.block` without a tap; compiled once per kind and structure of block."""
+    """Jitted `model.block` without an observer; compiled once per layer type and structure of block."""
     y: jax.Array = model.block(block, x, layer_type=layer_type)
     return y
 
 
 def parameter_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """Returns {path: shape} of all dense parameters, blocks in order behind the rest."""
+    """Returns {path: shape} of all dense parameters, those outside the blocks first, then the blocks in order."""
     shapes = dict(model.outer_shapes())
     for i in range(model.num_blocks):
         shapes |= {f"{model.blocks_path}/{i}/{path}": shape for path, shape in model.block_shapes(i).items()}

@@ -1,6 +1,6 @@
-"""Blocks read ahead of the work and written behind it, each in a thread of its own. Knows no file format.
+"""Prefetch of the next block, and write-back of the last one, each in a thread of its own. Knows no file format.
 
-Order and bytes are those of reading and writing in turn; only the waiting is less.
+Order and bytes are those of reading and writing in turn; only the time is less.
 """
 
 from collections.abc import Callable
@@ -11,15 +11,15 @@ from cluscomp_jax.core.trees import Params
 from cluscomp_jax.models.source import ParamSource
 from cluscomp_jax.runtime.timing import StageTimer
 
-AHEAD, BEHIND = "load ahead", "store behind"
-"""The stages of a clock that run beside the others."""
+PREFETCH, WRITE_BACK = "prefetch", "write back"
+"""The stages of a timer that run at the same time as the others."""
 
 
 class BlockReader:
-    """Hands out the blocks of a source from `first` to the last, and reads the next one when it is told to.
+    """Returns the blocks of a source from `first` to the last, and reads the next one in advance after `read_next`.
 
-    Holds at most one block that has not been asked for, and none before `read_next`: where memory is short, the work
-    first lets go of the block it has. Use as a context manager.
+    Holds at most one block that has not been asked for, and none before `read_next`: where memory is short, the caller
+    first frees the block it has. Use as a context manager.
     """
 
     def __init__(self, source: ParamSource, num_blocks: int, clock: StageTimer, first: int = 0):
@@ -34,9 +34,9 @@ class BlockReader:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def take(self, i: int) -> Params:
-        """Returns block i, host arrays by block-relative paths, and forgets it; i counts up from the first, one by one.
+        """Returns block i, host arrays by block-relative paths, and drops it; i counts up from the first, one by one.
 
-        Waits for it, and reads it first if `read_next` was not called.
+        Blocks until it is read, and reads it first if `read_next` was not called.
 
         Raises:
           Exception: whatever reading the block raised.
@@ -54,16 +54,16 @@ class BlockReader:
             self._next = self._thread.submit(self._read, self._taken)
 
     def _read(self, i: int) -> Params:
-        with self._clock.beside(AHEAD):
+        with self._clock.concurrent(PREFETCH):
             block = self._source.load_block(i)
             self._clock.release()
             return block
 
 
 class BlockWriter:
-    """Runs one write after another, at most one at a time behind the work.
+    """Runs one write after another in a thread, at most one at a time.
 
-    Use as a context manager: it is left when the last write has ended, however the block inside ends.
+    Use as a context manager: it ends when the last write has ended, even where the block inside raises.
     """
 
     def __init__(self, clock: StageTimer):
@@ -75,7 +75,7 @@ class BlockWriter:
         return self
 
     def __exit__(
-        self, layer_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, exception_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._thread.shutdown(wait=True)
 
@@ -99,5 +99,5 @@ class BlockWriter:
             last.result()
 
     def _run(self, write: Callable[[], None]) -> None:
-        with self._clock.beside(BEHIND):
+        with self._clock.concurrent(WRITE_BACK):
             write()

@@ -1,6 +1,6 @@
 """Where the arrays and rows of a run lie on a mesh of devices. XLA does the rest. Knows no loss and no loop.
 
-Rows of a batch are spread over "data" and "fsdp". Matrices, their indices and their codebooks lie in parts over "fsdp"
+Rows of a batch are spread over "data" and "fsdp". Matrices, their indices and their codebooks are split over "fsdp"
 and "tensor"; what "fsdp" parts is gathered block by block, where it is used. A dimension that an axis does not divide
 stays whole along it.
 """
@@ -25,8 +25,8 @@ from cluscomp_jax.models.model import Model
 FSDP, TENSOR = "fsdp", "tensor"
 AXES = ("data", FSDP, TENSOR)
 ROWS = AXES[:2]
-REST = "rest"
-"""The group of what stands outside the blocks."""
+OUTER = "rest"
+"""The group of the parameters outside the blocks, in the trees of training."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,18 +57,18 @@ class Sharding:
         return self._on(*(None,) * (ndim - 2), ROWS)
 
     def of(self, name: str, leaf: Any) -> Any:
-        """Returns where a leaf of the trained or frozen tree lies: a NamedSharding, or a CodebookArray of them.
+        """Returns the sharding of a leaf of the trained or frozen tree: a NamedSharding, or a CodebookArray of them.
 
         Args:
-          name: its group and path, "/codebook" behind it where it is one.
+          name: its group and path, followed by "/codebook" where it is one.
           leaf: has a shape; stacked, unless its group is "rest".
         """
         group, _, path = name.partition("/")
 
         def place(array: Any, codebook: bool) -> NamedSharding:
-            shape = tuple(array.shape if group == REST else array.shape[1:])
+            shape = tuple(array.shape if group == OUTER else array.shape[1:])
             axes = self._codes(shape) if codebook else self._sides(path, shape)
-            return self._on(*axes) if group == REST else self._on(None, *axes)
+            return self._on(*axes) if group == OUTER else self._on(None, *axes)
 
         if isinstance(leaf, CodebookArray):
             codebook = None if leaf.codebook is None else place(leaf.codebook, True)
@@ -84,7 +84,7 @@ class Sharding:
         return _put(rows, self.rows(rows.ndim))
 
     def splits(self, rows: int) -> bool:
-        """Returns whether so many rows can be spread equally."""
+        """Returns whether this many rows can be spread equally."""
         return rows % self.row_parts == 0
 
     def samples(self, count: int) -> NamedSharding:
@@ -98,7 +98,7 @@ class Sharding:
     def used(self, path: str, leaf: Any) -> Any:
         """Returns a leaf of a block, or of what is outside all, as it is used: whole but for "tensor".
 
-        An index whose codebook is elsewhere stays as it lies, and what is as it is used stays so.
+        An index whose codebook is elsewhere keeps its sharding; an array already in the form of its use is unchanged.
         """
         if isinstance(leaf, CodebookArray):
             whole = leaf.codebook is not None
@@ -137,7 +137,7 @@ class Sharding:
 
 
 def make_sharding(settings: MeshConfig, model: Model) -> Sharding | None:
-    """Returns how `model` lies on all devices of all processes; None where one process works on one device alone.
+    """Returns the Sharding of `model` on all devices of all processes; None for one process on one device.
 
     Raises:
       InputError: the mesh takes another number of devices than there are.
@@ -155,7 +155,7 @@ def make_sharding(settings: MeshConfig, model: Model) -> Sharding | None:
 
 
 def sharding_on(mesh: Mesh, model: Model) -> Sharding:
-    """Returns how `model` lies on a mesh with the AXES."""
+    """Returns the Sharding of `model` on a mesh with the AXES."""
     return Sharding(mesh, _added_to_a_residual(model))
 
 
@@ -177,7 +177,7 @@ def gathered(params: Params, sharding: Sharding | None) -> Params:
 
 
 def hold(array: Any, place: NamedSharding) -> jax.Array:
-    """Returns the array, which lies there wherever a program is cut into those of the devices."""
+    """Returns the array, constrained to the sharding `place` where a program is partitioned over devices."""
     held: jax.Array = jax.lax.with_sharding_constraint(array, place)  # type: ignore[no-untyped-call]
     return held
 

@@ -87,7 +87,7 @@ def _cpu_threads() -> int:
 
 
 class BlockSink(Protocol):
-    """Takes finished blocks, and hands them back to a run that carries on behind them."""
+    """Takes finished blocks, and gives them back to a run that is resumed after them."""
 
     def store_block(self, i: int, tree: Params) -> None:
         """Keeps block i; `tree` has block-relative paths."""
@@ -118,12 +118,12 @@ class DictSource:
         _check_shapes(trees.flatten(params), model)
 
     def load_block(self, i: int) -> Params:
-        """Returns block i's tree with block-relative paths; what lies on several devices comes from the host."""
+        """Returns block i's tree with block-relative paths; arrays on several devices come from the host."""
         block: Params = jax.tree.map(on_one_device, trees.subtree(self._params, f"{self._blocks_path}/{i}"))
         return block
 
     def load_outer(self) -> Params:
-        """Returns everything outside the blocks, with full paths; what lies on several devices comes from the host."""
+        """Returns everything outside the blocks, with full paths; arrays on several devices come from the host."""
         outer: Params = jax.tree.map(on_one_device, trees.without(self._params, self._blocks_path))
         return outer
 

@@ -29,7 +29,7 @@ def propagation(setting: BlockSpec) -> Iterator[Program]:
 
 
 def decoding(setting: BlockSpec, stage: str, live: int) -> Iterator[Program]:
-    """Yields the decoding of a block's kernels one by one, beside `live` bytes."""
+    """Yields the decoding of a block's kernels one by one, with `live` bytes held."""
     for _, leaf in sorted(trees.flatten(setting.compressed()).items()):
         if isinstance(leaf, CodebookArray):
             traced = decode_arrays.trace(leaf.codebook, leaf.index, shape=leaf.shape, axis=leaf.axis)
@@ -62,5 +62,5 @@ def tuning(setting: BlockSpec) -> Iterator[Program]:
     scores = samples // settings.batch_size + (settings.epochs + 1) * settings.validation_samples / settings.batch_size
     yield Program("tune", "score", traced, live, setting.blocks * scores)
     traced = blockwise.tuning_step.trace(state, frozen, x, wanted, total_steps=total_steps, **fixed)
-    # Beside the batch of a step lies the one of the step before, or of the next.
+    # In addition to the batch of a step the device holds the one of the step before, or of the next.
     yield Program("tune", "step", traced, live + nbytes((x, wanted)), setting.blocks * steps)

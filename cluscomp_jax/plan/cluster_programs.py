@@ -1,6 +1,7 @@
-"""The programs that cluster one block, step by step as `cluster_block` and `cluster_matrix` call them.
+"""The programs that cluster one block, in the order in which `cluster_block` and `cluster_matrix` call them.
 
-Statistics, correction and error feedback have stages of their own. What the device holds beside each is added up here.
+Statistics, drift correction and error feedback are stages of their own. For each program this module adds up what the
+device holds in addition to the program's own memory.
 """
 
 import math
@@ -15,7 +16,7 @@ from cluscomp_jax.clustering.error_feedback import HessianFactor
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray, decode_arrays, index_shape
 from cluscomp_jax.kmeans import build_code_index
-from cluscomp_jax.kmeans.code_index import grow_forest
+from cluscomp_jax.kmeans.code_index import grow_code_index
 from cluscomp_jax.models.model import run_block
 from cluscomp_jax.models.streams import Batch, weigh_tokens
 from cluscomp_jax.plan.kmeans_programs import STAGE, fit_programs
@@ -25,7 +26,7 @@ from cluscomp_jax.plan.shapes import nbytes
 
 
 def clustering(setting: BlockSpec) -> Iterator[Program]:
-    """Yields the programs of one block, in order. Between them the block, codes and roots wait on the host."""
+    """Yields the programs of one block, in order. Between them the block, codes and roots are on the host."""
     settings = setting.cfg.cluster
     if not settings.error_feedback:
         yield from _without_feedback(setting)
@@ -37,7 +38,7 @@ def clustering(setting: BlockSpec) -> Iterator[Program]:
         yield Program("statistics", "outputs", traced, nbytes((dense, x)), setting.passes)
         y = setting.place.like(traced.out_info)
         traced = weigh_tokens.trace(y, limit=settings.massive_activation_limit)
-        yield Program("statistics", "position weights", traced, nbytes((dense, x, y)), setting.passes)
+        yield Program("statistics", "token weights", traced, nbytes((dense, x, y)), setting.passes)
     yield from _shared_fits(setting)
     now = trees.flatten(dense)
     last = list(model.input_groups)[-1]
@@ -45,13 +46,13 @@ def clustering(setting: BlockSpec) -> Iterator[Program]:
         matched = [path for path in paths if path in setting.rules]
         if not matched:
             continue
-        sums = yield from _moments(setting, group, dense, now)
+        sums = yield from _statistics(setting, group, dense, now)
         if group == last:
             now = {}
-        fed = yield from _solved(setting, matched, sums)
+        factor = yield from _factor(setting, matched, sums)
         for path in matched:
             weight = setting.place.array(*setting.shapes[path], dtype="float32" if settings.corrects else STORED)
-            array = yield from _matrix(setting, path, weight, fed)
+            array = yield from _matrix(setting, path, weight, factor)
             if settings.true_sequential and now:
                 traced = decode_arrays.trace(array.codebook, array.index, shape=array.shape, axis=array.axis)
                 yield Program(STAGE, "decode", traced, nbytes(array), setting.blocks)
@@ -87,7 +88,7 @@ def _batch(setting: BlockSpec, *, original: bool = False) -> Batch:
 
 
 def _shared_fits(setting: BlockSpec, *, measured: bool = False) -> Iterator[Program]:
-    """Yields the k-means of codebooks that several kernels share, and what it needs where it is not `measured` yet."""
+    """Yields the k-means of codebooks that several kernels share, and E[x_i^2] where it is not `measured` yet."""
     groups, settings = setting.sharing, setting.cfg.cluster
     if groups and settings.weighted and not measured:
         yield from _squares(setting)
@@ -109,11 +110,11 @@ def _shared_fits(setting: BlockSpec, *, measured: bool = False) -> Iterator[Prog
         )
 
 
-def _moments(setting: BlockSpec, group: str, dense: Any, now: dict[str, Any]) -> Any:
-    """Yields the statistics of a site; returns its sums, which become its means in place.
+def _statistics(setting: BlockSpec, group: str, dense: Any, now: dict[str, Any]) -> Any:
+    """Yields the statistics of an input group; returns its sums, which become its means in place.
 
     Args:
-      now: {path: array} of the block as it is by now; what is still the same array as in `dense` is there once.
+      now: {path: array} of the block at this point of the run; an array that is also in `dense` is counted once.
     """
     fixed = {"model": setting.model, "layer_type": setting.layer_type, "group": group, "block": trees.unflatten(now)}
     add: Any = hessian.add_products
@@ -122,15 +123,15 @@ def _moments(setting: BlockSpec, group: str, dense: Any, now: dict[str, Any]) ->
         add, fixed = hessian.add_pair, {**fixed, "original": dense}
         live += nbytes([leaf for path, leaf in trees.flatten(dense).items() if leaf is not now[path]])
     sums = setting.place.like(add.trace(None, batch, **fixed).out_info)
-    live += nbytes((batch, batch, sums))  # the next batch is on its way
-    yield Program("statistics", f"moments of {group}", add.trace(sums, batch, **fixed), live, setting.passes)
+    live += nbytes((batch, batch, sums))  # the next batch is being copied
+    yield Program("statistics", f"Hessian of {group}", add.trace(sums, batch, **fixed), live, setting.passes)
     count = setting.place.array(dtype="int32")
     yield Program("statistics", f"means of {group}", hessian.divide.trace(sums, count), live, setting.blocks)
     return sums
 
 
-def _solved(setting: BlockSpec, paths: list[str], sums: dict[str, Any]) -> Any:
-    """Yields the correction of a site's kernels and the root for feedback; returns the Feedback."""
+def _factor(setting: BlockSpec, paths: list[str], sums: dict[str, Any]) -> Any:
+    """Yields the drift correction of a group's kernels and the root for error feedback; returns the HessianFactor."""
     statistics, ratio = LayerStatistics(**sums), setting.place.array()
     if setting.cfg.cluster.corrects:
         for path in paths:
@@ -144,8 +145,8 @@ def _solved(setting: BlockSpec, paths: list[str], sums: dict[str, Any]) -> Any:
     return HessianFactor(*setting.place.like(traced.out_info))
 
 
-def _matrix(setting: BlockSpec, path: str, weight: Any, fed: HessianFactor | None) -> Any:
-    """Yields the programs of `cluster_matrix`, kernel and feedback coming from the host; returns the CodebookArray."""
+def _matrix(setting: BlockSpec, path: str, weight: Any, factor: HessianFactor | None) -> Any:
+    """Yields the programs of `cluster_matrix`, kernel and factor copied from the host; returns the CodebookArray."""
     settings, rule, place, calls = setting.cfg.cluster, setting.rules[path], setting.place, setting.blocks
     d_in, d_out = weight.shape
     g, n = rule.group_size, rule.num_codes
@@ -161,8 +162,8 @@ def _matrix(setting: BlockSpec, path: str, weight: Any, fed: HessianFactor | Non
             yield Program(STAGE, "vector weights", traced, nbytes(vectors), calls)
         yield from fit_programs(place, m, g, n, weighted=weighted, iterations=settings.iterations, calls=calls)
     array = place.compressed((d_in, d_out), rule, settings.codebook_dtype)
-    if fed is not None:
-        yield from _assigned(setting, weight, array, fed, shared)
+    if factor is not None:
+        yield from _assigned(setting, weight, array, factor, shared)
     index, mass = place.array(m, dtype="int32"), place.array(d_in)
     traced = matrix.channel_energies.trace(weight, array, mass)
     yield Program(STAGE, "error", traced, nbytes((index, weight, array, mass)), calls)
@@ -170,26 +171,26 @@ def _matrix(setting: BlockSpec, path: str, weight: Any, fed: HessianFactor | Non
 
 
 def _assigned(
-    setting: BlockSpec, weight: Any, array: CodebookArray, fed: HessianFactor, shared: bool
+    setting: BlockSpec, weight: Any, array: CodebookArray, factor: HessianFactor, shared: bool
 ) -> Iterator[Program]:
     """Yields the choice of codes with error feedback and its refine_rounds; a shared codebook is not solved for."""
     refine_rounds, g, place = setting.cfg.cluster.refine_rounds, array.group_size, setting.place
-    live = nbytes((weight, array.codebook, fed))
+    live = nbytes((weight, array.codebook, factor))
     stored, codes = array.codebook, place.array(*array.codebook.shape)
     search: dict[str, Any] = {"g": g, "code_index": place.like(jax.eval_shape(build_code_index, stored, place.key()))}
     if search["code_index"] is not None:
-        traced = grow_forest.trace(codes, place.key())
+        traced = grow_code_index.trace(codes, place.key())
         yield Program("assign", "code index", traced, live + nbytes(codes), setting.blocks * max(1, refine_rounds))
     live += nbytes(search["code_index"])
-    traced = error_feedback.assign_with_error_feedback.trace(weight, stored, fed, **search)
+    traced = error_feedback.assign_with_error_feedback.trace(weight, stored, factor, **search)
     yield Program("assign", "codes", traced, live, setting.blocks)
     chosen = place.like(traced.out_info)
     if refine_rounds:
         live += nbytes((chosen, codes))
-        traced = refine.curvature_of.trace(fed)
+        traced = refine.curvature_of.trace(factor)
         yield Program("assign", "curvature", traced, live, setting.blocks)
         curvature = place.like(traced.out_info)
-        live += nbytes(curvature.statistics)
+        live += nbytes(curvature.hessian)
         traced = refine.reassign_codes.trace(weight, codes, chosen, curvature, **search)
         yield Program("assign", "new codes", traced, live, setting.blocks * refine_rounds)
         if not shared:

@@ -1,4 +1,4 @@
-"""What a run needs beside the device: memory of the host and room on the disk, added up from shapes."""
+"""What a run needs apart from the device: memory of the host and room on the disk, added up from shapes."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ _BLOCKS_AT_ONCE = 4
 
 @dataclasses.dataclass(frozen=True)
 class HostRequirements:
-    """Bytes beside the device.
+    """Bytes that are not on the device.
 
     Attributes:
       host_bytes: memory of the host while a model is compressed, whatever the number of blocks; what it maps of

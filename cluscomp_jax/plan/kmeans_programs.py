@@ -76,7 +76,7 @@ def _searches(
 ) -> Iterator[Program]:
     """Yields what finds the nearest codes by a tree: in the iterations, and at last on longer lists."""
     n, g = codebook.shape
-    # While it searches, a fit still has what the search before it found; its codes are those already known.
+    # While it searches, a fit still holds the result of the search before; its codes are the previous ones.
     before = nbytes(_found(place, blocks, previous, codebook, rotation)) - nbytes(previous)
     traced = tree.grow_tree.trace(codebook, rotation)
     yield program("tree", traced, held + before, iterations + 1)

@@ -37,7 +37,7 @@ class Launches:
         return Launches(self.launches + other.launches, self.unknown_loops + other.unknown_loops)
 
     def times(self, count: float) -> "Launches":
-        """Returns the launches of so many turns of the same text."""
+        """Returns the launches of this many turns of the same text."""
         return Launches(self.launches * count, self.unknown_loops)
 
 
@@ -95,18 +95,18 @@ def _launches(instruction: str, count: Callable[[str], Launches]) -> Launches:
       instruction: from its type on.
       count: returns the launches of a computation.
     """
-    outer = _after_type(instruction)
-    operation = outer.partition("(")[0].strip()
+    text = _after_type(instruction)
+    operation = text.partition("(")[0].strip()
     started = operation.removesuffix("-start")
     if operation in _FREE or operation.endswith(_FINISHES):
         return Launches()
     if started == "while":
-        return _loop(outer, count)
+        return _loop(text, count)
     if started == "conditional":
-        return max((count(name) for name in _branches(outer)), key=lambda branch: branch.launches)
+        return max((count(name) for name in _branches(text)), key=lambda branch: branch.launches)
     if started in ("call", "async"):
-        return count(_called(outer, "to_apply" if started == "call" else "calls"))
-    target = re.search(r' custom_call_target="([^"]*)"', outer)
+        return count(_called(text, "to_apply" if started == "call" else "calls"))
+    target = re.search(r' custom_call_target="([^"]*)"', text)
     return Launches() if target and target[1] in _FREE_TARGETS else Launches(1.0)
 
 
@@ -122,25 +122,25 @@ def _after_type(instruction: str) -> str:
     raise ValueError(f"a type does not end: {instruction[:80]}")
 
 
-def _loop(outer: str, count: Callable[[str], Launches]) -> Launches:
-    body, turns = count(_called(outer, "body")), re.search(r"known_trip_count\W*n\W*(\d+)", outer)
+def _loop(text: str, count: Callable[[str], Launches]) -> Launches:
+    body, turns = count(_called(text, "body")), re.search(r"known_trip_count\W*n\W*(\d+)", text)
     if turns:
         return body.times(int(turns[1]))
-    return body + count(_called(outer, "condition")) + Launches(unknown_loops=1)
+    return body + count(_called(text, "condition")) + Launches(unknown_loops=1)
 
 
-def _branches(outer: str) -> list[str]:
-    named = [_called(outer, f"{side}_computation") for side in ("true", "false") if f" {side}_computation=" in outer]
-    several = re.search(r" branch_computations=\{([^}]*)\}", outer)
+def _branches(text: str) -> list[str]:
+    named = [_called(text, f"{side}_computation") for side in ("true", "false") if f" {side}_computation=" in text]
+    several = re.search(r" branch_computations=\{([^}]*)\}", text)
     names = named or ([name.strip().lstrip("%") for name in several[1].split(",")] if several else [])
     if not names:
-        raise ValueError(f"a conditional names no branches: {outer[:80]}")
+        raise ValueError(f"a conditional names no branches: {text[:80]}")
     return names
 
 
-def _called(outer: str, attribute: str) -> str:
+def _called(text: str, attribute: str) -> str:
     """Returns the name of the computation that an attribute of an instruction names."""
-    found = re.search(rf" {attribute}=%?([\w.\-]+)", outer)
+    found = re.search(rf" {attribute}=%?([\w.\-]+)", text)
     if not found:
-        raise ValueError(f"an instruction has no {attribute}: {outer[:80]}")
+        raise ValueError(f"an instruction has no {attribute}: {text[:80]}")
     return found[1]

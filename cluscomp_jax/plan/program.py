@@ -49,7 +49,7 @@ class Memory:
       argument_bytes: of the compiled program's arguments.
       output_bytes: of results that take new memory (donated arguments are reused).
       temp_bytes: of its temporaries, which are one allocation.
-      held_bytes: what else lies on the device; negative where arguments share buffers or are not read.
+      held_bytes: what else is on the device; negative where arguments share buffers or are not read.
 
     Invariant: peak_bytes = argument + output + temp + held.
     """
@@ -96,7 +96,7 @@ def compile_counted(program: Program) -> tuple[Memory, Launches | None]:
 def _memory(program: Program, compiled: Any) -> Memory:
     analysis: Any = compiled.memory_analysis()
     if analysis is None:
-        raise RuntimeError(f"{program.stage}, {program.name}: {jax.default_backend()} tells nothing of memory")
+        raise RuntimeError(f"{program.stage}, {program.name}: {jax.default_backend()} reports no memory")
     return Memory(
         stage=program.stage,
         name=program.name,

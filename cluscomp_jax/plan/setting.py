@@ -1,4 +1,4 @@
-"""One run as its programs see it: a kind of block, the sizes of batches, and where arrays lie."""
+"""One run as its programs see it: a layer type, the sizes of batches, and the devices of the arrays."""
 
 import dataclasses
 from collections.abc import Hashable, Mapping
@@ -22,13 +22,13 @@ STORED = jnp.dtype("bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class BlockSpec:
-    """The blocks of one kind in one run.
+    """The blocks of one layer type in one run.
 
     Attributes:
       model: the decoder.
       cfg: the run, calibration given.
       place: the device.
-      kind: of the block.
+      layer_type: of the block.
       shapes: {block-relative path: shape} of its parameters.
       rules: {block-relative path: rule} of its kernels.
       members: numbers of the blocks that are alike.
@@ -56,7 +56,7 @@ class BlockSpec:
 
     @property
     def numbers(self) -> BlockTuningConfig:
-        """The settings that decide dtypes, where nothing is tuned too."""
+        """The settings that decide dtypes; the defaults where nothing is tuned."""
         return self.cfg.tuning or BlockTuningConfig()
 
     @property
@@ -78,7 +78,7 @@ class BlockSpec:
         return self.place.tree(self.shapes, STORED)
 
     def compressed(self, *, tuned: bool = True) -> Params:
-        """Returns the block as it is stored, or as it comes to be tuned."""
+        """Returns the block as it is stored (`tuned`), or as it is before tuning."""
         codebook_dtype = self.cfg.cluster.codebook_dtype
         flat: dict[str, Any] = {}
         owners = {path: group[0] for group in self.sharing for path in group[1:]}
@@ -101,7 +101,7 @@ class BlockSpec:
 
 
 def layer_types_of(model: Model, cfg: CompressConfig, place: AbstractDevice, batch: int) -> list[BlockSpec]:
-    """Returns a Setting for each kind of block, by what distinguishes their programs; a budget is spent evenly.
+    """Returns a BlockSpec for each layer type, by what distinguishes its programs; a bit budget is spent evenly.
 
     Args:
       batch: samples of a forward pass.
@@ -109,14 +109,14 @@ def layer_types_of(model: Model, cfg: CompressConfig, place: AbstractDevice, bat
     Raises:
       InputError: a rule matches nothing, or a budget cannot be met.
     """
-    kinds: dict[Any, BlockSpec] = {}
+    layer_types: dict[Any, BlockSpec] = {}
     for i, rules in enumerate(rules_by_block(model, cfg)):
         shapes = model.block_shapes(i)
         key = (model.layer_type(i), tuple(shapes.items()), tuple(rules.items()))
-        known = kinds.get(key)
-        kinds[key] = (
+        previous = layer_types.get(key)
+        layer_types[key] = (
             BlockSpec(model, cfg, place, model.layer_type(i), shapes, rules, (i,), batch)
-            if known is None
-            else dataclasses.replace(known, members=(*known.members, i))
+            if previous is None
+            else dataclasses.replace(previous, members=(*previous.members, i))
         )
-    return list(kinds.values())
+    return list(layer_types.values())

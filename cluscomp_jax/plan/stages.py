@@ -1,6 +1,6 @@
 """The stages of a run and the programs of each: the one list that plans and budgets go through.
 
-A stage is a function of a Setting that yields its programs; what compression does with a block stands in PER_BLOCK.
+A stage is a function of a BlockSpec that yields its programs; PER_BLOCK lists what compression does with a block.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -36,7 +36,7 @@ def whole_run(
 
 
 def largest_alike(programs: Iterable[Program]) -> list[Program]:
-    """Returns, of all programs of one stage and name, that of the largest arguments and that beside which most is held.
+    """Returns, of all programs of one stage and name, those with the largest arguments and with most other bytes held.
 
     Temporaries grow with the sizes of arguments, so no other one needs more than these two together.
     """

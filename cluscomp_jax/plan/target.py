@@ -113,7 +113,8 @@ def _capability(name: str, text: str) -> tuple[int, int]:
     if found not in _compat.DEVICE_KINDS:
         known = ", ".join(f"{a}.{b}" for a, b in _compat.DEVICE_KINDS)
         raise InputError(
-            f"target {name}: its cuda_compute_capability is {found[0]}.{found[1]}; Pallas' kernels compile for {known}"
+            f"target {name}: its cuda_compute_capability is {found[0]}.{found[1]}; "
+            f"Pallas' GPU kernels compile for {known}"
         )
     return found
 
@@ -137,7 +138,7 @@ def placement(target: Target) -> jax.sharding.Sharding:
 
 
 def card_mesh(target: Target, sizes: tuple[int, ...], axes: tuple[str, ...]) -> jax.sharding.Mesh:
-    """Returns a mesh of so many of the described card, all in one machine.
+    """Returns a mesh of this many of the described card, all in one machine.
 
     Raises:
       InputError: as `placement`.

@@ -1,4 +1,4 @@
-"""The programs of finetuning a compressed model, as `finetune` calls them, and what it holds beside them."""
+"""The programs of finetuning a compressed model, as `finetune` calls them, and what it holds in addition."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -37,7 +37,7 @@ def finetuning(
     """
     if cfg.training.distillation is not None:
         raise InputError(
-            "finetuning behind a teacher is not planned; leave out [training.distillation] here, and add the teacher's "
+            "finetuning with a teacher is not planned; leave out [training.distillation] here, and add the teacher's "
             "parameters and one forward pass to the finetune stage"
         )
     training, model, place = cfg.training, settings[0].model, settings[0].place

@@ -51,7 +51,7 @@ class Reserve:
 
     Attributes:
       fraction: share of the card's memory that JAX may take (XLA_PYTHON_CLIENT_MEM_FRACTION, which the scripts set);
-        outside it lie the CUDA context and what else uses the card.
+        outside it are the CUDA context and what else uses the card.
       bytes: of that share kept free for what XLA's account leaves out: fragments between buffers, scratch memory of
         libraries.
     """
@@ -151,7 +151,7 @@ def plan(
         for; None: `finetuning_of` the run.
       context: positions in generation, as `generation.positions_held` makes them; 32 or more.
       reserve: what must stay free.
-      reporter: is told of progress.
+      reporter: receives progress.
 
     Raises:
       InputError: rules that match nothing, or a context out of range.
@@ -247,8 +247,8 @@ def _kind(program: Program) -> tuple[str, str, tuple[str, ...]]:
 def _calls(works: list[tuple[Program, Work]], counted: list[tuple[Program, Launches]]) -> list[Launches]:
     """Returns the launches of one call of each program.
 
-    Of programs of one kind one or two are compiled. The others have as many launches for each traced step as the
-    compiled one whose steps are nearest.
+    Of programs of one stage and name one or two are compiled. The others have as many launches for each traced step as
+    the compiled one whose steps are nearest.
     """
     twins: dict[Any, list[tuple[float, Launches]]] = {}
     for program, launches in counted:

@@ -37,7 +37,7 @@ class Work:
         return Work(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
     def times(self, count: float) -> "Work":
-        """Returns the work of so many calls."""
+        """Returns the work of this many calls."""
         return Work(*(count * value for value in dataclasses.astuple(self)))
 
     def least_seconds(self, *, matrix_rate: float, vector_lr_scale: float, bandwidth: float) -> float:

@@ -63,7 +63,7 @@ def files_below(folder: Path) -> list[str]:
 
 
 def require_space(folder: Path, num_bytes: int) -> None:
-    """Raises the disk's own "No space left" at once if `num_bytes` more bytes do not fit beside `folder`'s files.
+    """Raises the disk's own "No space left" at once if `num_bytes` more bytes do not fit on the disk of `folder`.
 
     A library that writes in threads of its own fails far less tidily half-way.
     """

@@ -47,7 +47,7 @@ def join(coordinator: str | None, num_processes: int | None = None, process_id: 
 
 
 def is_first() -> bool:
-    """Returns whether this process writes what the run leaves behind."""
+    """Returns whether this process writes the files of the run."""
     return bool(jax.process_index() == 0)
 
 

@@ -29,17 +29,17 @@ class FileStamps:
                 raise InputError(f"{path} has gone since it was opened; put it back and give the same command again")
             if _stamp(path) != stamp:
                 raise InputError(
-                    f"{path} was changed since it was opened; fetch it again, or begin anew with what it is"
+                    f"{path} was changed since it was opened; fetch it again, or begin a new run with it as it is"
                 )
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Reads in here come from the files as they were opened, or `require_unchanged` raises, before or behind."""
+        """Reads inside come from the files as they were opened, or `require_unchanged` raises, before or after them."""
         self.require_unchanged()
         try:
             yield
         except (InputError, OSError):
-            self.require_unchanged()  # tells the cause where a file that changed could not be read
+            self.require_unchanged()  # names the cause where a file that changed could not be read
             raise
         self.require_unchanged()
 

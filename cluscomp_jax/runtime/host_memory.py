@@ -14,7 +14,7 @@ _KEPT_BYTES = 512 * 2**20
 def keep_freed_memory() -> bool:
     """Has glibc keep up to 512 MiB of freed memory for the next request; returns whether it does.
 
-    XLA on the CPU asks for the scratch memory of every call anew. From 32 MiB on glibc fetches it from the kernel
+    XLA on the CPU allocates the scratch memory of every call. From 32 MiB on glibc fetches it from the operating system
     and gives it back each time, and the page faults take a fifth of a tuning step. A setting of the whole process:
     the command line asks for it, the library never does by itself. Does nothing where the C library is not glibc.
     """
@@ -27,11 +27,11 @@ def keep_freed_memory() -> bool:
 def return_freed_memory() -> bool:
     """Gives what was freed, and is not used again, back to the kernel; returns whether anything was.
 
-    What glibc keeps lies in pieces between what is still in use. A stage that asks for larger pieces than the one
+    What glibc keeps is in pieces between what is still in use. A stage that asks for larger pieces than the one
     before finds none that fit, and the process grows by the difference: by several blocks' worth where a kernel has
     hundreds of megabytes. Called between stages; no setting is changed. Does nothing where the C library is not glibc.
 
-    Host arrays that JAX read in place, without a copy, it lets go of at the next garbage collection after their buffers
+    Host arrays that JAX read in place, without a copy, it frees at the next garbage collection after their buffers
     are gone; the youngest generation is enough for that.
     """
     gc.collect(0)
@@ -40,7 +40,7 @@ def return_freed_memory() -> bool:
 
 
 def schedule_for_memory() -> bool:
-    """Has XLA on the CPU order a program by the memory it takes; returns whether it is told so.
+    """Has XLA on the CPU order a program by the memory it takes; returns whether XLA accepts that.
 
     Left to itself XLA orders by what could run side by side. Where the processor does not multiply a 16-bit type, it
     then turns all kernels of a block to float32 before the first product: a block of Llama-2-70B takes twice its
@@ -48,7 +48,7 @@ def schedule_for_memory() -> bool:
     XLA_FLAGS, that counts if JAX has compiled nothing yet: the command line asks for it, the library never does by
     itself. What XLA_FLAGS says already stays, and a release of jaxlib in which the flag was not tried is left alone.
     """
-    from pallas_kernels import _compat  # brings JAX, for which `--help` need not wait
+    from pallas_kernels import _compat  # imports JAX, which `--help` does without
 
     flags = os.environ.get("XLA_FLAGS", "")
     if _compat.CPU_SCHEDULER in flags or not _compat.tried("jaxlib", patches=True):

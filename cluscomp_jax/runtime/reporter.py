@@ -19,7 +19,7 @@ _LINE_EVERY_S = 30.0
 
 
 class Reporter(Protocol):
-    """What long work tells the outside."""
+    """What long work reports to the outside."""
 
     def start(self, stage: str, total: int, unit: str) -> None:
         """A stage of `total` steps begins; it replaces the one before."""
@@ -72,7 +72,7 @@ class RecordLog(Protocol):
 class JsonLinesLog:
     """A file with one line of strict JSON for each record.
 
-    The first begins the file anew, in place of one that a killed process may have left incomplete.
+    The first begins a new file, in place of one that a killed process may have left incomplete.
     """
 
     def __init__(self, path: Path):
@@ -90,7 +90,7 @@ class JsonLinesLog:
 
 
 class ConsoleReporter:
-    """A Reporter that shows a bar, or lines where there is no terminal, and hands records to logs.
+    """A Reporter that shows a bar, or lines where there is no terminal, and passes records to logs.
 
     Made by `console_reporter`.
     """
@@ -140,7 +140,7 @@ class ConsoleReporter:
 
 @contextlib.contextmanager
 def console_reporter(*logs: RecordLog) -> Iterator[ConsoleReporter]:
-    """Yields a ConsoleReporter whose bar lives on standard error for the length of the block; then closes the logs."""
+    """Yields a ConsoleReporter whose bar is on standard error inside the block; then closes the logs."""
     # Here, because who compresses without a console needs no rich.
     from rich.console import Console
     from rich.progress import (

@@ -15,7 +15,7 @@ def scratch_folder(parent: str | Path | None, num_bytes: int) -> Iterator[Path]:
 
     Args:
       parent: an existing folder; None: the system's folder for temporary files, which TMPDIR names.
-      num_bytes: what will lie in it.
+      num_bytes: what it will hold.
 
     Raises:
       InputError: no such folder, nothing can be written there, or fewer bytes are free.
@@ -39,10 +39,10 @@ def scratch_parent(parent: str | Path | None) -> Path:
 
 
 def require_room(folder: Path, num_bytes: int, otherwise: str = _OTHERWISE) -> None:
-    """Returns if `folder` is one whose disk has room for so many bytes.
+    """Returns if `folder` is one whose disk has room for `num_bytes`.
 
     Args:
-      folder: where they are to lie.
+      folder: where they will be.
       num_bytes: how many.
       otherwise: what the person can do, for the error.
 
@@ -53,7 +53,7 @@ def require_room(folder: Path, num_bytes: int, otherwise: str = _OTHERWISE) -> N
         raise InputError(f"{folder}: is no folder for temporary files; make it first, or {otherwise}")
     usage = shutil.disk_usage(folder)
     free = usage.free
-    if usage.total and free < num_bytes:  # some file systems in memory or over a network tell no sizes
+    if usage.total and free < num_bytes:  # some file systems in memory or over a network report no sizes
         raise InputError(
             f"{folder}: activations need {num_bytes / 2**20:,.1f} MiB for the time of the run, and "
             f"{free / 2**20:,.1f} MiB are free; make room, or {otherwise}"

@@ -15,8 +15,8 @@ _PREFIX = "events"
 class TensorBoardLog:
     """Writes every number of a record that has a `step` as the scalar "event/key" at that step and the record's time.
 
-    The first record begins anew, in place of what a killed process may have left; each is in the file when `write`
-    returns. Written without tensorboardX's thread, which would end at a full disk and leave its callers waiting.
+    The first record begins a new file, in place of one that a killed process may have left; each is in the file when
+    `write` returns. Written without tensorboardX's thread, which ends at a full disk while its callers wait for ever.
     """
 
     def __init__(self, folder: Path):

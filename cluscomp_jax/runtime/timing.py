@@ -1,4 +1,4 @@
-"""Time and peak memory by stage of a run, and what a run that has its process to itself does to it between stages."""
+"""Wall time and peak memory by stage of a run; where the run owns its process, freed memory returned between stages."""
 
 import resource
 import sys
@@ -23,8 +23,8 @@ class StageTimer:
     On Linux the peak is that of the stage itself; elsewhere that of the process so far.
 
     Args:
-      owns_process: whether the process does nothing but this run, as under the command line. Only then may a stage set
-        the kernel's peak of the process back, by which its own is measured, and `release` ask the C allocator.
+      owns_process: whether the process does nothing but this run, as under the command line. Only then may a stage
+        reset the operating system's peak of the process, to measure its own, and `release` call the C allocator.
     """
 
     def __init__(self, *, owns_process: bool = False) -> None:
@@ -44,10 +44,10 @@ class StageTimer:
             self._add(name, time.monotonic() - began)
 
     @contextmanager
-    def beside(self, name: str) -> Iterator[None]:
-        """Counts the block, in a thread of its own, towards stage `name`, which runs beside the others.
+    def concurrent(self, name: str) -> Iterator[None]:
+        """Counts the block, in a thread of its own, towards stage `name`, which runs at the same time as another stage.
 
-        Its memory is counted from where the stage that it runs beside began.
+        Its peak memory is that since the other stage began.
         """
         began = time.monotonic()
         try:
@@ -56,7 +56,7 @@ class StageTimer:
             self._add(name, time.monotonic() - began)
 
     def release(self) -> None:
-        """Gives freed memory back to the kernel (`return_freed_memory`), if the process is the run's own."""
+        """Gives freed memory back to the operating system (`return_freed_memory`), if the process is the run's own."""
         if self._owns_process:
             return_freed_memory()
 
@@ -74,7 +74,7 @@ class StageTimer:
 
 
 def _reset_peak() -> None:
-    """Starts the kernel's high-water mark anew (Linux only; a kernel that refuses leaves the peak so far)."""
+    """Resets the operating system's high-water mark (Linux only; where that is refused, the peak so far stays)."""
     _noted_peak()
     if _CLEAR_REFS.exists():
         try:
@@ -95,7 +95,7 @@ def _noted_peak() -> int:
 def process_peak_rss_bytes() -> int:
     """Returns the largest resident set, in bytes, of this process so far.
 
-    Where a stage has begun, getrusage and `time -v` tell less: they see only what came since the last reset.
+    Where a stage has begun, getrusage and `time -v` report less: only the peak since the last reset.
     """
     return max(_peak_of_past_stages, peak_rss_bytes())
 

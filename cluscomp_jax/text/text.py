@@ -14,7 +14,7 @@ Split = Literal["train", "test"]
 
 
 class _DataSet(NamedTuple):
-    """Where a named data set lies on the hub and how its texts become one.
+    """Where a named data set is on the hub and how its texts become one.
 
     Attributes:
       splits: {our split: (its split, its data files or None)}.
@@ -128,7 +128,7 @@ def load_tokens(
       vocab_size: where given, every id must be below it.
 
     Raises:
-      InputError: as `read_text`; a .npy file of another kind; an id outside the vocabulary.
+      InputError: as `read_text`; a .npy file of another content; an id outside the vocabulary.
     """
     if Path(spec).suffix == ".npy":
         tokens = _read_token_array(Path(spec))
@@ -151,12 +151,12 @@ def _read_token_array(path: Path) -> np.ndarray:
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         raise InputError(f"{path} holds {array.dtype} {list(array.shape)}; token ids are integers of one axis")
     if array.size and not 0 <= int(array.min()) <= int(array.max()) < 2**31:
-        raise InputError(f"{path} holds ids from {array.min()} to {array.max()}; token ids lie in 0 … {2**31 - 1}")
+        raise InputError(f"{path} holds ids from {array.min()} to {array.max()}; token ids are 0 … {2**31 - 1}")
     return np.asarray(array, dtype=np.int32)
 
 
 def check_vocabulary(tokens: np.ndarray, vocab_size: int, *, where: str) -> None:
-    """Raises InputError if an id lies outside 0 … vocab_size-1."""
+    """Raises InputError if an id is outside 0 … vocab_size-1."""
     if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
         worst = int(tokens.min()) if tokens.min() < 0 else int(tokens.max())
         raise InputError(f"{where} holds token id {worst}, the vocabulary has {vocab_size}; use the model's tokenizer")

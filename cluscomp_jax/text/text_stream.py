@@ -25,7 +25,7 @@ class TextStream:
         """
         self._tokenizer, self._stops = tokenizer, tuple(stop_strings)
         self._tokens: list[int] = []
-        self._context = self._shown = 0  # what lies between them is decoded again, because spacing depends on it
+        self._context = self._shown = 0  # what is between them is decoded again, because spacing depends on it
         self._held = ""
         self.stopped = False
         self.text = ""

@@ -23,7 +23,7 @@ class TokenRows:
 
     Attributes:
       tokens: int32 [n, t], n >= 1, t >= 2.
-      scored: bool [n, t]; every row has one that is true behind its first position, of which nothing predicts.
+      scored: bool [n, t]; every row has one that is true after its first position, which nothing predicts.
       lines: int [n], the line from 1 of the file that each row comes from; None where rows have no line of their own.
 
     Raises:
@@ -52,7 +52,7 @@ class TokenRows:
                 raise InputError(f"lines are {found}; they must be integers, one to each of {len(self.tokens)} rows")
         unscored = np.flatnonzero(~self.loss_mask[:, 1:].any(axis=1))
         if len(unscored):
-            raise InputError(f"row {unscored[0]} has no scored token behind its first; leave it out")
+            raise InputError(f"row {unscored[0]} has no scored token after its first; leave it out")
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -62,7 +62,7 @@ class TokenRows:
         return TokenRows(self.tokens[rows], self.loss_mask[rows], None if self.lines is None else self.lines[rows])
 
     def describe(self, rows: np.ndarray) -> str:
-        """Returns in words where the rows of these numbers come from; of many, the first few."""
+        """Returns a phrase of where the rows of these numbers come from; of many, the first few."""
         what, numbers = ("rows", rows) if self.lines is None else ("lines", self.lines[rows])
         shown = ", ".join(map(str, numbers[:_SHOWN_ROWS]))
         more = f" and {len(rows) - _SHOWN_ROWS} more" * (len(rows) > _SHOWN_ROWS)
@@ -105,7 +105,7 @@ def pack(tokens: np.ndarray, length: int) -> TokenRows:
 def pad(
     rows: Sequence[tuple[Sequence[int], Sequence[bool]]], length: int, lines: np.ndarray | None = None
 ) -> TokenRows:
-    """Returns (tokens, scored) pairs of at most `length` as rows; behind their ends stands token 0, not scored.
+    """Returns (tokens, scored) pairs of at most `length` as rows; their ends are padded with token 0, not scored.
 
     Args:
       rows: at least one.
@@ -163,7 +163,7 @@ class ShuffledBatches:
         return self.examples.take(self.rows(step))
 
     def describe(self, step: int) -> str:
-        """Returns in words where the rows of a step come from."""
+        """Returns a phrase of where the rows of a step come from."""
         return self.examples.describe(self.rows(step))
 
     @property

@@ -62,7 +62,7 @@ def read_cached_examples(
     path = Path(spec)
     if str(spec) in DATA_SETS or path.suffix == ".npy" or not path.is_file():
         return read_examples(spec, tokenizer, settings, vocab_size=vocab_size)
-    with FileStamps([path]).held():  # else the rows of other bytes might be kept under the digest of these
+    with FileStamps([path]).held():  # without it the rows of other bytes might be kept under the digest of these
         kept = Path(cache) / f"{_digest(path, tokenizer, settings)}.safetensors"
         if kept.is_file():
             examples = _load(kept)

@@ -28,7 +28,7 @@ _FORMS = {
 }
 _TABLES = (".csv", ".tsv", ".parquet")
 _HEADINGS = {"instruction": "### Instruction:\n", "input": "### Input:\n", "output": "### Response:\n"}
-"""What stands before the parts of an instruction where the tokenizer has no chat template."""
+"""What precedes the parts of an instruction where the tokenizer has no chat template."""
 
 
 class _Line(NamedTuple):
@@ -84,7 +84,7 @@ def holds_json_lines(path: Path) -> bool:
     """Returns whether a file is read as JSON lines, by its name; else it is running text.
 
     Raises:
-      InputError: by its name it is JSON of another kind, or a table.
+      InputError: by its name it is JSON in another form, or a table.
     """
     name = path.name.lower()
     if name.endswith((".json", ".json.gz")):

@@ -1,4 +1,4 @@
-"""The loss behind the last block: next tokens and a teacher's distributions, a few positions at a time.
+"""The loss after the last block: next tokens and a teacher's distributions, a few positions at a time.
 
 The gradient is taken on the way forward, while the logits of a chunk are there, so none are computed twice. Knows no
 blocks and no optimiser.
@@ -20,7 +20,7 @@ from cluscomp_jax.training.partition import join_group
 
 
 class TeacherHead(NamedTuple):
-    """What a teacher's logits come from: its parameters outside the blocks, and its x [b, t, d] behind them."""
+    """What a teacher's logits come from: its parameters outside the blocks, and its x [b, t, d] after the blocks."""
 
     outer: Params
     x: jax.Array
@@ -33,7 +33,7 @@ class HeadLoss:
     Attributes:
       model: the student.
       at_once: about how many positions have logits at one time; one of each row at least.
-      sharding: how the arrays lie on several devices; None: on one.
+      sharding: the shardings of the arrays on several devices; None: on one.
       teacher: the teacher's model, None without one.
       distillation: with a teacher, how the two losses are mixed.
     """
@@ -57,8 +57,8 @@ class HeadLoss:
 
         Args:
           trained, frozen: the group "rest" of either tree; the loss is differentiable in `trained`.
-          x: [b, t, d] behind the last block, of the compute dtype; the loss is differentiable in it.
-          targets: int32 [b, t], the token behind each position.
+          x: [b, t, d] after the last block, of the compute dtype; the loss is differentiable in it.
+          targets: int32 [b, t], the token after each position.
           scored: bool [b, t].
           teacher: of the same tokens.
         """
@@ -90,7 +90,7 @@ def _chunk_loss(loss: HeadLoss, trained: Params, x: jax.Array, fixed: Any, rows:
 
 
 def _chunks(loss: HeadLoss, tree: Any) -> Any:
-    """Returns every [b, t, ...] as [chunks, b, size, ...]; behind the end stand zeros, which are not scored."""
+    """Returns every [b, t, ...] as [chunks, b, size, ...]; the end is padded with zeros, which are not scored."""
     rows, length = jax.tree.leaves(tree)[0].shape[:2]
     size = min(max(1, loss.at_once // rows), length)
 

@@ -1,4 +1,4 @@
-"""What of a model trains and what stands still, its blocks stacked so that one scan runs through them.
+"""What of a model trains and what is frozen, its blocks stacked so that one scan runs through them.
 
 Two trees come out of one: the differentiated tree holds floating arrays only; an index is never in it. Knows no loss
 and no optimiser.
@@ -21,7 +21,7 @@ from cluscomp_jax.core.codebook import CodebookArray, keeps_codes, round_codeboo
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.model import Model
-from cluscomp_jax.models.sharding import REST, Sharding
+from cluscomp_jax.models.sharding import OUTER, Sharding
 from cluscomp_jax.models.source import ParamSource
 
 _CODEBOOK = "/codebook"
@@ -31,7 +31,7 @@ _Parts = tuple[dict[str, Any], dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Consecutive blocks that differ in numbers alone: `first` to `first + count - 1`, of one `kind`."""
+    """Consecutive blocks that differ in numbers alone: `first` to `first + count - 1`, of one layer type."""
 
     first: int
     count: int
@@ -51,7 +51,7 @@ class Layout:
       model: the decoder.
       spans: all its blocks, in order.
       dtypes: (name, dtype it is stored in) of every trained array, by its name in the trained tree.
-      sharding: how the arrays lie on several devices; None: on one.
+      sharding: the shardings of the arrays on several devices; None: on one.
     """
 
     model: Model
@@ -70,7 +70,7 @@ class Teacher:
 
 
 def load_teacher(source: ParamSource, model: Model, sharding: Sharding | None = None) -> Teacher:
-    """Returns all of a model, compressed or not, in the dtypes it comes in; `sharding` is of that model."""
+    """Returns all of a model, compressed or not, in its own dtypes; `sharding` is of that model."""
     _, frozen, layout = split_params(source, model, (), sharding)
     return Teacher(frozen, layout)
 
@@ -112,7 +112,7 @@ def split_shapes(
     trainable: Sequence[str],
     sharding: Sharding | None = None,
 ) -> tuple[Params, Params, Layout]:
-    """As `split_params`, of all blocks in order and the rest, whose leaves are shapes and dtypes; so is the result."""
+    """Returns what `split_params` does, from and as shapes and dtypes: of all blocks in order, and outer parameters."""
 
     def stack(*leaves: Any) -> Any:
         return _shape_only((len(leaves), *leaves[0].shape), leaves[0].dtype)
@@ -143,7 +143,7 @@ def _split(
     spans = _spans(model, parts)
     trained, frozen, dtypes = {}, {}, {}
     groups = [(span.name, parts[span.first : span.first + span.count], stack) for span in spans]
-    for group, members, joined in [(REST, [outer], _alone), *groups]:
+    for group, members, joined in [(OUTER, [outer], _alone), *groups]:
         masters, others = (_stacked([member[side] for member in members], joined) for side in (0, 1))
         for path, leaf in masters:
             name = f"{group}/{path}"
@@ -202,7 +202,7 @@ class _Choice:
             advice = "" if self._compressed else "; this model has no codebooks yet: compress it first"
             raise InputError(
                 f"trainable {pattern!r} matches no array of the model; names are paths such as 'model/norm/weight', "
-                f"and a kernel's path with '/codebook' behind it where the kernel is compressed{advice}"
+                f"and a kernel's path followed by '/codebook' where the kernel is compressed{advice}"
             )
 
 
@@ -240,7 +240,7 @@ def round_masters(trained: Params, *, layout: Layout) -> Params:
     def rounded(name: str, value: jax.Array) -> jax.Array:
         near = value.astype(dtypes[name]).astype(jnp.float32)
         # As `round_codebook`, matrix by matrix.
-        axes = tuple(range(0 if name.startswith(f"{REST}/") else 1, value.ndim))
+        axes = tuple(range(0 if name.startswith(f"{OUTER}/") else 1, value.ndim))
         return jnp.where(keeps_codes(value, near, axes), near, value.astype(jnp.bfloat16).astype(jnp.float32))
 
     return trees.map_by_path(rounded, trained)
@@ -257,7 +257,7 @@ def merge_params(trained: Params, frozen: Params, layout: Layout) -> Iterator[tu
         for place in range(span.count):
             block = _fetched(jax.tree.map(lambda leaf, place=place: leaf[place], group))
             yield span.first + place, _rounded(block, span.name, dtypes)
-    yield None, _rounded(_fetched((trained.get(REST, {}), frozen.get(REST, {}))), REST, dtypes)
+    yield None, _rounded(_fetched((trained.get(OUTER, {}), frozen.get(OUTER, {}))), OUTER, dtypes)
 
 
 def _fetched(parts: tuple[Params, Params]) -> tuple[Params, Params]:

@@ -1,7 +1,8 @@
 """One optimiser step of next-token loss through a whole model, as a pure function of (state, batch).
 
-Float32 masters and moments; activations and decoded weights in the compute dtype. A block keeps its input for the
-backward pass, or the outputs of its matrix products too, and computes the rest anew. Knows no files and no loop.
+Float32 masters and Adam's moments; activations and decoded weights in the compute dtype. A block keeps its
+input for the backward pass, or the outputs of its matrix products too, and computes the rest again. Knows no files and
+no loop.
 
 On several devices it is the same program; XLA partitions it by the shardings of its arguments and of block inputs.
 """
@@ -18,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from cluscomp_jax.config.settings import TrainingConfig, compute_dtype_of
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.trees import Params
-from cluscomp_jax.models.sharding import REST, Sharding, gathered, hold
+from cluscomp_jax.models.sharding import OUTER, Sharding, gathered, hold
 from cluscomp_jax.training.head_loss import HeadLoss, TeacherHead
 from cluscomp_jax.training.partition import Layout, Teacher, join_group
 from cluscomp_jax.tuning.optimizer import make_optimizer
@@ -62,13 +63,13 @@ class StepMetrics(NamedTuple):
 
 @partial(jax.jit, static_argnames=("settings", "sharding"))
 def init_state(trained: Params, *, settings: TrainingConfig, sharding: Sharding | None = None) -> TrainState:
-    """Returns the state before the first step of these float32 masters, which lie as `sharding` says."""
+    """Returns the state before the first step of these float32 masters, sharded as `sharding` says."""
     optimizer = _optimizer(settings).init(trained)
     return _kept(TrainState(trained, optimizer, jnp.array(0, jnp.int32)), settings, sharding)
 
 
 def state_places(state: TrainState, *, settings: TrainingConfig, sharding: Sharding) -> Any:
-    """Returns a TrainState of where its arrays lie: masters as `sharding` says, moments where their masters do."""
+    """Returns a TrainState of shardings: of masters as `sharding` says, of moments as of their masters."""
     places = trees.map_by_path(sharding.of, state.trained)
     moments = optax.tree_map_params(
         _optimizer(settings),
@@ -82,7 +83,7 @@ def state_places(state: TrainState, *, settings: TrainingConfig, sharding: Shard
 
 
 def _kept(state: TrainState, settings: TrainingConfig, sharding: Sharding | None) -> TrainState:
-    """Returns the state, held where it lies."""
+    """Returns the state, constrained to its shardings."""
     if sharding is None:
         return state
     held: TrainState = jax.tree.map(hold, state, state_places(state, settings=settings, sharding=sharding))
@@ -116,19 +117,19 @@ def summed_loss(
     loss, followed = HeadLoss(layout.model, parts * HEAD_POSITIONS, layout.sharding), None
     if teacher is not None and settings.distillation is not None:
         seen = _through_blocks({}, teacher.params, tokens, layout=teacher.layout, settings=settings)
-        followed = TeacherHead(gathered(teacher.params[REST], teacher.layout.sharding), seen[:, :-1])
+        followed = TeacherHead(gathered(teacher.params[OUTER], teacher.layout.sharding), seen[:, :-1])
         loss = dataclasses.replace(loss, teacher=teacher.layout.model, distillation=settings.distillation)
     with ATOMIC_GRADIENTS(settings.atomic_gradients):
         x = _through_blocks(trained, frozen, tokens, layout=layout, settings=settings)
         # What is frozen is gathered once, not for every chunk of the loss.
-        outer = (trained.get(REST, {}), gathered(frozen.get(REST, {}), layout.sharding))
+        outer = (trained.get(OUTER, {}), gathered(frozen.get(OUTER, {}), layout.sharding))
         return loss(*outer, x[:, :-1], tokens[:, 1:], loss_mask[:, 1:], followed)
 
 
 def _through_blocks(
     trained: Params, frozen: Params, tokens: jax.Array, *, layout: Layout, settings: TrainingConfig
 ) -> jax.Array:
-    """Returns x [b, t, d] behind the last block."""
+    """Returns x [b, t, d] after the last block."""
     model, sharding = layout.model, layout.sharding
     policy = _ON_HOST if settings.offload_inputs else _POLICIES[settings.remat_policy]
 
@@ -138,7 +139,7 @@ def _through_blocks(
     def by_rows(x: jax.Array) -> jax.Array:
         return x if sharding is None else sharding.by_rows(x)
 
-    outer = joined(trained.get(REST, {}), frozen.get(REST, {}))
+    outer = joined(trained.get(OUTER, {}), frozen.get(OUTER, {}))
     x = by_rows(model.embed(outer, tokens, dtype=jnp.dtype(compute_dtype_of(settings))))
     for span in layout.spans:
 
@@ -171,7 +172,7 @@ def train_step(
       state: is donated.
       frozen: of `split_params`.
       tokens: int32 [a, b, t]: a batches, passed through one after another.
-      scored: bool [a, b, t], as in `summed_loss`; at least one true behind the first position of a row.
+      scored: bool [a, b, t], as in `summed_loss`; at least one true after the first position of a row.
       teacher: as in `summed_loss`.
       layout: of `split_params`.
       settings: of the run.
@@ -198,7 +199,7 @@ def train_step(
 
 def _stacked(name: str) -> bool:
     """Returns whether an array of the trained tree holds one of each block of a span."""
-    return not name.startswith(f"{REST}/")
+    return not name.startswith(f"{OUTER}/")
 
 
 def _optimizer(settings: TrainingConfig) -> optax.GradientTransformation:

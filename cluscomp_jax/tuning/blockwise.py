@@ -61,9 +61,9 @@ class BlockTuning:
 
 
 def split_trainable(block: Params, *, norms: bool) -> tuple[Trainable, dict[str, Any]]:
-    """Returns ({path: what is trained}, flat rest); there a CodebookArray has None for its codebook.
+    """Returns ({path: what is trained}, {path: what is frozen}); there a CodebookArray has None for its codebook.
 
-    A codebook of several kernels stands under the path of the one that owns it.
+    A codebook of several kernels has the path of the kernel that stores it.
 
     Args:
       norms: train the block's one-dimensional parameters too.

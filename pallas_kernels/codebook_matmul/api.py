@@ -58,22 +58,23 @@ def codebook_matmul(
       shape: (d_in, d_out).
       axis: the axis of W that the codes run along.
       implementation: "definition" decodes W, then multiplies. "triton" are the GPU kernels, which never hold W;
-        "interpret" runs the same kernels step by step on any device, for tests. None: as `IMPLEMENTATION` says; if
-        that says None, the kernels where the program is compiled for a CUDA device and they can serve it, else the
+        "interpret" runs the same GPU kernels step by step on any device, for tests. None: as `IMPLEMENTATION` says; if
+        that says None, the GPU kernels where the program is compiled for a CUDA device and they can serve it, else the
         definition. The results of all agree within the rounding of the dtype of x.
-      atomic_gradients: the kernels add up the codebook's gradient by atomic additions. That saves sorting and memory;
-        but two runs differ in the last bits. False: every result is reproducible. None: as `ATOMIC_GRADIENTS` says.
+      atomic_gradients: the GPU kernels add up the codebook's gradient by atomic additions. That saves sorting and
+        memory; but two runs differ in the last bits. False: every result is reproducible. None: as `ATOMIC_GRADIENTS`
+        says.
 
     Differentiable in x and codebook; the index has no gradient.
 
     Raises:
       ValueError: a shape, dtype or option that does not fit the others.
-      NotImplementedError: the kernels were asked for by name and cannot serve this; the text says why.
+      NotImplementedError: the GPU kernels were asked for by name and cannot serve this; the text says why.
     """
     implementation = IMPLEMENTATION.value if implementation is None else implementation
     _check(x, codebook, index, shape, axis, implementation)
     if implementation == "triton" and (reason := _hindrance(x)):
-        raise NotImplementedError(f"codebook_matmul: no kernel: {reason}")
+        raise NotImplementedError(f"codebook_matmul: no GPU kernel: {reason}")
     fast = ATOMIC_GRADIENTS.value if atomic_gradients is None else atomic_gradients
     return _matmul(_Op(shape, axis, implementation, fast), x, codebook, index)
 
@@ -108,16 +109,16 @@ def _cuda_can_be_compiled() -> bool:
 
 
 def _kernels() -> Any:
-    """Returns the kernels' module; importing it takes a moment, which a CPU program need not wait."""
+    """Returns the module of the GPU kernels; its import takes a moment, which a CPU program saves."""
     from pallas_kernels.codebook_matmul import triton
 
     return triton
 
 
 def _hindrance(x: jax.Array) -> str | None:
-    """Returns why the kernels cannot serve x, or None."""
+    """Returns why the GPU kernels cannot serve x, or None."""
     if x.dtype.name not in _KERNEL_DTYPES:
-        return f"x is {x.dtype}, the kernels take {', '.join(_KERNEL_DTYPES)}"
+        return f"x is {x.dtype}, the GPU kernels take {', '.join(_KERNEL_DTYPES)}"
     if 0 in x.shape:
         return f"x has shape {x.shape}, there is nothing to multiply"
     try:

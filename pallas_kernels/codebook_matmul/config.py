@@ -1,9 +1,9 @@
-"""How the kernels are cut into programs. A configuration affects speed only; knows shapes, no arrays."""
+"""How the GPU kernels are cut into programs. A configuration affects speed only; knows shapes, no arrays."""
 
 import dataclasses
 
 DECODE_ROWS = 16
-"""Up to so many rows of x the index, not the arithmetic, is what a product waits for."""
+"""Up to this many rows of x, reading the index limits a product, not the arithmetic."""
 
 _PROGRAMS_WANTED = 252
 """Programs that fill an RTX A6000: three on each of its 84 multiprocessors. With four, parts of the depth are so short
@@ -77,7 +77,7 @@ def gemm_config(m: int, depth: int, width: int, *, g: int, n: int, itemsize: int
         return GemmConfig(block_m=64, block_n=64, block_k=32, num_stages=2)
     if m <= 64:
         return GemmConfig(block_m=64, block_n=128, block_k=64, num_warps=4)
-    # Every tile down the rows of a gathers its codes anew, so tall ones wait less for L2; but the masks of groups that
+    # Every tile down the rows of a gathers its codes again, so tall ones stall less on L2; but the masks of groups that
     # are no power of two need registers too.
     return GemmConfig(block_m=256 if g == padded_group(g) and m > 128 else 128, block_n=128, block_k=32)
 

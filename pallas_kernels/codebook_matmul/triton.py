@@ -1,4 +1,4 @@
-"""The kernels, in Pallas for its Triton backend; nothing else in the project imports that backend.
+"""The GPU kernels, in Pallas for its Triton backend; nothing else in the project imports that backend.
 
 Letters: m rows of x; n codes of g weights, in `lanes` >= g, a power of two; W [d_in, d_out]. The side of W that the
 codes run along is cut into "groups"; the other is its "rows". A product reads W or its transpose as B [depth, width].
@@ -34,7 +34,7 @@ _ITEMS = 8
 
 @dataclasses.dataclass(frozen=True)
 class _Cut:
-    """How W lies in its index.
+    """The layout of W in its index.
 
     Attributes:
       rows: the side that is not cut.
@@ -71,7 +71,7 @@ def _launcher(
     interpret: bool,
     **options: Any,
 ) -> Callable[..., jax.Array]:
-    """Returns the kernel as a function of arrays; every program sees all of every array."""
+    """Returns the GPU kernel as a function of arrays; every program sees all of every array."""
     launch: Callable[..., jax.Array] = pl.pallas_call(
         kernel,
         grid=grid,
@@ -95,7 +95,7 @@ def _span(start: Any, size: int) -> jax.Array:
 
 
 def _inside(starts: Pair, shape: tuple[int, int], limits: Pair) -> jax.Array | None:
-    """Returns which elements of a block lie within the limits, None if all."""
+    """Returns which elements of a block are within the limits, None if all."""
     mask = None
     for axis, limit in enumerate(limits):
         if limit is not None:
@@ -170,7 +170,7 @@ def _gemm_kernel(
             a = _load(a_ref, (m0, k0), (read_m, bk), (read_end, row_end))
         else:
             a = _load_groups(a_ref, (m0, k0), (read_m, groups), (read_end, group_end), cut)
-        # Tensor cores take 16 rows; that of a single token is read once and stands in all of them.
+        # Tensor cores take 16 rows; that of a single token is read once and fills all of them.
         a = jnp.broadcast_to(a, (bm, bk))
         starts = (k0, n0) if wide else (n0, k0)
         codes = _load_codes(index_ref, starts, (rows, groups), (row_end, group_end), cut)

@@ -1,4 +1,4 @@
-"""k-means of a Llama-2-7B gate_proj, one brute-force pass, error feedback and one pass of refitting: seconds."""
+"""k-means of a Llama-2-7B gate_proj, one brute-force pass, error feedback and one refine round: seconds."""
 
 import time
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from cluscomp_jax.clustering.refine import curvature_of, reassign_codes, update_
 
 G = 4
 _CHANNELS = 128
-"""Input channels of the measured slice: those whose errors feedback and refitting multiply together."""
+"""Input channels of the measured slice: those that error feedback and a refine round handle in one product."""
 
 
 @partial(jax.jit, static_argnames="shape")
@@ -36,7 +36,7 @@ def run(step: Step) -> None:
     """Measures the four in turn."""
     d_in, d_out, n = (32, 48, 200) if step.dry else (4096, 11008, 65500)
     iterations = 2 if step.dry else 10
-    # Made in eight parts: nine draws of the whole matrix would lie on the card together.
+    # Made in eight parts: nine draws of the whole matrix would be on the card together.
     keys = jax.random.split(jax.random.key(0), 8)
     weight = jnp.concatenate([weight_like(key, (d_in // 8, d_out)) for key in keys])
     vectors = weight.reshape(-1, G)
@@ -71,17 +71,17 @@ def _brute_force(step: Step, vectors: jax.Array, codebook: jax.Array) -> None:
 
 
 def _feedback(step: Step, weight: jax.Array, codebook: jax.Array) -> None:
-    """Measures error feedback and a pass of refitting: of one slice of input channels, then whole if time is left."""
+    """Measures error feedback and a refine round: of one slice of input channels, then whole if time is left."""
     channels = len(weight)
     factor = jax.random.normal(jax.random.key(2), (channels, channels)) / channels**0.5
-    moments = jnp.eye(channels) + jnp.dot(factor, factor.T, precision="highest")
-    _, first = seconds_of(lambda: factor_hessian(moments))
-    factor, warm = seconds_of(lambda: factor_hessian(moments))
-    step.fact("root of the moments", channels=channels, seconds=warm, seconds_with_compilation=first)
-    code_index, planted = seconds_of(lambda: kmeans.build_code_index(codebook, jax.random.key(3)))
-    step.fact("forest of the codes", seconds_with_compilation=planted, codes=len(codebook))
+    hessian = jnp.eye(channels) + jnp.dot(factor, factor.T, precision="highest")
+    _, first = seconds_of(lambda: factor_hessian(hessian))
+    factor, warm = seconds_of(lambda: factor_hessian(hessian))
+    step.fact("root of the Hessian", channels=channels, seconds=warm, seconds_with_compilation=first)
+    code_index, built = seconds_of(lambda: kmeans.build_code_index(codebook, jax.random.key(3)))
+    step.fact("code index", seconds_with_compilation=built, codes=len(codebook))
     rows = min(_CHANNELS, channels)
-    part = factor_hessian(moments[:rows, :rows])
+    part = factor_hessian(hessian[:rows, :rows])
     took, compiling = _feed_back(step, weight[:rows], codebook, part, code_index, "slice", channels)
     if rows < channels and took * channels / rows + compiling < 0.8 * step.remaining:
         _feed_back(step, weight, codebook, factor, code_index, "whole", channels)
@@ -90,11 +90,11 @@ def _feedback(step: Step, weight: jax.Array, codebook: jax.Array) -> None:
 def _feed_back(
     step: Step, weight: jax.Array, codebook: jax.Array, factor: HessianFactor, code_index: Any, what: str, channels: int
 ) -> tuple[float, float]:
-    """Tells the seconds of feedback and of a pass of refitting; returns (seconds of both, of their compilation)."""
+    """Reports the seconds of error feedback and of a refine round; returns (seconds of both, of their compilation)."""
     rows, outputs = weight.shape
     sizes = {"measured": what, "channels": rows, "outputs": outputs, "codes": len(codebook)}
 
-    def tell(name: str, took: float, compiling: float) -> None:
+    def report(name: str, took: float, compiling: float) -> None:
         scaled = {"scaled_seconds": took * channels / rows, "scaled": f"to {channels} channels, in proportion"}
         times = {"seconds": took, "compilation_seconds": compiling, "seconds_per_channel": took / rows}
         step.fact(name, **times, **({} if rows == channels else scaled), **sizes)
@@ -102,15 +102,15 @@ def _feed_back(
     arguments = (weight, codebook, factor)
     assign, first = seconds_of_compiling(assign_with_error_feedback.lower(*arguments, g=G, code_index=code_index))
     index, took = seconds_of(lambda: assign(*arguments, code_index=code_index))
-    tell("error feedback", took, first)
+    report("error feedback", took, first)
     curvature = curvature_of(factor)
     chosen = (weight, codebook, index, curvature)
     improve, second = seconds_of_compiling(reassign_codes.lower(*chosen, g=G, code_index=code_index))
     solve, third = seconds_of_compiling(update_codebook.lower(*chosen))
     _, codes_took = seconds_of(lambda: improve(*chosen, code_index=code_index))
     _, codebook_took = seconds_of(lambda: solve(*chosen))
-    step.fact("of one pass of refitting", new_codes_seconds=codes_took, new_codebook_seconds=codebook_took, **sizes)
-    tell("one pass of refitting", codes_took + codebook_took, second + third)
+    step.fact("of one refine round", new_codes_seconds=codes_took, new_codebook_seconds=codebook_took, **sizes)
+    report("one refine round", codes_took + codebook_took, second + third)
     return took + codes_took + codebook_took, first + second + third
 
 

@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     found = card.Card(options.out, head, LIMITS)
     signal.signal(signal.SIGTERM, _interrupt)
-    cards = ", ".join(" ".join(each.values()) for each in head["cards"]) or "no card told by a driver"
+    cards = ", ".join(" ".join(each.values()) for each in head["cards"]) or "no card reported by a driver"
     print(f"machine: {cards}; jax {head['versions'].get('jax')}; commit {head['project']['commit']}", flush=True)
     try:
         run_steps(found, steps, options.seconds, environment, tiles=options.tiles, dry=options.dry)
@@ -159,7 +159,7 @@ def _status(ended: int | None, limit: float, said: Any) -> tuple[str, str | None
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """Ends a process and what it started, and waits until it is gone, for the next one needs the card's memory."""
+    """Ends a process and what it started, and returns when it is gone, because the next one needs the card's memory."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

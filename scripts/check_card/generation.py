@@ -51,12 +51,12 @@ class RandomSource:
         )
 
     def load_outer(self) -> Params:
-        """Returns what lies outside the blocks."""
+        """Returns the parameters outside the blocks."""
         shapes = self._keyed(self.model.outer_shapes(), self.model.num_blocks)
         return trees.unflatten({path: self._dense(path, shape, key) for (path, shape), key in shapes})
 
     def fingerprint(self) -> str:
-        """Returns what tells this model from others."""
+        """Returns what distinguishes this model from others."""
         return f"random {self.g} {self.num_codes}"
 
     def _keyed(self, shapes: dict[str, tuple[int, ...]], i: int) -> Any:

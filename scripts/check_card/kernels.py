@@ -1,4 +1,4 @@
-"""Times of the kernels on the shapes of Llama-2-7B and 70B, then tuned tiles, as far as the time allows."""
+"""Times of the GPU kernels on the shapes of Llama-2-7B and 70B, then tuned tiles, as far as the time allows."""
 
 import dataclasses
 import os
@@ -23,7 +23,7 @@ _FOR_TUNING = 0.4
 
 
 def cases(dry: bool) -> list[Case]:
-    """Returns the cases, those that tell most first."""
+    """Returns the cases, the most informative first."""
     if dry:
         few = [Case(kernel=kernel, m=20, shape=(24, 16), g=4, n=10) for kernel in _GRADIENTS[1:]]
         return [Case(kernel="forward", m=1, shape=(24, 16), g=4, n=10), *few]
@@ -53,7 +53,7 @@ def run(step: Step) -> None:
     with ThreadPoolExecutor(workers) as pool:
         while waiting and step.remaining > _FOR_TUNING * begin:
             round_, waiting = waiting[:size], waiting[size:]
-            size = min(2 * size, workers)  # small at first: nothing is told before a round is compiled
+            size = min(2 * size, workers)  # small at first: nothing is recorded before a round is compiled
             compiling = [
                 pool.submit(measure.compile_case, case, implementation=implementation, calls=calls) for case in round_
             ]

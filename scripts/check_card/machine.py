@@ -1,4 +1,4 @@
-"""What can be told of the machine without JAX: cards by the driver, versions by their metadata, the commit by git."""
+"""Facts of the machine without JAX: cards by the driver, versions by their metadata, the commit by git."""
 
 import importlib.metadata
 import os
@@ -16,7 +16,7 @@ MEMORY_FRACTION = "0.85"
 
 
 def nvidia_smi() -> list[dict[str, str]]:
-    """Returns what the driver tells of each card; nothing where there is no driver."""
+    """Returns what the driver reports of each card; nothing where there is no driver."""
     lines = _first_lines(["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader"])
     names = _QUERY.split(",")
     cards = [dict(zip(names, map(str.strip, line.split(",")), strict=False)) for line in lines]
@@ -40,7 +40,7 @@ def versions() -> dict[str, str]:
 
 
 def project(root: Path) -> dict[str, Any]:
-    """Returns the version and commit of the checkout; None where it does not tell."""
+    """Returns the version and commit of the checkout; None where that is unknown."""
     text = (root / "pyproject.toml").read_text(encoding="utf-8") if (root / "pyproject.toml").is_file() else ""
     version = next((line.split('"')[1] for line in text.splitlines() if line.startswith('version = "')), None)
     commit = _first_lines(["git", "-C", str(root), "rev-parse", "HEAD"])

@@ -123,7 +123,7 @@ def _same_tokens(step: Step, params: Any, config: Any, prompt: np.ndarray) -> No
 
 
 class _Progress:
-    """A Reporter that tells the times of matrices and tuning steps, so that a run that is cut off has told them."""
+    """A Reporter that records times of matrices and tuning steps at once, so that a run that is cut off has them."""
 
     def __init__(self, step: Step):
         self._step, self._last, self._times = step, time.perf_counter(), list[float]()
@@ -145,7 +145,7 @@ class _Progress:
             self._step.fact(self._stage, steps=self._total, first_seconds=self._times[0], median_seconds=median)
 
     def record(self, event: str, **fields: Any) -> None:
-        """A measurement is finished; its numbers are told."""
+        """A measurement is finished; its numbers are recorded."""
         numbers = {name: value for name, value in fields.items() if isinstance(value, int | float)}
         self._step.fact(f"record of the {event}", **numbers)
 
@@ -155,7 +155,7 @@ class _Progress:
 
 
 def _block(step: Step) -> None:
-    """Compresses one block by the default recipe; tells seconds by stage, and memory next to the plan's."""
+    """Compresses one block by the default recipe; records seconds by stage, and memory next to the plan's."""
     model = build_model(parse_model_config({**(TINY if step.dry else LLAMA_2_7B), "num_hidden_layers": 1, **_VOCAB}))
     cfg, why = _sized(step, model)
     step.fact("settings of the block", cluster=dataclasses.asdict(cfg.cluster), why=why)
@@ -197,20 +197,20 @@ def _sized(step: Step, model: Model) -> tuple[CompressConfig, str]:
     choices = [(_ALL, 3, 20), (_ALL, 1, 10), (_ALL, 1, 4), (_ALL, 0, 4), (_ATTENTION, 1, 4), (_ATTENTION, 0, 4)]
     known = [
         step.known("kmeans", "error feedback"),
-        step.known("kmeans", "one pass of refitting"),
+        step.known("kmeans", "one refine round"),
         step.known("kmeans", "k-means, warm"),
     ]
     chosen, why = choices[2], "nothing was measured before"
     if all(known) and not step.dry:
-        fed, refitted, fitted = known
+        fed, refined, fitted = known
         assert fed is not None
-        assert refitted is not None
+        assert refined is not None
         assert fitted is not None
         for chosen in choices:
             matrices = [shape for path, shape in kernels.items() if chosen[0] == _ALL or path.startswith("self_attn")]
             channels = sum(shape[0] for shape in matrices)
             weights = sum(a * b for a, b in matrices)
-            needed = channels * (fed["seconds_per_channel"] + chosen[1] * refitted["seconds_per_channel"])
+            needed = channels * (fed["seconds_per_channel"] + chosen[1] * refined["seconds_per_channel"])
             needed += weights / 4 * chosen[2] * fitted["seconds_per_vector_and_iteration"]
             why = f"{needed:.0f} s foreseen, {step.remaining:.0f} s left, {_COMPILING:.0f} s of them for compiling"
             if needed + _COMPILING < step.remaining:
@@ -236,7 +236,7 @@ def _random_params(model: Model) -> dict[str, Any]:
 
 
 def _plan(step: Step, model: Model, cfg: CompressConfig, peak: int | None) -> None:
-    """Compiles the programs of the plan for this device, those that hold most first, and tells their memory."""
+    """Compiles the programs of the plan for this device, those that hold most first, and records their memory."""
     settings = layer_types_of(model, cfg, AbstractDevice(), 1)
     stages_of_a_block = PER_BLOCK[1:2] if step.dry else PER_BLOCK
     programs = largest_alike(

@@ -1,4 +1,4 @@
-"""The values of every GPU kernel against float64 NumPy. Shares no code with the kernels."""
+"""The values of every GPU kernel against float64 NumPy. Shares no code with them."""
 
 import dataclasses
 import os
@@ -66,7 +66,7 @@ def oracle(problem: Problem, arrays: tuple[jax.Array, ...]) -> dict[str, tuple[n
 def compile_kernels(
     problem: Problem, arrays: tuple[jax.Array, ...], kernels: tuple[str, ...], implementation: str
 ) -> Any:
-    """Returns one compiled program of these kernels: (x, codebook, index, dy) -> their results."""
+    """Returns one compiled program of these GPU kernels: (x, codebook, index, dy) -> their results."""
     how = cast(Literal["triton", "interpret"], implementation)
     axis = cast(Literal["out", "in"], problem.axis)
     shape = (problem.d_in, problem.d_out)
@@ -94,7 +94,7 @@ def compile_kernels(
 
 
 def check(step: Step, problem: Problem, arrays: tuple[jax.Array, ...], kernels: tuple[str, ...], program: Any) -> None:
-    """Tells for each kernel of a program whether its result is right."""
+    """Records for each GPU kernel of a program whether its result is right."""
     expected, limit = oracle(problem, arrays), LIMITS[problem.dtype]
     for kernel, found in zip(kernels, program(*arrays), strict=True):
         value, scale = expected[kernel]
@@ -104,7 +104,7 @@ def check(step: Step, problem: Problem, arrays: tuple[jax.Array, ...], kernels: 
 
 
 def _check_apart(step: Step, problem: Problem, implementation: str) -> None:
-    """Checks the kernels of a problem one by one, and tells which of them cannot be compiled or run."""
+    """Checks the GPU kernels of a problem one by one, and records which of them cannot be compiled or run."""
     arrays = problem.arrays()
     for kernel in KERNELS:
         try:

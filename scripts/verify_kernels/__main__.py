@@ -1,11 +1,11 @@
-"""Compiles every kernel in every configuration that ships and prints one table; with a GPU, also checks and times them.
+"""Compiles every GPU kernel in every shipped configuration and prints a table; with a GPU, also checks and times them.
 
     pip install ".[aot]"                                              # in a checkout
     python -m scripts.verify_kernels                                   # sm_80, sm_86, sm_89 and sm_90
     python -m scripts.verify_kernels --arch sm_86 --only forward-out   # cases whose name contains that
     python -m scripts.verify_kernels --tune a6000.json                 # see pallas_kernels.codebook_matmul.table
 
-Registers, spills, shared memory and instructions stand one after the other for the cards asked for. Exit code 0: all
+Registers, spills, shared memory and instructions are given for each of the cards asked for. Exit code 0: all
 pass; 1: a case fails; 2: wrong arguments.
 """
 

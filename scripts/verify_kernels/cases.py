@@ -1,4 +1,4 @@
-"""The calls that `verify` compiles: every kernel in every configuration that ships. Shapes only; compiles nothing."""
+"""The calls that `verify` compiles: every GPU kernel in every shipped configuration. Shapes only; compiles nothing."""
 
 import dataclasses
 import functools
@@ -44,7 +44,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """One word that tells the case from all others."""
+        """One word that distinguishes the case from all others."""
         d_in, d_out = self.shape
         return f"{self.kernel}-{self.axis}-{self.m}x{d_in}x{d_out}-g{self.g}-n{self.n}-{self.dtype}"
 

@@ -32,7 +32,7 @@ CARDS = {"sm_80": "a100_80", "sm_86": "a6000", "sm_89": "l40s", "sm_90": "h100"}
 
 @dataclasses.dataclass(frozen=True)
 class Lowered:
-    """A kernel as Pallas hands it to Triton.
+    """A GPU kernel as Pallas passes it to Triton.
 
     Attributes:
       bytecode: the Triton module.

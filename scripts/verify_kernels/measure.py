@@ -1,4 +1,4 @@
-"""Values and times of the kernels on the GPU that is here, beside XLA's decode-and-multiply and a 16-bit product."""
+"""Values and times of the GPU kernels on the GPU present, next to XLA's decode-and-multiply and a 16-bit product."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ class Measured:
 
     Attributes:
       error: largest difference from the definition in float32, over its largest value.
-      kernel_us: the kernel, or for a gradient the op's way to it.
+      kernel_us: the GPU kernel, or for a gradient the op's way to it.
       decoded_us: XLA, W decoded in every call.
       dense_us: XLA, W dense in the dtype of x.
     """
@@ -186,7 +186,7 @@ def time_programs(case: Case, programs: list[Any], *, calls: int = _CALLS, repea
         try:
             once = functools.partial(program, *arguments) if program is not None else None
             took = math.inf if once is None else _microseconds(once, -(-calls // copies), repeats) / copies / 1e6
-        except jax.errors.JaxRuntimeError as error:  # more shared memory than the card has is told at the launch
+        except jax.errors.JaxRuntimeError as error:  # more shared memory than the card has is an error of the launch
             _LOG.info("%s: %s", case.name, error)
             took = math.inf
         found.append(took)

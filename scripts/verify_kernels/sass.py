@@ -1,4 +1,4 @@
-"""What the texts of ptxas and nvdisasm say of a kernel. Reads strings; runs nothing."""
+"""What the texts of ptxas and nvdisasm say of a GPU kernel. Reads strings; runs nothing."""
 
 import collections
 import dataclasses

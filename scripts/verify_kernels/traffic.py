@@ -1,4 +1,4 @@
-"""Bytes that a compiled kernel asks of memory, counted in its own intermediate code. Knows no kernel's purpose.
+"""Bytes that a compiled GPU kernel asks of memory, counted in its own intermediate code. Knows no kernel's purpose.
 
 Every load and store counts as its whole block, times the trips of the loops around it, times the programs of the grid:
 what a mask leaves out is counted too.
@@ -42,7 +42,7 @@ class Access:
 
 
 def read_accesses(bytecode: bytes, grid: tuple[int, ...]) -> list[Access]:
-    """Returns the memory accesses of a Triton module, in the order in which they stand."""
+    """Returns the memory accesses of a Triton module, in the order of the text."""
     with _compat.triton_context():
         module = ir.Module.parse(bytecode)
         found: list[Access] = []
@@ -101,7 +101,7 @@ def _argument(value: Any) -> int:
 
 
 def _is_gather(value: Any) -> bool:
-    """Returns whether a load lies on the way to these addresses."""
+    """Returns whether a load is on the way to these addresses."""
     if isinstance(value.owner, ir.Block):
         return False
     op = value.owner

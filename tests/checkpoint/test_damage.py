@@ -150,7 +150,7 @@ INDEX_FILE = "blocks/00000/attn.q.kernel.index/0"
 def test_a_path_that_leads_out_is_refused(saved, name):
     (saved.parent / "outside").write_text("secret")
     forge(saved, lambda f: f["files"].update({name: {"size": 6, "sha256": "0" * 64}}))
-    with pytest.raises(InputError, match="does not lie in"):
+    with pytest.raises(InputError, match="is not in blocks"):
         open_checkpoint(saved)
 
 

@@ -103,7 +103,7 @@ def test_a_folder_filled_meanwhile_is_left_alone(tmp_path: Path) -> None:
 def test_no_folder_is_made_inside_a_checkpoint(tmp_path: Path, marker: str) -> None:
     (tmp_path / "model/blocks").mkdir(parents=True)
     (tmp_path / "model" / marker).write_text("{}")
-    with pytest.raises(InputError, match="lies in the checkpoint"), new_folder(tmp_path / "model/blocks/out"):
+    with pytest.raises(InputError, match="is inside the checkpoint"), new_folder(tmp_path / "model/blocks/out"):
         pass
     assert names(tmp_path / "model/blocks") == []
 

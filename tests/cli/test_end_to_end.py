@@ -18,7 +18,7 @@ from cluscomp_jax.checkpoint.manifest import FORMAT_VERSION
 from cluscomp_jax.checkpoint.reader import open_checkpoint
 from cluscomp_jax.checkpoint.writer import CheckpointWriter
 from cluscomp_jax.cli import main
-from cluscomp_jax.models.prefetch import AHEAD, BEHIND
+from cluscomp_jax.models.prefetch import PREFETCH, WRITE_BACK
 
 OPTIONS = ["--samples", "4", "--length", "16", "--epochs", "1", "--g", "4", "--num-codes", "8", "--seed", "3"]
 
@@ -142,7 +142,7 @@ def test_the_stages_add_up_to_the_run(capsys: pytest.CaptureFixture[str], folder
     assert names[:3] == ["prepare", "check weights", "evaluate original"]
     assert names[-3:] == ["evaluate compressed", "finish", "whole run"]
     assert set(names[:-1]) == fields["stages"].keys()
-    total = sum(stage["seconds"] for name, stage in fields["stages"].items() if name not in (AHEAD, BEHIND))
+    total = sum(stage["seconds"] for name, stage in fields["stages"].items() if name not in (PREFETCH, WRITE_BACK))
     between = fields["seconds"] - total
     assert 0 <= between < max(0.2 * fields["seconds"], 0.5)  # all of a run may take less than half a second
 

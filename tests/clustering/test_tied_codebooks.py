@@ -52,7 +52,7 @@ TOKENS = np.random.default_rng(0).integers(0, 60, (4, 12))
 ATTENTION = tuple(f"self_attn/{name}_proj/kernel" for name in "qkv")
 OUT, DOWN = "self_attn/o_proj/kernel", "mlp/down_proj/kernel"
 GATES = ("mlp/gate_proj/kernel", "mlp/up_proj/kernel")
-SITES = {"a": ATTENTION, "b": (OUT,), "c": GATES, "d": (DOWN,)}
+INPUT_GROUPS = {"a": ATTENTION, "b": (OUT,), "c": GATES, "d": (DOWN,)}
 RULES = dict.fromkeys((*ATTENTION, OUT, *GATES, DOWN), RULE)
 
 
@@ -92,16 +92,16 @@ def assert_tied(params, *, codebooks: int) -> None:
     [("none", []), ("input", [ATTENTION, GATES]), ("block", [(*ATTENTION, OUT, *GATES, DOWN)])],
 )
 def test_who_shares(tie_codebooks, groups):
-    assert sharing_groups(SITES, RULES, tie_codebooks) == groups
+    assert sharing_groups(INPUT_GROUPS, RULES, tie_codebooks) == groups
     few = {ATTENTION[1]: RULE, DOWN: RULE}
-    assert sharing_groups(SITES, few, tie_codebooks) == ([tuple(few)] if tie_codebooks == "block" else [])
+    assert sharing_groups(INPUT_GROUPS, few, tie_codebooks) == ([tuple(few)] if tie_codebooks == "block" else [])
 
 
 def test_kernels_that_are_cut_differently_do_not_share(params):
     fine = dataclasses.replace(RULE, num_codes=20)
-    assert sharing_groups(SITES, RULES | {ATTENTION[2]: fine}, "input") == [ATTENTION[:2], GATES]
+    assert sharing_groups(INPUT_GROUPS, RULES | {ATTENTION[2]: fine}, "input") == [ATTENTION[:2], GATES]
     mixed_precision = RULES | dict.fromkeys(GATES, fine)
-    assert sharing_groups(SITES, mixed_precision, "block") == [(*ATTENTION, OUT, DOWN), GATES]
+    assert sharing_groups(INPUT_GROUPS, mixed_precision, "block") == [(*ATTENTION, OUT, DOWN), GATES]
     by_path = dataclasses.replace(fine, pattern=r".*/mlp/(gate|up).*kernel")
     compressed = compress(params, sharing(dataclasses.replace(RUN, tuning=None), "block", rules=(by_path, RULE)))
     assert_tied(compressed, codebooks=4)
@@ -227,7 +227,7 @@ def test_codebooks_that_are_said_to_be_one_and_are_not_are_refused(shared, tmp_p
 @pytest.mark.parametrize("owner", [DOWN, OUT, "mlp/none/kernel", 7, "input_layernorm/weight"])
 def test_a_manifest_that_names_no_stored_codebook_is_refused(shared, tmp_path, owner):
     save_checkpoint(tmp_path / "out", shared, RUN)
-    forge(tmp_path / "out", lambda f: f["matrices"][f"model/layers/1/{DOWN}"].update(codebook_of=owner))
+    forge(tmp_path / "out", lambda f: f["matrices"][f"model/layers/1/{DOWN}"].update({"codebook_of": owner}))
     expected = (
         "codebook_of is 7; it must be a str" if owner == 7 else f"has the codebook of {owner!r}, which stores none"
     )

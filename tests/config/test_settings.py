@@ -7,8 +7,8 @@ from cluscomp_jax.config.settings import BlockTuningConfig, CalibrationConfig, C
 from cluscomp_jax.errors import InputError
 
 BAD: list[tuple[type, dict[str, Any]]] = [
-    (CompressionRule, {"g": 0}),
-    (CompressionRule, {"g": 33}),
+    (CompressionRule, {"group_size": 0}),
+    (CompressionRule, {"group_size": 33}),
     (CompressionRule, {"num_codes": 0}),
     (CompressionRule, {"num_codes": 65537}),
     (CompressionRule, {"axis": "both"}),
@@ -29,7 +29,7 @@ BAD: list[tuple[type, dict[str, Any]]] = [
     (BlockTuningConfig, {"clip_norm": 0.0}),
     (BlockTuningConfig, {"compute_dtype": "int8"}),
     (BlockTuningConfig, {"activation_dtype": "float64"}),
-    (BlockTuningConfig, {"held_out": -1}),
+    (BlockTuningConfig, {"validation_samples": -1}),
 ]
 
 
@@ -43,8 +43,8 @@ def test_a_value_out_of_range_is_named_with_what_it_must_be(kind: type, fields: 
 
 
 GOOD: list[tuple[type, dict[str, Any]]] = [
-    (CompressionRule, {"g": 1, "num_codes": 2}),
-    (CompressionRule, {"g": 32, "num_codes": 65536, "axis": "in"}),
+    (CompressionRule, {"group_size": 1, "num_codes": 2}),
+    (CompressionRule, {"group_size": 32, "num_codes": 65536, "axis": "in"}),
     (ClusterConfig, {"bits": 0.5, "iterations": 0}),
     (CalibrationConfig, {"samples": 1, "length": 2}),
     (BlockTuningConfig, {"epochs": 0, "warmup_fraction": 1.0, "weight_decay": 0.0, "clip_norm": 1e-3}),

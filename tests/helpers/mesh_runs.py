@@ -58,7 +58,7 @@ MESHES = {
     "data": MeshConfig(data=8),
     "fsdp": MeshConfig(fsdp=8),
     "tensor": MeshConfig(tensor=8),
-    "mixed": MeshConfig(data=2, fsdp=2, tensor=2),
+    "combined": MeshConfig(data=2, fsdp=2, tensor=2),
 }
 
 
@@ -125,7 +125,7 @@ def resume() -> dict:
     rows = pack(batch(rows=1, length=180, vocab=CONFIG.vocab_size)[0][0], LENGTH)
     training = dataclasses.replace(SETTINGS, steps=6, grad_accumulation_steps=1, learning_rate=0.01)
     cfg = FinetuneConfig(model=CONFIG, training=training, save_every=2)
-    meshes, stops = ("mixed", "fsdp", "one"), (3, 5, None)
+    meshes, stops = ("combined", "fsdp", "one"), (3, 5, None)
     with tempfile.TemporaryDirectory() as states:
         for mesh, stop in zip(meshes, stops, strict=True):
             reporter = Interrupted(stop)
@@ -154,7 +154,7 @@ def kernel(side: str, implementation: str) -> list[float]:
     rng = np.random.default_rng(0)
     x, codebook = jnp.asarray(rng.normal(size=(4, 3, 16))), jnp.asarray(rng.normal(size=(12, 4)), jnp.float32)
     index, weight = jnp.asarray(rng.integers(0, 12, (16, 8)), jnp.uint8), jnp.asarray(rng.normal(size=(4, 3, 32)))
-    mesh = make_sharding(MESHES["mixed"], MODEL).mesh
+    mesh = make_sharding(MESHES["combined"], MODEL).mesh
 
     def sharded(x, codebook):
         with IMPLEMENTATION(implementation):
@@ -174,7 +174,7 @@ def kernel(side: str, implementation: str) -> list[float]:
 def main(out: Path) -> None:
     found = {name: train(mesh) for name, mesh in MESHES.items()}
     kernels = {f"{i}-{s}": kernel(s, i) for i in ("definition", "interpret") for s in ("in", "out")}
-    plans = {name: planned(MESHES[name]) for name in ("one", "mixed")}
+    plans = {name: planned(MESHES[name]) for name in ("one", "combined")}
     out.write_text(json.dumps({"meshes": found, "kernels": kernels, "resumed": resume(), "planned": plans}))
 
 

@@ -65,7 +65,10 @@ def main(out: Path) -> None:
         results[f"compress to {codes}"] = digest(compress(params, cfg, calibration=tokens))
     results["compress without text"] = digest(compress(params, cfg))
     tuned = CompressConfig(
-        model=CONFIG, cluster=cluster, calibration=cfg.calibration, tuning=BlockTuningConfig(epochs=1, held_out=1)
+        model=CONFIG,
+        cluster=cluster,
+        calibration=cfg.calibration,
+        tuning=BlockTuningConfig(epochs=1, validation_samples=1),
     )
     results["tuned shapes"] = [
         f"{leaf.dtype} {leaf.shape}" for leaf in jax.tree.leaves(compress(params, tuned, calibration=tokens))

@@ -56,15 +56,13 @@ def test_few_codes_are_all_compared() -> None:
 def test_error_feedback_among_many_codes_loses_next_to_nothing() -> None:
     rng = np.random.default_rng(0)
     inputs = rng.standard_normal((200, 48)) @ rng.standard_normal((48, 48))
-    moments = (inputs.T @ inputs / 200).astype(np.float32)
+    hessian = (inputs.T @ inputs / 200).astype(np.float32)
     weight, codes = points(48, 64, 1), points(6000, 4, 2)
-    feedback = factor_hessian(jnp.asarray(moments))
+    factor = factor_hessian(jnp.asarray(hessian))
 
     def output_error(code_index: object) -> float:
-        index = assign_with_error_feedback(
-            jnp.asarray(weight), jnp.asarray(codes), feedback, g=4, code_index=code_index
-        )
+        index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), factor, g=4, code_index=code_index)
         error = weight.astype(np.float64) - codes[np.asarray(index)].reshape(48, 64)
-        return float(np.einsum("io,ij,jo->", error, moments, error))
+        return float(np.einsum("io,ij,jo->", error, hessian, error))
 
     assert output_error(build_code_index(jnp.asarray(codes), KEY)) < 1.02 * output_error(None)

@@ -14,7 +14,7 @@ from cluscomp_jax import llama, pipeline
 from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.config.settings import BlockTuningConfig, CalibrationConfig, ClusterConfig, CompressionRule
 from cluscomp_jax.models.model import build_model
-from cluscomp_jax.models.prefetch import AHEAD, BEHIND, BlockReader, BlockWriter
+from cluscomp_jax.models.prefetch import PREFETCH, WRITE_BACK, BlockReader, BlockWriter
 from cluscomp_jax.models.source import DictSink, DictSource
 from cluscomp_jax.runtime.timing import StageTimer
 
@@ -81,7 +81,7 @@ def test_writes_follow_one_another_and_the_last_has_ended_when_it_is_left() -> N
             writer.put(lambda i=i: write(i))
             assert len(written) >= i  # at most one waits behind the work
     assert written == [(i, False) for i in range(4)]
-    assert clock.to_dict()[BEHIND]["seconds"] >= 0.04
+    assert clock.to_dict()[WRITE_BACK]["seconds"] >= 0.04
 
 
 def test_an_error_of_writing_stops_the_next_write_and_the_work() -> None:
@@ -155,12 +155,12 @@ def test_bytes_and_records_are_those_of_reading_and_writing_in_turn(tmp_path, mo
         done = pipeline.compress_stream(source, sink, cfg, calibration=tokens, work_dir=tmp_path / name)
         return sink.params(model), done
 
-    beside, summary = run("beside")
-    assert {AHEAD, BEHIND} <= summary.stages.keys()
+    concurrent, summary = run("concurrent")
+    assert {PREFETCH, WRITE_BACK} <= summary.stages.keys()
     monkeypatch.setattr(pipeline, "BlockReader", InTurn)
     monkeypatch.setattr(pipeline, "BlockWriter", InTurn)
     in_turn, other = run("in turn")
-    chex.assert_trees_all_equal(beside, in_turn)
+    chex.assert_trees_all_equal(concurrent, in_turn)
     untimed = [
         [{key: value for key, value in matrix.items() if key != "seconds"} for matrix in done.matrices]
         for done in (summary, other)

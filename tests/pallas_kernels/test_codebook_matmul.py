@@ -87,8 +87,8 @@ def test_what_no_kernel_can_serve_is_decoded_and_said_once(monkeypatch, caplog):
         results = [codebook_matmul(x, codebook, index, **problem.static) for _ in range(2)]
     np.testing.assert_array_equal(results[0], x @ api.definition.decode(codebook, index, **problem.static))
     (record,) = caplog.records
-    assert "x is float32, the kernels take bfloat16" in record.getMessage()
-    with pytest.raises(NotImplementedError, match="x is float32, the kernels take bfloat16"):
+    assert "x is float32, the GPU kernels take bfloat16" in record.getMessage()
+    with pytest.raises(NotImplementedError, match="x is float32, the GPU kernels take bfloat16"):
         codebook_matmul(x, codebook, index, **problem.static, implementation="triton")
 
 

@@ -14,7 +14,7 @@ CHANNELS, OUTPUTS, BITS = 150, 6, 3
 
 @pytest.fixture(scope="module")
 def problem() -> tuple[np.ndarray, np.ndarray]:
-    """A kernel [CHANNELS, OUTPUTS] and the second moments of correlated inputs of which one is never active."""
+    """A kernel [CHANNELS, OUTPUTS] and the second hessian of correlated inputs of which one is never active."""
     rng = np.random.default_rng(0)
     inputs = rng.standard_normal((400, 40)) @ rng.standard_normal((40, CHANNELS)) + rng.standard_normal((400, CHANNELS))
     inputs[:, 7] = 0
@@ -31,10 +31,10 @@ def nearest(weights, scale, zero):
     return scale * (np.clip(np.round(weights / scale) + zero, 0, 2**BITS - 1) - zero)
 
 
-def obq(kernel, moments, group, act_order):
-    """Every channel's error spread over all channels left, by the inverse moments of these taken anew each time."""
-    damped = moments + 0.01 * np.mean(np.diag(moments)) * np.eye(CHANNELS)
-    order = np.argsort(-np.diag(moments), layer_type="stable") if act_order else np.arange(CHANNELS)
+def obq(kernel, hessian, group, act_order):
+    """Every channel's error spread over all channels left, by the inverse hessian of these taken anew each time."""
+    damped = hessian + 0.01 * np.mean(np.diag(hessian)) * np.eye(CHANNELS)
+    order = np.argsort(-np.diag(hessian), kind="stable") if act_order else np.arange(CHANNELS)
     current, grids = kernel.copy(), {}
     for step, channel in enumerate(order):
         start = channel // group * group
@@ -48,20 +48,20 @@ def obq(kernel, moments, group, act_order):
     return current
 
 
-def output_error(kernel, moments, quantised):
-    return np.trace((kernel - quantised).T @ moments @ (kernel - quantised))
+def output_error(kernel, hessian, quantised):
+    return np.trace((kernel - quantised).T @ hessian @ (kernel - quantised))
 
 
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("group", [CHANNELS, 140, 48, 32])  # above and below the 128 channels of a lazy batch
 def test_gptq_is_obq_with_a_fixed_order_and_beats_rounding(problem, group, act_order):
-    kernel, moments = problem
+    kernel, hessian = problem
     setting = baselines.BlockSpec(BITS, group)
-    tensors = torch.from_numpy(kernel), torch.from_numpy(moments)
+    tensors = torch.from_numpy(kernel), torch.from_numpy(hessian)
     actual = baselines.gptq(*tensors, setting, act_order=act_order).numpy()
-    np.testing.assert_array_equal(actual, obq(kernel, moments, group, act_order))
+    np.testing.assert_array_equal(actual, obq(kernel, hessian, group, act_order))
     rounded = baselines.rtn(tensors[0], setting).numpy()
-    assert output_error(kernel, moments, actual) < 0.5 * output_error(kernel, moments, rounded)
+    assert output_error(kernel, hessian, actual) < 0.5 * output_error(kernel, hessian, rounded)
     np.testing.assert_array_equal(tensors[0].numpy(), kernel)
 
 

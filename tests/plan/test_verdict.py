@@ -105,9 +105,9 @@ def test_a_plan_compiles_for_any_device_jax_has() -> None:
     assert done.launches == {}  # the programs are those of a CPU
     with pytest.raises(InputError, match="context is 33"):
         plan(BLIND, card, AbstractDevice(), context=33, reserve=Reserve(), reporter=SilentReporter())
-    behind = FinetuneConfig(training=TrainingConfig(distillation=DistillationConfig()))
-    with pytest.raises(InputError, match="finetuning behind a teacher is not planned"):
-        plan(BLIND, card, AbstractDevice(), context=32, reserve=Reserve(), reporter=SilentReporter(), finetune=behind)
+    followed = FinetuneConfig(training=TrainingConfig(distillation=DistillationConfig()))
+    with pytest.raises(InputError, match="finetuning with a teacher is not planned"):
+        plan(BLIND, card, AbstractDevice(), context=32, reserve=Reserve(), reporter=SilentReporter(), finetune=followed)
 
 
 def test_the_host_holds_roots_while_compressing_and_the_whole_model_to_finetune() -> None:

@@ -30,9 +30,9 @@ def test_a_clock_in_anothers_process_measures_time_alone(monkeypatch: pytest.Mon
     for name in ("_reset_peak", "_noted_peak", "return_freed_memory"):
         monkeypatch.setattr(timing, name, lambda name=name: pytest.fail(f"{name} was called"))
     clock = StageTimer()
-    with clock("small"), clock.beside("beside"):
+    with clock("small"), clock.concurrent("both"):
         clock.release()
     found = clock.to_dict()
-    assert {name: stage["peak_rss_bytes"] for name, stage in found.items()} == {"beside": None, "small": None}
+    assert {name: stage["peak_rss_bytes"] for name, stage in found.items()} == {"both": None, "small": None}
     assert all(stage["seconds"] >= 0 for stage in found.values())
-    assert [(name, peak) for name, _, peak in stage_rows(found)] == [("beside", "-"), ("small", "-")]
+    assert [(name, peak) for name, _, peak in stage_rows(found)] == [("both", "-"), ("small", "-")]

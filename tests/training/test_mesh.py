@@ -12,7 +12,7 @@ from cluscomp_jax.training import make_sharding
 
 pytestmark = pytest.mark.long
 
-MESHES = ("data", "fsdp", "tensor", "mixed")
+MESHES = ("data", "fsdp", "tensor", "combined")
 PROGRAM = HELPERS / "mesh_runs.py"
 PRODUCTS = 2 * (3 * 9 + 1)
 """Products that a gradient passes through, forward and back: 7 kernels and 2 of attention in 3 blocks, and the head."""
@@ -53,7 +53,7 @@ def test_a_step_leaves_everything_where_it_was_and_moments_with_their_masters(ru
 
 
 def test_matrices_lie_in_parts_and_a_dimension_that_does_not_divide_stays_whole(runs):
-    places = runs["meshes"]["mixed"]["places"]
+    places = runs["meshes"]["combined"]["places"]
     assert places["0-1/mlp/up_proj/kernel"] == "P(None, 'fsdp', 'tensor')"
     assert places["0-1/mlp/down_proj/kernel"] == places["0-1/self_attn/o_proj/kernel"] == "P(None, 'tensor', 'fsdp')"
     assert places["0-1/mlp/up_proj/kernel/codebook"] == "P(None, ('fsdp', 'tensor'), None)"
@@ -89,10 +89,10 @@ def test_a_state_saved_on_one_mesh_goes_on_on_another_and_on_one_device(runs):
 
 
 def test_the_plan_counts_what_one_device_holds(runs):
-    one, mixed_precision = runs["planned"]["one"], runs["planned"]["mixed"]
-    for plan in (one, mixed_precision):
+    one, combined = runs["planned"]["one"], runs["planned"]["combined"]
+    for plan in (one, combined):
         assert plan["arguments"] == pytest.approx(plan["held"], rel=0.02)
-    assert mixed_precision["held"] < 0.4 * one["held"]
+    assert combined["held"] < 0.4 * one["held"]
 
 
 def test_a_mesh_of_another_size_than_there_are_devices_is_refused():

@@ -322,7 +322,7 @@ def test_blocks_train_apart_where_the_expressions_say_so():
     ("changes", "text"),
     [
         ({"steps": 0}, "steps is 0"),
-        ({"accumulation": 0}, "accumulation is 0"),
+        ({"grad_accumulation_steps": 0}, "grad_accumulation_steps is 0"),
         ({"trainable": ()}, "trainable"),
         ({"trainable": ("(",)}, "no regular expression"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),

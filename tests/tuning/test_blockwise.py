@@ -32,7 +32,7 @@ CONFIG = llama.LlamaConfig(
     num_key_value_heads=1, head_dim=8, initializer_range=0.3,
 )  # fmt: skip
 MODEL = llama.build(CONFIG)
-KIND = MODEL.layer_type(0)
+TYPE = MODEL.layer_type(0)
 FAST = BlockTuningConfig(epochs=6, learning_rate=0.01, relative_rate=False, schedule="constant")
 
 
@@ -60,71 +60,71 @@ def streams(tmp_path, dense):
     inputs, targets = (ActivationStore(tmp_path / name, x.shape, np.float32) for name in ("x", "y"))
     inputs.write(slice(0, 6), x)
     run_through(
-        lambda batch: MODEL.block(dense, batch, layer_type=KIND), inputs, targets, batch_size=4, dtype=jnp.float32
+        lambda batch: MODEL.block(dense, batch, layer_type=TYPE), inputs, targets, batch_size=4, dtype=jnp.float32
     )
     return inputs, targets
 
 
-def test_moments_are_the_mean_squares_of_what_each_kernel_reads(dense, streams):
+def test_hessian_diagonals_are_the_mean_squares_of_what_each_kernel_reads(dense, streams):
     inputs, _ = streams
-    moments = collect_hessian_diagonals(MODEL, KIND, dense, (Batch(jnp.asarray(x)) for _, x in inputs.batches(4)))
+    diagonals = collect_hessian_diagonals(MODEL, TYPE, dense, (Batch(jnp.asarray(x)) for _, x in inputs.batches(4)))
     seen = {}
     MODEL.block(
         dense,
         jnp.asarray(inputs.read(slice(0, 6))),
-        layer_type=KIND,
+        layer_type=TYPE,
         observer=lambda group, x, _: seen.update({group: x}),
     )
     for group, paths in MODEL.input_groups.items():
         expected = np.mean(np.asarray(seen[group], np.float64).reshape(60, -1) ** 2, axis=0)
         for path in paths:
-            np.testing.assert_allclose(moments[path], expected, rtol=1e-5)
-            assert moments[path].shape == (trees.flatten(dense)[path].shape[0],)
+            np.testing.assert_allclose(diagonals[path], expected, rtol=1e-5)
+            assert diagonals[path].shape == (trees.flatten(dense)[path].shape[0],)
     with pytest.raises(ValueError, match="no batches"):
-        collect_hessian_diagonals(MODEL, KIND, dense, [])
+        collect_hessian_diagonals(MODEL, TYPE, dense, [])
 
 
-def seen_at_sites(block, x):
-    """{site: (input, residual)} float64 [positions, channels] of a block, by the tap alone."""
+def seen_by_group(block, x):
+    """{input group: (input, residual)} float64 [positions, channels] of a block, by the observer alone."""
     seen = {}
-    MODEL.block(block, jnp.asarray(x), layer_type=KIND, observer=lambda group, x, onto: seen.update({group: (x, onto)}))
+    MODEL.block(block, jnp.asarray(x), layer_type=TYPE, observer=lambda group, x, onto: seen.update({group: (x, onto)}))
     rows = lambda a: None if a is None else np.asarray(a, np.float64).reshape(-1, a.shape[-1])  # noqa: E731
     return {group: (rows(x), rows(onto)) for group, (x, onto) in seen.items()}
 
 
-def test_site_moments_are_the_mean_products_of_what_the_site_reads(dense, streams):
+def test_hessians_are_the_mean_products_of_what_the_input_group_reads(dense, streams):
     inputs, _ = streams
-    for group, (rows, _) in seen_at_sites(dense, inputs.read(slice(0, 6))).items():
-        moments = collect_hessians(MODEL, KIND, group, dense, (Batch(jnp.asarray(x)) for _, x in inputs.batches(4)))
-        np.testing.assert_allclose(moments.hessian, rows.T @ rows / 60, rtol=1e-4, atol=1e-6)
-        assert moments.drift is None
-        assert moments.errors is None
+    for group, (rows, _) in seen_by_group(dense, inputs.read(slice(0, 6))).items():
+        statistics = collect_hessians(MODEL, TYPE, group, dense, (Batch(jnp.asarray(x)) for _, x in inputs.batches(4)))
+        np.testing.assert_allclose(statistics.hessian, rows.T @ rows / 60, rtol=1e-4, atol=1e-6)
+        assert statistics.drift is None
+        assert statistics.errors is None
     with pytest.raises(ValueError, match="no batches"):
-        collect_hessians(MODEL, KIND, "mlp/input", dense, [])
+        collect_hessians(MODEL, TYPE, "mlp/input", dense, [])
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_site_moments_of_two_streams_tell_what_the_outputs_lack(dense, streams, weighted):
+def test_statistics_of_two_streams_give_the_error_of_the_outputs(dense, streams, weighted):
     inputs, _ = streams
     rng = np.random.default_rng(3)
     x0 = inputs.read(slice(0, 6))
     x = x0 + 0.3 * rng.standard_normal(x0.shape).astype(np.float32)
     block = jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32), dense)
-    was, now = seen_at_sites(dense, x0), seen_at_sites(block, x)
+    was, now = seen_by_group(dense, x0), seen_by_group(block, x)
     counts = rng.uniform(0, 1, x.shape[:2]).astype(np.float32) if weighted else np.ones(x.shape[:2], np.float32)
     batches = [
         Batch(*(jnp.asarray(a[where]) for a in (x, x0, counts))) if weighted else Batch(x[where], x0[where])
         for where in (slice(0, 4), slice(4, 6))
     ]
     for group, paths in MODEL.input_groups.items():
-        moments = collect_hessians(MODEL, KIND, group, block, batches, original=dense)
+        statistics = collect_hessians(MODEL, TYPE, group, block, batches, original=dense)
         (rows, onto), (rows0, onto0) = now[group], was[group]
         kernel = np.asarray(trees.flatten(dense)[paths[0]], np.float64)
         lacking = rows0 @ kernel - rows @ kernel + (0 if onto is None else onto0 - onto)
         each = counts.reshape(-1, 1).astype(np.float64)
-        np.testing.assert_allclose(moments.hessian, (each * rows).T @ rows / 60, rtol=1e-4, atol=1e-5)
-        assert (moments.errors is None) == (onto is None)
-        given = moments.errors if moments.drift is None else np.asarray(moments.drift, np.float64) @ kernel
+        np.testing.assert_allclose(statistics.hessian, (each * rows).T @ rows / 60, rtol=1e-4, atol=1e-5)
+        assert (statistics.errors is None) == (onto is None)
+        given = statistics.errors if statistics.drift is None else np.asarray(statistics.drift, np.float64) @ kernel
         np.testing.assert_allclose(given, (each * rows).T @ lacking / 60, rtol=1e-3, atol=1e-4)
 
 
@@ -157,7 +157,7 @@ def test_gradients_reach_the_codebooks_alone_and_equal_finite_differences(compre
     codebooks = {path: codebook.astype(jnp.float32) for path, codebook in codebooks.items()}
 
     def loss(codebooks):
-        return block_loss(codebooks, frozen, inputs, (targets,), model=MODEL, layer_type=KIND, settings=FAST)
+        return block_loss(codebooks, frozen, inputs, (targets,), model=MODEL, layer_type=TYPE, settings=FAST)
 
     gradients = jax.grad(loss)(codebooks)
     chex.assert_trees_all_equal_shapes(gradients, codebooks)
@@ -174,9 +174,9 @@ def test_loss_is_the_mean_squared_distance_to_every_target(compressed, streams):
     x, y = (jnp.asarray(store.read(slice(0, 2))) for store in streams)
     codebooks, frozen = split_trainable(compressed, norms=False)
     dense = trees.map_by_path(_decoded, compressed)
-    output = np.asarray(MODEL.block(dense, x, layer_type=KIND), np.float64)
+    output = np.asarray(MODEL.block(dense, x, layer_type=TYPE), np.float64)
     one, two = (
-        float(block_loss(codebooks, frozen, x, targets, model=MODEL, layer_type=KIND, settings=FAST))
+        float(block_loss(codebooks, frozen, x, targets, model=MODEL, layer_type=TYPE, settings=FAST))
         for targets in ((y,), (y, 2 * y))
     )
     np.testing.assert_allclose(one, np.mean((output - np.asarray(y)) ** 2), rtol=1e-5)
@@ -189,10 +189,10 @@ def test_a_step_is_adamw_on_the_gradient(compressed, streams):
     settings = dataclasses.replace(FAST, weight_decay=0.1)
     state = init_state(codebooks, settings=settings, total_steps=3)
     start = jax.tree.map(jnp.copy, state.trained)
-    gradients = jax.grad(lambda c: block_loss(c, frozen, x, (y,), model=MODEL, layer_type=KIND, settings=settings))(
+    gradients = jax.grad(lambda c: block_loss(c, frozen, x, (y,), model=MODEL, layer_type=TYPE, settings=settings))(
         start
     )
-    state, _ = tuning_step(state, frozen, x, (y,), model=MODEL, layer_type=KIND, settings=settings, total_steps=3)
+    state, _ = tuning_step(state, frozen, x, (y,), model=MODEL, layer_type=TYPE, settings=settings, total_steps=3)
     for path, before in start.items():
         g = np.asarray(gradients[path], np.float64)
         # The first step of Adam: both moments' bias corrections cancel, which leaves g / (|g| + eps).
@@ -204,7 +204,7 @@ def test_a_step_is_adamw_on_the_gradient(compressed, streams):
 def test_tuning_lowers_the_loss_and_leaves_indices_and_dense_leaves_alone(compressed, streams, norms):
     settings = dataclasses.replace(FAST, norms=norms)
     tuned, result = tune_block(
-        MODEL, KIND, compressed, *_stores(streams), settings, rng=np.random.default_rng(0), reporter=SilentReporter()
+        MODEL, TYPE, compressed, *_stores(streams), settings, rng=np.random.default_rng(0), reporter=SilentReporter()
     )
     assert result.epoch_losses[-1] < 0.7 * result.loss_before
     assert (result.chosen_epoch, result.diverged, result.held_out_losses) == (6, False, ())
@@ -236,7 +236,7 @@ def test_a_step_is_not_begun_before_the_last_but_one_is_done(compressed, streams
     monkeypatch.setattr(blockwise._Problem, "step", slow_step)
     settings = dataclasses.replace(FAST, epochs=1)
     tune_block(
-        MODEL, KIND, compressed, *_stores(streams), settings, rng=np.random.default_rng(0), reporter=SilentReporter()
+        MODEL, TYPE, compressed, *_stores(streams), settings, rng=np.random.default_rng(0), reporter=SilentReporter()
     )
     assert len(losses) == 6
 
@@ -265,7 +265,7 @@ def test_vectors_take_a_tenth_of_the_step_of_codebooks(compressed, streams):
     ]
     x, y = (jnp.asarray(store.read(slice(0, 2))) for store in streams)
     state = init_state(trained, settings=settings, total_steps=9)
-    state, _ = tuning_step(state, frozen, x, (y,), model=MODEL, layer_type=KIND, settings=settings, total_steps=9)
+    state, _ = tuning_step(state, frozen, x, (y,), model=MODEL, layer_type=TYPE, settings=settings, total_steps=9)
     for path, start in trained.items():
         step = np.abs(np.asarray(state.trained[path]) - np.asarray(start, np.float32))
         np.testing.assert_allclose(step.max(), 1e-3 if start.ndim == 2 else 1e-4, rtol=2e-2)
@@ -278,7 +278,7 @@ def _stores(streams):
 def test_tuning_is_deterministic_and_follows_its_random_order(compressed, streams):
     def codebooks(seed):
         tuned, _ = tune_block(
-            MODEL, KIND, compressed, *_stores(streams), FAST, rng=np.random.default_rng(seed), reporter=SilentReporter()
+            MODEL, TYPE, compressed, *_stores(streams), FAST, rng=np.random.default_rng(seed), reporter=SilentReporter()
         )
         return split_trainable(tuned, norms=False)[0]
 
@@ -290,20 +290,20 @@ def test_held_out_samples_choose_the_epoch(compressed, streams):
     settings = dataclasses.replace(FAST, validation_samples=2, learning_rate=0.3, epochs=3)
     inputs, targets = streams
     tuned, result = tune_block(
-        MODEL, KIND, compressed, inputs, (targets,), settings, rng=np.random.default_rng(0), reporter=SilentReporter()
+        MODEL, TYPE, compressed, inputs, (targets,), settings, rng=np.random.default_rng(0), reporter=SilentReporter()
     )
     assert len(result.held_out_losses) == 4
     assert result.chosen_epoch == int(np.argmin(result.held_out_losses))
     x, y = (jnp.asarray(store.read(slice(4, 6))) for store in streams)
     trained, frozen = split_trainable(tuned, norms=True)
-    kept = float(block_loss(trained, frozen, x, (y,), model=MODEL, layer_type=KIND, settings=settings))
+    kept = float(block_loss(trained, frozen, x, (y,), model=MODEL, layer_type=TYPE, settings=settings))
     np.testing.assert_allclose(kept, min(result.held_out_losses), rtol=1e-5)
 
 
 def test_a_hopeless_rate_keeps_the_codebooks_it_started_with(compressed, streams):
     settings = dataclasses.replace(FAST, learning_rate=50.0)
     tuned, result = tune_block(
-        MODEL, KIND, compressed, *_stores(streams), settings, rng=np.random.default_rng(0), reporter=SilentReporter()
+        MODEL, TYPE, compressed, *_stores(streams), settings, rng=np.random.default_rng(0), reporter=SilentReporter()
     )
     assert result.chosen_epoch == 0
     before, _ = split_trainable(compressed, norms=False)
@@ -317,7 +317,7 @@ def test_a_loss_that_is_not_finite_stops_the_block_at_the_last_good_codebooks(co
     targets.write(slice(0, 6), poisoned)
     settings = dataclasses.replace(FAST, epochs=2)
     tuned, result = tune_block(
-        MODEL, KIND, compressed, inputs, (targets,), settings, rng=np.random.default_rng(0), reporter=SilentReporter()
+        MODEL, TYPE, compressed, inputs, (targets,), settings, rng=np.random.default_rng(0), reporter=SilentReporter()
     )
     assert result.diverged
     assert len(result.epoch_losses) == 1
@@ -355,13 +355,13 @@ def test_float16_gradients_do_not_vanish(compressed, streams):
     """The loss is a mean of squares far below float16's smallest number; its gradient must survive all the same."""
     x, y = (jnp.asarray(store.read(slice(0, 6))) for store in streams)
     codebooks, frozen = split_trainable(compressed, norms=False)
-    near = y + 1e-3 * (MODEL.block(trees.map_by_path(_decoded, compressed), x, layer_type=KIND) - y)
+    near = y + 1e-3 * (MODEL.block(trees.map_by_path(_decoded, compressed), x, layer_type=TYPE) - y)
     mean = {}
     for dtype in ("float32", "float16"):
         settings = dataclasses.replace(FAST, compute_dtype=dtype)
         state = init_state(codebooks, settings=settings, total_steps=3)
         state, _ = tuning_step(
-            state, frozen, x, (near,), model=MODEL, layer_type=KIND, settings=settings, total_steps=3
+            state, frozen, x, (near,), model=MODEL, layer_type=TYPE, settings=settings, total_steps=3
         )
         mean[dtype] = optax.tree.get(state.optimizer, "mu")
     for path, expected in mean["float32"].items():
@@ -394,7 +394,7 @@ def test_the_settings_choose_the_order_of_gradients_on_a_gpu(compressed, fast, k
     settings = dataclasses.replace(FAST, atomic_gradients=fast, compute_dtype="bfloat16")
     trained, frozen = split_trainable(compressed, norms=False)
     x = jnp.zeros((1, 10, 16), jnp.bfloat16)
-    options = {"model": MODEL, "kind": KIND, "settings": settings}
+    options = {"model": MODEL, "layer_type": TYPE, "settings": settings}
     gradient = jax.jit(jax.grad(lambda trained: block_loss(trained, frozen, x, (x,), **options)))
     with lowering_for((8, 6)):
         lowered = gradient.trace(trained).lower(lowering_platforms=("cuda",)).as_text()

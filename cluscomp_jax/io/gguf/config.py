@@ -40,7 +40,7 @@ def config_fields(
       rope_factors: float32 [head_dim/2], the tensor rope_freqs.weight where the file has one.
 
     Raises:
-      InputError: a key is missing or of a kind that no llama family has; the line names it.
+      InputError: a key is missing, or has a value that no llama family has; the line names it.
     """
     arch = metadata.get("general.architecture")
     if not isinstance(arch, str):

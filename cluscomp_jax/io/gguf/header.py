@@ -1,7 +1,7 @@
 """The counts of a GGUF header, read before the `gguf` library makes objects of what they count.
 
-Knows how keys and values lie in a file, not what they mean. The library keeps 200 to 350 bytes and takes microseconds
-for every element of an array, whatever its type, so that 20 MB of a file become 4.4 GiB.
+Knows how keys and values are laid out in a file, not what they mean. The library keeps 200 to 350 bytes and takes
+microseconds for every element of an array, whatever its type, so that 20 MB of a file become 4.4 GiB.
 """
 
 import mmap

@@ -62,7 +62,7 @@ def build_tokenizer(metadata: Mapping[str, Any], *, where: str) -> Any:
       where: the file, for errors.
 
     Raises:
-      InputError: no tokenizer in the header, or one of a kind that is not known; the line names it.
+      InputError: no tokenizer in the header, or one of a type that is not supported; the line names it.
     """
     try:
         return _build(metadata)
@@ -181,7 +181,7 @@ def _merges_of_scores(vocabulary: Mapping[str, int], scores: list[float] | None)
 
 
 def _add_template(backend: Tokenizer, metadata: Mapping[str, Any], special: Mapping[str, str], kind: str) -> None:
-    """Adds the begin and end tokens around every text, where the header (or, unsaid, the kind) wants them."""
+    """Adds begin and end tokens around every text, where the header, or by default the tokenizer's type, says so."""
     begins_unsaid = kind == "llama" or metadata.get("tokenizer.ggml.pre") in _LLAMA3
     wanted = {
         "bos_token": metadata.get("tokenizer.ggml.add_bos_token", begins_unsaid),

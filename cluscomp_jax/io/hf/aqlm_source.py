@@ -86,7 +86,7 @@ class AqlmSource:
             return trees.unflatten({path: self._load(prefix + path) for path in self.model.block_shapes(i)})
 
     def load_outer(self) -> Params:
-        """Returns what stands outside the blocks, by full paths. Raises as `load_block` does."""
+        """Returns the parameters outside the blocks, by full paths. Raises as `load_block` does."""
         with self._stamps.held():
             return trees.unflatten({path: self._load(path) for path in self.model.outer_shapes()})
 
@@ -137,7 +137,7 @@ class AqlmSource:
         groups = (self._scheme.g, 1) if self._scheme.axis == "out" else (1, self._scheme.g)
         shape = (codes.shape[1] * groups[1], codes.shape[0] * groups[0])
         unsigned = codes.T.astype(np.int32) % 2**self._scheme.bits
-        table = table[: int(unsigned.max()) + 1]  # what lies behind the last code in use is padding
+        table = table[: int(unsigned.max()) + 1]  # what follows the last code in use is padding
         index = np.ascontiguousarray(unsigned.astype(codebook.index_dtype(len(table))))
         if (scales == scales[0]).all():
             scaled = (

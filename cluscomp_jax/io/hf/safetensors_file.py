@@ -52,7 +52,7 @@ class Entry(NamedTuple):
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """Returns {name: entry} of a safetensors file, every size and offset held against the file's own size.
+    """Returns {name: entry} of a safetensors file, every size and offset compared with the file's own size.
 
     Raises:
       InputError: no such file, or it is truncated or damaged; the line says where.

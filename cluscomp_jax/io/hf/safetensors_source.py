@@ -125,7 +125,7 @@ class SafetensorsSource:
         return digest.hexdigest()
 
     def _load(self, path: str) -> np.ndarray:
-        """Returns a parameter, turned and checked piece by piece: beside it lies one piece, not the stored tensor."""
+        """Returns a parameter, turned and checked by pieces: memory holds it and one piece at a time."""
         entry, turned = self._entries[path], layout.is_transposed(path)
         array = np.empty(entry.shape[::-1] if turned else entry.shape, _in_memory(entry.dtype))
         stored, bad = array.T if turned else array, 0

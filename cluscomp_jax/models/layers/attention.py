@@ -14,7 +14,7 @@ _SEGMENT = 64
 _MAX_SEGMENTS = 8
 """Most segments of one sequence: each is compiled for itself. Changes the speed only."""
 _KEPT_WEIGHTS = 2**27
-"""Most softmax weights of a sequence that a gradient keeps; of more, each segment computes its own anew."""
+"""Most softmax weights of a sequence that a gradient keeps; more are computed again in the backward pass."""
 
 
 def causal_mask(query_positions: jax.Array, key_positions: jax.Array, window: int | None) -> jax.Array:
@@ -58,7 +58,7 @@ def attention(queries: jax.Array, keys: jax.Array, values: jax.Array, mask: jax.
     """Returns softmax(queries keys^T / sqrt(h)) values, [b, t, q, h] in the dtype of the queries.
 
     Scores and softmax are float32. Query head j reads key-value head j // (q / k); keys and values are never
-    repeated: the queries that share a head stand in the rows of one matrix product.
+    repeated: the queries that share a head are rows of one matrix product.
 
     Args:
       queries: [b, t, q, h].
@@ -85,7 +85,7 @@ def _attend_forward(
     (t, s), h = mask.shape, rows.shape[-1]
     scores = jnp.einsum("bkmh,bksh->bkms", rows, keys, preferred_element_type=jnp.float32) * h**-0.5
     scores = jnp.where(mask, scores.reshape(*scores.shape[:2], -1, t, s), _HIDDEN).reshape(scores.shape)
-    # The division by the sum waits for the product with the values: it then costs [.., h] and not [.., s].
+    # The division by the sum comes after the product with the values: it then costs [.., h] and not [.., s].
     powers = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
     total = jnp.sum(powers, axis=-1, keepdims=True)
     powers = powers.astype(rows.dtype)

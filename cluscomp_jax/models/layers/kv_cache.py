@@ -25,7 +25,7 @@ def empty(shape: tuple[int, int, int, int], dtype: Any) -> Cache:
 
 
 def write(cache: Cache, keys: jax.Array, values: jax.Array, position: jax.Array | int) -> Cache:
-    """Returns the cache with keys and values [b, k, t, h] at `position` and behind it."""
+    """Returns the cache with keys and values [b, k, t, h] at `position` and after it."""
     written: Cache = {}
     for name, new in (("keys", keys), ("values", values)):
         parts = _quantised(name, new) if name + _SCALE in cache else {name: new.astype(cache[name].dtype)}

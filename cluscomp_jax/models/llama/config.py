@@ -24,7 +24,7 @@ class LlamaConfig:
       head_dim: width of one head, even; need not be hidden_size / num_attention_heads.
       hidden_act: one of ACTIVATIONS.
       sliding_window: latest positions a query of a sliding layer reads, itself included; None if no layer slides.
-      layer_types: one of "full_attention", "sliding_attention" per layer; () stands for all full or, with a
+      layer_types: one of "full_attention", "sliding_attention" per layer; () means all full or, with a
         window, all sliding, and is filled in.
       attention_bias: biases on q, k, v and o (llama, qwen3).
       mlp_bias: biases on gate, up and down (llama).

@@ -41,7 +41,7 @@ class FlaxLlama(nn.Module):  # type: ignore[misc]
 
 
 class _Branch(nn.Module):  # type: ignore[misc]
-    """Declares the parameters of a tree of shapes under the same names, and hands them out."""
+    """Declares the parameters of a tree of shapes under the same names, and returns them."""
 
     shapes: Mapping[str, Any]
     deviation: float

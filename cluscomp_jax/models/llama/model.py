@@ -25,7 +25,7 @@ from cluscomp_jax.models.llama.config import LlamaConfig
 from cluscomp_jax.models.model import Cache, Observer, run_block, run_embed
 
 BLOCKS_PATH = "model/layers"
-SITES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+INPUT_GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "self_attn/input": tuple(f"self_attn/{name}_proj/kernel" for name in "qkv"),
         "self_attn/output": ("self_attn/o_proj/kernel",),
@@ -67,13 +67,13 @@ class LlamaModel:
 
     @property
     def blocks_path(self) -> str:
-        """Where the blocks stand in the parameters."""
+        """The path of the blocks in the parameters."""
         return BLOCKS_PATH
 
     @property
     def input_groups(self) -> Mapping[str, tuple[str, ...]]:
-        """{site: block-relative paths of the kernels that read that input}, in order of computation."""
-        return SITES
+        """{input group: block-relative paths of the kernels that read one input}, in order of computation."""
+        return INPUT_GROUPS
 
     def layer_type(self, i: int) -> Hashable:
         """Returns the attention window of block i, None for all positions."""
@@ -125,26 +125,26 @@ class LlamaModel:
         return linear(normed, outer["lm_head"]["kernel"], out_dtype=jnp.float32)
 
     def block(self, params: Params, x: jax.Array, *, layer_type: Hashable, observer: Observer | None = None) -> Any:
-        """Returns y [b, t, d] of x [b, t, d]; with a tap, (y, {site: what the tap returns}).
+        """Returns y [b, t, d] of x [b, t, d]; with an observer, (y, {input group: what the observer returns}).
 
         Args:
           params: the block's tree, block-relative paths, dense or compressed kernels.
           x: positions 0 … t-1; its dtype is the compute dtype.
-          kind: `layer_type` of the block.
-          tap: see `cluscomp_jax.models.model.Tap`.
+          layer_type: of the block.
+          observer: see `cluscomp_jax.models.model.Observer`.
         """
 
         def attend(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
             return causal_attention(queries, keys, values, _window(layer_type))
 
-        tapped: dict[str, Any] = {}
+        observed: dict[str, Any] = {}
 
         def observe(group: str, value: jax.Array, residual: jax.Array | None = None) -> None:
             if observer is not None:
-                tapped[group] = observer(group, value, residual)
+                observed[group] = observer(group, value, residual)
 
         y = self._residual_block(params, x, jnp.arange(x.shape[1]), x.shape[1], attend, observe)
-        return y if observer is None else (y, tapped)
+        return y if observer is None else (y, observed)
 
     def init_cache(self, i: int, batch: int, length: int, dtype: Any) -> Cache:
         """Returns the empty cache of block i: keys and values [batch, k, length, h] of `dtype`, floating or int8."""
@@ -165,7 +165,7 @@ class LlamaModel:
         A `position` that is the number 0, not traced, spares what only later positions need.
         Earlier positions are read from the cache; position + t must not exceed its size (not checked: traced).
         `length` is the number of positions of the sequence after this call, less than position + t where x is padded
-        at its end; None: position + t. The dynamic rope reads it; columns of y at and past it mean nothing.
+        at its end; None: position + t. The dynamic rope reads it; columns of y at and past it have no meaning.
         Keys are kept as they were rotated when written, as transformers does; so with the dynamic rope beyond
         the original context, cached decoding and a fresh forward pass differ there as here.
         """
@@ -226,7 +226,7 @@ class LlamaModel:
 
 def _window(layer_type: Hashable) -> int | None:
     if layer_type is not None and not isinstance(layer_type, int):
-        raise InputError(f"block kind {layer_type!r} is not one of this family; take it from layer_type(i)")
+        raise InputError(f"layer type {layer_type!r} is not one of this family; take it from layer_type(i)")
     return layer_type
 
 
@@ -241,7 +241,7 @@ def _head(model: LlamaModel, outer: Params, x: jax.Array) -> jax.Array:
 
 
 def forward(params: Mapping[Any, Any], tokens: Any, config: LlamaConfig, *, dtype: Any = jnp.float32) -> jax.Array:
-    """Returns logits float32 [b, t, v]; compiles one block per kind and shape, not one per layer.
+    """Returns logits float32 [b, t, v]; compiles one block per layer type and shape, not one per layer.
 
     Args:
       params: the whole tree in FlaxLlama layout, string or integer layer keys, dense or compressed kernels.

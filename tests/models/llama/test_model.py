@@ -214,7 +214,7 @@ def test_a_token_past_the_vocabulary_is_nan_not_its_neighbour():
 
 def test_a_kind_of_another_family_is_refused():
     model, params = build(WINDOWED), random_params(WINDOWED)
-    with pytest.raises(InputError, match="block kind 'full'"):
+    with pytest.raises(InputError, match="layer type 'full'"):
         model.block(trees.subtree(params, "model/layers/0"), jnp.zeros((1, 2, 12)), layer_type="full")
 
 

@@ -77,8 +77,6 @@ class CompressArguments(Common):
     """seed of everything random"""
     mesh: Annotated[str | None, arg(metavar="data=INT")] = None
     """how many devices share the samples of a batch and the matrices of a site; all that there are: data=4"""
-    zstd: Flag = False
-    """code the files on disk: 1 to 4% less where matrices have 256 codes, as good as nothing elsewhere"""
     evaluate: Annotated[str | None, arg(metavar="TEXT")] = None
     """also measure the perplexity of this text before and after"""
     context: Annotated[int | None, arg(metavar="INT")] = None

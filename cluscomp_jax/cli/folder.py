@@ -101,7 +101,7 @@ def compress_to_folder(
     with course.before("prepare"):
         identity = fingerprint(opened.source, cfg, calibration)
         tokenizer = tokenizer_files(opened)
-        claim = claim_folder(out, opened, cfg, identity, zstd=cfg.zstd)
+        claim = claim_folder(out, opened, cfg, identity)
     with claim as writer, console_reporter(JsonLinesLog(out / METRICS_NAME)) as reporter:
         if writer.finished_blocks:
             note(f"{out}: resuming behind {writer.finished_blocks} of {opened.model.num_blocks} finished blocks")
@@ -151,7 +151,7 @@ class _Course:
 
 
 def claim_folder(
-    out: Path, opened: OpenedModel, cfg: CompressConfig | FinetuneConfig, identity: Fingerprint, *, zstd: bool = False
+    out: Path, opened: OpenedModel, cfg: CompressConfig | FinetuneConfig, identity: Fingerprint
 ) -> CheckpointWriter:
     """Returns the writer of `out`, claimed for this run or resumed. Raises as `CheckpointWriter` does."""
     return CheckpointWriter(
@@ -160,7 +160,6 @@ def claim_folder(
         run_config=cfg.to_dict(),
         fingerprint=identity.digest,
         inputs=identity.parts,
-        zstd=zstd,
     )
 
 

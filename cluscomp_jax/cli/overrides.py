@@ -43,7 +43,6 @@ def run_config(arguments: CompressArguments) -> CompressConfig:
         tuning=_tuning(arguments, config.tuning),
         seed=config.seed if arguments.seed is None else arguments.seed,
         mesh=config.mesh if arguments.mesh is None else parse_mesh(arguments.mesh),
-        zstd=config.zstd or arguments.zstd,
     )
     asked = arguments.config or arguments.recipe
     if changed.cluster.uneven and arguments.calibration is None:

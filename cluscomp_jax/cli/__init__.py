@@ -22,7 +22,6 @@ _MODULES: dict[type[args.Common], str] = {
     args.ReportArguments: "report",
     args.CompareArguments: "compare",
     args.DoctorArguments: "doctor",
-    args.CompletionArguments: "completion",
     args.PlanArguments: "plan",
     args.DemoArguments: "demo",
 }

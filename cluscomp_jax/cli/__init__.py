@@ -53,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         keep_freed_memory()
         schedule_for_memory()
         module = importlib.import_module(f"cluscomp_jax.cli.{_MODULES[type(parsed)]}")
-        result: Result = module.run(parsed)
-        return result
+        return module.run(parsed)
 
     resumable = isinstance(parsed, args.CompressArguments | args.FinetuneArguments | args.DemoArguments)
     return run(command, json=parsed.json, debug=parsed.debug, resumable=resumable)

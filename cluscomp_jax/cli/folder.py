@@ -190,8 +190,7 @@ def tokenizer_files(opened: OpenedModel) -> Path | Callable[[Path], Any] | None:
         return opened.files[0].parent
     if isinstance(opened.source, CheckpointSource):
         return opened.source.tokenizer_path
-    save: Callable[[Path], Any] = tokenizer.save_pretrained
-    return save
+    return tokenizer.save_pretrained
 
 
 def _check_weights(opened: OpenedModel, reporter: Reporter) -> None:

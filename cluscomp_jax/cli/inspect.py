@@ -31,7 +31,7 @@ def run(arguments: InspectArguments) -> Result:
 
 def _recorded(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the records of the matrices, or nothing where the run left none or an older kind."""
-    recorded: list[dict[str, Any]] = manifest["metrics"].get("matrices") or []
+    recorded = manifest["metrics"].get("matrices") or []
     return recorded if all("index_entropy" in matrix for matrix in recorded) else []
 
 

@@ -18,6 +18,6 @@ def parse_mesh(text: str) -> MeshConfig:
             raise InputError(f"--mesh {text!r}: {pair!r} must be AXIS=SIZE, every axis once: data=2,fsdp=2,tensor=2")
         sizes[axis] = int(size)
     try:
-        return overlay(MeshConfig(), sizes)  # type: ignore[no-any-return]
+        return overlay(MeshConfig(), sizes)
     except InputError as error:
         raise InputError(f"--mesh {text!r}: {error}") from error

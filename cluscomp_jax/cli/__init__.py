@@ -1,4 +1,4 @@
-"""The `cluscomp` command: parse, call, print. Imports the heavy parts only once the arguments are known to be good."""
+"""The `cluscomp` command: parses, calls, prints. Imports the heavy parts only after the arguments were parsed."""
 
 import importlib
 import sys
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             prog="cluscomp",
             description="Compress language models by clustering, and run them.",
             args=argv,
-            config=(DisallowNone,),  # an option that is left out is None; nobody writes that
+            config=(DisallowNone,),  # None means that an option was left out; it cannot be given
         )
     except SystemExit as end:  # tyro has printed help or the usage error
         return DONE if end.code in (None, 0) else WRONG_INPUT

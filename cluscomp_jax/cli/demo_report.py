@@ -1,4 +1,4 @@
-"""What the demo found, as one table and as JSON. Computes nothing but sums of what was measured."""
+"""What the demo found, as one table and as JSON. Computes sums and ratios of what was measured only."""
 
 import dataclasses
 from typing import Any

@@ -6,7 +6,7 @@ from cluscomp_jax.errors import InputError
 
 
 def parse_mesh(text: str) -> MeshConfig:
-    """Returns the mesh of AXIS=SIZE pairs with commas between; axes that are not named have size 1.
+    """Returns the mesh of AXIS=SIZE pairs, separated by commas; axes that are not named have size 1.
 
     Raises:
       InputError: an axis that is not known or named twice, or a size that is no number from 1.

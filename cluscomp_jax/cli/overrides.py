@@ -21,7 +21,7 @@ def run_config(arguments: CompressArguments) -> CompressConfig:
     """Returns the settings of a run, without its model.
 
     Without --calibration nothing can be tuned. A bare command is then clustering only; one that asks for tuning, by
-    a recipe, a config file or an option, is refused rather than half obeyed.
+    a recipe, a config file or an option, is refused.
 
     Raises:
       InputError: options that contradict each other or the config file, or a value out of its range.

@@ -28,8 +28,8 @@ from cluscomp_jax.runtime.reporter import console_reporter
 
 _LEGEND = (
     "Launches are the GPU kernels that a whole run starts on one card, counted in XLA's modules; + where a loop of",
-    "unknown length counts as one turn. Hours are an estimate of a whole run: operations and bytes at published rates, and",
-    f"{LAUNCH_SECONDS * 1e6:g} microseconds for each launch, an assumption; nothing was run.",
+    "unknown length counts as one turn. Hours are an estimate of a whole run: operations and bytes at published rates,",
+    f"and {LAUNCH_SECONDS * 1e6:g} microseconds for each launch, an assumption; nothing was run.",
 )
 
 

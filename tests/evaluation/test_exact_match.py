@@ -53,7 +53,7 @@ def test_a_prompt_is_what_stands_before_the_answer_in_training(folder: Path, tmp
     file = write_lines(tmp_path / "q.jsonl", {"question": "how many?", "answer": "three"})
     (question,) = read_questions(file, tokenizer, vocab_size=40)
     rows = read_examples(file, tokenizer, DataConfig(length=80, responses_only=True), vocab_size=40)
-    first = int(np.flatnonzero(rows.scored[0])[0])
+    first = int(np.flatnonzero(rows.loss_mask[0])[0])
     np.testing.assert_array_equal(question.prompt, rows.tokens[0, :first])
     assert (question.answer, question.where) == ("three", f"{file} line 1")
 

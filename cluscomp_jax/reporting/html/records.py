@@ -32,7 +32,7 @@ class RunRecords:
       model_config, run_config, provenance: as in the manifest; of an unfinished run the last is empty.
       totals: as in the manifest; None while unfinished.
       matrices: per matrix path, shape, g, num_codes, axis, bits, bits_per_weight and, where the run recorded them,
-        relative_error, index_entropy, seconds.
+        relative_error, seconds.
       blocks: per block index and, where it was tuned, loss_before, epoch_losses, loss_after.
       stages: {stage: {"seconds", "peak_rss_bytes"}}.
       perplexity: {stage: the record of a measurement}, in the order of stages; all of one text and context.

@@ -28,6 +28,7 @@ from cluscomp_jax.training import (
     Layout,
     Teacher,
     TrainState,
+    changed_dtypes,
     evaluate_step,
     init_state,
     load_teacher,
@@ -54,10 +55,10 @@ class FinetuneSummary:
     Attributes:
       trained_parameters: how many numbers trained.
       steps: optimiser steps, those before an interruption too.
-      first_step: the step this process began behind.
+      first_step: the steps done before this process began.
       losses: mean training loss, nats per token, of the first and of the last tenth of all steps.
       evaluations: per evaluation step, nll (nats per scored token), perplexity and tokens.
-      result_step: the steps behind which the result was taken; fewer than `steps` where an earlier state was the best.
+      result_step: the steps after which the result was taken; fewer than `steps` where an earlier state was the best.
       seconds: wall time of this process's part.
     """
 
@@ -87,7 +88,8 @@ def finetune(
 ) -> Params:
     """Returns the params after `cfg.training.steps` steps of next-token loss, on the host.
 
-    What does not train comes back bit for bit; what does is rounded to the dtype it came in. Where several processes
+    What does not train comes back bit for bit; what does is rounded to the dtype it came in, or to bfloat16 where
+    float16 holds it worse, which the reporter warns of. Where several processes
     make one run (`jax.distributed`), all call this with the same arguments and get the same result; `state_dir` is then
     a folder that they share.
 
@@ -167,13 +169,19 @@ def finetune_stream(
         state = run.resume(state)
         first = int(state.step)
         trained = run.steps(state)
+    changed: list[str] = []
     for block, tree in merge_params(trained, frozen, layout):
         if sink is None:
             continue  # what other processes store they can gather only together with this one
+        changed += changed_dtypes(tree, block, layout)
         if block is None:
             sink.store_outer(tree)
         elif block >= finished_blocks:
             sink.store_block(block, tree)
+    if changed:
+        run.reporter.warn(
+            f"stored in bfloat16 after finetuning, because float16 holds them worse: {', '.join(changed)}"
+        )
     return FinetuneSummary(
         trained_parameters=sum(leaf.size for leaf in jax.tree.leaves(trained)),
         steps=cfg.training.steps,
@@ -318,7 +326,7 @@ class _Run:
         loss, norm = float(metrics.loss), float(metrics.gradient_norm)
         if not bool(metrics.finite):
             self._save(state, step)
-            kept = f"the state behind step {step} is kept" if self.saved else "no state before it is kept"
+            kept = f"the state after step {step} is kept" if self.saved else "no state before it is kept"
             raise DivergedError(
                 f"step {step + 1}: the loss is {loss}, the norm of its gradient {norm}; its batch was "
                 f"{self.batches.describe(step)}; {kept}; look at these rows, or lower the learning rate, for which "

@@ -28,6 +28,7 @@ from cluscomp_jax.training import (
     Layout,
     Teacher,
     TrainState,
+    changed_dtypes,
     evaluate_step,
     init_state,
     load_teacher,
@@ -88,7 +89,8 @@ def finetune(
 ) -> Params:
     """Returns the params after `cfg.training.steps` steps of next-token loss, on the host.
 
-    What does not train comes back bit for bit; what does is rounded to the dtype it came in. Where several processes
+    What does not train comes back bit for bit; what does is rounded to the dtype it came in, or to bfloat16 where
+    float16 holds it worse, which the reporter warns of. Where several processes
     make one run (`jax.distributed`), all call this with the same arguments and get the same result; `state_dir` is then
     a folder that they share.
 
@@ -168,13 +170,19 @@ def finetune_stream(
         state = run.resume(state)
         first = int(state.step)
         trained = run.steps(state)
+    changed: list[str] = []
     for block, tree in merge_params(trained, frozen, layout):
         if sink is None:
             continue  # what other processes store they can gather only together with this one
+        changed += changed_dtypes(tree, block, layout)
         if block is None:
             sink.store_outer(tree)
         elif block >= finished_blocks:
             sink.store_block(block, tree)
+    if changed:
+        run.reporter.warn(
+            f"stored in bfloat16 after finetuning, because float16 holds them worse: {', '.join(changed)}"
+        )
     return FinetuneSummary(
         trained_parameters=sum(leaf.size for leaf in jax.tree.leaves(trained)),
         steps=cfg.training.steps,

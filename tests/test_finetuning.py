@@ -87,6 +87,24 @@ def test_the_best_state_is_the_result_where_it_is_asked_for(params, tmp_path):
     chex.assert_trees_all_equal(trees.flatten(resumed), trees.flatten(expected))
 
 
+def test_codes_that_float16_no_longer_holds_are_named_in_one_warning(params):
+    """Codes of 3e-7 are subnormal in float16; once they have moved, bfloat16 holds them better."""
+    small = [f"model/layers/{i}/self_attn/v_proj/kernel" for i in (0, 2)]
+
+    def shrunk(path, leaf):
+        if path not in small:
+            return leaf
+        return dataclasses.replace(leaf, codebook=(1e-6 * leaf.codebook.astype(np.float32)).astype(np.float16))
+
+    recorder = Recorder()
+    result = finetune(trees.map_by_path(shrunk, params), ROWS, CFG, reporter=recorder)
+    assert recorder.warnings == [
+        f"stored in bfloat16 after finetuning, because float16 holds them worse: {small[0]}, {small[1]}"
+    ]
+    coded = {path: leaf for path, leaf in trees.iterate(result) if isinstance(leaf, CodebookArray)}
+    assert [path for path, leaf in coded.items() if leaf.codebook.dtype != np.float16] == small
+
+
 def test_the_best_of_no_evaluation_is_refused(params):
     with pytest.raises(InputError, match="no evaluation rows to judge by"):
         finetune(params, ROWS, dataclasses.replace(CFG, result="best"))
@@ -95,7 +113,9 @@ def test_the_best_of_no_evaluation_is_refused(params):
 
 
 def test_states_of_another_run_are_refused(params, tmp_path):
-    finetune(params, ROWS, CFG, state_dir=tmp_path / "s")
+    recorder = Recorder()
+    finetune(params, ROWS, CFG, state_dir=tmp_path / "s", reporter=recorder)
+    assert recorder.warnings == []
     with pytest.raises(InputError, match="state of another run"):
         finetune(params, ROWS, dataclasses.replace(CFG, seed=7), state_dir=tmp_path / "s")
 

@@ -1,6 +1,7 @@
 """`cluscomp demo`: compresses a Llama to about 3 bits per weight, measures, saves, loads and continues a question.
 
-Writes into OUT: clustered/ and tuned/ (checkpoints), figure.png, report.txt, and, last, report.json.
+Writes into OUT: clustered/ and tuned/ (checkpoints), report/ (the HTML report of tuned/), report.txt and, last,
+report.json.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from cluscomp_jax.evaluation.perplexity import Perplexity, perplexity
 from cluscomp_jax.inference.decoder import generate
 from cluscomp_jax.io.open import OpenedModel, open_model
 from cluscomp_jax.models.source import ParamSource
-from cluscomp_jax.reporting.tables import save_figure
+from cluscomp_jax.reporting.html.page import write_report
 from cluscomp_jax.runtime import atomic
 from cluscomp_jax.runtime.reporter import Reporter, console_reporter, to_json
 from cluscomp_jax.runtime.timing import StageTimer, process_peak_rss_bytes
@@ -45,7 +46,7 @@ EVALUATED_TOKENS, CONTEXT = 8192, 512
 QUESTION = "What is gravity?"
 NEW_TOKENS = 32
 REPORT_NAME = "report.json"
-_OWN = {"clustered", "tuned", "figure.png", "report.txt", "report.txt.tmp", "report.json.tmp"}
+_OWN = {"clustered", "tuned", "report", "report.txt", "report.txt.tmp", "report.json.tmp"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +160,7 @@ def run_demo(inputs: Inputs, out: Path) -> Result:
         resumed=resumed,
         process_peak_rss_bytes=process_peak_rss_bytes(),
     )
-    return _write_report(demo, opened.model.blocks_path, out)
+    return _write_results(demo, out)
 
 
 def _checkpoint(
@@ -197,10 +198,9 @@ def _sentences(opened: OpenedModel, sources: dict[str, ParamSource]) -> dict[str
     return sentences
 
 
-def _write_report(demo: Demo, blocks_path: str, out: Path) -> Result:
-    """Writes figure and report, report.json last, and returns them."""
-    tuned = demo.manifests["tuned"]["metrics"]
-    save_figure(out / "figure.png", tuned["blocks"], tuned["matrices"], blocks_path=blocks_path)
+def _write_results(demo: Demo, out: Path) -> Result:
+    """Writes the HTML report of tuned/, the table and the numbers, report.json last, and returns table and numbers."""
+    page = write_report(out / "tuned", out / "report")
     lines = [
         demo_table(demo),
         f"original: the 16-bit weights that {demo.model} decodes to",
@@ -213,7 +213,7 @@ def _write_report(demo: Demo, blocks_path: str, out: Path) -> Result:
     lines += [
         "",
         f"saved and loaded back: perplexity {demo.perplexity['tuned'].perplexity:.4f} both times, {out / 'tuned'}",
-        f"figure and report: {out / 'figure.png'}, {out / REPORT_NAME}",
+        f"report and numbers: {page}, {out / REPORT_NAME}",
     ]
     text = "\n".join(lines)
     atomic.write_text(out / "report.txt", text + "\n", aside=out / "report.txt.tmp")

@@ -7,7 +7,7 @@ from cluscomp_jax.checkpoint.evaluations import read_evaluations
 from cluscomp_jax.checkpoint.reader import describe, open_checkpoint
 from cluscomp_jax.cli.arguments import InspectArguments
 from cluscomp_jax.cli.outcome import Result
-from cluscomp_jax.reporting.tables import MATRIX_HEADER, entropy_saving, format_bytes, format_table, matrix_rows
+from cluscomp_jax.reporting.tables import MATRIX_HEADER, format_bytes, format_table, matrix_rows
 from cluscomp_jax.runtime.reporter import to_json
 
 
@@ -30,9 +30,9 @@ def run(arguments: InspectArguments) -> Result:
 
 
 def _recorded(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the records of the matrices; empty where the run left none or older ones without entropies."""
-    recorded = manifest["metrics"].get("matrices") or []
-    return recorded if all("index_entropy" in matrix for matrix in recorded) else []
+    """Returns the records of the matrices, or nothing where the run left none or an older kind."""
+    recorded: list[dict[str, Any]] = manifest["metrics"].get("matrices") or []
+    return recorded if all("relative_error" in matrix for matrix in recorded) else []
 
 
 def _summary(manifest: dict[str, Any], folder: Path) -> list[str]:
@@ -45,11 +45,6 @@ def _summary(manifest: dict[str, Any], folder: Path) -> list[str]:
         + (f" at {bits:.3f} bits per weight, codebooks included" if bits is not None else ""),
         f"other:      {totals['tensors']} tensors, {format_bytes(totals['tensor_bytes'])}",
     ]
-    recorded = _recorded(manifest)
-    if recorded:
-        lines.append(
-            f"entropy:    coding the indices would save at most {entropy_saving(recorded):.1%} of the matrices"
-        )
     for name, measured in manifest["metrics"].get("perplexity", {}).items():
         value = measured["perplexity"]
         lines.append(f"perplexity: {'not finite' if value is None else format(value, '.4f')} {name}")

@@ -70,13 +70,11 @@ class ClusterStats:
     Attributes:
       relative_error: ||W - decode||^2 / ||W||^2, W the kernel as it was given.
       weighted_error: the same with each input channel weighted, or None without weights.
-      index_entropy: bits that an entry of the index holds; stored are ceil(log2 n).
       seconds: wall time, compilation included.
     """
 
     relative_error: float
     weighted_error: float | None
-    index_entropy: float
     seconds: float
 
 
@@ -134,8 +132,7 @@ def cluster_matrix(
     packed = index.reshape(cb.index_shape(shape, rule.group_size, rule.axis)).astype(cb.index_dtype(rule.num_codes))
     array = CodebookArray(codebook=rounded, index=packed, shape=shape, axis=rule.axis, tied_to=owner)
     plain, weighted = relative_errors(jax.device_put(weight), array, channel_weights)
-    entropy = index_entropy(np.asarray(packed), rule.num_codes)
-    return array, ClusterStats(plain, weighted, entropy, time.monotonic() - began)
+    return array, ClusterStats(plain, weighted, time.monotonic() - began)
 
 
 def _with_error_feedback(
@@ -162,13 +159,6 @@ def _with_error_feedback(
         solve=solve,
     )
     return cb.round_codebook(codes, settings.codebook_dtype), index
-
-
-def index_entropy(index: np.ndarray, num_codes: int) -> float:
-    """Returns the entropy of the entries of an index, in bits: what a perfect entropy coder would spend on each."""
-    counts = np.bincount(index.reshape(-1), minlength=num_codes)
-    shares = counts[counts > 0] / index.size
-    return float(-np.sum(shares * np.log2(shares)))
 
 
 @partial(jax.jit, static_argnames=("d_out", "g"))

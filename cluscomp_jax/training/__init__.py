@@ -4,6 +4,7 @@ from cluscomp_jax.models.sharding import AXES, Sharding, make_sharding, sharding
 from cluscomp_jax.training.partition import (
     Layout,
     Teacher,
+    changed_dtypes,
     load_teacher,
     merge_params,
     round_masters,
@@ -27,6 +28,7 @@ __all__ = [
     "StepMetrics",
     "Teacher",
     "TrainState",
+    "changed_dtypes",
     "evaluate_step",
     "init_state",
     "load_teacher",

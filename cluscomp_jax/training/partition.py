@@ -31,7 +31,7 @@ _Parts = tuple[dict[str, Any], dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Consecutive blocks that differ in numbers alone: `first` to `first + count - 1`, of one layer type."""
+    """Consecutive blocks that differ in numbers alone: `first` to `first + count - 1`, of one `layer_type`."""
 
     first: int
     count: int
@@ -258,6 +258,29 @@ def merge_params(trained: Params, frozen: Params, layout: Layout) -> Iterator[tu
             block = _fetched(jax.tree.map(lambda leaf, place=place: leaf[place], group))
             yield span.first + place, _rounded(block, span.name, dtypes)
     yield None, _rounded(_fetched((trained.get(OUTER, {}), frozen.get(OUTER, {}))), OUTER, dtypes)
+
+
+def changed_dtypes(tree: Params, block: int | None, layout: Layout) -> list[str]:
+    """Returns the full paths of trained arrays whose dtype after rounding is not the one they came in.
+
+    `round_codebook` moves float16 numbers to bfloat16 where float16 does not hold them as well.
+
+    Args:
+      tree: as `merge_params` yields it with `block`.
+      block: number of the block; None: what is outside the blocks.
+      layout: of the model.
+    """
+    group, prefix = OUTER, ""
+    if block is not None:
+        group = next(span.name for span in layout.spans if span.first <= block < span.first + span.count)
+        prefix = f"{layout.model.blocks_path}/{block}/"
+    dtypes, changed = dict(layout.dtypes), []
+    for path, leaf in trees.iterate(tree):
+        coded = isinstance(leaf, CodebookArray)
+        before = dtypes.get(f"{group}/{leaf.owner(path) + _CODEBOOK if coded else path}")
+        if before is not None and np.dtype(leaf.dtype).name != before:
+            changed.append(prefix + path)
+    return changed
 
 
 def _fetched(parts: tuple[Params, Params]) -> tuple[Params, Params]:

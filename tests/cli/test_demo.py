@@ -48,7 +48,8 @@ def test_the_report_holds_every_column_and_the_table_every_number(
     assert "tune" not in fields["stages"]["clustered"]
     assert "evaluate original" in result.text
     assert (out / "report.txt").read_text() == result.text + "\n"
-    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "report" / "report.html").is_file()
+    assert (out / "report" / "losses.png").read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
     (out / "report.json").unlink()
     assert "whole demo" in result.text

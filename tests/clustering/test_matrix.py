@@ -169,9 +169,3 @@ def test_validate_names_what_does_not_fit(change, message):
         validate(dataclasses.replace(w, **change), "somewhere")
     assert message in str(error.value)
     assert str(error.value).startswith("somewhere: ")
-
-
-def test_the_entropy_of_an_index_is_that_of_its_counts() -> None:
-    assert matrix.index_entropy(np.array([[0, 1], [2, 3]]), 4) == pytest.approx(2.0)
-    assert matrix.index_entropy(np.array([0, 0, 0, 0, 1, 1, 2, 5]), 8) == pytest.approx(1.75)
-    assert matrix.index_entropy(np.zeros(9, np.uint8), 1) == 0.0

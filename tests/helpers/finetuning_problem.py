@@ -32,10 +32,13 @@ ROWS, HELD_OUT = pack(text(), LENGTH), pack(text(1, 50), LENGTH)
 
 
 class Recorder(SilentReporter):
-    """Keeps the records; raises behind the one of step `stop`."""
+    """Keeps the records and warnings; raises after the record of step `stop`."""
 
     def __init__(self, stop=None):
-        self.records, self.stop = [], stop
+        self.records, self.warnings, self.stop = [], [], stop
+
+    def warn(self, text):
+        self.warnings.append(text)
 
     def record(self, event, **fields):
         fields = {key: value for key, value in fields.items() if key not in ("time", "seconds")}

@@ -1,8 +1,11 @@
 """The report of a small run: what is on the page, that it needs nothing from outside, and that a browser shows it."""
 
+import dataclasses
 import html.parser
+import itertools
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -18,7 +21,8 @@ from cluscomp_jax.checkpoint.writer import CheckpointWriter
 from cluscomp_jax.cli import main
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.reporting.html.codes import code_use
-from cluscomp_jax.reporting.html.page import write_report
+from cluscomp_jax.reporting.html.figures import draw_run
+from cluscomp_jax.reporting.html.page import comparison_notices, write_report
 from cluscomp_jax.reporting.html.records import read_records
 
 OPTIONS = ["--samples", "4", "--length", "16", "--epochs", "1", "--g", "4", "--num-codes", "8"]
@@ -74,7 +78,7 @@ def page(folder: Path) -> Path:
     return write_report(folder / "run<&>", folder / "page")
 
 
-def test_every_figure_is_on_the_page_and_beside_it(page: Path) -> None:
+def test_every_figure_is_on_the_page_and_a_png(page: Path) -> None:
     parsed = Page(page.read_text())
     assert parsed.tags.count("svg") == len(FIGURES)
     assert {path.stem for path in page.parent.glob("*.png")} == FIGURES
@@ -103,6 +107,7 @@ def test_the_page_says_what_was_measured(folder: Path, page: Path) -> None:
         '"num_codes": 8',
         f"jax {manifest['provenance']['versions']['jax']}",
         "--num-codes 8",
+        "Settings by projection",
     ):
         assert value in text, value
     for path in manifest["matrices"]:
@@ -151,6 +156,122 @@ def test_a_model_that_is_no_stage_of_the_run_is_not_noted(
     (run / "evaluations.jsonl").write_text('{"stage": "tuned", "perplexity": "low"}\n')
     assert main(["report", str(run)]) == 2
     assert "evaluations.jsonl line 1: is no record" in capsys.readouterr().err
+
+
+def test_a_run_without_perplexity_names_the_command_that_adds_it(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "a run"
+    assert main(["compress", str(folder / "model"), "--g", "4", "--num-codes", "8", "--out", str(run)]) == 0
+    text = Page(write_report(run).read_text()).text
+    command = re.search(r"This command adds it: cluscomp (.*?) \(then cluscomp report (.*?)\)", text)
+    assert command is not None
+    argv = [str(folder / "test.txt") if word == "TEXT" else word for word in shlex.split(command[1])]
+    assert main([*argv, "--context", "16"]) == 0
+    assert main(["report", *shlex.split(command[2])]) == 0
+    after = Page((run / "report" / "report.html").read_text()).text
+    assert "No perplexity" not in after
+    assert (
+        "Not measured: original. This command adds a stage: cluscomp evaluate MODEL --text TEXT --context 16" in after
+    )
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("settings", [[(2, 32)], [(2, 32), (3, 256)]])
+def test_a_budget_shows_the_settings_that_it_gave(folder: Path, settings: list[tuple[int, int]]) -> None:
+    run = read_records(folder / "run<&>")
+    matrices = [
+        {**matrix, "g": g, "num_codes": n}
+        for matrix, (g, n) in zip(run.matrices, itertools.cycle(settings), strict=False)
+    ]
+    rule = {**run.run_config["cluster"]["rules"][0], "group_size": 4, "num_codes": 65500}
+    other = {**rule, "pattern": "nothing"}
+    config = {**run.run_config, "cluster": {**run.run_config["cluster"], "bits": 2.6, "rules": [rule, other]}}
+    budget = dataclasses.replace(run, matrices=matrices, run_config=config)
+    *found, unused = budget.resolved_config["cluster"]["rules"]
+    assert [(entry["group_size"], entry["num_codes"]) for entry in found] == settings
+    assert sum(entry["matrices"] for entry in found) == len(matrices)
+    assert unused == {"pattern": "nothing", "axis": "out"}
+    assert budget.resolved_config["tuning"] == run.run_config["tuning"]
+    assert run.resolved_config == run.run_config
+
+
+def test_the_settings_of_a_budget_reach_the_page(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(["compress", str(folder / "model"), "--bits", "6", "--out", str(run)]) == 0
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert "65500" in json.dumps(manifest["run_config"])
+    text = Page(write_report(run).read_text()).text
+    assert "65500" not in text
+    for matrix in manifest["matrices"].values():
+        assert f'"group_size": {matrix["group_size"]}' in text
+        assert f'"num_codes": {matrix["num_codes"]}' in text
+
+
+def _matrix_records(shape: tuple[int, int], projections: int, blocks: int) -> list[dict[str, Any]]:
+    index = 5 * shape[0] * shape[1] // 2
+    return [
+        {
+            "path": f"model/layers/{i}/p{j}/kernel", "shape": shape, "g": 2, "num_codes": 32, "axis": "out",
+            "bits": index + 16 * 64, "bits_per_weight": 2.6,
+        }
+        for i in range(blocks) for j in range(projections)
+    ]  # fmt: skip
+
+
+def _loss_records(blocks: int) -> list[dict[str, Any]]:
+    return [
+        {"index": i, "loss_before": 10.0 ** (i - 4), "loss_after": 9.0 ** (i - 4), "epoch_losses": [
+            1.1 * 10.0 ** (i - 4), 0.9 * 10.0 ** (i - 4)]}
+        for i in range(blocks)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("projections", "blocks"), [(1, 1), (7, 5), (7, 64), (20, 3)])
+def test_no_legend_covers_bars_lines_or_titles(folder: Path, projections: int, blocks: int) -> None:
+    run = dataclasses.replace(
+        read_records(folder / "run<&>"),
+        num_blocks=blocks,
+        matrices=_matrix_records((64, 64), projections, blocks),
+        blocks=_loss_records(blocks),
+    )
+    drawn = {drawing.name: drawing for drawing in draw_run(run, {})}
+    for name in ("sizes", "losses"):
+        figure = drawn[name].figure
+        figure.canvas.draw()
+        (axes, *_) = figure.axes
+        legend = axes.get_legend()
+        assert legend is not None
+        box = legend.get_window_extent()
+        assert not box.overlaps(axes.get_window_extent())  # all bars and lines are inside the axes
+        assert not box.overlaps(axes._left_title.get_window_extent()) or not axes.get_title("left")
+        assert figure.bbox.containsx(box.x0)
+        assert figure.bbox.containsx(box.x1)
+
+
+def test_the_sizes_are_those_of_the_records_where_codebooks_are_tied(folder: Path) -> None:
+    owner, tied = _matrix_records((1024, 1024), 2, 1)
+    index = tied["bits"] - 16 * 64
+    run = dataclasses.replace(read_records(folder / "run<&>"), matrices=[owner, {**tied, "bits": index}])
+    (axes,) = draw_run(run, {})[0].figure.axes
+    dense, indices, books = ([bar.get_width() for bar in bars] for bars in axes.containers)
+    assert dense == [2.0, 2.0]  # MiB
+    assert indices == [index / 8 / 2**20] * 2
+    assert books == [16 * 64 / 8 / 2**20, 0.0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["p0", "p1"]
+
+
+def test_the_course_of_tuning_is_drawn_relative_to_its_start(folder: Path) -> None:
+    blocks = [*_loss_records(5), {"index": 5, "loss_before": 1.0, "epoch_losses": [None]}]
+    run = dataclasses.replace(read_records(folder / "run<&>"), blocks=blocks)
+    drawing = next(drawing for drawing in draw_run(run, {}) if drawing.name == "losses")
+    below = drawing.figure.axes[1]
+    assert below.get_yscale() == "linear"
+    assert below.get_ylabel() == "loss / loss at epoch 0"
+    courses = {line.get_label(): line.get_ydata() for line in below.get_lines() if line.get_label().startswith("block")}
+    assert list(courses) == [f"block {i}" for i in range(5)]  # the loss of block 5 is not finite
+    for course in courses.values():
+        np.testing.assert_allclose(course, [1.0, 1.1, 0.9])
 
 
 def test_a_report_may_be_made_again_but_nothing_else_is_overwritten(folder: Path, page: Path, tmp_path: Path) -> None:
@@ -204,10 +325,6 @@ def test_runs_are_laid_side_by_side(folder: Path, tmp_path: Path, capsys: pytest
 
 
 def test_perplexities_of_different_texts_are_not_compared(folder: Path) -> None:
-    import dataclasses
-
-    from cluscomp_jax.reporting.html.page import comparison_notices
-
     run = read_records(folder / "run<&>")
     other = {name: {**measured, "context": 99} for name, measured in run.perplexity.items()}
     assert comparison_notices([run, run]) == []

@@ -1,14 +1,6 @@
-from pathlib import Path
-
-import numpy as np
 import pytest
 
-from cluscomp_jax.reporting.tables import entropy_saving, error_map, format_bytes, format_table, save_figure
-
-MATRICES = [
-    {"path": f"model/layers/{i}/{name}/kernel", "relative_error": error}
-    for i, name, error in [(0, "mlp/up_proj", 0.5), (0, "mlp/down_proj", 0.25), (2, "mlp/up_proj", 0.125)]
-]
+from cluscomp_jax.reporting.tables import MATRIX_HEADER, format_bytes, format_table, matrix_rows
 
 
 def test_columns_are_aligned() -> None:
@@ -23,20 +15,13 @@ def test_bytes_are_given_in_the_largest_unit(count: int, text: str) -> None:
     assert format_bytes(count) == text
 
 
-def test_the_map_has_a_row_per_name_and_a_gap_where_nothing_was_compressed() -> None:
-    names, errors = error_map(MATRICES, "model/layers")
-    assert names == ["mlp/up_proj", "mlp/down_proj"]
-    np.testing.assert_array_equal(errors, [[0.5, np.nan, 0.125], [0.25, np.nan, np.nan]])
-
-
-@pytest.mark.parametrize("tuned", [True, False])
-def test_the_figure_is_a_png_with_or_without_tuning(tmp_path: Path, tuned: bool) -> None:
-    losses = {"loss_before": 2.0, "loss_after": 1.0} if tuned else {}
-    save_figure(tmp_path / "f.png", [{"index": 0, **losses}], MATRICES, blocks_path="model/layers")
-    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG\r\n")
-
-
-def test_the_saving_of_entropy_coding_counts_index_bits_against_all_bits() -> None:
-    """[4, 8] in pairs: 16 entries of 2 bits that hold 1.5 each, and a codebook of 4 x 2 halves: 8 of 160 bits."""
-    matrix = {"shape": [4, 8], "g": 2, "num_codes": 4, "axis": "out", "index_entropy": 1.5, "bits": 160}
-    assert entropy_saving([matrix, matrix]) == pytest.approx(8 / 160)
+def test_a_matrix_has_a_cell_under_every_head() -> None:
+    matrix = {
+        "path": "a/kernel", "shape": [4, 8], "g": 2, "num_codes": 4, "axis": "out", "bits_per_weight": 5.0,
+        "relative_error": 0.25,
+    }  # fmt: skip
+    (row,) = matrix_rows([matrix])
+    assert dict(zip(MATRIX_HEADER, row, strict=True)) == {
+        "matrix": "a/kernel", "shape": "4x8", "g": "2", "codes": "4", "axis": "out", "bits/weight": "5.000",
+        "relative error": "0.25000",
+    }  # fmt: skip

@@ -1,1 +1,1 @@
-"""Reports a person looks at: one HTML file that needs nothing beside it, and a PNG of each of its figures."""
+"""HTML reports of runs: one self-contained file per report, and a PNG of each of its figures."""

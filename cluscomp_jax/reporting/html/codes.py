@@ -1,4 +1,4 @@
-"""How the codes of a finished checkpoint are used, matrix by matrix: usage and kurtosis. One block in memory."""
+"""Use of the codes and kurtosis of the weights of every matrix of a finished checkpoint. Holds one block in memory."""
 
 import dataclasses
 
@@ -12,13 +12,13 @@ from cluscomp_jax.models.model import build_model
 
 @dataclasses.dataclass(frozen=True)
 class CodeUse:
-    """What the index of one matrix says.
+    """How the index of one matrix uses its codes.
 
     Attributes:
-      used: share of the codes that are in use, 0 to 1.
-      effective: 2**entropy of the index over the number of codes, 0 to 1: 1 where all are used alike.
-      kurtosis: E[(w - mean)^4] / variance^2 of the decoded weights, 3 for a normal distribution; NaN where all are
-        equal. Padding counts with the weights.
+      used: share of the codes that the index names at least once, 0 to 1.
+      effective: 2**entropy of the index over the number of codes, 0 to 1; 1 where all codes are used equally often.
+      kurtosis: E[(w - mean)^4] / variance^2 of the decoded weights, 3 for a normal distribution; NaN where all
+        weights are equal. The padding of the cut axis counts as weights.
     """
 
     used: float
@@ -27,7 +27,7 @@ class CodeUse:
 
 
 def code_use(matrix: CodebookArray) -> CodeUse:
-    """Returns the use of a matrix's codes, from its codebook and how often each code is named."""
+    """Returns the use of the codes of a matrix, computed from its codebook and the count of each code in its index."""
     table = np.asarray(matrix.codebook, np.float64)
     counts = np.bincount(np.asarray(matrix.index).reshape(-1), minlength=len(table)).astype(np.float64)
     share = counts / counts.sum()

@@ -1,17 +1,22 @@
-"""The figures of a report, drawn by matplotlib from records. Knows no page and writes no file."""
+"""The figures of a report, drawn with matplotlib from records. Knows no page and writes no file."""
 
 import dataclasses
 import io
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from shlex import quote
 from typing import Any
 
 import matplotlib
+import matplotlib.cm
+import matplotlib.colors
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+from cluscomp_jax.core.codebook import index_bits, index_shape
 from cluscomp_jax.reporting.html.codes import CodeUse
 from cluscomp_jax.reporting.html.records import Record, RunRecords
 
@@ -40,9 +45,9 @@ class Drawing:
     """One figure.
 
     Attributes:
-      name: of its file, without ending.
-      title, caption: for the page.
-      figure: what is drawn.
+      name: of its file, without suffix.
+      title, caption: text of the page, above the figure.
+      figure: the matplotlib figure.
     """
 
     name: str
@@ -68,13 +73,13 @@ class Drawing:
 
 
 def draw_run(records: RunRecords, uses: Mapping[str, CodeUse]) -> list[Drawing]:
-    """Returns the figures for which the run left records; `uses` by full path of the matrix."""
+    """Returns the figures that the records of the run suffice for; `uses` is by full path of the matrix."""
     with matplotlib.rc_context(_STYLE):
         return list(_of_run(records, uses))
 
 
 def draw_comparison(runs: Sequence[RunRecords]) -> list[Drawing]:
-    """Returns the figure of bits against perplexity, or none where no run measured it."""
+    """Returns the figure of bits against perplexity, or none where no run has both."""
     with matplotlib.rc_context(_STYLE):
         return list(_of_runs(runs))
 
@@ -153,31 +158,34 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _kind(path: str, blocks_path: str) -> str:
-    """Returns the part of a matrix's path that all blocks share, in short: "mlp/up_proj"."""
-    inside = path.removeprefix(f"{blocks_path}/")
-    name = inside.partition("/")[2] if inside != path else path
-    return name.removesuffix("/kernel")
+def _legend_above(axes: Any) -> None:
+    """Draws the legend in one row above the axes, flush right, so that it covers no data."""
+    handles, _ = axes.get_legend_handles_labels()
+    axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=max(1, len(handles)), borderaxespad=0.2)
 
 
 def _sizes(records: RunRecords) -> Drawing:
     sums: dict[str, list[float]] = {}
     for matrix in records.matrices:
-        held = sums.setdefault(_kind(matrix["path"], records.blocks_path), [0.0, 0.0, 0.0])
-        books = 16 * matrix["g"] * matrix["num_codes"]
-        for part, bits in enumerate((16 * math.prod(matrix["shape"]), matrix["bits"] - books, books)):
+        held = sums.setdefault(records.projection(matrix["path"]), [0.0, 0.0, 0.0])
+        # The record of a matrix with a tied codebook counts that codebook at its owner only.
+        index = index_bits(matrix["num_codes"]) * math.prod(
+            index_shape(tuple(matrix["shape"]), matrix["g"], matrix["axis"])
+        )
+        for part, bits in enumerate((16 * math.prod(matrix["shape"]), index, matrix["bits"] - index)):
             held[part] += bits / 8 / _MIB
-    figure, axes = _new(9, 0.5 * len(sums) + 1.4)
+    figure, axes = _new(9, 0.5 * len(sums) + 1.7)
     rows = np.arange(len(sums))
-    dense, index, books = np.array(list(sums.values())).T
+    dense, index_mib, books = np.array(list(sums.values())).T
     axes.barh(rows - 0.2, dense, 0.36, color=PALE, label="16-bit original")
-    axes.barh(rows + 0.2, index, 0.36, color=ACCENT, label="index")
-    axes.barh(rows + 0.2, books, 0.36, left=index, color=SECOND, label="codebooks")
+    axes.barh(rows + 0.2, index_mib, 0.36, color=ACCENT, label="index")
+    axes.barh(rows + 0.2, books, 0.36, left=index_mib, color=SECOND, label="codebooks")
     axes.set_yticks(rows, list(sums))
     axes.invert_yaxis()
     axes.set(xlabel="MiB, all blocks together")
-    axes.legend(loc="lower right")
-    return Drawing("sizes", "Where the bytes are", "Compressed matrices by kind, beside 16-bit numbers.", figure)
+    _legend_above(axes)
+    caption = "Compressed matrices by projection, next to the same matrices as 16-bit numbers."
+    return Drawing("sizes", "Where the bytes are", caption, figure)
 
 
 def _perplexity(records: RunRecords) -> Drawing:
@@ -194,14 +202,17 @@ def _perplexity(records: RunRecords) -> Drawing:
     first = next(iter(measured.values()))
     caption = f"{first.get('windows')} windows of {first.get('context')} tokens."
     if records.unmeasured:
-        caption += f" Not measured: {', '.join(records.unmeasured)}; `cluscomp evaluate MODEL --record` adds a stage."
+        command = (
+            f"cluscomp evaluate MODEL --text TEXT --context {first.get('context')} --record {quote(records.folder)}"
+        )
+        caption += f" Not measured: {', '.join(records.unmeasured)}. This command adds a stage: {command}"
     return Drawing("perplexity", "Perplexity by stage", caption, figure)
 
 
 def _losses(blocks: Sequence[Record]) -> Drawing:
-    tuned = any(block.get("epoch_losses") for block in blocks)
-    figure, made = _new(9, 6.4 if tuned else 3.6, rows=2 if tuned else 1)
-    axes = made[0] if tuned else made
+    courses = {block["index"]: course for block in blocks if (course := _course(block))}
+    figure, made = _new(9, 6.8 if courses else 3.8, rows=2 if courses else 1)
+    axes = made[0] if courses else made
     for key, label, colour, marker in (
         ("loss_before", "clustered", SECOND, "o"),
         ("loss_after", "as stored", ACCENT, "s"),
@@ -209,39 +220,61 @@ def _losses(blocks: Sequence[Record]) -> Drawing:
         points = [(b["index"], b[key]) for b in blocks if _number(b.get(key)) and b[key] > 0]
         if points:
             axes.semilogy(*zip(*points, strict=True), marker=marker, markersize=4, color=colour, label=label)
-    axes.set(xlabel="block", ylabel="mean squared error", title="Distance from the original stream behind each block")
+    axes.set(xlabel="block", ylabel="mean squared error", title="Distance from the original outputs, by block")
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.grid(alpha=0.25)
-    axes.legend()
-    if tuned:
-        below = made[1]
-        shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(blocks)))
-        for colour, block in zip(shades, blocks, strict=True):
-            course = [block.get("loss_before"), *(block.get("epoch_losses") or [])]
-            if all(_number(loss) for loss in course):
-                below.semilogy(range(len(course)), course, color=colour, marker=".")
-        below.set(xlabel="epoch (0: clustered)", ylabel="tuning loss", title="Course of tuning, first block dark")
-        below.xaxis.get_major_locator().set_params(integer=True)
-        below.grid(alpha=0.25)
+    _legend_above(axes)
+    if courses:
+        _draw_courses(figure, made[1], courses)
     return Drawing("losses", "Loss per block and epoch", "On the calibration text.", figure)
+
+
+def _course(block: Record) -> list[float]:
+    """Returns the tuning loss of every epoch over the loss before the first; empty where the block has none."""
+    losses = [block.get("loss_before"), *(block.get("epoch_losses") or [])]
+    finite = [float(loss) for loss in losses if loss is not None and _number(loss)]
+    if len(losses) < 2 or len(finite) < len(losses) or finite[0] <= 0:
+        return []
+    return [loss / finite[0] for loss in finite]
+
+
+def _draw_courses(figure: Figure, axes: Any, courses: Mapping[int, Sequence[float]]) -> None:
+    """Draws one line per block, coloured by block number, on a linear axis of ratios."""
+    shades = matplotlib.cm.ScalarMappable(
+        matplotlib.colors.Normalize(min(courses), max(courses)),
+        matplotlib.colors.LinearSegmentedColormap.from_list(
+            "blocks", matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 256))
+        ),
+    )
+    axes.axhline(1.0, color=INK, linewidth=0.8, linestyle="--")
+    for block, course in courses.items():
+        axes.plot(range(len(course)), course, color=shades.to_rgba(np.array(block)), marker=".", label=f"block {block}")
+    axes.set(xlabel="epoch (0: clustered)", ylabel="loss / loss at epoch 0", title="Tuning loss relative to epoch 0")
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+    axes.grid(alpha=0.25)
+    if len(courses) > 1:
+        bar = figure.colorbar(shades, ax=axes, label="block")
+        bar.locator = MaxNLocator(integer=True)
+        bar.update_ticks()
 
 
 def _heat_map(
     name: str, title: str, label: str, values: Mapping[str, float], records: RunRecords, colours: str
 ) -> Drawing:
-    kinds = list(dict.fromkeys(_kind(path, records.blocks_path) for path in values))
-    grid = np.full((len(kinds), records.num_blocks), np.nan)
+    names = list(dict.fromkeys(records.projection(path) for path in values))
+    grid = np.full((len(names), records.num_blocks), np.nan)
     for path, value in values.items():
         block = int(path.removeprefix(f"{records.blocks_path}/").partition("/")[0])
-        grid[kinds.index(_kind(path, records.blocks_path)), block] = value
-    figure, axes = _new(9, 0.36 * len(kinds) + 1.3)
+        grid[names.index(records.projection(path)), block] = value
+    figure, axes = _new(9, 0.36 * len(names) + 1.3)
     image = axes.imshow(grid, aspect="auto", cmap=colours, interpolation="nearest")
-    axes.set_yticks(range(len(kinds)), kinds)
+    axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="block")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, label=label)
-    worst = max((p for p in values if _number(values[p])), key=lambda p: values[p], default=None)
-    caption = "" if worst is None else f"Largest: {values[worst]:.4g}, {worst}."
+    largest = max((p for p in values if _number(values[p])), key=lambda p: values[p], default=None)
+    caption = "" if largest is None else f"Largest: {values[largest]:.4g}, {largest}."
     return Drawing(name, title, caption, figure)
 
 

@@ -1,13 +1,15 @@
-"""The pages: records and figures into one HTML text, and both into a folder. Measures nothing.
+"""The pages: renders records and figures as one HTML text and writes it into a folder. Measures nothing.
 
-Everything from a checkpoint is escaped; the page loads nothing and runs nothing.
+Text from a checkpoint is escaped. The page loads nothing and runs no script.
 """
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from shlex import quote
 
 import jinja2
 
@@ -15,14 +17,13 @@ from cluscomp_jax.checkpoint.reader import open_checkpoint
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.reporting.html.codes import code_uses
 from cluscomp_jax.reporting.html.figures import Drawing, draw_comparison, draw_run
-from cluscomp_jax.reporting.html.records import RunRecords, read_records
+from cluscomp_jax.reporting.html.records import Record, RunRecords, read_records
 from cluscomp_jax.reporting.tables import format_bytes, format_table
 from cluscomp_jax.runtime import atomic
 
 PAGE_NAME = "report.html"
 _DRAWN = ("sizes", "perplexity", "losses", "errors", "bits", "usage", "kurtosis", "stages", "comparison")
 _OWN = {PAGE_NAME, "writing", *(f"{name}.png" for name in _DRAWN)}
-_NO_PERPLEXITY = "No perplexity was measured; compress --evaluate TEXT does, or evaluate --text TEXT --record."
 COMPARISON_HEADER = (
     "run", "original", "bits/weight", "size", "perplexity before", "after", "tokens scored", "minutes", "peak memory",
 )  # fmt: skip
@@ -30,7 +31,7 @@ COMPARISON_HEADER = (
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """A table of the page; `open` whether it is shown unasked."""
+    """A table of the page; `open`: whether its rows show without a click."""
 
     title: str
     header: Sequence[str]
@@ -39,14 +40,15 @@ class Table:
 
 
 def write_report(folder: str | Path, out: Path | None = None) -> Path:
-    """Writes the report of a run, with a PNG of each figure beside it, and returns the page's path.
+    """Writes the report of a run and a PNG of each of its figures, and returns the page's path.
 
     Args:
-      folder: of the run, finished or not.
-      out: folder of the report: absent, empty, or of an earlier report, which is replaced; None: `folder`/report.
+      folder: the folder of the run, finished or not.
+      out: the folder of the report; None: `folder`/report. It may be absent, empty, or hold an earlier report, which
+        is replaced.
 
     Raises:
-      InputError: no run is there, or `out` holds something else.
+      InputError: `folder` holds no run, or `out` holds something else than a report.
     """
     records = read_records(folder)
     place = Path(folder) / "report" if out is None else out
@@ -59,24 +61,24 @@ def write_report(folder: str | Path, out: Path | None = None) -> Path:
         notices=_notices(records),
         facts=_facts(records),
         drawings=drawings,
-        tables=[_matrices(records)] if records.matrices else [],
+        tables=[_projections(records), _matrices(records)] if records.matrices else [],
         blocks=_blocks(records),
     )
     return _store(place, text, drawings)
 
 
 def write_comparison(runs: Sequence[RunRecords], out: Path) -> Path:
-    """Writes a page that lays runs side by side and returns its path; `out` as for `write_report`."""
+    """Writes a page that compares runs and returns its path; `out` as for `write_report`."""
     _require_own(out)
     drawings = draw_comparison(runs)
     text = _render(
-        title=f"{len(runs)} runs side by side",
+        title=f"{len(runs)} runs compared",
         subtitle=", ".join(sorted({run.origin for run in runs})),
         notices=comparison_notices(runs),
         facts=[],
         drawings=drawings,
         tables=[Table("Runs", COMPARISON_HEADER, comparison_rows(runs), open=True)],
-        blocks=[(f"Settings of {run.name}", json.dumps(run.run_config, indent=1)) for run in runs],
+        blocks=[(f"Settings of {run.name}", json.dumps(run.resolved_config, indent=1)) for run in runs],
     )
     return _store(out, text, drawings)
 
@@ -104,7 +106,7 @@ def comparison_rows(runs: Sequence[RunRecords]) -> list[tuple[str, ...]]:
 
 
 def comparison_notices(runs: Sequence[RunRecords]) -> list[str]:
-    """Returns what a reader must know before comparing: unfinished runs, and perplexities of different texts."""
+    """Returns the limits of the comparison: unfinished runs, and perplexities of different texts."""
     notices = [
         f"{run.name} is unfinished: {len(run.blocks)} of {run.num_blocks} blocks" for run in runs if not run.finished
     ]
@@ -141,7 +143,7 @@ def _require_own(out: Path) -> None:
     elif not out.is_dir():
         raise InputError(f"{out}: is not a folder; choose another name")
     elif strangers := sorted({entry.name for entry in out.iterdir()} - _OWN):
-        raise InputError(f"{out}: holds {strangers[0]}, which is no report's; choose another folder")
+        raise InputError(f"{out}: holds {strangers[0]}, which is not part of a report; choose another folder")
 
 
 def _store(out: Path, text: str, drawings: Sequence[Drawing]) -> Path:
@@ -171,15 +173,24 @@ def _subtitle(records: RunRecords) -> str:
 
 def _notices(records: RunRecords) -> list[str]:
     if records.finished:
-        missing = [] if records.perplexity else [_NO_PERPLEXITY]
+        missing = [] if records.perplexity else [_no_perplexity(records.folder)]
         diverged = [str(block["index"]) for block in records.blocks if block.get("diverged")]
         if diverged:
             missing.append(f"Tuning stopped early where loss or gradient was not finite: block {', '.join(diverged)}.")
         return missing
     return [
-        f"This run is unfinished: {len(records.blocks)} of {records.num_blocks} blocks are done, and this shows them. "
-        "Times, sizes of the whole and perplexities come with its end; the same command resumes it."
+        f"This run is unfinished: {len(records.blocks)} of {records.num_blocks} blocks are done; the page shows them. "
+        "Times, the size of the whole model and perplexities are recorded at the end of the run. "
+        "The command of the run resumes it."
     ]
+
+
+def _no_perplexity(folder: str) -> str:
+    place = quote(folder)
+    return (
+        f"No perplexity was measured. This command adds it: cluscomp evaluate {place} --text TEXT --record {place} "
+        f"(then cluscomp report {place})"
+    )
 
 
 def _facts(records: RunRecords) -> list[tuple[str, str]]:
@@ -198,10 +209,24 @@ def _facts(records: RunRecords) -> list[tuple[str, str]]:
         text = _perplexity_of(after) if not before else f"{_perplexity_of(before)} → {_perplexity_of(after)}"
         facts.append((text, "perplexity"))
     if records.seconds is not None:
-        facts.append((f"{records.seconds / 60:.1f} min", "wall time of the last part of the run"))
+        facts.append((f"{records.seconds / 60:.1f} min", "wall time since the run was last started or resumed"))
     if records.peak_rss_bytes is not None:
         facts.append((format_bytes(records.peak_rss_bytes), "peak memory"))
     return facts
+
+
+def _projections(records: RunRecords) -> Table:
+    """Returns the settings that ran: a row for every (projection, g, codes, axis) that matrices have."""
+    groups: dict[tuple[str, int, int, str], list[Record]] = {}
+    for matrix in records.matrices:
+        key = (records.projection(matrix["path"]), matrix["g"], matrix["num_codes"], matrix["axis"])
+        groups.setdefault(key, []).append(matrix)
+    rows = []
+    for (name, g, codes, axis), matrices in groups.items():
+        bits = sum(m["bits"] for m in matrices) / sum(math.prod(m["shape"]) for m in matrices)
+        rows.append((name, str(g), str(codes), axis, str(len(matrices)), f"{bits:.3f}"))
+    header = ("projection", "g", "codes", "axis", "matrices", "bits/weight")
+    return Table("Settings by projection", header, rows, open=True)
 
 
 def _matrices(records: RunRecords) -> Table:
@@ -227,7 +252,7 @@ def _blocks(records: RunRecords) -> list[tuple[str, str]]:
     shown = []
     if records.provenance.get("command"):
         shown.append(("Command", str(records.provenance["command"])))
-    shown.append(("Settings", json.dumps(records.run_config, indent=1)))
+    shown.append(("Settings", json.dumps(records.resolved_config, indent=1)))
     if records.provenance:
         rows = list((records.provenance.get("versions") or {}).items())
         shown.append(("Versions", format_table(("package", "version"), rows)))

@@ -1,8 +1,10 @@
-"""What a run left behind, finished or not, in one shape for figures and pages. Reads no parameters."""
+"""The records of a run, finished or not, in one form for figures and pages. Reads no parameters."""
 
 import dataclasses
 import json
 import math
+import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,22 +27,24 @@ class RunRecords:
     """The records of one run.
 
     Attributes:
-      name: of the folder.
-      finished: whether the run ended; of an unfinished one, blocks and matrices are those done so far.
-      num_blocks: of the model.
-      blocks_path: the path its blocks stand under.
-      model_config, run_config, provenance: as in the manifest; of an unfinished run the last is empty.
+      folder: the run's folder, as it was given.
+      name: the folder's own name.
+      finished: whether the run ended. An unfinished run has the blocks and matrices done so far.
+      num_blocks: number of blocks of the model.
+      blocks_path: the path that the paths of all blocks begin with, e.g. "model/layers".
+      model_config, run_config, provenance: as in the manifest; provenance is empty while the run is unfinished.
       totals: as in the manifest; None while unfinished.
-      matrices: per matrix path, shape, g, num_codes, axis, bits, bits_per_weight and, where the run recorded them,
-        relative_error, index_entropy, seconds.
-      blocks: per block index and, where it was tuned, loss_before, epoch_losses, loss_after.
+      matrices: one record per compressed matrix: path, shape, g, num_codes, axis, bits, bits_per_weight and, where the
+        run recorded them, relative_error and seconds.
+      blocks: one record per block: index and, where the block was tuned, loss_before, epoch_losses and loss_after.
       stages: {stage: {"seconds", "peak_rss_bytes"}}.
       perplexity: {stage: the record of a measurement}, in the order of stages; all of one text and context.
-      stage: which one this checkpoint is; None of an unfinished run.
-      unmeasured: stages that it has gone through and that no measurement is recorded of.
+      stage: the stage of this checkpoint; None while the run is unfinished.
+      unmeasured: the stages of this checkpoint's past without a recorded measurement.
       seconds, peak_rss_bytes: of the whole run; None where unknown.
     """
 
+    folder: str
     name: str
     finished: bool
     num_blocks: int
@@ -69,6 +73,29 @@ class RunRecords:
         return self.perplexity.get(self.stage or "", {})
 
     @property
+    def resolved_config(self) -> Record:
+        """`run_config` with the settings that ran: under a bit budget, each rule names what the budget gave it.
+
+        A rule whose matrices have several settings appears once for each, with the number of its matrices under
+        "matrices". A rule without any matrix so far has neither "group_size" nor "num_codes".
+        """
+        cluster = self.run_config.get("cluster") or {}
+        if cluster.get("bits") is None:
+            return self.run_config
+        left, rules = list(self.matrices), list[dict[str, Any]]()
+        for rule in cluster["rules"]:
+            matched = re.compile(rule["pattern"]).fullmatch
+            rules += _resolved(rule, [matrix for matrix in left if matched(matrix["path"])])
+            left = [matrix for matrix in left if not matched(matrix["path"])]
+        return {**self.run_config, "cluster": {**cluster, "rules": rules}}
+
+    def projection(self, path: str) -> str:
+        """Returns the part of a matrix's path that is the same in all blocks, e.g. "mlp/up_proj"."""
+        inside = path.removeprefix(f"{self.blocks_path}/")
+        name = inside.partition("/")[2] if inside != path else path
+        return name.removesuffix("/kernel")
+
+    @property
     def bits_per_weight(self) -> float | None:
         """Stored bits over weights of the matrices so far; None without any."""
         weights = sum(math.prod(matrix["shape"]) for matrix in self.matrices)
@@ -79,6 +106,14 @@ class RunRecords:
         """(as 16-bit numbers, compressed) of the matrices so far."""
         weights = sum(math.prod(matrix["shape"]) for matrix in self.matrices)
         return weights * _DENSE_BITS / 8, sum(matrix["bits"] for matrix in self.matrices) / 8
+
+
+def _resolved(rule: Record, matrices: Sequence[Record]) -> list[dict[str, Any]]:
+    """Returns the rule once for each (g, num_codes) that its matrices have, most matrices first."""
+    kept = {key: value for key, value in rule.items() if key not in ("group_size", "g", "num_codes")}
+    counts = Counter((matrix["g"], matrix["num_codes"]) for matrix in matrices)
+    found = [{**kept, "group_size": g, "num_codes": n, "matrices": count} for (g, n), count in counts.most_common()]
+    return found or [kept]
 
 
 def read_records(folder: str | Path) -> RunRecords:
@@ -105,6 +140,7 @@ def _finished(path: Path) -> RunRecords:
     model = build_model(parse_model_config(manifest["model_config"]))
     perplexity = _perplexity(manifest, read_evaluations(path))
     return RunRecords(
+        folder=str(path),
         name=path.resolve().name,
         finished=True,
         num_blocks=model.num_blocks,
@@ -138,7 +174,7 @@ def _perplexity(manifest: Record, noted: Sequence[Record]) -> dict[str, Record]:
 
 
 def _of_manifest(name: str, matrix: Record) -> dict[str, Any]:
-    """Returns what the manifest says of a matrix in the words of a run's records."""
+    """Returns the manifest's entry of a matrix under the keys of a run's records."""
     return {
         "path": name,
         "shape": matrix["shape"],
@@ -159,6 +195,7 @@ def _unfinished(path: Path) -> RunRecords:
     blocks = {record["index"]: record for record in _block_events(path / METRICS_NAME)}
     ordered = [blocks[i] for i in sorted(blocks)]
     return RunRecords(
+        folder=str(path),
         name=path.resolve().name,
         finished=False,
         num_blocks=model.num_blocks,
@@ -179,7 +216,7 @@ def _unfinished(path: Path) -> RunRecords:
 
 
 def _block_events(path: Path) -> list[dict[str, Any]]:
-    """Returns the records of blocks in a metrics file; a last line that a killed process left incomplete is dropped."""
+    """Returns the records of blocks in a metrics file; an incomplete last line (a killed process) is dropped."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -332,6 +332,7 @@ def _tune(run: Run, i: int, block: Params) -> tuple[Params, BlockTuning]:
             rng=np.random.default_rng((run.cfg.seed, i)),
             reporter=run.reporter,
             sharding=run.sharding,
+            prefix=f"{run.model.blocks_path}/{i}/",
         )
     if result.diverged:
         run.reporter.warn(

@@ -331,7 +331,7 @@ def test_codes_that_float16_no_longer_holds_are_named_in_one_warning(compressed,
     reporter = _Warnings()
     settings = dataclasses.replace(FAST, relative_rate=True)
     tuned, result = tune_block(
-        MODEL, KIND, trees.map_by_path(scaled, compressed), *_stores(streams), settings,
+        MODEL, TYPE, trees.map_by_path(scaled, compressed), *_stores(streams), settings,
         rng=np.random.default_rng(0), reporter=reporter, prefix="model/layers/3/",
     )  # fmt: skip
     assert result.chosen_epoch > 0

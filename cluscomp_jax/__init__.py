@@ -9,17 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cluscomp_jax.checkpoint.reader import load_checkpoint, save_checkpoint
     from cluscomp_jax.clustering.matrix import SizeReport, decompress, size_report
+    from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
+    from cluscomp_jax.config.data import CalibrationConfig, DataConfig
     from cluscomp_jax.config.finetune import FinetuneConfig, load_finetune_config
     from cluscomp_jax.config.run import CompressConfig, load_config
-    from cluscomp_jax.config.settings import (
-        BlockTuningConfig,
-        CalibrationConfig,
-        ClusterConfig,
-        CompressionRule,
-        DataConfig,
-        DistillationConfig,
-        TrainingConfig,
-    )
+    from cluscomp_jax.config.training import DistillationConfig, TrainingConfig
+    from cluscomp_jax.config.tuning import BlockTuningConfig
     from cluscomp_jax.core.codebook import CodebookArray
     from cluscomp_jax.errors import InputError
     from cluscomp_jax.evaluation.perplexity import Perplexity, perplexity
@@ -32,20 +27,20 @@ if TYPE_CHECKING:
     from cluscomp_jax.text.token_rows import TokenRows
 
 _HOMES = {
-    "BlockTuningConfig": "config.settings",
-    "CalibrationConfig": "config.settings",
-    "ClusterConfig": "config.settings",
+    "BlockTuningConfig": "config.tuning",
+    "CalibrationConfig": "config.data",
+    "ClusterConfig": "config.clustering",
     "CodebookArray": "core.codebook",
     "CompressConfig": "config.run",
-    "CompressionRule": "config.settings",
-    "DataConfig": "config.settings",
-    "DistillationConfig": "config.settings",
+    "CompressionRule": "config.clustering",
+    "DataConfig": "config.data",
+    "DistillationConfig": "config.training",
     "FinetuneConfig": "config.finetune",
     "InputError": "errors",
     "Perplexity": "evaluation.perplexity",
     "SizeReport": "clustering.matrix",
     "TokenRows": "text.token_rows",
-    "TrainingConfig": "config.settings",
+    "TrainingConfig": "config.training",
     "calibration_samples": "text.text",
     "compress": "pipeline",
     "decompress": "clustering.matrix",

@@ -21,8 +21,9 @@ from cluscomp_jax.clustering.block import cluster_block
 from cluscomp_jax.clustering.matrix import decompress, size_report
 from cluscomp_jax.clustering.resolve import Rules, check_calibration, mixes, rules_by_block
 from cluscomp_jax.clustering.sensitivity import sensitivities
+from cluscomp_jax.config.numerics import compute_dtype_of
 from cluscomp_jax.config.run import CompressConfig
-from cluscomp_jax.config.settings import BlockTuningConfig, compute_dtype_of
+from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.caller_mesh import without_mesh
 from cluscomp_jax.core.codebook import CodebookArray, round_codebook

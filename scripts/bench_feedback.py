@@ -24,7 +24,7 @@ from cluscomp_jax.clustering.error_feedback import HessianFactor, assign_with_er
 from cluscomp_jax.clustering.hessian import collect_hessians
 from cluscomp_jax.clustering.matrix import matrix_key, to_vectors
 from cluscomp_jax.clustering.refine import refine
-from cluscomp_jax.config.settings import ClusterConfig
+from cluscomp_jax.config.clustering import ClusterConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.models.model import run_block, run_embed
 from cluscomp_jax.models.streams import Batch

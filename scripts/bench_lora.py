@@ -20,8 +20,9 @@ import jax
 import numpy as np
 
 from cluscomp_jax.cli.demo import find_model
+from cluscomp_jax.config.data import DataConfig
 from cluscomp_jax.config.finetune import FinetuneConfig
-from cluscomp_jax.config.settings import DataConfig, TrainingConfig
+from cluscomp_jax.config.training import TrainingConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray, decode
 from cluscomp_jax.core.trees import Params

@@ -21,7 +21,7 @@ import transformers
 import bench_lora
 from cluscomp_jax.cli.demo import find_model
 from cluscomp_jax.config.finetune import FinetuneConfig
-from cluscomp_jax.config.settings import TrainingConfig
+from cluscomp_jax.config.training import TrainingConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.io.open import OpenedModel, open_model
 from cluscomp_jax.models.llama.hf_config import to_hf_dict

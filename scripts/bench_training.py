@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cluscomp_jax import llama
-from cluscomp_jax.config.settings import TrainingConfig
+from cluscomp_jax.config.training import TrainingConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.models.model import parameter_shapes

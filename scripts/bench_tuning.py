@@ -21,7 +21,7 @@ import transformers
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from cluscomp_jax import llama
-from cluscomp_jax.config.settings import BlockTuningConfig
+from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.runtime.host_memory import keep_freed_memory

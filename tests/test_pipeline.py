@@ -14,8 +14,10 @@ import cluscomp_jax
 from cluscomp_jax import llama, pipeline
 from cluscomp_jax.clustering.matrix import cluster_matrix, matrix_key
 from cluscomp_jax.clustering.resolve import rules_by_block
+from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
+from cluscomp_jax.config.data import CalibrationConfig
 from cluscomp_jax.config.run import CompressConfig
-from cluscomp_jax.config.settings import BlockTuningConfig, CalibrationConfig, ClusterConfig, CompressionRule
+from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray, validate
 from cluscomp_jax.core.trees import Params

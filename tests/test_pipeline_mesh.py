@@ -5,8 +5,8 @@ import pytest
 from paths import HELPERS
 from virtual_devices import run_on_devices
 
+from cluscomp_jax.config.mesh import MeshConfig
 from cluscomp_jax.config.run import CompressConfig
-from cluscomp_jax.config.settings import MeshConfig
 from cluscomp_jax.errors import InputError
 
 pytestmark = pytest.mark.long

@@ -16,7 +16,8 @@ import jax
 import numpy as np
 from cluscomp_jax import CompressionRule, CompressConfig, compress, llama, perplexity
 from cluscomp_jax.pipeline import compress_stream
-from cluscomp_jax.config.settings import CalibrationConfig, ClusterConfig
+from cluscomp_jax.config.clustering import ClusterConfig
+from cluscomp_jax.config.data import CalibrationConfig
 from cluscomp_jax.models.source import DictSink, as_source
 from cluscomp_jax.models.model import build_model
 

@@ -155,7 +155,7 @@ def test_an_old_name_is_found(name: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("a.py", "from cluscomp_jax.config.settings import ClusterConfig"),
+        ("a.py", "from cluscomp_jax.config.clustering import ClusterConfig"),
         ("a.py", "starts = [span.first for span in spans]"),
         ("a.py", 'fields["codebook_of"], CONTENT_FOLDERS == ("rest",)'),
         ("a.py", 'main(["--mixed-precision", "per_matrix"])'),

@@ -22,8 +22,10 @@ from cluscomp_jax.cli.demo_report import Demo, demo_table
 from cluscomp_jax.cli.folder import compress_to_folder
 from cluscomp_jax.cli.generate import encode_prompt, stop_tokens
 from cluscomp_jax.cli.outcome import Result, note
+from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
+from cluscomp_jax.config.data import CalibrationConfig
 from cluscomp_jax.config.run import PAPER, CompressConfig
-from cluscomp_jax.config.settings import BlockTuningConfig, CalibrationConfig, ClusterConfig, CompressionRule
+from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.errors import InputError, RunError
 from cluscomp_jax.evaluation.perplexity import Perplexity, perplexity
 from cluscomp_jax.inference.decoder import generate

@@ -13,7 +13,7 @@ from cluscomp_jax.cli.arguments import DEFAULT_ANSWER_TOKENS, EvaluateArguments
 from cluscomp_jax.cli.generate import stop_tokens
 from cluscomp_jax.cli.inputs import read_tokens, require_windows
 from cluscomp_jax.cli.outcome import DONE, FAILED, Result, note
-from cluscomp_jax.config.settings import Dtype
+from cluscomp_jax.config.numerics import Dtype
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.evaluation.exact_match import GSM8K_ANSWER, answer_pattern, exact_match
 from cluscomp_jax.evaluation.perplexity import Perplexity, perplexity, scratch_bytes

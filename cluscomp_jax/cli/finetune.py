@@ -17,7 +17,7 @@ from cluscomp_jax.cli.folder import METRICS_NAME, claim_folder, tokenizer_files
 from cluscomp_jax.cli.mesh import parse_mesh
 from cluscomp_jax.cli.outcome import Result, note
 from cluscomp_jax.config.finetune import FinetuneConfig, load_finetune_config
-from cluscomp_jax.config.settings import DistillationConfig
+from cluscomp_jax.config.training import DistillationConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.finetuning import (
     FinetuneSummary,

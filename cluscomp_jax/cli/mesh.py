@@ -1,6 +1,6 @@
 """--mesh: from "data=2,fsdp=4" to MeshConfig. Knows no command."""
 
-from cluscomp_jax.config.settings import MeshConfig
+from cluscomp_jax.config.mesh import MeshConfig
 from cluscomp_jax.config.toml import overlay
 from cluscomp_jax.errors import InputError
 

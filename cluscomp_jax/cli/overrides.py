@@ -5,8 +5,10 @@ from typing import Any, TypeVar
 
 from cluscomp_jax.cli.arguments import CompressArguments
 from cluscomp_jax.cli.mesh import parse_mesh
+from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
+from cluscomp_jax.config.data import CalibrationConfig
 from cluscomp_jax.config.run import RECIPES, CompressConfig, load_config
-from cluscomp_jax.config.settings import BlockTuningConfig, CalibrationConfig, ClusterConfig, CompressionRule
+from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.errors import InputError
 
 Settings = TypeVar("Settings", CompressionRule, CalibrationConfig, BlockTuningConfig)

@@ -9,7 +9,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, eye_array, hstack, kron
 
 from cluscomp_jax.clustering.rules import predicted_distortion
-from cluscomp_jax.config.settings import CompressionRule
+from cluscomp_jax.config.clustering import CompressionRule
 from cluscomp_jax.core.codebook import Axis, stored_bits
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.runtime.suppress_output import silenced

@@ -18,7 +18,7 @@ from cluscomp_jax.clustering.error_feedback import HessianFactor, factor_hessian
 from cluscomp_jax.clustering.hessian import collect_hessian_diagonals, collect_hessians
 from cluscomp_jax.clustering.matrix import ClusterStats, SharedStart, cluster_matrix, matrix_key, matrix_size
 from cluscomp_jax.clustering.tied_codebooks import fit_shared, sharing_groups
-from cluscomp_jax.config.settings import ClusterConfig, CompressionRule
+from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray, decode
 from cluscomp_jax.core.trees import Params

@@ -18,7 +18,7 @@ import numpy as np
 from cluscomp_jax import kmeans
 from cluscomp_jax.clustering.error_feedback import HessianFactor, assign_with_error_feedback
 from cluscomp_jax.clustering.refine import refine
-from cluscomp_jax.config.settings import ClusterConfig, CompressionRule
+from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
 from cluscomp_jax.core import codebook as cb
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.caller_mesh import on_one_device

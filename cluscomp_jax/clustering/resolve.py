@@ -8,8 +8,8 @@ from cluscomp_jax.clustering import rules as rules_of
 from cluscomp_jax.clustering.bit_allocation import allocate_unevenly, check_reachable, tempered
 from cluscomp_jax.clustering.matrix import NOT_IN
 from cluscomp_jax.clustering.tied_codebooks import sharing_groups
+from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule, TieCodebooks
 from cluscomp_jax.config.run import CompressConfig
-from cluscomp_jax.config.settings import ClusterConfig, CompressionRule, TieCodebooks
 from cluscomp_jax.core.codebook import stored_bits
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.model import Model, check_tokens, parameter_shapes

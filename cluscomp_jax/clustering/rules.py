@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from cluscomp_jax.config.settings import CompressionRule
+from cluscomp_jax.config.clustering import CompressionRule
 from cluscomp_jax.core.codebook import MAX_CODES, MAX_GROUP, Axis, index_bits, stored_bits
 from cluscomp_jax.errors import InputError
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from cluscomp_jax import kmeans
 from cluscomp_jax.clustering.matrix import SharedStart, channel_mass, to_vectors
-from cluscomp_jax.config.settings import ClusterConfig, CompressionRule, TieCodebooks
+from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule, TieCodebooks
 from cluscomp_jax.core import codebook as cb
 
 Rules = Mapping[str, CompressionRule]

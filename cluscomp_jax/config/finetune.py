@@ -4,8 +4,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from cluscomp_jax.config.settings import DataConfig, MeshConfig, TrainingConfig
+from cluscomp_jax.config.data import DataConfig
+from cluscomp_jax.config.mesh import MeshConfig
 from cluscomp_jax.config.toml import overlay, read_toml
+from cluscomp_jax.config.training import TrainingConfig
 from cluscomp_jax.errors import InputError
 
 

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from cluscomp_jax.config.settings import BlockTuningConfig, CalibrationConfig, ClusterConfig, MeshConfig
+from cluscomp_jax.config.clustering import ClusterConfig
+from cluscomp_jax.config.data import CalibrationConfig
+from cluscomp_jax.config.mesh import MeshConfig
 from cluscomp_jax.config.toml import overlay, read_toml
+from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.errors import InputError
 
 Recipe = Literal["default", "paper"]

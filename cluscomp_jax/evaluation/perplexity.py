@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cluscomp_jax.clustering.matrix import decompress
-from cluscomp_jax.config.settings import Dtype
+from cluscomp_jax.config.numerics import Dtype
 from cluscomp_jax.core.losses import token_nll
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from cluscomp_jax.config.settings import MeshConfig
+from cluscomp_jax.config.mesh import MeshConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.core.sharded_kernel import ShardedKernel, Side, spec

@@ -10,8 +10,9 @@ import numpy as np
 
 from cluscomp_jax.clustering import sensitivity
 from cluscomp_jax.config.finetune import FinetuneConfig
+from cluscomp_jax.config.numerics import compute_dtype_of
 from cluscomp_jax.config.run import CompressConfig
-from cluscomp_jax.config.settings import BlockTuningConfig, compute_dtype_of
+from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.models.model import Model, width
 from cluscomp_jax.plan.setting import STORED, BlockSpec
 from cluscomp_jax.plan.shapes import AbstractDevice, nbytes

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from cluscomp_jax.clustering.resolve import Rules, rules_by_block
 from cluscomp_jax.clustering.tied_codebooks import sharing_groups
+from cluscomp_jax.config.numerics import compute_dtype_of
 from cluscomp_jax.config.run import CompressConfig
-from cluscomp_jax.config.settings import BlockTuningConfig, compute_dtype_of
+from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.core.trees import Params

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cluscomp_jax.config.settings import CompressionRule
+from cluscomp_jax.config.clustering import CompressionRule
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray, index_dtype, index_shape
 from cluscomp_jax.core.trees import Params

@@ -5,15 +5,13 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from cluscomp_jax.config.data import DataConfig
 from cluscomp_jax.config.finetune import FinetuneConfig
+from cluscomp_jax.config.mesh import MeshConfig
+from cluscomp_jax.config.numerics import compute_dtype_of
 from cluscomp_jax.config.run import CompressConfig
-from cluscomp_jax.config.settings import (
-    BlockTuningConfig,
-    DataConfig,
-    MeshConfig,
-    TrainingConfig,
-    compute_dtype_of,
-)
+from cluscomp_jax.config.training import TrainingConfig
+from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.inference.decoder import positions_held
 from cluscomp_jax.models.model import build_model

@@ -20,7 +20,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save
 
-from cluscomp_jax.config.settings import DataConfig
+from cluscomp_jax.config.data import DataConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.tokenizer import start_tokens
 from cluscomp_jax.runtime import atomic

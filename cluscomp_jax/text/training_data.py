@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
-from cluscomp_jax.config.settings import DataConfig
+from cluscomp_jax.config.data import DataConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.tokenizer import encode_text, start_tokens
 from cluscomp_jax.text.text import Split, check_vocabulary, load_tokens

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cluscomp_jax.config.settings import DistillationConfig
+from cluscomp_jax.config.training import DistillationConfig
 from cluscomp_jax.core.losses import divergence, token_nll
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.models.model import Model

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import optax
 from jax.ad_checkpoint import checkpoint_name
 
-from cluscomp_jax.config.settings import TrainingConfig, compute_dtype_of
+from cluscomp_jax.config.numerics import compute_dtype_of
+from cluscomp_jax.config.training import TrainingConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.models.sharding import OUTER, Sharding, gathered, hold

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from cluscomp_jax.config.settings import BlockTuningConfig, compute_dtype_of
+from cluscomp_jax.config.numerics import compute_dtype_of
+from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray, round_codebook
 from cluscomp_jax.core.losses import mean_squared_error

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from cluscomp_jax.config.settings import Schedule
+from cluscomp_jax.config.numerics import Schedule
 
 _LEAST_RMS = 1e-6
 """The root mean square that an array is taken to have at least; one of zeros hardly moves."""

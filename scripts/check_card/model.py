@@ -17,8 +17,10 @@ import cluscomp_jax
 from check_card.generation import LLAMA_2_7B, TINY
 from check_card.step import Step
 from cluscomp_jax import data
+from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
+from cluscomp_jax.config.data import CalibrationConfig
 from cluscomp_jax.config.run import CompressConfig
-from cluscomp_jax.config.settings import BlockTuningConfig, CalibrationConfig, ClusterConfig, CompressionRule
+from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.evaluation.perplexity import perplexity
 from cluscomp_jax.inference.decoder import generate

@@ -9,8 +9,10 @@ import pytest
 from cli_models import write_model, write_text
 
 from cluscomp_jax.cli import demo, main
+from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
+from cluscomp_jax.config.data import CalibrationConfig
 from cluscomp_jax.config.run import CompressConfig
-from cluscomp_jax.config.settings import BlockTuningConfig, CalibrationConfig, ClusterConfig, CompressionRule
+from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.open import open_model
 from cluscomp_jax.text.text import calibration_samples, load_tokens

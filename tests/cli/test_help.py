@@ -11,8 +11,8 @@ import pytest
 
 from cluscomp_jax.cli import arguments, main
 from cluscomp_jax.config.finetune import FinetuneConfig
+from cluscomp_jax.config.numerics import compute_dtype_of
 from cluscomp_jax.config.run import RECIPES
-from cluscomp_jax.config.settings import compute_dtype_of
 from cluscomp_jax.evaluation.exact_match import GSM8K_ANSWER
 from cluscomp_jax.evaluation.perplexity import perplexity
 from cluscomp_jax.export import DEFAULT_SHARD_BYTES

@@ -5,8 +5,9 @@ import pytest
 
 from cluscomp_jax.cli.arguments import CompressArguments
 from cluscomp_jax.cli.overrides import run_config
+from cluscomp_jax.config.mesh import MeshConfig
 from cluscomp_jax.config.run import PAPER, RECIPES, CompressConfig
-from cluscomp_jax.config.settings import BlockTuningConfig, MeshConfig
+from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.errors import InputError
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cluscomp_jax.clustering import bit_allocation
 from cluscomp_jax.clustering.bit_allocation import allocate_unevenly, check_reachable, tempered
 from cluscomp_jax.clustering.rules import allocate, predicted_distortion
-from cluscomp_jax.config.settings import CompressionRule
+from cluscomp_jax.config.clustering import CompressionRule
 from cluscomp_jax.core.codebook import stored_bits
 from cluscomp_jax.errors import InputError
 

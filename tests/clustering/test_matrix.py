@@ -10,7 +10,7 @@ from hypothesis import given, settings
 
 import cluscomp_jax
 from cluscomp_jax.clustering import matrix
-from cluscomp_jax.config.settings import ClusterConfig, CompressionRule
+from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
 from cluscomp_jax.core.codebook import CodebookArray, decode, validate
 from cluscomp_jax.errors import InputError
 

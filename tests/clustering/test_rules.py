@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 
 from cluscomp_jax.clustering import rules
-from cluscomp_jax.config.settings import DECODER_KERNELS, CompressionRule
+from cluscomp_jax.config.clustering import DECODER_KERNELS, CompressionRule
 from cluscomp_jax.errors import InputError
 
 SHAPES = {

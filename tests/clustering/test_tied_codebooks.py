@@ -16,16 +16,12 @@ from cluscomp_jax.clustering.matrix import size_report
 from cluscomp_jax.clustering.resolve import rules_by_block
 from cluscomp_jax.clustering.rules import predicted_distortion
 from cluscomp_jax.clustering.tied_codebooks import fit_shared, sharing_groups
+from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
+from cluscomp_jax.config.data import CalibrationConfig, DataConfig
 from cluscomp_jax.config.finetune import FinetuneConfig
 from cluscomp_jax.config.run import CompressConfig
-from cluscomp_jax.config.settings import (
-    BlockTuningConfig,
-    CalibrationConfig,
-    ClusterConfig,
-    CompressionRule,
-    DataConfig,
-    TrainingConfig,
-)
+from cluscomp_jax.config.training import TrainingConfig
+from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray, decode, index_bits, index_shape
 from cluscomp_jax.errors import InputError

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
+from cluscomp_jax.config.data import DataConfig
 from cluscomp_jax.config.finetune import FinetuneConfig, load_finetune_config
-from cluscomp_jax.config.settings import DataConfig, DistillationConfig, MeshConfig, TrainingConfig
+from cluscomp_jax.config.mesh import MeshConfig
 from cluscomp_jax.config.toml import overlay
+from cluscomp_jax.config.training import DistillationConfig, TrainingConfig
 from cluscomp_jax.errors import InputError
 
 DOCUMENT, CONFIGS = ROOT / "docs" / "finetuning.md", ROOT / "configs" / "finetune"

@@ -7,8 +7,10 @@ import pytest
 from paths import ROOT
 
 from cluscomp_jax.cli.demo import SETTINGS
+from cluscomp_jax.config.clustering import ClusterConfig
+from cluscomp_jax.config.data import CalibrationConfig
 from cluscomp_jax.config.run import PAPER, RECIPES, CompressConfig, from_dict, load_config
-from cluscomp_jax.config.settings import BlockTuningConfig, CalibrationConfig, ClusterConfig
+from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.errors import InputError
 
 CONFIGS = ROOT / "configs"

@@ -3,7 +3,9 @@ from typing import Any
 
 import pytest
 
-from cluscomp_jax.config.settings import BlockTuningConfig, CalibrationConfig, ClusterConfig, CompressionRule
+from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
+from cluscomp_jax.config.data import CalibrationConfig
+from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.errors import InputError
 
 BAD: list[tuple[type, dict[str, Any]]] = [

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import cluscomp_jax
 from cluscomp_jax import llama
 from cluscomp_jax.clustering.matrix import cluster_matrix
+from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
 from cluscomp_jax.config.run import CompressConfig
-from cluscomp_jax.config.settings import ClusterConfig, CompressionRule
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray, round_codebook
 from cluscomp_jax.models.model import build_model, parameter_shapes

@@ -11,7 +11,7 @@ import pytest
 from cli_models import write_model
 
 from cluscomp_jax.cli import main
-from cluscomp_jax.config.settings import DataConfig
+from cluscomp_jax.config.data import DataConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.evaluation.exact_match import GSM8K_ANSWER, answer_pattern, exact_match, extract_answer
 from cluscomp_jax.inference.completion import complete

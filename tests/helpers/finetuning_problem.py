@@ -4,7 +4,7 @@ import numpy as np
 from training_models import CONFIG
 
 from cluscomp_jax.config.finetune import FinetuneConfig
-from cluscomp_jax.config.settings import TrainingConfig
+from cluscomp_jax.config.training import TrainingConfig
 from cluscomp_jax.runtime.reporter import SilentReporter
 from cluscomp_jax.text.token_rows import pack
 

@@ -18,15 +18,12 @@ import numpy as np
 from training_models import batch, compressed_params
 
 from cluscomp_jax import llama
+from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
+from cluscomp_jax.config.data import DataConfig
 from cluscomp_jax.config.finetune import FinetuneConfig
+from cluscomp_jax.config.mesh import MeshConfig
 from cluscomp_jax.config.run import CompressConfig
-from cluscomp_jax.config.settings import (
-    ClusterConfig,
-    CompressionRule,
-    DataConfig,
-    MeshConfig,
-    TrainingConfig,
-)
+from cluscomp_jax.config.training import TrainingConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.core.sharded_kernel import ShardedKernel

@@ -68,7 +68,7 @@ MODULES = {
     "sampling": "inference.sampling",
     "scoring": "evaluation.loglikelihood",
     "sensitivity": "clustering.sensitivity",
-    "settings": "config.settings",
+    "settings": "config.clustering",
     "settings_file": "config.toml",
     "sharded_kernel": "core.sharded_kernel",
     "sharding": "models.sharding",

@@ -16,14 +16,11 @@ import numpy as np
 from cluscomp_jax import llama
 from cluscomp_jax.clustering import block
 from cluscomp_jax.clustering.matrix import decompress
+from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
+from cluscomp_jax.config.data import CalibrationConfig
+from cluscomp_jax.config.mesh import MeshConfig
 from cluscomp_jax.config.run import CompressConfig
-from cluscomp_jax.config.settings import (
-    BlockTuningConfig,
-    CalibrationConfig,
-    ClusterConfig,
-    CompressionRule,
-    MeshConfig,
-)
+from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.models.source import DictSink, DictSource
 from cluscomp_jax.pipeline import compress_stream

@@ -9,8 +9,10 @@ import jax
 import numpy as np
 
 from cluscomp_jax import compress, generate, kmeans, llama, perplexity
+from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
+from cluscomp_jax.config.data import CalibrationConfig
 from cluscomp_jax.config.run import CompressConfig
-from cluscomp_jax.config.settings import BlockTuningConfig, CalibrationConfig, ClusterConfig, CompressionRule
+from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.models.model import build_model, parameter_shapes
 from pallas_kernels.codebook_matmul import codebook_matmul

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluscomp_jax import llama, pipeline
+from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
+from cluscomp_jax.config.data import CalibrationConfig
 from cluscomp_jax.config.run import CompressConfig
-from cluscomp_jax.config.settings import BlockTuningConfig, CalibrationConfig, ClusterConfig, CompressionRule
+from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.models.model import build_model
 from cluscomp_jax.models.prefetch import PREFETCH, WRITE_BACK, BlockReader, BlockWriter
 from cluscomp_jax.models.source import DictSink, DictSource

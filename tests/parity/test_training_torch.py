@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from script_modules import load_script
 
-from cluscomp_jax.config.settings import TrainingConfig
+from cluscomp_jax.config.training import TrainingConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.models.llama import build, parse_config

@@ -10,8 +10,9 @@ from compilers import needs_compiler
 from cluscomp_jax.cli.plan import _launches
 from cluscomp_jax.clustering import error_feedback
 from cluscomp_jax.clustering.error_feedback import HessianFactor
+from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
+from cluscomp_jax.config.data import CalibrationConfig
 from cluscomp_jax.config.run import CompressConfig
-from cluscomp_jax.config.settings import CalibrationConfig, ClusterConfig, CompressionRule
 from cluscomp_jax.models.llama import LlamaConfig
 from cluscomp_jax.plan import Plan, Reserve, find_target, placement, plan, whole
 from cluscomp_jax.plan.block_programs import targets

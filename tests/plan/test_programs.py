@@ -13,17 +13,13 @@ import numpy as np
 import pytest
 
 from cluscomp_jax import finetuning, llama, pipeline
+from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
+from cluscomp_jax.config.data import CalibrationConfig, DataConfig
 from cluscomp_jax.config.finetune import FinetuneConfig
 from cluscomp_jax.config.run import PAPER as RECIPE
 from cluscomp_jax.config.run import CompressConfig
-from cluscomp_jax.config.settings import (
-    BlockTuningConfig,
-    CalibrationConfig,
-    ClusterConfig,
-    CompressionRule,
-    DataConfig,
-    TrainingConfig,
-)
+from cluscomp_jax.config.training import TrainingConfig
+from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.evaluation import perplexity
 from cluscomp_jax.models.model import build_model
 from cluscomp_jax.plan.program import Program

@@ -8,8 +8,9 @@ from compilers import needs_compiler
 from jax.experimental import topologies
 
 from cluscomp_jax import llama
+from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
+from cluscomp_jax.config.mesh import MeshConfig
 from cluscomp_jax.config.run import CompressConfig
-from cluscomp_jax.config.settings import ClusterConfig, CompressionRule, MeshConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.model import build_model
 from cluscomp_jax.plan.program import Program, compile_program

@@ -11,18 +11,13 @@ import pytest
 from io_models import config_fields
 
 from cluscomp_jax import cli, llama
+from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
+from cluscomp_jax.config.data import CalibrationConfig, DataConfig
 from cluscomp_jax.config.finetune import FinetuneConfig
+from cluscomp_jax.config.mesh import MeshConfig
 from cluscomp_jax.config.run import CompressConfig, load_config
-from cluscomp_jax.config.settings import (
-    BlockTuningConfig,
-    CalibrationConfig,
-    ClusterConfig,
-    CompressionRule,
-    DataConfig,
-    DistillationConfig,
-    MeshConfig,
-    TrainingConfig,
-)
+from cluscomp_jax.config.training import DistillationConfig, TrainingConfig
+from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.model import build_model, parameter_shapes
 from cluscomp_jax.plan import PRESETS, Plan, Reserve, find_target, plan, preset_config

@@ -12,7 +12,8 @@ import pytest
 
 from cluscomp_jax import BlockTuningConfig, CompressConfig, CompressionRule, compress, llama, perplexity
 from cluscomp_jax.cli import main
-from cluscomp_jax.config.settings import CalibrationConfig, ClusterConfig
+from cluscomp_jax.config.clustering import ClusterConfig
+from cluscomp_jax.config.data import CalibrationConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.activations import ActivationStore
 from cluscomp_jax.runtime.scratch import scratch_folder

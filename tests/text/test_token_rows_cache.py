@@ -10,7 +10,7 @@ import pytest
 from cli_models import CHARACTERS, write_tokenizer
 from tokenizers import AddedToken
 
-from cluscomp_jax.config.settings import DataConfig
+from cluscomp_jax.config.data import DataConfig
 from cluscomp_jax.errors import InputError, RunError
 from cluscomp_jax.io.tokenizer import load_tokenizer
 from cluscomp_jax.runtime import atomic

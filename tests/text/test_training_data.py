@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from cli_models import CHARACTERS, write_tokenizer
 
-from cluscomp_jax.config.settings import DataConfig
+from cluscomp_jax.config.data import DataConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.tokenizer import load_tokenizer
 from cluscomp_jax.text.training_data import read_examples, read_questions

@@ -14,7 +14,7 @@ from training_models import CONFIG, MODEL, batch, compressed_params
 from cluscomp_jax import llama
 from cluscomp_jax.clustering.matrix import decompress
 from cluscomp_jax.config.finetune import FinetuneConfig
-from cluscomp_jax.config.settings import DistillationConfig, TrainingConfig
+from cluscomp_jax.config.training import DistillationConfig, TrainingConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.losses import divergence
 from cluscomp_jax.errors import InputError

@@ -6,7 +6,7 @@ from paths import HELPERS
 from training_models import MODEL
 from virtual_devices import run_on_devices
 
-from cluscomp_jax.config.settings import MeshConfig
+from cluscomp_jax.config.mesh import MeshConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.training import make_sharding
 

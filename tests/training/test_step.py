@@ -14,7 +14,7 @@ from jax.extend.core import jaxprs_in_params
 from training_models import BF16, CONFIG, MODEL, batch, compressed_params
 
 from cluscomp_jax.clustering.matrix import decompress
-from cluscomp_jax.config.settings import TrainingConfig
+from cluscomp_jax.config.training import TrainingConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.errors import InputError

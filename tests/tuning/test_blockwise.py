@@ -14,7 +14,8 @@ from cluscomp_jax import llama
 from cluscomp_jax.clustering import hessian
 from cluscomp_jax.clustering.hessian import collect_hessian_diagonals, collect_hessians
 from cluscomp_jax.clustering.matrix import cluster_matrix
-from cluscomp_jax.config.settings import BlockTuningConfig, ClusterConfig, CompressionRule
+from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
+from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray, decode, round_codebook
 from cluscomp_jax.core.losses import mean_squared_error, token_weights

@@ -9,14 +9,11 @@ import optax
 import pytest
 
 import cluscomp_jax
+from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
+from cluscomp_jax.config.data import CalibrationConfig
 from cluscomp_jax.config.run import PAPER, CompressConfig
-from cluscomp_jax.config.settings import (
-    BlockTuningConfig,
-    CalibrationConfig,
-    ClusterConfig,
-    CompressionRule,
-    TrainingConfig,
-)
+from cluscomp_jax.config.training import TrainingConfig
+from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.models.source import load_all

@@ -1,0 +1,143 @@
+"""Which matrices are compressed, and how they become codebooks."""
+
+import dataclasses
+import math
+from typing import Literal
+
+from cluscomp_jax.config.checks import require, require_finite
+from cluscomp_jax.core.codebook import MAX_CODES, MAX_GROUP, Axis
+
+TieCodebooks = Literal["none", "input", "block"]
+DECODER_KERNELS = r"model/layers/\d+/(self_attn/[qkvo]_proj|mlp/(gate|up|down)_proj)/kernel"
+"""The seven projections of every decoder block; embeddings, norms and lm_head stay in 16 bit (paper section 4)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompressionRule:
+    """Matrices whose whole path matches `pattern` are cut into vectors of `group_size` weights along `axis`.
+
+    Attributes:
+      pattern: regular expression, matched against the whole path.
+      group_size: weights per code, g of the paper, 1 to 32.
+      num_codes: codes per codebook, 2 to 65536.
+      axis: the axis of the kernel [d_in, d_out] that is cut.
+    """
+
+    pattern: str = DECODER_KERNELS
+    group_size: int = 4
+    num_codes: int = 65500
+    axis: Axis = "out"
+
+    def __post_init__(self) -> None:
+        require(1 <= self.group_size <= MAX_GROUP, "group_size", self.group_size, f"1 to {MAX_GROUP}")
+        require(2 <= self.num_codes <= MAX_CODES, "num_codes", self.num_codes, f"2 to {MAX_CODES}")
+        require(self.axis in ("out", "in"), "axis", self.axis, "'out' or 'in'")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """How matrices become codebooks.
+
+    Attributes:
+      rules: the first rule whose pattern matches decides; what no rule matches stays dense.
+      bits: a budget in stored bits per weight instead of g and num_codes: every rule keeps its pattern and axis,
+        and (g, num_codes) are chosen to meet the budget. None: the rules are used as they are.
+      mixed_precision: how a budget is spent where calibration is given: "none": one (group_size, num_codes) for all;
+        "per_matrix": one for every matrix, by the measured sensitivity of the model's loss; every block is compiled
+        anew.
+      tie_codebooks: which projections of a block have one codebook: "none"; "input": those that read one input (q, k
+        and v; gate and up); "block": all; as far as their rules give them one (g, num_codes, axis). Worth its while
+        where codebooks are large compared with their matrices (docs/experiments.md).
+      export: the form the result is meant for: "aqlm" restricts a budget, and refuses rules, to what an AQLM
+        checkpoint can hold: one (g, num_codes) and axis for all matrices, g dividing every cut axis.
+      iterations: Lloyd iterations, >= 0 (paper: 20).
+      weighted: weight each vector by the mean square of its input channel, E[x_i^2], from calibration; used for
+        axis "out" only, and only where calibration is given.
+      error_feedback: choose the codes of one input channel after another, each making good the errors before it, by the
+        the Hessian E[x x^T] from calibration; used for axis "out" only, and only where calibration is given.
+      damping: share of the mean of E[x_i^2] added to the Hessian's diagonal, > 0.
+      drift_correction: before a kernel is clustered, move it towards what gives the original model's outputs from the
+        compressed model's inputs (`cluscomp_jax.clustering.drift_correction`); with error feedback only.
+      ridge: regularisation of the drift correction, as a share of the mean of E[x_i^2], > 0.
+      true_sequential: inside a block, kernels see the outputs of those clustered before them, not of the original ones;
+        with error feedback only.
+      massive_activation_limit: a position whose output of the block has more than this many times the median mean
+        square has proportionally less weight in the Hessian, >= 0; 0: all weigh the same; with error feedback only.
+      refine_rounds: rounds in which every channel is assigned again, given all other errors, and the codebook is
+        updated by least squares, >= 0; with error feedback only.
+      codebook_dtype: 16-bit type codebooks are stored and evaluated in; a matrix with codes beyond the range of
+        float16 is kept in bfloat16.
+    """
+
+    rules: tuple[CompressionRule, ...] = (CompressionRule(),)
+    bits: float | None = None
+    mixed_precision: Literal["none", "per_matrix"] = "none"
+    tie_codebooks: TieCodebooks = "none"
+    export: Literal["any", "aqlm"] = "any"
+    iterations: int = 20
+    weighted: bool = True
+    error_feedback: bool = True
+    damping: float = 0.01
+    drift_correction: bool = True
+    ridge: float = 1.0
+    true_sequential: bool = True
+    massive_activation_limit: float = 4.0
+    refine_rounds: int = 3
+    codebook_dtype: Literal["bfloat16", "float16"] = "float16"
+
+    def __post_init__(self) -> None:
+        require(len(self.rules) > 0, "rules", self.rules, "at least one rule")
+        require(
+            self.mixed_precision in ("none", "per_matrix"),
+            "mixed_precision",
+            self.mixed_precision,
+            "'none' or 'per_matrix'",
+        )
+        require(
+            self.tie_codebooks in ("none", "input", "block"),
+            "tie_codebooks",
+            self.tie_codebooks,
+            "'none', 'input' or 'block'",
+        )
+        require(self.export in ("any", "aqlm"), "export", self.export, "'any' or 'aqlm'")
+        if self.mixed_precision != "none":
+            require(
+                self.bits is not None,
+                "mixed_precision",
+                self.mixed_precision,
+                "'none' without a budget to spend (bits)",
+            )
+            require(
+                self.export == "any",
+                "mixed_precision",
+                self.mixed_precision,
+                "'none' where export is 'aqlm', which has one setting",
+            )
+        require(self.iterations >= 0, "iterations", self.iterations, "0 or more")
+        require(math.isfinite(self.damping) and self.damping > 0, "damping", self.damping, "above 0")
+        require_finite("massive_activation_limit", self.massive_activation_limit, low=0.0)
+        require(math.isfinite(self.ridge) and self.ridge > 0, "ridge", self.ridge, "above 0")
+        require(self.refine_rounds >= 0, "refine_rounds", self.refine_rounds, "0 or more")
+        require(
+            self.codebook_dtype in ("bfloat16", "float16"),
+            "codebook_dtype",
+            self.codebook_dtype,
+            "'bfloat16' or 'float16'",
+        )
+        if self.bits is not None:
+            require(math.isfinite(self.bits) and self.bits > 0, "bits", self.bits, "a positive number")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether clustering looks at the activations."""
+        return self.weighted or self.error_feedback
+
+    @property
+    def uneven(self) -> bool:
+        """Whether a bit budget is spent by sensitivities, which calibration is needed for."""
+        return self.mixed_precision != "none"
+
+    @property
+    def corrects(self) -> bool:
+        """Whether kernels are corrected for drifted inputs."""
+        return self.error_feedback and self.drift_correction

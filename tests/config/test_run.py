@@ -68,14 +68,14 @@ BAD = {
     "an unknown choice": ('[tuning]\nschedule = "step"', "it must be one of 'constant', 'cosine', 'linear'"),
     "an unknown recipe": ('recipe = "best"', "recipe is 'best'; it must be one of default, paper"),
     "a recipe that is no name": ("recipe = [1]", "recipe is"),
-    "a value out of range": ("[[cluster.rules]]\ngroup_size = 33", "g is 33; it must be 1 to 32"),
+    "a value out of range": ("[[cluster.rules]]\ngroup_size = 33", "group_size is 33; it must be 1 to 32"),
     "a negative seed": ("seed = -1", "seed is -1"),
     "held_out of all": ("[calibration]\nsamples = 4\n[tuning]\nvalidation_samples = 4", "held_out is 4 of 4 samples"),
     "batch that does not divide": ("[calibration]\nsamples = 4\n[tuning]\nbatch_size = 3", "3 does not divide the 4"),
     "no TOML": ("seed = ", "not valid TOML"),
     "a budget beside a group": (
         '[cluster]\nbits = 3\n[[cluster.rules]]\npattern = "a"\n[[cluster.rules]]\ngroup_size = 4',
-        r"'cluster\.rules\[1\]\.g' is 4, but the budget 'cluster\.bits' = 3 chooses g and num_codes",
+        r"'cluster\.rules\[1\]\.group_size' is 4, but the budget 'cluster\.bits' = 3 chooses g and num_codes",
     ),
     "a budget beside codes": ("[cluster]\nbits = 3\n[[cluster.rules]]\nnum_codes = 9", r"num_codes' is 9, but"),
 }

@@ -41,9 +41,8 @@ RELEASE = (
 )  # fmt: skip
 """Beginnings of the paths of test files that depend on the release of JAX and its neighbours."""
 
-hypothesis.settings.register_profile(
-    "repeatable", deadline=None, derandomize=True
-)  # so that programs are found compiled
+# The same examples in every run, so that their programs are found compiled; make test-long draws others.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("explore", deadline=None)
 hypothesis.settings.load_profile("repeatable")
 

@@ -119,7 +119,7 @@ Entry = MatrixEntry | TensorEntry
 
 
 def _dtype_name(dtype: Any, where: str) -> str:
-    name: str = np.dtype(dtype).name
+    name = np.dtype(dtype).name
     if name not in DTYPES:
         raise InputError(f"{where}: dtype {name} cannot be stored; convert it to one of {', '.join(DTYPES)}")
     return name

@@ -23,8 +23,8 @@ BLOCKS = "blocks"
 MOST_TIMES = 64
 """The most memory an item may take, as a multiple of the bytes of its files.
 
-Unpacking makes an index 8 times as large at most (1 bit to 1 byte), and `items.write_item` lets zstd shorten by
-`MOST_SHORTENED` = 8 at most. The least that a real model reaches is far below: 1.5 of zstd for 16-bit weights.
+Unpacking makes an index 8 times as large at most (1 bit to 1 byte). Earlier releases could code an item by zstd, which
+they let shorten it 8 times at most. The most that a real model reaches is far below: 1.5 of zstd for 16-bit weights.
 """
 ALLOWANCE = 64 * 2**20
 """What all items together may take beyond that: matrices of one code, which have no index on disk."""

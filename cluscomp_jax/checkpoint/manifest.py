@@ -181,7 +181,7 @@ def _field(fields: Any, name: str, kind: type, where: Any) -> Any:
 
 
 def _count(fields: Any, name: str, highest: int, where: str) -> int:
-    value: int = _field(fields, name, int, where)
+    value = _field(fields, name, int, where)
     if not 1 <= value <= highest:
         raise InputError(f"{where}: {name} is {value}; it must be from 1 to {highest}")
     return value

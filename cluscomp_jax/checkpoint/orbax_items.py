@@ -1,13 +1,13 @@
 """One orbax item: a nested dict of plain arrays in a folder, written and read quietly. Knows nothing of codebooks.
 
-An item is a PyTree checkpoint of orbax in its zarr form, one chunk per array, as it is or coded by zstd, so that every
-file but orbax's time-stamped `_CHECKPOINT_METADATA` has the same name and bytes whenever the arrays are the same.
+An item is a PyTree checkpoint of orbax in its zarr form, one uncompressed chunk per array. Every file but orbax's
+time-stamped `_CHECKPOINT_METADATA` has the same name and bytes whenever the arrays are the same. Items of earlier
+releases can be coded by zstd, and are read in the same way.
 """
 
 import asyncio
 import contextlib
 import logging
-import shutil
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,6 @@ from cluscomp_jax.errors import InputError
 
 TIME_STAMPED = "_CHECKPOINT_METADATA"
 """The one file of an item that differs from run to run."""
-
-MOST_SHORTENED = 8
-"""The most that zstd may shorten an item by; an item that it would shorten more is written without it.
-
-Trained weights become 1.5 times as short and packed indices 1.4 times at most, so it is constants that are meant. A
-reader can then refuse what claims far more bytes than its files have.
-"""
 
 _COMMIT_FILE = "commit_success.txt"
 _PAGE = 4096
@@ -79,18 +72,15 @@ async def _each(read: Callable[..., Awaitable[Sequence[Any]]], *columns: Sequenc
 
 
 @contextlib.contextmanager
-def _checkpointer(*, zstd: bool = False) -> Iterator[ocp.PyTreeCheckpointer]:
-    """Yields a checkpointer that logs nothing, and that of several processes concerns this one alone.
-
-    Reading is the same whether files are coded or not.
-    """
+def _checkpointer() -> Iterator[ocp.PyTreeCheckpointer]:
+    """Yields a checkpointer that logs nothing, and that of several processes concerns this one alone."""
     here = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
     with quiet():
         handler = ocp.PyTreeCheckpointHandler(
             use_ocdbt=False,
             use_zarr3=False,
-            use_compression=zstd,
+            use_compression=False,  # of writing; an item that is read says itself how it is coded
             multiprocessing_options=alone,
             type_handler_registry=ocp.type_handlers.create_type_handler_registry((np.ndarray, _WaitingHandler())),
         )
@@ -103,29 +93,19 @@ def disk_bytes(arrays: Mapping[str, np.ndarray[Any, Any]]) -> int:
     return 8 * _PAGE + sum(-(-array.nbytes // _PAGE) * _PAGE + 2 * _PAGE for array in arrays.values())
 
 
-def write_item(folder: Path, arrays: Mapping[str, np.ndarray[Any, Any]], *, zstd: bool = False) -> None:
+def write_item(folder: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
     """Writes {path: array} as one item into a folder that does not exist yet, and returns when all is written.
 
     Args:
       folder: absent.
       arrays: {path: array}.
-      zstd: codes the files, which shortens an index whose entries take a whole byte, and little else; not where they
-        would become more than MOST_SHORTENED times as short.
 
     Errors are orbax's own: a ValueError in whose text TensorStore quotes the system's, an OSError, or others.
     """
-    with _checkpointer(zstd=zstd) as checkpointer:
+    with _checkpointer() as checkpointer:
         checkpointer.save(folder.absolute(), trees.unflatten(arrays))
-    if zstd and sum(array.nbytes for array in arrays.values()) > MOST_SHORTENED * _file_bytes(folder):
-        shutil.rmtree(folder)
-        write_item(folder, arrays)
-        return
     # orbax writes the path it saved under, which is the writer's business, into a file that only has to exist.
     (folder / _COMMIT_FILE).write_text("Checkpoint commit was successful\n", encoding="utf-8")
-
-
-def _file_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def read_item(folder: Path, expected: Mapping[str, tuple[tuple[int, ...], Any]]) -> dict[str, np.ndarray[Any, Any]]:

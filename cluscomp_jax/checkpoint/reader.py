@@ -128,7 +128,6 @@ def save_checkpoint(
     provenance: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
     tokenizer: str | Path | Callable[[Path], Any] | None = None,
-    zstd: bool = False,
 ) -> None:
     """Saves a model whole or not at all; if interrupted, the same call resumes.
 
@@ -139,7 +138,6 @@ def save_checkpoint(
       provenance: any JSON to record of where it came from.
       metrics: any JSON to record of what was measured.
       tokenizer: as for `CheckpointWriter.store_tokenizer`.
-      zstd: codes the files, see `CompressConfig`.
 
     Raises:
       AlreadyFinished: this very model is saved there.
@@ -149,7 +147,7 @@ def save_checkpoint(
     model = build_model(cfg.model)
     source = as_source(params, model)
     with CheckpointWriter(
-        path, model_config=cfg.model, run_config=cfg.to_dict(), fingerprint=source.fingerprint(), zstd=zstd
+        path, model_config=cfg.model, run_config=cfg.to_dict(), fingerprint=source.fingerprint()
     ) as writer:
         for i in range(writer.finished_blocks, model.num_blocks):
             writer.store_block(i, source.load_block(i))

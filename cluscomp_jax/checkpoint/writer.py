@@ -62,7 +62,6 @@ class CheckpointWriter:
         run_config: Mapping[str, Any],
         fingerprint: str,
         inputs: Mapping[str, str] | None = None,
-        zstd: bool = False,
     ):
         """Claims the folder: creates it, or resumes the unfinished run in it if that is the same run.
 
@@ -72,14 +71,13 @@ class CheckpointWriter:
           run_config: the settings of the run, plain values as `CompressConfig.to_dict()` gives them.
           fingerprint: changes with everything that decides the result and is not in the configs.
           inputs: {what the fingerprint is made of: digest or value}, by which a refusal names what differs.
-          zstd: as for `write_item`.
 
         Raises:
           AlreadyFinished: this very run is finished there.
           InputError: the folder holds anything else, is in use by another process, or cannot be written to.
           RunError: the disk is full.
         """
-        self._model, self._zstd = build_model(model_config), zstd
+        self._model = build_model(model_config)
         self._identity = Identity(
             fingerprint=fingerprint,
             inputs=dict(inputs or {}),
@@ -253,7 +251,7 @@ class CheckpointWriter:
         with atomic.writing(self.path):
             aside = self._aside(folder)
             atomic.require_space(self.path, orbax_items.disk_bytes(arrays))
-            orbax_items.write_item(aside, arrays, zstd=self._zstd)
+            orbax_items.write_item(aside, arrays)
             self._publish(folder, entries)
 
     def _publish(self, folder: str, entries: dict[str, Entry]) -> None:

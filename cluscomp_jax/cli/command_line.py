@@ -1,4 +1,4 @@
-"""The command line that asks for given arguments, for records. Knows no command by name."""
+"""The command line of given arguments, for records. Knows no command by name."""
 
 import dataclasses
 import shlex

@@ -1,4 +1,4 @@
-"""`cluscomp compare`: several runs side by side, as a table and, if asked, as an HTML page."""
+"""`cluscomp compare`: several runs in one table, with --out also as an HTML page."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""`cluscomp compress`: everything is checked, then one model is compressed into one folder."""
+"""`cluscomp compress`: checks everything, then compresses one model into one folder."""
 
 import dataclasses
 from pathlib import Path
@@ -44,7 +44,7 @@ def run(arguments: CompressArguments) -> Result:
     bits = bits_per_weight(opened.model, cfg, by_block)
     if bits >= _BITS_OF_THE_ORIGINAL:
         note(
-            f"{bits:.1f} bits per weight: the codebooks weigh more than the matrices; fewer codes, or --bits, save room"
+            f"{bits:.1f} bits per weight: the codebooks weigh more than the matrices; fewer codes, or --bits, take less"
         )
     measure = None if arguments.evaluate is None else _measure(opened, arguments)
     note(f"{opened.name}: {_describe_rules(cfg, by_block, calibration)}; {_describe_stages(cfg, calibration)}")
@@ -99,7 +99,7 @@ def _describe_rules(cfg: CompressConfig, by_block: list[Rules], calibration: np.
 def _describe_stages(cfg: CompressConfig, calibration: np.ndarray | None) -> str:
     """Returns which stages of the method will run, in one phrase."""
     if calibration is None:
-        return "clustering only (ClusComp-), for want of --calibration"
+        return "clustering only (ClusComp-), without --calibration"
     samples, length = calibration.shape
     weighted = "activation-weighted clustering" if cfg.cluster.weighted else "clustering"
     if cfg.cluster.error_feedback:

@@ -1,6 +1,6 @@
-"""`cluscomp demo`: a real Llama compressed to about 3 bits per weight, measured, saved, loaded back and made to speak.
+"""`cluscomp demo`: compresses a Llama to about 3 bits per weight, measures, saves, loads and continues a question.
 
-Leaves in OUT: clustered/ and tuned/ (checkpoints), figure.png, report.txt, and, last, report.json.
+Writes into OUT: clustered/ and tuned/ (checkpoints), figure.png, report.txt, and, last, report.json.
 """
 
 import dataclasses

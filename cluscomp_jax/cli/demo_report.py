@@ -1,4 +1,4 @@
-"""What the demo found, as one table and as JSON. Computes nothing but sums of what was measured."""
+"""What the demo found, as one table and as JSON. Computes sums and ratios of what was measured only."""
 
 import dataclasses
 from typing import Any
@@ -50,8 +50,7 @@ class Demo:
 
     def compression_stages(self, column: str) -> dict[str, dict[str, Any]]:
         """Returns {stage: {"seconds", "peak_rss_bytes"}} of one compression."""
-        stages: dict[str, dict[str, Any]] = self.manifests[column]["metrics"]["stages"]
-        return stages
+        return self.manifests[column]["metrics"]["stages"]
 
     @property
     def peak_rss_bytes(self) -> int:

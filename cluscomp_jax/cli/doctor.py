@@ -1,4 +1,4 @@
-"""`cluscomp doctor`: what this machine offers, what is missing, and how to get it. Installs and changes nothing."""
+"""`cluscomp doctor`: versions, devices and memory, what is missing, and how to install it. Changes nothing."""
 
 import importlib.metadata
 import os

@@ -1,4 +1,4 @@
-"""`cluscomp evaluate`: the perplexity of a text under any model that can be opened, or what it answers exactly."""
+"""`cluscomp evaluate`: the perplexity of a text under any model that can be opened, or its share of exact answers."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ from typing import Any
 
 from cluscomp_jax.checkpoint.evaluations import add_evaluation, read_evaluations, stage_of
 from cluscomp_jax.checkpoint.reader import describe as describe_checkpoint
-from cluscomp_jax.cli.arguments import EvaluateArguments
+from cluscomp_jax.cli.arguments import DEFAULT_ANSWER_TOKENS, EvaluateArguments
 from cluscomp_jax.cli.generate import stop_tokens
 from cluscomp_jax.cli.inputs import read_tokens, require_windows
 from cluscomp_jax.cli.outcome import DONE, FAILED, Result, note
@@ -24,7 +24,6 @@ from cluscomp_jax.runtime.reporter import console_reporter
 from cluscomp_jax.runtime.scratch import require_room, scratch_parent
 from cluscomp_jax.text.training_data import read_questions
 
-_ANSWER_TOKENS = 256
 _MUCH = 2**28
 
 
@@ -50,7 +49,7 @@ def _run_perplexity(arguments: EvaluateArguments) -> Result:
     opened = open_model(arguments.model)
     stage = None if arguments.record is None else _stage(opened, Path(arguments.record))
     if arguments.record is not None:
-        read_evaluations(Path(arguments.record))  # what cannot be added to is told before the work
+        read_evaluations(Path(arguments.record))  # refuses a record that cannot be added to, before the work
     tokens = read_tokens(opened, arguments.text, first=arguments.tokens)
     require_windows(arguments.text, tokens, arguments.context)
     note_context("--context", arguments.context, opened)
@@ -79,7 +78,7 @@ def _run_perplexity(arguments: EvaluateArguments) -> Result:
 
 
 def note_context(what: str, length: int, opened: OpenedModel) -> None:
-    """Says where windows or samples are longer than what the model was made for."""
+    """Notes where windows or samples are longer than the model's own context."""
     most = getattr(opened.config, "max_position_embeddings", None)
     if most is not None and length > most:
         note(f"{what} {length} is more than the model's own context of {most}; it may do badly there")
@@ -88,26 +87,26 @@ def note_context(what: str, length: int, opened: OpenedModel) -> None:
 def check_scratch(
     shape: tuple[int, int], opened: OpenedModel, dtype: Dtype, *, work_dir: str | None = None, option: str = "TMPDIR"
 ) -> None:
-    """Says what an evaluation will have on the disk, where that is much: it is not beside the model, where room is.
+    """Notes the disk space of an evaluation where it is large: the folder can be on another disk than the model.
 
     Args:
       shape: (windows, context).
       opened: the model.
       dtype: compute dtype.
       work_dir: as for `perplexity`.
-      option: what chooses another folder.
+      option: the option or variable that sets another folder.
 
     Raises:
-      InputError: there is no such folder, or it has not so much room.
+      InputError: there is no such folder, or its disk has too little space.
     """
     size, folder = scratch_bytes(opened.model, shape, dtype), scratch_parent(work_dir)
     require_room(folder, size, f"choose another folder by {option}")
     if size >= _MUCH:
-        note(f"{folder}: {format_bytes(size)} of activations until it ends; {option} chooses another folder")
+        note(f"{folder}: {format_bytes(size)} of activations until it ends; {option} sets another folder")
 
 
 def _stage(opened: OpenedModel, folder: Path) -> str:
-    """Returns which stage of the run behind `folder` a model is.
+    """Returns which stage a model is of the run that made `folder`.
 
     Raises:
       InputError: `folder` is no compressed folder, or the model is none of its stages.
@@ -138,8 +137,8 @@ def _run_exact_match(arguments: EvaluateArguments, file: str) -> Result:
     for name in ("text", "tokens", "record", "work_dir"):
         if getattr(arguments, name) is not None:
             option = f"--{name.replace('_', '-')} {getattr(arguments, name)}"
-            raise InputError(f"{option} has no effect beside --exact-match; leave one out")
-    longest = _ANSWER_TOKENS if arguments.max_new_tokens is None else arguments.max_new_tokens
+            raise InputError(f"{option} has no effect with --exact-match; leave one out")
+    longest = DEFAULT_ANSWER_TOKENS if arguments.max_new_tokens is None else arguments.max_new_tokens
     if longest < 1:
         raise InputError(f"--max-new-tokens {longest}: it must be 1 or more")
     pattern = answer_pattern(GSM8K_ANSWER if arguments.answer is None else arguments.answer)

@@ -1,4 +1,4 @@
-"""`cluscomp finetune`: everything is checked, then one compressed model is trained into a new folder."""
+"""`cluscomp finetune`: checks everything, then trains one compressed model into a new folder."""
 
 import dataclasses
 import time
@@ -126,7 +126,7 @@ def _assist(task: _Task) -> FinetuneSummary:
 
 
 def finetune_config(arguments: FinetuneArguments) -> FinetuneConfig:
-    """Returns the settings of a run, without its model: those of the config file, under the options that were given.
+    """Returns the settings of a run, without its model: the config file's, replaced by the options that were given.
 
     Raises:
       InputError: an option without effect, or a value out of its range.
@@ -151,7 +151,9 @@ def finetune_config(arguments: FinetuneArguments) -> FinetuneConfig:
         mesh=config.mesh if arguments.mesh is None else parse_mesh(arguments.mesh),
     )
     if config.result == "best" and arguments.evaluation is None:
-        raise InputError("the best state is judged by --evaluation FILE; add that, or take the last (--result last)")
+        raise InputError(
+            "result is 'best', which needs --evaluation FILE to measure it; add that, or give --result last"
+        )
     return config
 
 

@@ -1,6 +1,6 @@
-"""One model into one folder: claim it, check the weights, measure, compress, finish. Resumes what was interrupted.
+"""Compression of one model into one folder: claim, check of the weights, measurement, compression, end. Resumable.
 
-Shared by `compress` and `demo`. Knows no command-line options and prints nothing but notes.
+Shared by `compress` and `demo`. Knows no command-line options; prints notes only.
 """
 
 import dataclasses
@@ -94,17 +94,17 @@ def compress_to_folder(
       command: recorded as the command line that asked for it.
 
     Raises:
-      InputError: the folder is not free, or a weight is not finite; nothing is left behind.
+      InputError: the folder is not free, or a weight is not finite; no file is left.
       RunError: the disk is full; the same call resumes.
     """
     course = _Course(measure)
     with course.before("prepare"):
         identity = fingerprint(opened.source, cfg, calibration)
         tokenizer = tokenizer_files(opened)
-        claim = claim_folder(out, opened, cfg, identity, zstd=cfg.zstd)
+        claim = claim_folder(out, opened, cfg, identity)
     with claim as writer, console_reporter(JsonLinesLog(out / METRICS_NAME)) as reporter:
         if writer.finished_blocks:
-            note(f"{out}: resuming behind {writer.finished_blocks} of {opened.model.num_blocks} finished blocks")
+            note(f"{out}: resuming after {writer.finished_blocks} of {opened.model.num_blocks} finished blocks")
         _check_scratch(opened, cfg, calibration, writer.work_path)
         with course.before("check weights"):
             _check_weights(opened, reporter)
@@ -129,7 +129,7 @@ def compress_to_folder(
 
 
 class _Course:
-    """What a run measures and spends outside the pipeline: stages before and after it, and perplexities."""
+    """Stages before and after the pipeline, and perplexities."""
 
     def __init__(self, measure: Measure | None):
         self.before, self.after = StageTimer(owns_process=True), StageTimer(owns_process=True)
@@ -151,7 +151,7 @@ class _Course:
 
 
 def claim_folder(
-    out: Path, opened: OpenedModel, cfg: CompressConfig | FinetuneConfig, identity: Fingerprint, *, zstd: bool = False
+    out: Path, opened: OpenedModel, cfg: CompressConfig | FinetuneConfig, identity: Fingerprint
 ) -> CheckpointWriter:
     """Returns the writer of `out`, claimed for this run or resumed. Raises as `CheckpointWriter` does."""
     return CheckpointWriter(
@@ -160,15 +160,14 @@ def claim_folder(
         run_config=cfg.to_dict(),
         fingerprint=identity.digest,
         inputs=identity.parts,
-        zstd=zstd,
     )
 
 
 def _check_scratch(opened: OpenedModel, cfg: CompressConfig, calibration: np.ndarray | None, work_path: Path) -> None:
-    """Says what will lie on the disk meanwhile; a person who finds it after a crash should know what it is.
+    """Notes the scratch files of a run, so that a person who finds them after a crash knows what they are.
 
     Raises:
-      InputError: the disk has not so much room, with what a run that crashed left there and this one makes anew.
+      InputError: the disk has too little space, counting files of a crashed run as free, which this one replaces.
     """
     size = 0 if calibration is None else scratch_bytes(opened.model, cfg, calibration.shape)
     left = sum(path.stat().st_size for path in work_path.glob("*.bin"))
@@ -191,12 +190,11 @@ def tokenizer_files(opened: OpenedModel) -> Path | Callable[[Path], Any] | None:
         return opened.files[0].parent
     if isinstance(opened.source, CheckpointSource):
         return opened.source.tokenizer_path
-    save: Callable[[Path], Any] = tokenizer.save_pretrained
-    return save
+    return tokenizer.save_pretrained
 
 
 def _check_weights(opened: OpenedModel, reporter: Reporter) -> None:
-    """Reads every weight once: what is broken in the last block is said now, not after hours."""
+    """Reads every weight once, so that a damaged last block ends the run now, not after hours."""
     reporter.start("check weights", opened.model.num_blocks, "blocks")
     opened.source.load_outer()
     for i in range(opened.model.num_blocks):
@@ -221,7 +219,7 @@ def _provenance(opened: OpenedModel, calibration: np.ndarray | None, name: str |
 
 @dataclasses.dataclass(frozen=True)
 class _Unfinished:
-    """The ParamSource of a checkpoint whose blocks are stored and whose rest is still the original's."""
+    """The ParamSource of a checkpoint whose blocks are stored and whose outer parameters are still the original's."""
 
     writer: CheckpointWriter
     original: ParamSource

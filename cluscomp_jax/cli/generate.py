@@ -104,7 +104,7 @@ def _text(arguments: GenerateArguments, completions: list[Completion]) -> str:
 def _fields(
     arguments: GenerateArguments, prompts: list[np.ndarray], completions: list[Completion], rates: Rates
 ) -> dict[str, Any]:
-    """Returns the JSON form; what a single prompt gave stands at the top as well."""
+    """Returns the JSON form; the fields of a single prompt are at the top as well."""
     rows = [
         {
             "prompt": text,

@@ -1,4 +1,4 @@
-"""`cluscomp import`: an AQLM model of one codebook per matrix into a compressed folder."""
+"""`cluscomp import`: writes an AQLM model of one codebook per matrix as a compressed folder."""
 
 import dataclasses
 import time
@@ -18,7 +18,7 @@ from cluscomp_jax.reporting.tables import format_bytes
 
 @dataclasses.dataclass(frozen=True)
 class _Imported:
-    """Stands where a CompressConfig does: nothing was run here."""
+    """Takes the place of a CompressConfig, since nothing was compressed."""
 
     model: Any
 

@@ -14,7 +14,7 @@ def read_tokens(opened: OpenedModel, spec: str, *, split: Split = "test", first:
     """Returns int32 [t] tokens of a text file, token array or named data set; `first` cuts them there.
 
     Raises:
-      InputError: the text cannot be had, the model carries no tokenizer, or there are fewer than `first` tokens.
+      InputError: the text cannot be read, the model carries no tokenizer, or there are fewer than `first` tokens.
     """
     tokenizer: Any = None if Path(spec).suffix == ".npy" else opened.load_tokenizer()
     tokens = load_tokens(spec, tokenizer, split=split, vocab_size=opened.config.vocab_size)

@@ -1,4 +1,4 @@
-"""`cluscomp inspect`: what a compressed folder says of itself."""
+"""`cluscomp inspect`: the records of a compressed folder."""
 
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,8 @@ def run(arguments: InspectArguments) -> Result:
 
 
 def _recorded(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the records of the matrices, or nothing where the run left none or an older kind."""
-    recorded: list[dict[str, Any]] = manifest["metrics"].get("matrices") or []
+    """Returns the records of the matrices; empty where the run left none or older ones without entropies."""
+    recorded = manifest["metrics"].get("matrices") or []
     return recorded if all("index_entropy" in matrix for matrix in recorded) else []
 
 

@@ -6,7 +6,7 @@ from cluscomp_jax.errors import InputError
 
 
 def parse_mesh(text: str) -> MeshConfig:
-    """Returns the mesh of AXIS=SIZE pairs with commas between; axes that are not named have size 1.
+    """Returns the mesh of AXIS=SIZE pairs, separated by commas; axes that are not named have size 1.
 
     Raises:
       InputError: an axis that is not known or named twice, or a size that is no number from 1.
@@ -18,6 +18,6 @@ def parse_mesh(text: str) -> MeshConfig:
             raise InputError(f"--mesh {text!r}: {pair!r} must be AXIS=SIZE, every axis once: data=2,fsdp=2,tensor=2")
         sizes[axis] = int(size)
     try:
-        return overlay(MeshConfig(), sizes)  # type: ignore[no-any-return]
+        return overlay(MeshConfig(), sizes)
     except InputError as error:
         raise InputError(f"--mesh {text!r}: {error}") from error

@@ -1,4 +1,4 @@
-"""What becomes of a command: its lines on standard output, or one line on standard error and an exit code.
+"""The outcome of a command: lines on standard output, or one line on standard error, and an exit code.
 
 Knows no command. Exit codes: 0 done, 1 failed, 2 wrong input.
 """
@@ -22,7 +22,7 @@ _WRONG_PATH = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirect
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a command has to say.
+    """What a command returns.
 
     Attributes:
       text: for a person.
@@ -57,7 +57,7 @@ def run(command: Callable[[], Result], *, json: bool, debug: bool, resumable: bo
         return _failed(error, str(error), FAILED, debug)
     except RunError as error:
         return _failed(error, f"{error}{hint}", FAILED, debug)
-    except BrokenPipeError:  # the reader of standard output has gone; the interpreter must not try to flush it again
+    except BrokenPipeError:  # the reader of standard output has ended; the interpreter must not flush it again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except OSError as error:
@@ -68,7 +68,7 @@ def run(command: Callable[[], Result], *, json: bool, debug: bool, resumable: bo
 
 
 def note(text: str) -> None:
-    """Tells the person one line that is no result."""
+    """Prints one line that is no result to standard error."""
     print(f"cluscomp: {text}", file=sys.stderr, flush=True)
 
 

@@ -21,7 +21,7 @@ def run_config(arguments: CompressArguments) -> CompressConfig:
     """Returns the settings of a run, without its model.
 
     Without --calibration nothing can be tuned. A bare command is then clustering only; one that asks for tuning, by
-    a recipe, a config file or an option, is refused rather than half obeyed.
+    a recipe, a config file or an option, is refused.
 
     Raises:
       InputError: options that contradict each other or the config file, or a value out of its range.
@@ -43,7 +43,6 @@ def run_config(arguments: CompressArguments) -> CompressConfig:
         tuning=_tuning(arguments, config.tuning),
         seed=config.seed if arguments.seed is None else arguments.seed,
         mesh=config.mesh if arguments.mesh is None else parse_mesh(arguments.mesh),
-        zstd=config.zstd or arguments.zstd,
     )
     asked = arguments.config or arguments.recipe
     if changed.cluster.uneven and arguments.calibration is None:

@@ -1,4 +1,4 @@
-"""`cluscomp plan`: what a run would need of a card that is not here, and whether it has it."""
+"""`cluscomp plan`: what a run needs of a card that is not here, and whether it fits."""
 
 import dataclasses
 import math
@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the compiler would tell of the missing card on every call
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the compiler would log the missing card on every call
 
 import jax
 
@@ -27,9 +27,9 @@ from cluscomp_jax.runtime.json_files import read_object
 from cluscomp_jax.runtime.reporter import console_reporter
 
 _LEGEND = (
-    "Launches are the kernels that a whole run starts on one card, counted in XLA's modules; + where a loop of unknown",
-    "length counts as one turn. Hours are an estimate of a whole run: operations and bytes at published rates, and",
-    f"{LAUNCH_SECONDS * 1e6:g} microseconds for each launch, an assumption; nothing was run.",
+    "Launches are the GPU kernels that a whole run starts on one card, counted in XLA's modules; + where a loop of",
+    "unknown length counts as one turn. Hours are an estimate of a whole run: operations and bytes at published rates,",
+    f"and {LAUNCH_SECONDS * 1e6:g} microseconds for each launch, an assumption; nothing was run.",
 )
 
 
@@ -43,7 +43,7 @@ def run(arguments: PlanArguments) -> Result:
     reserve = Reserve(arguments.memory_fraction, round(arguments.reserve_gib * GIB))
     settings: Any = jax.config
     settings.update("jax_platforms", "cpu")  # the compiler for CUDA is there all the same, and nothing runs
-    settings.update("jax_enable_compilation_cache", False)  # it can store programs of absent cards, not read them
+    settings.update("jax_enable_compilation_cache", False)  # it can store programs of absent cards, but not read them
     place = AbstractDevice(placement(target))
     with console_reporter() as reporter:
         made = plan(

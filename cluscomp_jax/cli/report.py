@@ -1,4 +1,4 @@
-"""`cluscomp report`: a run as one HTML page and the PNGs of its figures."""
+"""`cluscomp report`: one HTML page of a run, and the PNGs of its figures."""
 
 from pathlib import Path
 
@@ -12,5 +12,6 @@ def run(arguments: ReportArguments) -> Result:
     page = write_report(arguments.model, None if arguments.out is None else Path(arguments.out))
     figures = sorted(str(path) for path in page.parent.glob("*.png"))
     return Result(
-        f"{page}: one page, and {len(figures)} figures as PNG beside it", {"page": str(page), "figures": figures}
+        f"{page}: one page, and {len(figures)} figures as PNG in the same folder",
+        {"page": str(page), "figures": figures},
     )

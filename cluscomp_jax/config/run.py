@@ -28,7 +28,6 @@ class CompressConfig:
         number of samples. None: 2,048 tokens together, and no check.
       mesh: how many devices share the samples of a batch and the matrices to be clustered: its data axis; the others
         are 1. Bits of the result change with it. A tuning batch that it does not divide is computed whole on each.
-      zstd: codes the files of a checkpoint folder: shorter by the bits that entries of 8-bit indices do not hold.
     """
 
     model: Any = None
@@ -38,7 +37,6 @@ class CompressConfig:
     seed: int = 42
     device_memory_gib: float | None = None
     mesh: MeshConfig = MeshConfig()
-    zstd: bool = False
 
     def __post_init__(self) -> None:
         budget = self.device_memory_gib

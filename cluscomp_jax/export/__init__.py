@@ -1,4 +1,4 @@
-"""Exports of a compressed checkpoint that others load: Hugging Face dense and AQLM, orbax, Flax msgpack.
+"""Exports of a compressed checkpoint that others load: Hugging Face dense and AQLM, orbax.
 
 Each is written one parameter at a time into a folder that appears whole or not at all, with a model card.
 """
@@ -13,8 +13,8 @@ from cluscomp_jax.errors import InputError
 from cluscomp_jax.export import hugging_face, orbax
 from cluscomp_jax.export.card import model_card
 
-ExportFormat = Literal["aqlm", "dense", "orbax", "orbax-codebook", "flax"]
-_WITH_DTYPE = ("dense", "orbax", "flax")
+ExportFormat = Literal["aqlm", "dense", "orbax", "orbax-codebook"]
+_WITH_DTYPE = ("dense", "orbax")
 DEFAULT_SHARD_BYTES = 5 * 10**9
 """Most bytes of tensors in one safetensors file."""
 
@@ -65,8 +65,6 @@ def export_checkpoint(
                 orbax.write_orbax(source, folder, dtype=dtype)
             case "orbax-codebook":
                 orbax.write_orbax_codebook(source, folder)
-            case "flax":
-                orbax.write_msgpack(source, folder, dtype=dtype)
         card = model_card(source.manifest.to_dict(), form=form, command=command)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return sorted(path for path in final.rglob("*") if path.is_file())

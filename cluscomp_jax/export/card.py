@@ -55,13 +55,6 @@ def decode(kernel, shape, axis):  # kernel: {"codebook": [codes, g], "index": [d
 ```
 
 The compressed parameters as plain arrays, FlaxLlama layout, kernels `[d_in, d_out]`.""",
-    "flax": """```python
-from flax.serialization import msgpack_restore
-
-params = msgpack_restore(open("flax_model.msgpack", "rb").read())
-```
-
-Decoded parameters in FlaxLlama layout, kernels `[d_in, d_out]`; `config.json` is the model's.""",
 }
 
 

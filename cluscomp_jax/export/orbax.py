@@ -1,17 +1,15 @@
-"""Plain parameter trees of a compressed checkpoint: one orbax item, or one msgpack file of Flax.
+"""Plain parameter trees of a compressed checkpoint as one orbax item, decoded or as codebooks and indices.
 
-Both are written one parameter at a time. An orbax item in zarr form keeps every array in a folder of its own next to
-one description of the tree, so that items of one array each are put together by moving folders and merging
-descriptions. Msgpack is a stream of map headers, keys and leaves.
+The item is written one parameter at a time. In zarr form every array has a folder of its own, and one file describes
+the tree. Items of one array each are put together by moving these folders and merging the descriptions.
 """
 
 import json
 import math
 import shutil
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -23,11 +21,8 @@ from cluscomp_jax.errors import InputError
 from cluscomp_jax.export.iterate_parameters import copy_tokenizer, dense_array, ordered_entries, walk
 from cluscomp_jax.runtime import atomic, json_files
 
-PARAMS_NAME, MSGPACK_NAME, CODEBOOKS_NAME = "params", "flax_model.msgpack", "codebooks.json"
-"""The orbax item; the msgpack file; the shapes and axes that plain codebooks and indices do not say."""
-
-MAX_PIECE_BYTES = 2**30
-"""Most bytes of one msgpack value, as in Flax."""
+PARAMS_NAME, CODEBOOKS_NAME = "params", "codebooks.json"
+"""The orbax item; the shapes and axes that plain codebooks and indices do not say."""
 
 _DESCRIPTION = "_METADATA"
 
@@ -70,85 +65,6 @@ def write_orbax_codebook(source: CheckpointSource, folder: Path) -> None:
     described = {path: {"shape": list(entry.shape), "axis": entry.axis} for path, entry in matrices.items()}
     (folder / CODEBOOKS_NAME).write_text(json_files.dumps(described), encoding="utf-8")
     _write_config(source, folder)
-
-
-def write_msgpack(source: CheckpointSource, folder: Path, *, dtype: str | None) -> None:
-    """Writes the decoded parameters as `flax.serialization.msgpack_restore` reads them.
-
-    Args:
-      source: the checkpoint.
-      folder: exists and is empty.
-      dtype: of all arrays; None: each in its own.
-    """
-    import msgpack
-
-    entries, wanted = _decoded_entries(source, folder, dtype)
-    children = _children(entries)
-    packer = msgpack.Packer()
-    parents: list[str] = []
-    with (folder / MSGPACK_NAME).open("wb") as file:
-        file.write(packer.pack_map_header(len(children[""])))
-        for path, leaf in walk(source, _depth_first(entries)):
-            *folders, name = path.split("/")
-            shared = next((n for n, (a, b) in enumerate(zip(parents, folders, strict=False)) if a != b), None)
-            shared = min(len(parents), len(folders)) if shared is None else shared
-            for depth in range(shared, len(folders)):
-                file.write(packer.pack(folders[depth]))
-                file.write(packer.pack_map_header(len(children["/".join(folders[: depth + 1])])))
-            parents = folders
-            file.write(packer.pack(name))
-            _pack_array(file, packer, dense_array(path, leaf, wanted))
-    _write_config(source, folder)
-
-
-def _pack_array(file: IO[bytes], packer: Any, array: np.ndarray) -> None:
-    """Writes an array as flax.serialization packs it, without its copies.
-
-    That is an ext value of type 1 around (shape, dtype's name, bytes); beyond a GiB, a map of flat pieces of it.
-    """
-    if array.nbytes > MAX_PIECE_BYTES:
-        flat, piece = array.reshape(-1), MAX_PIECE_BYTES // array.itemsize
-        file.write(packer.pack_map_header(3) + packer.pack("__msgpack_chunked_array__") + packer.pack(True))
-        file.write(packer.pack("shape") + packer.pack({str(i): side for i, side in enumerate(array.shape)}))
-        starts = range(0, flat.size, piece)
-        file.write(packer.pack("chunks") + packer.pack_map_header(len(starts)))
-        for i, start in enumerate(starts):
-            file.write(packer.pack(str(i)))
-            _pack_array(file, packer, flat[start : start + piece])
-        return
-    described = packer.pack_array_header(3) + packer.pack(array.shape) + packer.pack(array.dtype.name)
-    described += b"\xc6" + struct.pack(">I", array.nbytes)
-    file.write(b"\xc9" + struct.pack(">I", len(described) + array.nbytes) + b"\x01" + described)
-    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-
-def _depth_first(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Returns the entries in an order in which all paths of a folder are together.
-
-    A folder takes the place of its last path, so that what is outside the blocks still comes before all of them, and no
-    item is loaded twice.
-    """
-    order: dict[str, int] = {}
-    for number, path in enumerate(entries):
-        parts = path.split("/")
-        for depth in range(1, len(parts) + 1):
-            order["/".join(parts[:depth])] = number
-
-    def place(path: str) -> tuple[int, ...]:
-        parts = path.split("/")
-        return tuple(order["/".join(parts[:depth])] for depth in range(1, len(parts) + 1))
-
-    return {path: entries[path] for path in sorted(entries, key=place)}
-
-
-def _children(entries: Mapping[str, Entry]) -> dict[str, set[str]]:
-    """Returns {path of a folder, "" for the root: names in it}."""
-    found: dict[str, set[str]] = {}
-    for path in entries:
-        parts = path.split("/")
-        for depth, name in enumerate(parts):
-            found.setdefault("/".join(parts[:depth]), set()).add(name)
-    return found
 
 
 def _write_item(folder: Path, arrays: Iterator[tuple[str, np.ndarray]]) -> None:

@@ -52,8 +52,7 @@ class TextStream:
         return self._give(len(self._held))
 
     def _decode(self, end: int) -> str:
-        text: str = self._tokenizer.decode(self._tokens[self._context : end], skip_special_tokens=True)
-        return text
+        return self._tokenizer.decode(self._tokens[self._context : end], skip_special_tokens=True)
 
     def _certain(self) -> int:
         """Returns how much of the held text can be given out; notes where a stop string ends it."""

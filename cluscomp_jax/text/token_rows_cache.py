@@ -1,6 +1,6 @@
 """Rows of training files kept on disk, so that a large text is tokenised once.
 
-    CACHE/DIGEST.safetensors    tokens, scored and, of JSON lines of conversations, lines, as in Examples
+    CACHE/DIGEST.safetensors    tokens, scored and, of JSON lines of conversations, lines: those of TokenRows
 
 DIGEST is of all that the rows depend on: the file's bytes and form, the tokenizer, the settings, the versions of the
 packages that make rows. A file is found again under another name of the same form, and never after any of these has
@@ -123,7 +123,7 @@ def _load(path: Path) -> TokenRows:
         with safetensors.safe_open(path, framework="np") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata()
-        examples = TokenRows(**arrays)
+        examples = TokenRows(**{"loss_mask" if name == "scored" else name: array for name, array in arrays.items()})
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error}; choose another folder") from None
     except (safetensors.SafetensorError, InputError, TypeError) as error:

@@ -309,11 +309,10 @@ def _check_messages(where: str, messages: Any) -> None:
 
 def _apply(where: str, tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool) -> str:
     try:
-        text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
     except (jinja2.TemplateError, IndexError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"{where}: the chat template refuses these messages: {reason}") from None
-    return text
 
 
 _RENDERERS: Mapping[str, Callable[..., _Conversation]] = {

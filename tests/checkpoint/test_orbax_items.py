@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from cluscomp_jax.checkpoint import orbax_items
+from coded_items import write_coded_item
 
 READ = """
 import sys
@@ -30,7 +29,7 @@ for _ in range(8):
 def test_a_read_that_fails_says_one_line(tmp_path: Path, damage: str) -> None:
     random = np.random.default_rng(0)
     arrays = {f"a/{i}": random.standard_normal((400, 1000)).astype(np.float32) for i in range(12)}
-    orbax_items.write_item(tmp_path / "item", arrays, zstd=True)
+    write_coded_item(tmp_path / "item", arrays)
     if damage == "chunk":
         (tmp_path / "item/a.0/0.0").unlink()
     elif damage == "coded":

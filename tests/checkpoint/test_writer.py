@@ -63,7 +63,7 @@ class Bomb:
             raise Killed
 
 
-def write_quick_item(folder, arrays, *, zstd):
+def write_quick_item(folder, arrays):
     """Stands in for orbax, which is slow where the test repeats it a hundred times; in two steps, like orbax."""
     folder.mkdir()
     (folder / "names").write_text(json.dumps(list(arrays)))

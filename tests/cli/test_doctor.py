@@ -55,7 +55,7 @@ def test_a_missing_package_is_named() -> None:
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash is installed")
 def test_bash_completes_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["completion", "bash"]) == 0
+    assert main(["--tyro-print-completion", "bash"]) == 0
     script = capsys.readouterr().out
     words = "COMP_WORDS=(cluscomp {}); COMP_CWORD={}; _tyro_cluscomp; echo ${{COMPREPLY[@]}}"
     asked = "\n".join([script, words.format("exp", 1), words.format("export --format or", 3)])

@@ -187,7 +187,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     other = [*compress_argv(folder, out)[:-1], "4"]
     assert "seed is 3 there, 4 here" in fail(capsys, other, 2)
     assert main(compress_argv(folder, out)) == 0
-    assert "resuming behind 1 of 2 finished blocks" in capsys.readouterr().err
+    assert "resuming after 1 of 2 finished blocks" in capsys.readouterr().err
     assert open_checkpoint(out).fingerprint() == open_checkpoint(compressed).fingerprint()
     assert "already finished" in fail(capsys, compress_argv(folder, out), 2)
 

@@ -301,4 +301,4 @@ def test_an_option_without_effect_is_refused(capsys: pytest.CaptureFixture[str],
     assert main([*command, "--evaluate-every", "3"]) == 2
     assert "--evaluate-every 3 has no effect without --evaluation" in capsys.readouterr().err
     assert main([*command, "--result", "best"]) == 2
-    assert "the best state is judged by --evaluation FILE" in capsys.readouterr().err
+    assert "result is 'best', which needs --evaluation FILE" in capsys.readouterr().err

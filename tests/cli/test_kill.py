@@ -97,7 +97,7 @@ def test_a_killed_run_given_again_ends_in_the_bytes_of_one_that_was_not(tmp_path
     finished = len(list((out / "blocks").iterdir()))
     assert 1 <= finished < BLOCKS
     (out / "metrics.jsonl").write_text('{"event": "block", "time": 17')  # as a full disk tears a line
-    assert f"resuming behind {finished} of {BLOCKS} finished blocks" in finish(start(tmp_path, out))
+    assert f"resuming after {finished} of {BLOCKS} finished blocks" in finish(start(tmp_path, out))
     finish(start(tmp_path, whole))
     chex.assert_trees_all_equal(load_checkpoint(out).params, load_checkpoint(whole).params)
     assert open_checkpoint(out, verify=True).fingerprint() == open_checkpoint(whole).fingerprint()

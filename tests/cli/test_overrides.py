@@ -42,12 +42,9 @@ def test_every_option_reaches_its_setting() -> None:
         axis="in",
         g=5,
         unweighted=True,
-        zstd=True,
         mesh="data=2",
     )
-    assert config.zstd
     assert config.mesh == MeshConfig(data=2)
-    assert not config_of(calibration="t").zstd
     assert config.calibration.samples == 3
     assert config.calibration.length == 9
     assert config.calibration.sample_offsets == "s"
@@ -121,8 +118,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "nothing to score": ({"tokens": 0}, "--tokens 0: it must be 2 or more"),
     "no codes": ({"num_codes": 0}, "num_codes is 0; it must be 2 to 65536"),
     "too many codes": ({"num_codes": 65537}, "num_codes is 65537"),
-    "no group": ({"g": 0}, "g is 0; it must be 1 to 32"),
-    "too large a group": ({"g": 33}, "g is 33"),
+    "no group": ({"g": 0}, "group_size is 0; it must be 1 to 32"),
+    "too large a group": ({"g": 33}, "group_size is 33"),
     "negative bits": ({"bits": -1.0}, "bits is -1.0"),
     "negative seed": ({"seed": -1}, "seed is -1"),
     "mesh of parts": ({"mesh": "data=2,tensor=2"}, "mesh is data=2,fsdp=1,tensor=2; compression holds one block"),

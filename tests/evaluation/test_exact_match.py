@@ -111,7 +111,7 @@ def test_a_text_without_an_answer_counts_as_wrong(folder: Path) -> None:
     ("options", "text"),
     [
         ([], "give --text TEXT or --exact-match FILE"),
-        (["--text", "t", "--exact-match", "f"], "--text t has no effect beside --exact-match"),
+        (["--text", "t", "--exact-match", "f"], "--text t has no effect with --exact-match"),
         (["--text", "t", "--max-new-tokens", "3"], "--max-new-tokens has no effect without --exact-match"),
         (["--exact-match", "f", "--max-new-tokens", "0"], "--max-new-tokens 0"),
         (["--exact-match", "f", "--answer", "("], "is no regular expression"),

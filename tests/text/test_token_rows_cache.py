@@ -179,7 +179,7 @@ def test_a_damaged_file_of_the_cache_is_named(tokenizer, tmp_path, part):
     examples = read_cached_examples(tmp_path / "cache", path, tokenizer, settings, vocab_size=VOCAB)
     (kept,) = (tmp_path / "cache").iterdir()
     good = kept.read_bytes()
-    at = 3 if part == "header" else good.index(getattr(examples, part).tobytes())
+    at = 3 if part == "header" else good.index(getattr(examples, "loss_mask" if part == "scored" else part).tobytes())
     message = "is damaged" if part == "header" else "are not those that were stored"
     kept.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
     with pytest.raises(InputError, match=f"{kept.name}: .*{message}.*; remove it"):

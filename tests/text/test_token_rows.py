@@ -65,7 +65,7 @@ def test_pad_scores_nothing_behind_the_end():
     [
         (np.zeros((2, 3)), np.ones((2, 3), bool), "training tokens are float64"),
         (np.zeros((2, 1), int), np.ones((2, 1), bool), "2 tokens or more"),
-        (np.zeros((2, 3), int), np.ones((2, 3), int), "scored is int64"),
+        (np.zeros((2, 3), int), np.ones((2, 3), int), "loss_mask is int64"),
         (np.zeros((2, 3), int), np.array([[0, 1, 0], [1, 0, 0]], bool), "row 1 has no scored token after its first"),
     ],
 )

@@ -20,15 +20,14 @@ from cluscomp_jax.plan.whole import GIB
 from cluscomp_jax.runtime import atomic
 from cluscomp_jax.runtime.json_files import read_object
 
-MODELS = {"llama-2-7b": "llama2_7b", "llama-2-70b": "llama2_70b", "llama-3.1-405b": "llama2_70b"}
-"""{preset: the configs it is planned with}."""
+MODELS = ("llama-2-7b", "llama-2-70b", "llama-3.1-405b")
 BITS = (4, 2)
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 
 def make(name: str, model: str, bits: int, target: str, out: Path) -> None:
     """Writes the plan to OUT/NAME.json, or ends the program with what `cluscomp plan` said."""
-    config = CONFIGS / f"{MODELS[model]}_{bits}bit.toml"
+    config = CONFIGS / f"llama_{bits}bit.toml"
     command = [sys.executable, "-m", "cluscomp_jax", "plan", model, "--target", target, "--config", str(config)]
     done = subprocess.run(
         [*command, "--context", "4096", "--json"],

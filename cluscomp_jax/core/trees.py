@@ -1,4 +1,4 @@
-"""Parameter trees by path: flatten, rebuild, map, partition and combine nested dicts.
+"""Parameter trees by path: flatten, rebuild and map nested dicts.
 
 A path is the "/"-joined string of a leaf's keys. Knows nothing of models or of what a leaf is, except
 that anything that is not a mapping is a leaf.
@@ -87,21 +87,3 @@ def subtree(tree: Mapping[Any, Any], path: str) -> Params:
 def without(tree: Mapping[Any, Any], path: str) -> Params:
     """Returns the tree less everything at or below `path`."""
     return unflatten({p: leaf for p, leaf in flatten(tree).items() if p != path and not p.startswith(path + "/")})
-
-
-def partition(tree: Mapping[Any, Any], predicate: Callable[[str, Any], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns two flat dicts {path: leaf}: where the predicate holds, and the rest. `combine` undoes it."""
-    flat = flatten(tree)
-    selected = {path: leaf for path, leaf in flat.items() if predicate(path, leaf)}
-    return selected, {path: leaf for path, leaf in flat.items() if path not in selected}
-
-
-def combine(*flats: Mapping[str, Any]) -> Params:
-    """Returns the nested dict of several disjoint flat dicts."""
-    merged: dict[str, Any] = {}
-    for flat in flats:
-        for path, leaf in flat.items():
-            if path in merged:
-                raise InputError(f"parameter path {path!r} appears twice")
-            merged[path] = leaf
-    return unflatten(merged)

@@ -31,15 +31,6 @@ def test_flatten_joins_the_keys_and_unflatten_undoes_it(tree: dict[str, Any]) ->
 
 @modest
 @given(TREES)
-def test_partition_and_combine_are_inverse(tree: dict[str, Any]) -> None:
-    even, odd = trees.partition(tree, lambda _, leaf: leaf % 2 == 0)
-    assert all(leaf % 2 == 0 for leaf in even.values())
-    assert all(leaf % 2 for leaf in odd.values())
-    assert trees.combine(even, odd) == tree
-
-
-@modest
-@given(TREES)
 def test_map_by_path_sees_every_path_once(tree: dict[str, Any]) -> None:
     assert trees.flatten(trees.map_by_path(lambda path, leaf: (path, leaf), tree)) == {
         path: (path, leaf) for path, leaf in trees.flatten(tree).items()
@@ -81,8 +72,3 @@ def test_a_path_cannot_be_leaf_and_folder(flat: dict[str, int]) -> None:
 def test_subtree_names_what_is_not_there(path: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         trees.subtree(NNX_LIKE, path)
-
-
-def test_combine_refuses_a_path_given_twice() -> None:
-    with pytest.raises(InputError, match="'a' appears twice"):
-        trees.combine({"a": 1}, {"a": 2})

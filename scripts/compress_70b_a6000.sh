@@ -14,7 +14,8 @@ set -euo pipefail
 model=${1:?which model?} out=${2:?into which folder?} bits=${3:-2}
 family=${FAMILY:-llama2} recipe=${RECIPE:-default}
 here=$(cd "$(dirname "$0")/.." && pwd)
-config=$here/configs/llama_$([ "$bits" = 1 ] && echo 70b_)${bits}bit.toml
+size=$([ "$bits" = 1 ] && echo 70b_ || true)
+config=$here/configs/llama_${size}${bits}bit.toml
 preset=$([ "$family" = llama3 ] && echo llama-3-70b || echo llama-2-70b)
 
 # What `plan` counts with: JAX may take 92% of the card, the rest is the CUDA context's.

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from paths import HELPERS
+from rounding import epsilon, of_sum
 from training_models import MODEL
 from virtual_devices import run_on_devices
 
@@ -33,7 +34,7 @@ def test_the_first_gradient_is_that_of_one_device(runs, mesh):
     found, expected = (runs["meshes"][name]["gradient"] for name in (mesh, "one"))
     assert found.keys() == expected.keys()
     worst = max(error(found[name], expected[name]) for name in expected)
-    assert worst <= PRODUCTS * np.finfo(np.float32).eps  # each product sums in another order, and rounds once more
+    assert worst <= PRODUCTS * epsilon()  # each product sums in another order, and rounds once more
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -75,7 +76,7 @@ def test_indices_move_as_they_are_stored_and_of_gradients_only_the_codebooks(run
 @pytest.mark.parametrize("side", ["in", "out"])
 @pytest.mark.parametrize("implementation", ["definition", "interpret"])
 def test_a_sharded_product_and_its_gradients_are_those_of_the_whole(runs, implementation, side):
-    assert max(runs["kernels"][f"{implementation}-{side}"]) <= 2e-6
+    assert max(runs["kernels"][f"{implementation}-{side}"]) <= of_sum(64)  # sides of 32 and 64 are summed
 
 
 def test_a_state_saved_on_one_mesh_goes_on_on_another_and_on_one_device(runs):

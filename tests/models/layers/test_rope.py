@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounding import epsilon
 
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.layers.rope import (
@@ -19,14 +20,17 @@ from cluscomp_jax.models.layers.rope import (
 HEAD_DIM = 16
 PLAIN = 10000.0 ** (-np.arange(8) / 8)
 
+FEW = 16 * epsilon()
+"""A power, a product and a quotient or two."""
+
 
 def frequencies(length=1, **numbers):
     return np.asarray(inverse_frequencies(RopeConfig(**numbers), HEAD_DIM, length))
 
 
 def test_default_and_linear_are_a_geometric_series():
-    np.testing.assert_allclose(frequencies(), PLAIN, rtol=1e-6)
-    np.testing.assert_allclose(frequencies(rope_type="linear", factor=4.0), PLAIN / 4, rtol=1e-6)
+    np.testing.assert_allclose(frequencies(), PLAIN, rtol=FEW)
+    np.testing.assert_allclose(frequencies(rope_type="linear", factor=4.0), PLAIN / 4, rtol=FEW)
     assert frequencies().dtype == np.float32
 
 
@@ -44,12 +48,12 @@ def test_llama3_keeps_short_wavelengths_and_stretches_long_ones():
     kept, stretched = wavelengths < 512 / 4, wavelengths > 512
     assert kept.any()
     assert stretched.any()
-    np.testing.assert_allclose(actual[kept], PLAIN[kept], rtol=1e-6)
-    np.testing.assert_allclose(actual[stretched], PLAIN[stretched] / 8, rtol=1e-6)
+    np.testing.assert_allclose(actual[kept], PLAIN[kept], rtol=FEW)
+    np.testing.assert_allclose(actual[stretched], PLAIN[stretched] / 8, rtol=FEW)
     between = ~kept & ~stretched
     assert between.any()
     share = (512 / wavelengths[between] - 1) / 3
-    np.testing.assert_allclose(actual[between], PLAIN[between] * (share + (1 - share) / 8), rtol=1e-6)
+    np.testing.assert_allclose(actual[between], PLAIN[between] * (share + (1 - share) / 8), rtol=FEW)
 
 
 def test_yarn_ramps_from_kept_to_stretched_over_the_pairs():

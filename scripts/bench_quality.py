@@ -31,13 +31,13 @@ from cluscomp_jax.text.text import calibration_samples, load_tokens, read_starts
 
 TEXT, TEST, STARTS = data.path("wiki_train"), data.path("wiki_test"), data.path("calibration_starts")
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-FOUR_BITS, FOLLOW = CONFIGS / "smollm2_135m_4bit.toml", CONFIGS / "finetune/follow.toml"
+FOUR_BITS, DISTILL = CONFIGS / "smollm2_135m_4bit.toml", CONFIGS / "finetune/distill.toml"
 UNTUNED = "tuning = false"
 EVEN = "group_size = 4\nnum_codes = 1024"
 
-FOLLOWED = "-followed"
+DISTILLED = "-distilled"
 """Ends the name of a row that goes on from the row before the ending: one more pass over its samples, with the
-original (configs/finetune/follow.toml)."""
+original (configs/finetune/distill.toml)."""
 
 Row = tuple[str, int, int]
 """(TOML, samples, tokens per sample)."""
@@ -88,7 +88,7 @@ TABLES: dict[str, dict[str, Row]] = {
     | {"code-64x512": (even(), 64, 512)},
 }
 TABLES["budgets"] |= {
-    f"{name}{FOLLOWED}": TABLES["budgets"][name]
+    f"{name}{DISTILLED}": TABLES["budgets"][name]
     for name in ("2.63-tuned-64", "2.1-tuned-64", "3.3-tuned-64", "4.1-tuned-64")
 }
 
@@ -97,12 +97,12 @@ def measure(name: str, setting: Row, seed: int, out: Path) -> dict[str, Any]:
     """Returns {"perplexity", "bits_per_weight", "seconds"} of one run, from its file if it is there already."""
     done, folder = out / f"{name}-{seed}.json", out / f"{name}-{seed}"
     if not done.exists():
-        followed = name.endswith(FOLLOWED)
-        base = measure(name.removesuffix(FOLLOWED), setting, seed, out)["seconds"] if followed else 0.0
+        distilled = name.endswith(DISTILLED)
+        base = measure(name.removesuffix(DISTILLED), setting, seed, out)["seconds"] if distilled else 0.0
         if not (folder / "manifest.json").exists():  # else killed before its result was written
-            (_follow if followed else _compress)(name, setting, seed, out)
+            (_follow if distilled else _compress)(name, setting, seed, out)
         manifest = open_checkpoint(folder).manifest
-        spent: Any = (manifest.metrics["finetune"] if followed else manifest.metrics)["seconds"]
+        spent: Any = (manifest.metrics["finetune"] if distilled else manifest.metrics)["seconds"]
         score = _cluscomp("evaluate", str(folder), "--text", str(TEST), "--tokens", "8192", "--context", "512")
         bits = manifest.contents.totals["bits_per_weight"]
         result = {"perplexity": score["perplexity"], "bits_per_weight": bits, "seconds": base + spent}
@@ -135,9 +135,9 @@ def _follow(name: str, setting: Row, seed: int, out: Path) -> None:
         crops = calibration_samples(tokens, samples=samples, length=length, seed=seed, sample_offsets=starts)
         np.save(rows.with_suffix(".part.npy"), crops.ravel())
         rows.with_suffix(".part.npy").replace(rows)
-    options = ["--config", str(FOLLOW), "--teacher", str(find_model()), "--data", str(rows), "--steps", str(samples)]
+    options = ["--config", str(DISTILL), "--teacher", str(find_model()), "--data", str(rows), "--steps", str(samples)]
     options += ["--length", str(length), "--seed", str(seed), "--out", str(out / f"{name}-{seed}")]
-    _cluscomp("finetune", str(out / f"{name.removesuffix(FOLLOWED)}-{seed}"), *options)
+    _cluscomp("finetune", str(out / f"{name.removesuffix(DISTILLED)}-{seed}"), *options)
 
 
 def _cluscomp(*arguments: str) -> dict[str, Any]:

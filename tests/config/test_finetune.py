@@ -34,7 +34,7 @@ def test_the_shipped_configs_load(path: Path) -> None:
     assert f"configs/finetune/{path.name}" in path.read_text().split("\n\n")[0]
     expected = {
         "recovery": ("cheap", False, 512),
-        "follow": ("cheap", False, 512),
+        "distill": ("cheap", False, 512),
         "llama2_70b": ("all", True, 2048),
     }
     assert (cfg.training.remat_policy, cfg.training.offload_inputs, cfg.data.length) == expected[path.stem]

@@ -78,8 +78,10 @@ def check_reachable(matrices: Shapes, bits: float, *, axis: Axis, pools: Mapping
     """Raises InputError where `allocate_unevenly` offers nothing within the budget, whatever the costs.
 
     Args:
-      matrices, bits, pools: as there.
+      matrices: {path: (d_in, d_out)}.
+      bits: as there.
       axis: that is cut.
+      pools: as there.
     """
     problem = _problem(matrices, pools, axis)
     least = _least_bits(_system(problem, _offers(bits, least=0.0))) / _weights(matrices)

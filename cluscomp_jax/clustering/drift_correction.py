@@ -20,10 +20,10 @@ class LayerStatistics(NamedTuple):
     """Statistics of the inputs x [d_in] of an input group, float32, means over positions.
 
     Attributes:
-      hessian: H = E[x x^T] [d_in, d_in].
-      drift: E[x (x0 - x)^T] [d_in, d_in], x0 the original stream's inputs. None where the original stream is not
+      hessian: `[d_in, d_in]`, H = E[x x^T].
+      drift: `[d_in, d_in]`, E[x (x0 - x)^T], x0 the original stream's inputs. None where the original stream is not
         given, and where `errors` is there instead.
-      errors: E[x e^T] [d_in, d_out], e = (x0 - x) W + r0 - r the error of the residual stream after the group's one
+      errors: `[d_in, d_out]`, E[x e^T], e = (x0 - x) W + r0 - r the error of the residual stream after the group's one
         projection W. None where the outputs are not added to a residual.
     """
 

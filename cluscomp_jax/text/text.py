@@ -193,12 +193,12 @@ def calibration_samples(
       tokens: int [tokens].
       samples: at least 1.
       length: tokens per sample, at least 2.
-      seed: of numpy's default generator (PCG64), which draws the starts uniformly and independently from
-        0 … tokens-length; crops may overlap. Unused where starts are given.
-      starts: int [at least samples]; sample s is tokens[starts[s] : starts[s] + length].
+      seed: of numpy's default generator (PCG64), which draws the offsets uniformly and independently from
+        0 … tokens-length; crops may overlap. Unused where offsets are given.
+      sample_offsets: int [at least samples]; sample s is the `length` tokens from sample_offsets[s] on.
 
     Raises:
-      InputError: too few tokens or starts, or a start outside its range; both values are named.
+      InputError: too few tokens or offsets, or an offset outside its range; both values are named.
     """
     if samples < 1 or length < 2:
         raise InputError(f"calibration needs samples >= 1 and length >= 2, not {samples} and {length}")

@@ -23,7 +23,7 @@ class TokenRows:
 
     Attributes:
       tokens: int32 [n, t], n >= 1, t >= 2.
-      scored: bool [n, t]; every row has one that is true after its first position, which nothing predicts.
+      loss_mask: bool [n, t]; every row has one that is true after its first position, which nothing predicts.
       lines: int [n], the line from 1 of the file that each row comes from; None where rows have no line of their own.
 
     Raises:

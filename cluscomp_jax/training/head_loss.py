@@ -59,7 +59,7 @@ class HeadLoss:
           trained, frozen: the group "rest" of either tree; the loss is differentiable in `trained`.
           x: [b, t, d] after the last block, of the compute dtype; the loss is differentiable in it.
           targets: int32 [b, t], the token after each position.
-          scored: bool [b, t].
+          loss_mask: bool [b, t].
           teacher: of the same tokens.
         """
         # Cast once: inside the loop it would be done for every chunk.

@@ -109,7 +109,7 @@ def summed_loss(
       trained: of `split_params`.
       frozen: of `split_params`.
       tokens: int32 [b, t], t >= 2.
-      scored: bool [b, t]; the first position of a row is never scored, whatever it says.
+      loss_mask: bool [b, t]; the first position of a row is never scored, whatever it says.
       teacher: takes part only where the settings have a distillation.
       layout: of `split_params`.
       settings: their compute dtype, distillation and gradient mode count here, and what they recompute and offload.
@@ -173,7 +173,7 @@ def train_step(
       state: is donated.
       frozen: of `split_params`.
       tokens: int32 [a, b, t]: a batches, passed through one after another.
-      scored: bool [a, b, t], as in `summed_loss`; at least one true after the first position of a row.
+      loss_mask: bool [a, b, t], as in `summed_loss`; at least one true after the first position of a row.
       teacher: as in `summed_loss`.
       layout: of `split_params`.
       settings: of the run.

@@ -1,6 +1,6 @@
 """A program of its own, because a process has as many devices as it began with: training on meshes of eight.
 
-`python mesh_runs.py OUT.json` writes what tests/test_training_mesh.py judges.
+`python mesh_runs.py OUT.json` writes what tests/training/test_mesh.py judges.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """A program of its own, because a process has as many devices as it began with: compression spread over two.
 
-`python spread_runs.py OUT.json` writes what tests/test_spread.py judges.
+`python spread_runs.py OUT.json` writes what tests/test_pipeline_mesh.py judges.
 """
 
 import dataclasses

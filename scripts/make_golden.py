@@ -1,4 +1,4 @@
-"""Writes the golden checkpoint of the current format version, and prints what tests/checkpoint/test_golden.py pins of it.
+"""Writes the golden checkpoint of the current format version, and prints what its test pins.
 
     python scripts/make_golden.py tests/fixtures/golden_v1
 

@@ -22,8 +22,8 @@ import safetensors.numpy
 import tokenizers
 
 from cluscomp_jax import data, llama
-from cluscomp_jax.checkpoint import layout
 from cluscomp_jax.core import losses, trees
+from cluscomp_jax.models.tensor_names import is_transposed, names_of
 
 END_OF_TEXT = "<|endoftext|>"
 CONTEXT = 256
@@ -119,7 +119,9 @@ def write_folder(folder: Path, params: Params, tokenizer: tokenizers.Tokenizer) 
     """Writes config.json, model.safetensors (the dtype of params), tokenizer.json and tokenizer_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        layout.HUGGING_FACE.name(path): np.ascontiguousarray(np.asarray(leaf).T if layout.is_transposed(path) else leaf)
+        names_of(CONFIG, "hugging_face").name(path): np.ascontiguousarray(
+            np.asarray(leaf).T if is_transposed(path) else leaf
+        )
         for path, leaf in trees.flatten(params).items()
     }
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from cluscomp_jax.checkpoint import bitpack, layout
+from cluscomp_jax.checkpoint import bitpack
 from cluscomp_jax.checkpoint.entries import DTYPES, Entry, MatrixEntry
 from cluscomp_jax.core.codebook import MAX_GROUP, Axis, CodebookArray
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.hf.safetensors_writer import TensorSpec
+from cluscomp_jax.models.tensor_names import TensorNames
 
 _BROKEN_BITS = 8
 """aqlm 1.1.7 runs codebooks of 256 codes through a CPU kernel whose threads overwrite each other's sums."""
@@ -34,12 +35,14 @@ class AqlmScheme:
       g: weights per code.
       bits: of a code; every codebook is filled up with zeros to 2**bits rows.
       dense: Hugging Face modules of blocks that are not compressed.
+      names: of the tensors in a Hugging Face folder.
     """
 
     axis: Axis
     g: int
     bits: int
     dense: tuple[str, ...]
+    names: TensorNames
 
     @property
     def groups(self) -> tuple[int, int]:
@@ -77,7 +80,7 @@ class AqlmScheme:
             "codebooks": (dtype, (1, 2**self.bits, out_group, in_group)),
             "scales": (dtype, (d_out // out_group, 1, 1, 1)),
         }
-        module = layout.HUGGING_FACE.name(path).removesuffix(".weight")
+        module = self.names.name(path).removesuffix(".weight")
         return [TensorSpec(f"{module}.{name}", *entry) for name, entry in shapes.items()]
 
     def tensors(self, leaf: CodebookArray) -> Iterator[np.ndarray]:
@@ -92,12 +95,12 @@ class AqlmScheme:
         yield np.ones((leaf.shape[1] // self.groups[0], 1, 1, 1), codes.dtype)
 
 
-def scheme_of(entries: Mapping[str, Entry], blocks_path: str, *, bits: int | None = None) -> AqlmScheme:
+def scheme_of(entries: Mapping[str, Entry], names: TensorNames, *, bits: int | None = None) -> AqlmScheme:
     """Returns the scheme that holds all matrices of a checkpoint.
 
     Args:
       entries: {parameter path: entry}.
-      blocks_path: the path of the blocks.
+      names: of the tensors in a Hugging Face folder.
       bits: of a code, at most 16; None: as few as the matrices need, but never 8.
 
     Raises:
@@ -108,7 +111,7 @@ def scheme_of(entries: Mapping[str, Entry], blocks_path: str, *, bits: int | Non
     if not matrices:
         raise InputError("an AQLM checkpoint needs compressed matrices, and there is none; export it as dense")
     for path in matrices:
-        if not path.startswith(f"{blocks_path}/"):
+        if not path.startswith(f"{names.blocks_path}/"):
             raise InputError(f"{path} is compressed, and AQLM holds kernels of decoder blocks only; export it as dense")
     first_path, first = next(iter(matrices.items()))
     for path, entry in matrices.items():
@@ -126,9 +129,9 @@ def scheme_of(entries: Mapping[str, Entry], blocks_path: str, *, bits: int | Non
             f"AQLM codes of {bits} bits were asked for; the matrices need {needed}, at most {bitpack.MAX_BITS} are "
             f"possible, and {_BROKEN_BITS} give wrong sums in aqlm's CPU kernel"
         )
-    kept = [path for path in entries if path.startswith(f"{blocks_path}/") and path.endswith("/kernel")]
-    dense = [layout.HUGGING_FACE.name(path).removesuffix(".weight") for path in kept if path not in matrices]
-    return AqlmScheme(first.axis, first.group_size, bits, tuple(dense))
+    kept = [path for path in entries if path.startswith(f"{names.blocks_path}/") and path.endswith("/kernel")]
+    dense = [names.name(path).removesuffix(".weight") for path in kept if path not in matrices]
+    return AqlmScheme(first.axis, first.group_size, bits, tuple(dense), names)
 
 
 def _require_division(matrices: Mapping[str, MatrixEntry]) -> None:

@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from cluscomp_jax.checkpoint import layout
 from cluscomp_jax.checkpoint.entries import DTYPES, Entry, MatrixEntry, TensorEntry
 from cluscomp_jax.checkpoint.reader import CheckpointSource
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.export import aqlm
 from cluscomp_jax.export.iterate_parameters import copy_tokenizer, dense_array, ordered_entries, walk
 from cluscomp_jax.io.hf.safetensors_writer import SafetensorsWriter, TensorSpec
-from cluscomp_jax.models.model import build_model
+from cluscomp_jax.models.tensor_names import TensorNames, is_transposed, names_of
 from cluscomp_jax.runtime import atomic, json_files
 
 _GENERATION_CONFIG = "generation_config.json"
@@ -33,7 +32,8 @@ def write_dense(source: CheckpointSource, folder: Path, *, dtype: str | None, sh
     """
     wanted = None if dtype is None else DTYPES[dtype]
     entries = ordered_entries(source)
-    specs = [_dense_spec(path, entry, wanted) for path, entry in entries.items()]
+    names = names_of(source.model_config, "hugging_face")
+    specs = [_dense_spec(path, entry, wanted, names) for path, entry in entries.items()]
     with _writer(folder, specs, shard_bytes) as writer:
         for path, leaf in walk(source, entries):
             writer.write(_stored_form(path, dense_array(path, leaf, wanted)))
@@ -53,10 +53,13 @@ def write_aqlm(source: CheckpointSource, folder: Path, *, bits: int | None, shar
       InputError: AQLM cannot hold it.
     """
     entries = ordered_entries(source)
-    scheme = aqlm.scheme_of(entries, build_model(source.model_config).blocks_path, bits=bits)
+    names = names_of(source.model_config, "hugging_face")
+    scheme = aqlm.scheme_of(entries, names, bits=bits)
     specs = []
     for path, entry in entries.items():
-        specs += scheme.specs(path, entry) if isinstance(entry, MatrixEntry) else [_dense_spec(path, entry, None)]
+        specs += (
+            scheme.specs(path, entry) if isinstance(entry, MatrixEntry) else [_dense_spec(path, entry, None, names)]
+        )
     with _writer(folder, specs, shard_bytes) as writer:
         for path, leaf in walk(source, entries):
             if isinstance(leaf, CodebookArray):
@@ -73,14 +76,14 @@ def _writer(folder: Path, specs: list[TensorSpec], shard_bytes: int) -> Safetens
     return SafetensorsWriter(folder, specs, shard_bytes=shard_bytes)
 
 
-def _dense_spec(path: str, entry: Entry, dtype: np.dtype[Any] | None) -> TensorSpec:
+def _dense_spec(path: str, entry: Entry, dtype: np.dtype[Any] | None, names: TensorNames) -> TensorSpec:
     own = DTYPES[entry.codebook_dtype if isinstance(entry, MatrixEntry) else entry.dtype]
-    shape = entry.shape[::-1] if layout.is_transposed(path) else entry.shape
-    return TensorSpec(layout.HUGGING_FACE.name(path), dtype or own, shape)
+    shape = entry.shape[::-1] if is_transposed(path) else entry.shape
+    return TensorSpec(names.name(path), dtype or own, shape)
 
 
 def _stored_form(path: str, array: np.ndarray) -> np.ndarray:
-    return array.T if layout.is_transposed(path) else array
+    return array.T if is_transposed(path) else array
 
 
 def _common_dtype(entries: dict[str, Entry]) -> str:

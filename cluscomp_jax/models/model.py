@@ -1,7 +1,8 @@
 """The Model protocol, through which the upper layers use a decoder, and the table model_type -> family.
 
 Knows no family's internals: a family is a module with `parse_config(dict) -> config`, its inverse
-`to_hf_dict(config) -> dict`, and `build(config) -> Model`.
+`to_hf_dict(config) -> dict`, `build(config) -> Model` and, to be read from and written to the files of others,
+`TENSOR_NAMES` ({form: TensorNames}, see `models/tensor_names.py`).
 """
 
 import importlib
@@ -105,12 +106,17 @@ _FAMILIES: dict[str, str | Any] = {
 }
 
 
-def register_family(model_type: str, module: Any) -> None:
+def registerfamily_of(model_type: str, module: Any) -> None:
     """Adds a family: `module` (or its import name) offers parse_config, to_hf_dict and build."""
     _FAMILIES[model_type] = module
 
 
-def _family(model_type: Any) -> Any:
+def family_of(model_type: Any) -> Any:
+    """Returns the module of a family.
+
+    Raises:
+      InputError: no family has this model_type.
+    """
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise InputError(f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(_FAMILIES))}")
     module = _FAMILIES[model_type]
@@ -123,12 +129,12 @@ def parse_model_config(fields: Mapping[str, Any]) -> Any:
     Raises:
       InputError: unknown or missing model_type, or a value the family cannot serve.
     """
-    return _family(fields.get("model_type")).parse_config(fields)
+    return family_of(fields.get("model_type")).parse_config(fields)
 
 
 def model_config_to_dict(config: Any) -> dict[str, Any]:
     """Returns the Hugging Face config.json mapping of a family's config; parse_model_config undoes it."""
-    return dict(_family(getattr(config, "model_type", None)).to_hf_dict(config))
+    return dict(family_of(getattr(config, "model_type", None)).to_hf_dict(config))
 
 
 def build_model(config: Any) -> Model:
@@ -137,7 +143,7 @@ def build_model(config: Any) -> Model:
         return config
     if not hasattr(config, "model_type"):
         raise InputError(f"cfg.model must be a model config such as LlamaConfig, not {type(config).__name__}")
-    model: Model = _family(config.model_type).build(config)
+    model: Model = family_of(config.model_type).build(config)
     return model
 
 

@@ -33,7 +33,7 @@ MODULES = {
     "io.hugging_face": "io.hf.hub",
     "io.items": "checkpoint.orbax_items",
     "io.json_files": "runtime.json_files",
-    "io.layout": "checkpoint.layout",
+    "io.layout": "models.tensor_names",
     "io.leaves": "checkpoint.entries",
     "io.manifest": "checkpoint.manifest",
     "io.new_folder": "checkpoint.new_folder",

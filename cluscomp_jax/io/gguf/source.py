@@ -11,11 +11,11 @@ import gguf
 import ml_dtypes
 import numpy as np
 
-from cluscomp_jax.checkpoint import layout
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.gguf import config, header
+from cluscomp_jax.models import tensor_names
 from cluscomp_jax.models.model import build_model, parse_model_config
 from cluscomp_jax.runtime.file_stamps import FileStamps
 
@@ -71,7 +71,9 @@ class GgufSource:
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from None
         self.model = build_model(self.model_config)
-        self._names, _ = layout.match_tensors(shapes, self.model, layout.GGUF, str(self.path))
+        self._names, _ = tensor_names.match_tensors(
+            shapes, self.model, tensor_names.names_of(self.model_config, "gguf"), str(self.path)
+        )
 
     def load_block(self, i: int) -> Params:
         """Returns block i's tree; kernels [d_in, d_out].
@@ -106,12 +108,12 @@ class GgufSource:
     def _load(self, path: str) -> np.ndarray:
         name = self._names[path]
         array = self._read(name, self._dtype)
-        layout.require_finite(array, name, str(self.path))
+        tensor_names.require_finite(array, name, str(self.path))
         if self.model_config.model_type in ("llama", "mistral") and "/self_attn/q_proj/" in path:
             array = _undo_permutation(array, self.model_config.num_attention_heads)
         elif self.model_config.model_type in ("llama", "mistral") and "/self_attn/k_proj/" in path:
             array = _undo_permutation(array, self.model_config.num_key_value_heads)
-        return layout.to_flax(path, array)
+        return tensor_names.to_flax(path, array)
 
     def _read(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
         """Returns a tensor as stored, dequantised to `dtype`; read, not mapped, so that pages do not pile up."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cluscomp_jax.checkpoint import bitpack, layout
+from cluscomp_jax.checkpoint import bitpack
 from cluscomp_jax.checkpoint.entries import DTYPES
 from cluscomp_jax.core import codebook, trees
 from cluscomp_jax.core.codebook import MAX_GROUP, Axis, CodebookArray
@@ -21,6 +21,7 @@ from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.hf.safetensors_file import Entry, read_tensor
 from cluscomp_jax.io.hf.safetensors_source import open_tensors, parse_folder_config, quant_method
+from cluscomp_jax.models import tensor_names
 from cluscomp_jax.models.model import Model, build_model
 from cluscomp_jax.runtime.file_stamps import FileStamps
 from cluscomp_jax.runtime.json_files import read_object
@@ -122,12 +123,13 @@ class AqlmSource:
             if self._entries[f"{module}.codebooks"].dtype.name not in DTYPES:
                 raise InputError(f"{self._folder}: {module}.codebooks is {self._entries[f'{module}.codebooks'].dtype}")
             shapes[f"{module}.weight"] = (outs * groups[0], ins * groups[1])
-        layout.match_tensors(shapes, self.model, layout.HUGGING_FACE, str(self._folder))
+        self._names = tensor_names.names_of(self.model.config, "hugging_face")
+        tensor_names.match_tensors(shapes, self.model, self._names, str(self._folder))
 
     def _load(self, path: str) -> Any:
-        name = layout.HUGGING_FACE.name(path)
+        name = self._names.name(path)
         if name in self._entries:
-            return layout.to_flax(path, self._read(self._entries[name]))
+            return tensor_names.to_flax(path, self._read(self._entries[name]))
         module = name.removesuffix(".weight")
         codes, codebooks, scales = (self._read(self._entries[f"{module}.{part}"]) for part in _PARTS)
         return self._matrix(path, codes[..., 0], codebooks.reshape(-1, self._scheme.g), scales.reshape(-1))
@@ -156,7 +158,7 @@ class AqlmSource:
     def _read(self, entry: Entry) -> np.ndarray:
         array = read_tensor(entry)
         if array.dtype.kind != "i":
-            layout.require_finite(array, entry.name, str(entry.path))
+            tensor_names.require_finite(array, entry.name, str(entry.path))
         return array.astype(np.float32) if array.dtype == np.float64 else array
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from cluscomp_jax.checkpoint import layout
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.hf.safetensors_file import Entry, read_header, read_pieces, read_tensor
+from cluscomp_jax.models import tensor_names
 from cluscomp_jax.models.model import Model, parse_model_config
 from cluscomp_jax.runtime.file_stamps import FileStamps
 from cluscomp_jax.runtime.json_files import read_object
@@ -82,7 +82,8 @@ class SafetensorsSource:
         self.files, entries = open_tensors(self._folder)
         self._stamps = FileStamps(self.files)
         shapes = {name: entry.shape for name, entry in entries.items()}
-        names, tied_head = layout.match_tensors(shapes, model, layout.HUGGING_FACE, str(self._folder))
+        self._names = tensor_names.names_of(model.config, "hugging_face")
+        names, tied_head = tensor_names.match_tensors(shapes, model, self._names, str(self._folder))
         self._entries = {path: entries[name] for path, name in names.items()}
         self._tied_head = entries[tied_head] if tied_head else None
         for entry in (*self._entries.values(), *([self._tied_head] if self._tied_head else [])):
@@ -110,10 +111,10 @@ class SafetensorsSource:
         """
         with self._stamps.held():
             outer = {path: self._load(path) for path in self._model.outer_shapes()}
-            if self._tied_head and not np.array_equal(_read(self._tied_head), outer[layout.EMBEDDING]):
+            if self._tied_head and not np.array_equal(_read(self._tied_head), outer[self._names.embedding]):
                 raise InputError(
                     f"{self._folder}: config.json says tie_word_embeddings, but {self._tied_head.name} differs from "
-                    f"{self._entries[layout.EMBEDDING].name}; correct the config"
+                    f"{self._entries[self._names.embedding].name}; correct the config"
                 )
         return trees.unflatten(outer)
 
@@ -126,14 +127,14 @@ class SafetensorsSource:
 
     def _load(self, path: str) -> np.ndarray:
         """Returns a parameter, turned and checked by pieces: memory holds it and one piece at a time."""
-        entry, turned = self._entries[path], layout.is_transposed(path)
+        entry, turned = self._entries[path], tensor_names.is_transposed(path)
         array = np.empty(entry.shape[::-1] if turned else entry.shape, _in_memory(entry.dtype))
         stored, bad = array.T if turned else array, 0
         for where, piece in read_pieces(entry):
             with np.errstate(over="ignore"):
                 stored[where] = piece
-            bad += layout.count_not_finite(stored[where])
-        layout.require_none(bad, array.size, entry.name, str(entry.path))
+            bad += tensor_names.count_not_finite(stored[where])
+        tensor_names.require_none(bad, array.size, entry.name, str(entry.path))
         return array
 
 

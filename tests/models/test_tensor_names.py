@@ -4,10 +4,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from io_models import config_fields, hf_tensors
 
-from cluscomp_jax.checkpoint import layout
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.models import tensor_names
+from cluscomp_jax.models.llama import TENSOR_NAMES
 from cluscomp_jax.models.model import build_model, parameter_shapes, parse_model_config
 
+HUGGING_FACE, GGUF = TENSOR_NAMES["hugging_face"], TENSOR_NAMES["gguf"]
 FAMILIES = [
     ("llama", {}),
     ("llama", {"attention_bias": True}),
@@ -29,12 +31,12 @@ def model_and_tensors(model_type, changes):
 def test_every_tensor_of_every_family_finds_its_parameter(model_type, changes):
     model, tensors = model_and_tensors(model_type, changes)
     shapes = {name: array.shape for name, array in tensors.items()}
-    names, tied_head = layout.match_tensors(shapes, model, layout.HUGGING_FACE, "here")
+    names, tied_head = tensor_names.match_tensors(shapes, model, HUGGING_FACE, "here")
     assert sorted(names.values()) == sorted(tensors)
     assert set(names) == set(parameter_shapes(model))
     assert tied_head is None
     for path, name in names.items():
-        assert layout.to_flax(path, tensors[name]).shape == parameter_shapes(model)[path]
+        assert tensor_names.to_flax(path, tensors[name]).shape == parameter_shapes(model)[path]
 
 
 @pytest.mark.parametrize(
@@ -59,15 +61,15 @@ def test_every_tensor_of_every_family_finds_its_parameter(model_type, changes):
     ],
 )
 def test_names_are_those_of_the_two_formats(path, hf, gguf):
-    assert (layout.HUGGING_FACE.name(path), layout.GGUF.name(path)) == (hf, gguf)
-    assert layout.HUGGING_FACE.path(hf) == layout.GGUF.path(gguf) == path
+    assert (HUGGING_FACE.name(path), GGUF.name(path)) == (hf, gguf)
+    assert HUGGING_FACE.path(hf) == GGUF.path(gguf) == path
 
 
 @settings(max_examples=60)
 @given(
     family=st.sampled_from(FAMILIES),
     pick=st.integers(0, 10**6),
-    naming=st.sampled_from([layout.HUGGING_FACE, layout.GGUF]),
+    naming=st.sampled_from([HUGGING_FACE, GGUF]),
 )
 def test_path_undoes_name(family, pick, naming):
     paths = sorted(parameter_shapes(model_and_tensors(*family)[0]))
@@ -79,10 +81,10 @@ def test_path_undoes_name(family, pick, naming):
 @given(rows=st.integers(1, 9), columns=st.integers(1, 9), seed=st.integers(0, 99))
 def test_a_kernel_is_the_transpose_of_what_is_stored_and_an_embedding_is_not(rows, columns, seed):
     stored = np.random.default_rng(seed).normal(size=(rows, columns))
-    kernel = layout.to_flax("lm_head/kernel", stored)
+    kernel = tensor_names.to_flax("lm_head/kernel", stored)
     x = np.random.default_rng(seed + 1).normal(size=(3, columns))
     np.testing.assert_allclose(x @ kernel, np.einsum("bi,oi->bo", x, stored), atol=1e-12)
-    np.testing.assert_array_equal(layout.to_flax("model/embed_tokens/embedding", stored), stored)
+    np.testing.assert_array_equal(tensor_names.to_flax("model/embed_tokens/embedding", stored), stored)
 
 
 @pytest.mark.parametrize(
@@ -99,11 +101,11 @@ def test_a_kernel_is_the_transpose_of_what_is_stored_and_an_embedding_is_not(row
     ],
 )
 def test_a_foreign_name_has_no_path(name):
-    assert layout.HUGGING_FACE.path(name) is None
+    assert HUGGING_FACE.path(name) is None
 
 
 def test_a_path_outside_the_table_is_refused_by_name():
     with pytest.raises(InputError, match="model/layers/0/mlp/router/kernel"):
-        layout.HUGGING_FACE.name("model/layers/0/mlp/router/kernel")
+        HUGGING_FACE.name("model/layers/0/mlp/router/kernel")
     with pytest.raises(InputError, match="model/norm/kernel"):
-        layout.GGUF.name("model/norm/kernel")
+        GGUF.name("model/norm/kernel")

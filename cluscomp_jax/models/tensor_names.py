@@ -1,53 +1,39 @@
-"""The table of tensor names: Flax path ↔ Hugging Face name ↔ GGUF name, for the llama families.
+"""How a file format names the tensors of a decoder family, and whether a file has those that a model needs.
 
-Knows names and orientations, not files, and not which tensors a model has: that is the Model's to say.
+Knows no family: each has its own tables (`models/llama/names.py`), and the Model says which tensors there are.
 """
 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.models.model import Model, parameter_shapes
-
-_REST = (
-    # Flax module, Hugging Face module, GGUF module, Flax name of its stored "weight"
-    ("model/embed_tokens", "model.embed_tokens", "token_embd", "embedding"),
-    ("model/norm", "model.norm", "output_norm", "weight"),
-    ("lm_head", "lm_head", "output", "kernel"),
-)
-_BLOCK = (
-    ("input_layernorm", "input_layernorm", "attn_norm", "weight"),
-    ("self_attn/q_proj", "self_attn.q_proj", "attn_q", "kernel"),
-    ("self_attn/k_proj", "self_attn.k_proj", "attn_k", "kernel"),
-    ("self_attn/v_proj", "self_attn.v_proj", "attn_v", "kernel"),
-    ("self_attn/o_proj", "self_attn.o_proj", "attn_output", "kernel"),
-    ("self_attn/q_norm", "self_attn.q_norm", "attn_q_norm", "weight"),
-    ("self_attn/k_norm", "self_attn.k_norm", "attn_k_norm", "weight"),
-    ("post_attention_layernorm", "post_attention_layernorm", "ffn_norm", "weight"),
-    ("mlp/gate_proj", "mlp.gate_proj", "ffn_gate", "kernel"),
-    ("mlp/up_proj", "mlp.up_proj", "ffn_up", "kernel"),
-    ("mlp/down_proj", "mlp.down_proj", "ffn_down", "kernel"),
-)
-_BLOCKS_PATH = "model/layers/"
-LM_HEAD = "lm_head/kernel"
-EMBEDDING = "model/embed_tokens/embedding"
+from cluscomp_jax.models.model import Model, family_of, parameter_shapes
 
 
 @dataclass(frozen=True)
-class Layout:
-    """One naming of the tensors. Invariant: `path(name(p)) == p` for every path of the llama families.
+class TensorNames:
+    """One naming of a family's tensors. Invariant: `path(name(p)) == p` for every path of the family.
 
     Attributes:
-      block_prefix: what precedes a block's number.
-      modules: {Flax module: stored module}, inside and outside the blocks.
+      blocks_path: the Flax path of the blocks, e.g. "model/layers".
+      block_prefix: what precedes a block's number in a stored name, e.g. "model.layers.".
+      block: {Flax module: (stored module, Flax name of its stored "weight")} inside a block.
+      outer: the same outside the blocks.
+      head: path of the output head, which is not stored, or stored in vain, where embeddings are tied.
+      embedding: path of the embeddings.
       ignorable: a pattern of stored names that carry no parameter of ours and may be passed over.
     """
 
+    blocks_path: str
     block_prefix: str
-    modules: Mapping[str, str]
+    block: Mapping[str, tuple[str, str]]
+    outer: Mapping[str, tuple[str, str]]
+    head: str
+    embedding: str
     ignorable: re.Pattern[str]
 
     def name(self, path: str) -> str:
@@ -56,41 +42,31 @@ class Layout:
         Raises:
           InputError: the path is in no row of the table.
         """
-        prefix, module, leaf = "", *path.rpartition("/")[::2]
-        if module.startswith(_BLOCKS_PATH):
-            number, _, module = module.removeprefix(_BLOCKS_PATH).partition("/")
-            prefix = f"{self.block_prefix}{number}."
-        if module not in self.modules or leaf not in (_WEIGHT_LEAF[module], "bias"):
+        module, _, leaf = path.rpartition("/")
+        prefix, table = "", self.outer
+        if module.startswith(f"{self.blocks_path}/"):
+            number, _, module = module.removeprefix(f"{self.blocks_path}/").partition("/")
+            prefix, table = f"{self.block_prefix}{number}.", self.block
+        if module not in table or leaf not in (table[module][1], "bias"):
             raise InputError(f"parameter path {path!r} has no known stored name")
-        return f"{prefix}{self.modules[module]}.{'bias' if leaf == 'bias' else 'weight'}"
+        return f"{prefix}{table[module][0]}.{'bias' if leaf == 'bias' else 'weight'}"
 
     def path(self, name: str) -> str | None:
         """Returns the Flax path of a stored name, or None where the table has no such name."""
         module, _, leaf = name.rpartition(".")
         match = re.fullmatch(re.escape(self.block_prefix) + r"(0|[1-9]\d*)\.(.+)", module)
-        in_block = match is not None
-        module = match[2] if match else module
-        flax = next((f for f, stored in self.modules.items() if stored == module), None)
-        if flax is None or leaf not in ("weight", "bias") or in_block != (flax in _BLOCK_MODULES):
+        table, module = (self.block, match[2]) if match else (self.outer, module)
+        found = next(((flax, weight) for flax, (stored, weight) in table.items() if stored == module), None)
+        if found is None or leaf not in ("weight", "bias"):
             return None
-        prefix = f"{_BLOCKS_PATH}{match[1]}/" if match else ""
-        return f"{prefix}{flax}/{'bias' if leaf == 'bias' else _WEIGHT_LEAF[flax]}"
+        prefix = f"{self.blocks_path}/{match[1]}/" if match else ""
+        return f"{prefix}{found[0]}/{'bias' if leaf == 'bias' else found[1]}"
 
 
-_WEIGHT_LEAF = {flax: leaf for flax, _, _, leaf in (*_REST, *_BLOCK)}
-_BLOCK_MODULES = frozenset(flax for flax, *_ in _BLOCK)
-
-HUGGING_FACE = Layout(
-    block_prefix="model.layers.",
-    modules={flax: hf for flax, hf, _, _ in (*_REST, *_BLOCK)},
-    ignorable=re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq"),
-)
-GGUF = Layout(
-    block_prefix="blk.",
-    modules={flax: gguf for flax, _, gguf, _ in (*_REST, *_BLOCK)},
-    # rope_freqs holds the Llama 3 rope scaling, which is read into the config, not among the parameters.
-    ignorable=re.compile(r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight"),
-)
+def names_of(config: Any, form: Literal["hugging_face", "gguf"]) -> TensorNames:
+    """Returns how files of a form name the tensors of the family that a model config belongs to."""
+    names: TensorNames = family_of(getattr(config, "model_type", None)).TENSOR_NAMES[form]
+    return names
 
 
 def is_transposed(path: str) -> bool:
@@ -104,14 +80,14 @@ def to_flax(path: str, stored: np.ndarray) -> np.ndarray:
 
 
 def match_tensors(
-    found: Mapping[str, Iterable[int]], model: Model, layout: Layout, where: str
+    found: Mapping[str, Iterable[int]], model: Model, tensor_names: TensorNames, where: str
 ) -> tuple[dict[str, str], str | None]:
     """Holds the tensors of a file against what the model needs.
 
     Args:
       found: {stored name: shape in row-major order}, as the file has them.
       model: says which parameters there must be, and their shapes.
-      layout: the naming of the file.
+      tensor_names: the naming of the file.
       where: the file or folder, for errors.
 
     Returns:
@@ -125,10 +101,10 @@ def match_tensors(
     names: dict[str, str] = {}
     tied_head = None
     for name, stored in found.items():
-        if layout.ignorable.fullmatch(name):
+        if tensor_names.ignorable.fullmatch(name):
             continue
-        path = layout.path(name)
-        if path == LM_HEAD and path not in expected:
+        path = tensor_names.path(name)
+        if path == tensor_names.head and path not in expected:
             tied_head = name
             continue
         if path is None or path not in expected:
@@ -139,7 +115,7 @@ def match_tensors(
         if tuple(stored) != tuple(want):
             raise InputError(f"{where}: tensor {name} has shape {list(stored)}, the model config needs {list(want)}")
         names[path] = name
-    missing = [layout.name(path) for path in expected if path not in names]
+    missing = [tensor_names.name(path) for path in expected if path not in names]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{where}: tensor {missing[0]}{more} is missing; the model config needs it")

@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 import sys
+from collections.abc import Generator
 from importlib import metadata
 from pathlib import Path
 
@@ -41,6 +42,16 @@ RELEASE = (
 )  # fmt: skip
 """Beginnings of the paths of test files that depend on the release of JAX and its neighbours."""
 
+CHECKED = (
+    "clustering/", "core/", "kmeans/test_code_index", "kmeans/test_fit", "kmeans/test_init", "kmeans/test_search",
+    "kmeans/test_tree", "models/", "test_pipeline.py", "test_shapes", "tuning/",
+)  # fmt: skip
+"""Beginnings of the paths of test files that run with JAX's checks of dtypes and NaN; the others are to follow."""
+SELECTED = ("long", "slow", "parity", "gpu")
+"""Markers of the tests that are not in the fast suite; they run without these checks."""
+LOOK_FOR_NANS = os.environ.get("JAX_DEBUG_NANS", "1").lower() not in ("0", "false")
+"""JAX donates no argument while it looks for NaN, so one of the gate's runs does not."""
+
 # The same examples in every run, so that their programs are found compiled; make test-long draws others.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
 hypothesis.settings.register_profile("explore", deadline=None)
@@ -54,6 +65,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.relative_to(FIXTURES.parent).as_posix().startswith(RELEASE):
             item.add_marker(pytest.mark.release)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Runs a fast test, its fixtures and its processes with JAX's checks of dtypes and NaN.
+
+    No dtype is promoted implicitly. A program that returns NaN is an error unless the test has the marker `nans`.
+    """
+    path = item.path.relative_to(FIXTURES.parent).as_posix()
+    if not path.startswith(CHECKED) or any(item.get_closest_marker(name) for name in SELECTED):
+        return (yield)
+    import jax
+
+    nans = LOOK_FOR_NANS and not item.get_closest_marker("nans")
+    checks = {"jax_numpy_dtype_promotion": "strict", "jax_debug_nans": nans}
+    before = {name: getattr(jax.config, name) for name in checks}
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            for name, value in checks.items():
+                patch.setenv(name.upper(), str(value))
+                jax.config.update(name, value)
+            return (yield)
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
 
 
 @pytest.fixture(scope="session")

@@ -120,6 +120,7 @@ def test_states_of_another_run_are_refused(params, tmp_path):
         finetune(params, ROWS, dataclasses.replace(CFG, seed=7), state_dir=tmp_path / "s")
 
 
+@pytest.mark.nans
 def test_a_run_that_diverges_says_where_and_keeps_the_state_before(params, tmp_path):
     rows = ShuffledBatches(ROWS, 2, CFG.seed)
     wild = dataclasses.replace(CFG, training=dataclasses.replace(CFG.training, learning_rate=1e30, warmup_fraction=0.0))

@@ -341,6 +341,7 @@ def test_a_blind_run_is_resumed_without_reading_what_is_finished(params, tmp_pat
     chex.assert_trees_all_equal(sink.params(model), compress(params, RUN))
 
 
+@pytest.mark.nans
 def test_what_cannot_be_clustered_is_named(params):
     """Compressed or not finite kernels, and activations that leave the range of float16."""
     model, path = build_model(CONFIG), "model/layers/1/mlp/up_proj/kernel"
@@ -368,6 +369,7 @@ def test_what_cannot_be_clustered_is_named(params):
         ("model/norm/weight", np.full(16, np.inf), "holds NaN or Inf"),
     ],
 )
+@pytest.mark.nans
 def test_parameters_that_do_not_fit_the_model_are_named(params, path, change, message):
     flat = {p: leaf for p, leaf in trees.flatten(params).items() if p != path}
     if change is not None:

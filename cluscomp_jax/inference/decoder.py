@@ -258,7 +258,11 @@ def _place(_path: str, leaf: Any, *, dtype: Any, decode: bool) -> Any:
         moved = jax.tree.map(jnp.asarray, leaf)
         return codebook.decode(moved).astype(dtype) if decode else moved
     array = jnp.asarray(leaf)
-    return array.astype(dtype if array.ndim > 1 else jnp.promote_types(array.dtype, dtype))
+    if array.ndim > 1:
+        return array.astype(dtype)
+    with jax.numpy_dtype_promotion("standard"):  # a caller's JAX may forbid it
+        wide = jnp.promote_types(array.dtype, dtype)
+    return array.astype(wide)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -48,7 +48,7 @@ def draw_sample(blocks: Blocks, key: jax.Array, *, num_codes: int, count: int) -
     """
     size = min(count, _SAMPLES_PER_CODE * num_codes)
     stretches = np.arange(size + 1) * count // size
-    inside = jax.random.uniform(key, (size,), jnp.float32) * np.diff(stretches)
+    inside = jax.random.uniform(key, (size,), jnp.float32) * np.diff(stretches).astype(np.float32)
     at = stretches[:-1].astype(np.int32) + jnp.floor(inside).astype(jnp.int32)
     return blocks.vectors.reshape(-1, blocks.vectors.shape[-1])[at], blocks.weights.reshape(-1)[at]
 
@@ -123,7 +123,8 @@ def _capped(share: jax.Array, num_codes: int) -> jax.Array:
     def scale(_: jax.Array, factor: jax.Array) -> jax.Array:
         full = factor * share >= 1.0
         below = jnp.sum(jnp.where(full, 0.0, share))
-        return jnp.where(below > 0, (num_codes - jnp.sum(full)) / jnp.where(below > 0, below, 1.0), factor)
+        left = (num_codes - jnp.sum(full)).astype(jnp.float32)
+        return jnp.where(below > 0, left / jnp.where(below > 0, below, 1.0), factor)
 
     factor = jax.lax.fori_loop(0, 20, scale, num_codes / jnp.sum(share))
     return jnp.minimum(factor * share, 1.0)

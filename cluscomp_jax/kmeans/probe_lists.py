@@ -46,7 +46,7 @@ def make_probe_lists(tree: CodeTree, codebook: jax.Array, *, length: int) -> Lis
     here = tree.order != EMPTY
     codes = jnp.where(here[..., None], codebook[tree.order], 0.0)
     live = here.any(axis=1)
-    centres = jnp.sum(codes, axis=1) / jnp.maximum(jnp.sum(here, axis=1), 1)[:, None]
+    centres = jnp.sum(codes, axis=1) / jnp.maximum(jnp.sum(here, axis=1), 1).astype(jnp.float32)[:, None]
     along = jnp.dot(codes, tree.directions, precision="highest")
     low = jnp.min(jnp.where(here[..., None], along, jnp.inf), axis=1)
     high = jnp.max(jnp.where(here[..., None], along, -jnp.inf), axis=1)

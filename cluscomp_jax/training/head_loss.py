@@ -126,7 +126,7 @@ def _forward(
 
 
 def _backward(loss: HeadLoss, saved: tuple[Params, jax.Array], scale: jax.Array) -> tuple[Any, ...]:
-    d_trained, d_x = jax.tree.map(lambda leaf: (scale * leaf).astype(leaf.dtype), saved)
+    d_trained, d_x = jax.tree.map(lambda leaf: (scale * leaf.astype(scale.dtype)).astype(leaf.dtype), saved)
     return d_trained, d_x, None, None
 
 

@@ -187,8 +187,9 @@ def train_step(
     (total, gradients), _ = jax.lax.scan(add, nothing, (tokens, loss_mask))
     # Of the sum the derivatives stay in float16's range; of the mean over many tokens they would not.
     count = jnp.maximum(jnp.sum(loss_mask[..., 1:]), 1)
-    gradients = jax.tree.map(lambda gradient: gradient / count, gradients)
-    loss, norm = total / count, optax.tree.norm(gradients)
+    divisor = count.astype(jnp.float32)
+    gradients = jax.tree.map(lambda gradient: gradient / divisor, gradients)
+    loss, norm = total / divisor, optax.tree.norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     updates, optimizer = _optimizer(settings).update(gradients, state.optimizer, state.trained)
     stepped = TrainState(

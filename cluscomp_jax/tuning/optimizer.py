@@ -43,7 +43,7 @@ def make_schedule(settings: OptimizerSettings, total_steps: int) -> optax.Schedu
     if warmup:
         rise = optax.linear_schedule(settings.learning_rate / warmup, settings.learning_rate, max(warmup - 1, 1))
         schedule = optax.join_schedules([rise, schedule], [warmup])
-    return schedule
+    return _promoting(schedule)
 
 
 def make_optimizer(
@@ -59,12 +59,23 @@ def make_optimizer(
       stacked: whether the array at a path of the trained tree holds one array of each block along its first axis.
     """
     middle = _decayed_relative(settings.weight_decay, stacked) if settings.relative_rate else None
+    adam = optax.scale_by_adam()
     adamw = optax.chain(
-        optax.scale_by_adam(),
+        optax.GradientTransformation(adam.init, _promoting(adam.update)),
         middle or optax.add_decayed_weights(settings.weight_decay),
         optax.scale_by_learning_rate(make_schedule(settings, total_steps)),
     )
     return adamw if settings.clip_norm is None else optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw)
+
+
+def _promoting(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the function of Optax with implicit promotion of dtypes, which a caller's JAX may forbid."""
+
+    def call(*args: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args)
+
+    return call
 
 
 def _decayed_relative(weight_decay: float, stacked: Callable[[str], bool]) -> optax.GradientTransformation:

@@ -42,7 +42,8 @@ def ordered_gradient(
         precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
         dense = jnp.matmul(part.T, weights_of, preferred_element_type=jnp.float32, precision=precision)
         codes, order = jax.lax.sort((codes, jnp.arange(codes.size, dtype=jnp.int32)), num_keys=1, is_stable=True)
-        starts = jnp.searchsorted(codes, jnp.arange(num_codes + 1)).astype(jnp.int32)
+        ends = jnp.arange(num_codes + 1, dtype=jnp.int32)
+        starts = jnp.searchsorted(codes.astype(jnp.int32), ends).astype(jnp.int32)
         return segment_sum(dense.reshape(-1, g), order, starts)
 
     whole = rows // strip

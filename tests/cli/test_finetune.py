@@ -232,6 +232,7 @@ def test_the_same_command_again_says_that_it_is_finished(
     assert "already finished" in capsys.readouterr().err
 
 
+@pytest.mark.nans
 def test_a_run_that_diverges_does_not_say_that_repeating_helps(
     capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
 ) -> None:

@@ -52,6 +52,7 @@ def test_dead_inputs_keep_the_weights() -> None:
     np.testing.assert_array_equal(corrected(jnp.asarray(weight), nothing, ridge=0.3), weight)
 
 
+@pytest.mark.nans
 def test_a_ridge_that_is_too_little_is_raised_and_a_hessian_of_nan_is_refused() -> None:
     weight = drifted(residual=False)[0]
     few = np.random.default_rng(1).standard_normal((3, 12)).astype(np.float32) * 1e3  # of rank 3

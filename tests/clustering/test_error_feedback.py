@@ -88,6 +88,7 @@ def test_channels_that_are_never_active_change_nothing() -> None:
     np.testing.assert_array_equal(index, nearest.reshape(30, -1))
 
 
+@pytest.mark.nans
 def test_a_factorisation_that_fails_is_damped_more_and_one_that_cannot_says_so() -> None:
     rng = np.random.default_rng(0)
     few = rng.standard_normal((3, 50)).astype(np.float32)

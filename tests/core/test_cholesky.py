@@ -26,6 +26,7 @@ def test_panels_give_the_root_of_the_whole(i: int, monkeypatch: pytest.MonkeyPat
     assert not np.triu(root, 1).any()
 
 
+@pytest.mark.nans
 def test_a_matrix_that_has_no_root_shows_on_the_diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_WHOLE", 10)
     monkeypatch.setattr(module, "_PANEL", 8)

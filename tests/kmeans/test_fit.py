@@ -195,6 +195,7 @@ def test_one_huge_outlier_takes_one_code_and_no_more():
         (np.array([[0, np.inf], [0, 0]], np.float32), {}, "vectors[0, 1] is inf"),
     ],
 )
+@pytest.mark.nans
 def test_bad_input_is_named(vectors, options, message):
     with pytest.raises(InputError) as error:
         fit_codebook(vectors, **({"num_codes": 2, "key": jax.random.key(0)} | options))

@@ -257,6 +257,7 @@ def test_steps_are_those_of_optax_with_vectors_at_a_tenth_of_the_rate():
     assert int(metrics.loss_mask) == count
 
 
+@pytest.mark.nans
 def test_a_step_that_is_not_finite_changes_nothing():
     settings = FAST
     trained, frozen, layout = split(compressed_params())

@@ -342,6 +342,7 @@ def test_codes_that_float16_no_longer_holds_are_named_in_one_warning(compressed,
     assert reporter.texts == ([named] if scale < 1 else [])
 
 
+@pytest.mark.nans
 def test_a_loss_that_is_not_finite_stops_the_block_at_the_last_good_codebooks(compressed, streams):
     inputs, targets = streams
     poisoned = targets.read(slice(0, 6)).copy()

@@ -101,7 +101,7 @@ def _attend_backward(saved: tuple[jax.Array, ...], d_mixed: jax.Array) -> tuple[
     scaled = scaled.astype(rows.dtype)
     d_values = jnp.einsum("bkms,bkmh->bksh", powers, scaled)
     d_weights = jnp.einsum("bkmh,bksh->bkms", scaled, values, preferred_element_type=jnp.float32)
-    d_scores = (powers * ((d_weights - shift) * rows.shape[-1] ** -0.5)).astype(rows.dtype)
+    d_scores = (powers.astype(jnp.float32) * ((d_weights - shift) * rows.shape[-1] ** -0.5)).astype(rows.dtype)
     d_rows = jnp.einsum("bkms,bksh->bkmh", d_scores, keys)
     d_keys = jnp.einsum("bkms,bkmh->bksh", d_scores, rows)
     return d_rows, d_keys, d_values, None

@@ -98,6 +98,7 @@ def cluster_block(
         factor = None
         if kernels and streams is not None and settings.error_feedback:
             statistics = _collect_statistics(job, group, now, original, positions)
+            _check_activations(job, group, jnp.diagonal(statistics.hessian))
             if group == last:
                 now.clear()  # no later stage reads it, and the factors of Hessians are large
             kernels, hessian = _corrected(job, kernels, statistics), statistics.hessian
@@ -183,9 +184,7 @@ def _collect_statistics(
             changed = {path: leaf for path, leaf in original.items() if leaf is not now[path]}
             wanted = trees.unflatten(there | put_whole(changed, job.sharding))
         block, layer_type = trees.unflatten(there), job.model.layer_type(job.i)
-        statistics = _computed(collect_hessians(job.model, layer_type, group, block, batches, original=wanted))
-    _check_activations(job, group, jnp.diagonal(statistics.hessian))
-    return statistics
+        return _computed(collect_hessians(job.model, layer_type, group, block, batches, original=wanted))
 
 
 def _channel_weights(job: _Job, dense: Params, positions: np.ndarray | None) -> dict[str, np.ndarray]:

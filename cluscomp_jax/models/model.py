@@ -106,7 +106,7 @@ _FAMILIES: dict[str, str | Any] = {
 }
 
 
-def registerfamily_of(model_type: str, module: Any) -> None:
+def register_family(model_type: str, module: Any) -> None:
     """Adds a family: `module` (or its import name) offers parse_config, to_hf_dict and build."""
     _FAMILIES[model_type] = module
 

@@ -18,7 +18,7 @@ from cluscomp_jax.models.llama import LlamaConfig, parse_config
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Stands for a CompressConfig."""
+    """A run config of the toy family."""
 
     model: LlamaConfig
 

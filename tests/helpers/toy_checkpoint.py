@@ -98,7 +98,7 @@ def toy_params(config):
 
 @dataclasses.dataclass(frozen=True)
 class ToyRun:
-    """Stands for a CompressConfig."""
+    """A run config of the toy family."""
 
     model: ToyConfig = ToyConfig()
     seed: int = 42

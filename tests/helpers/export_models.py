@@ -18,7 +18,7 @@ from cluscomp_jax.models.llama import LlamaConfig, parse_config
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run config of the toy family."""
+    """A run config with nothing but what a checkpoint records of it."""
 
     model: LlamaConfig
 

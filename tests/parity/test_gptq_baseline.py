@@ -56,7 +56,7 @@ def output_error(kernel, hessian, quantised):
 @pytest.mark.parametrize("group", [CHANNELS, 140, 48, 32])  # above and below the 128 channels of a lazy batch
 def test_gptq_is_obq_with_a_fixed_order_and_beats_rounding(problem, group, act_order):
     kernel, hessian = problem
-    setting = baselines.BlockSpec(BITS, group)
+    setting = baselines.Quantizer(BITS, group)
     tensors = torch.from_numpy(kernel), torch.from_numpy(hessian)
     actual = baselines.gptq(*tensors, setting, act_order=act_order).numpy()
     np.testing.assert_array_equal(actual, obq(kernel, hessian, group, act_order))
@@ -67,19 +67,19 @@ def test_gptq_is_obq_with_a_fixed_order_and_beats_rounding(problem, group, act_o
 
 def test_rounding_uses_the_grid_of_each_group(problem):
     kernel, _ = problem
-    actual = baselines.rtn(torch.from_numpy(kernel), baselines.BlockSpec(BITS, 64)).numpy()
+    actual = baselines.rtn(torch.from_numpy(kernel), baselines.Quantizer(BITS, 64)).numpy()
     expected = [nearest(part, *grid_of(part)) for part in (kernel[:64], kernel[64:128], kernel[128:])]
     np.testing.assert_array_equal(actual, np.concatenate(expected))
 
 
 def test_a_group_of_zeros_stays_zero():
     zeros = torch.zeros(4, 3)
-    assert not baselines.rtn(zeros, baselines.BlockSpec(2, 4)).any()
-    assert not baselines.gptq(zeros, torch.zeros(4, 4), baselines.BlockSpec(2, 4)).any()
+    assert not baselines.rtn(zeros, baselines.Quantizer(2, 4)).any()
+    assert not baselines.gptq(zeros, torch.zeros(4, 4), baselines.Quantizer(2, 4)).any()
 
 
 def test_bits_count_the_shorter_last_group_in_full():
-    assert baselines.stored_bits((576, 192), baselines.BlockSpec(4, 128)) == 192 * (576 * 4 + 5 * (16 + 4))
+    assert baselines.stored_bits((576, 192), baselines.Quantizer(4, 128)) == 192 * (576 * 4 + 5 * (16 + 4))
 
 
 @pytest.mark.parametrize("wrong", [["--setting", "3"], ["--setting", "9:64"], ["--context", "9999"], ["--model", "no"]])

@@ -352,14 +352,14 @@ def _pass_original(run: Run, i: int, dense: Params) -> None:
 
 
 def _pass_compressed(run: Run, i: int, block: Params) -> dict[str, float]:
-    """Moves the compressed stream past block i; returns its distance from the original stream there."""
+    """Moves the compressed stream past block i; returns its error against the original stream there."""
     if run.streams is None:
         return {}
     with run.timer("propagate"):
         # Decoded first, so that one program serves all blocks, however finely each is cut.
         run.streams.pass_compressed(run.step(decompress(block), i))
-        distance = run.streams.distance((run.tuning or run.cfg.cluster).massive_activation_limit)
-    return {} if distance is None else {"loss_after": distance}
+        error = run.streams.error(run.tuning or run.cfg.cluster)
+    return {} if error is None else {"loss_after": error}
 
 
 def _rounded(block: Params, trained: Collection[str], dtype: str) -> Params:

@@ -5,9 +5,9 @@
 Run once per format version: what is committed stays as it was written, because it represents the checkpoints of users.
 """
 
+import argparse
 import hashlib
 import pprint
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,4 +76,6 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="the folder of the checkpoint; it must not exist")
+    main(parser.parse_args().out)

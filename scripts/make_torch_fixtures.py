@@ -8,6 +8,7 @@ One safetensors file per case: the weights in FlaxLlama layout by path, `tokens`
 float32 [b, t, v]; its metadata holds the config.json that transformers writes for the model.
 """
 
+import argparse
 import json
 import tempfile
 from pathlib import Path
@@ -124,6 +125,7 @@ def config_json(model: Any) -> dict[str, Any]:
 
 def main() -> None:
     """Writes every case."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     FIXTURES.mkdir(parents=True, exist_ok=True)
     for seed, (name, fields) in enumerate(CASES.items()):
         model = torch_model(TINY | fields, seed)

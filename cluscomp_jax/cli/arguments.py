@@ -261,7 +261,7 @@ class ExportArguments(Common):
     """dtype of all tensors of a decoded form"""
     code_bits: Annotated[int | None, _without("the fewest that hold every code, but not 8", "INT")] = None
     """bits of an AQLM code; 16 with axis "in" and g of 8 or 16 is what aqlm's CUDA kernels run"""
-    shard_gb: Annotated[float, arg(metavar="FLOAT")] = DEFAULT_SHARD_GB
+    shard_gb: Annotated[float | None, _without(DEFAULT_SHARD_GB, "FLOAT")] = None
     """gigabytes of tensors in one safetensors file, at most"""
 
 

@@ -1,7 +1,21 @@
 """Loss functions, float32 whatever comes in."""
 
+from typing import Protocol
+
 import jax
 import jax.numpy as jnp
+
+BLOCK_ERROR = "mean squared error"
+"""What `block_error` is called in a report."""
+
+
+class BlockErrorSettings(Protocol):
+    """What `block_error` reads of a config of tuning or clustering."""
+
+    @property
+    def massive_activation_limit(self) -> float:
+        """See `token_weights`."""
+        ...
 
 
 def token_weights(outputs: jax.Array, limit: float) -> jax.Array:
@@ -32,6 +46,17 @@ def mean_squared_error(prediction: jax.Array, target: jax.Array, *, massive_acti
     if not massive_activation_limit:
         return jnp.mean(difference * difference)
     return jnp.mean(token_weights(target, massive_activation_limit)[..., None] * difference * difference)
+
+
+def block_error(outputs: jax.Array, targets: jax.Array, *, settings: BlockErrorSettings) -> jax.Array:
+    """Returns how far a block's outputs are from their targets, float32 scalar: tuning minimises it, a run reports it.
+
+    Args:
+      outputs: [b, t, d] of the compressed block.
+      targets: [b, t, d].
+      settings: which positions weigh less.
+    """
+    return mean_squared_error(outputs, targets, massive_activation_limit=settings.massive_activation_limit)
 
 
 def token_nll(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ Each is written one parameter at a time into a folder that appears whole or not 
 """
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from cluscomp_jax.checkpoint.entries import DTYPES
 from cluscomp_jax.checkpoint.new_folder import new_folder
@@ -12,11 +12,15 @@ from cluscomp_jax.checkpoint.reader import CheckpointSource
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.export import hugging_face, orbax
 from cluscomp_jax.export.card import model_card
+from cluscomp_jax.export.format import ExportOptions, Format
 
 ExportFormat = Literal["aqlm", "dense", "orbax", "orbax-codebook"]
-_WITH_DTYPE = ("dense", "orbax")
-DEFAULT_SHARD_BYTES = 5 * 10**9
-"""Most bytes of tensors in one safetensors file."""
+FORMATS: dict[ExportFormat, Format] = {
+    "aqlm": Format(hugging_face.write_aqlm, frozenset({"code_bits", "shard_bytes"}), hugging_face.AQLM_USAGE),
+    "dense": Format(hugging_face.write_dense, frozenset({"dtype", "shard_bytes"}), hugging_face.DENSE_USAGE),
+    "orbax": Format(orbax.write_orbax, frozenset({"dtype"}), orbax.USAGE),
+    "orbax-codebook": Format(orbax.write_orbax_codebook, frozenset(), orbax.CODEBOOK_USAGE),
+}
 
 
 def export_checkpoint(
@@ -26,7 +30,7 @@ def export_checkpoint(
     *,
     dtype: str | None = None,
     code_bits: int | None = None,
-    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    shard_bytes: int | None = None,
     command: str = "",
 ) -> list[Path]:
     """Writes an export and returns its files; one block of the checkpoint is in memory at a time.
@@ -35,36 +39,34 @@ def export_checkpoint(
       source: an opened checkpoint.
       out: absent, or an empty folder.
       form: the format.
-      dtype: "float32", "float16" or "bfloat16" for all tensors of a decoded format; None: each in its own.
-      code_bits: of an AQLM code, see `aqlm.scheme_of`.
-      shard_bytes: most bytes of tensors in one safetensors file; above 0.
+      dtype: see `ExportOptions`.
+      code_bits: see `ExportOptions`.
+      shard_bytes: see `ExportOptions`.
       command: recorded in the model card.
 
     Raises:
       InputError: the format cannot hold the checkpoint, an option has no effect on it, or `out` is taken.
       RunError: the disk is full or fails. No file is left.
     """
-    if form not in get_args(ExportFormat):
-        raise InputError(f"export format is {form!r}; it must be one of {', '.join(get_args(ExportFormat))}")
-    if dtype is not None and form not in _WITH_DTYPE:
-        raise InputError(f"dtype {dtype} has no effect on {form}, which keeps the codebooks' own; leave it out")
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    if code_bits is not None and form != "aqlm":
-        raise InputError(f"code bits {code_bits} have no effect on {form}; leave them out")
-    if shard_bytes < 1:
-        raise InputError(f"shards of {shard_bytes} bytes hold nothing; give 1 or more")
+    options = ExportOptions(dtype, code_bits, shard_bytes)
+    chosen = _checked(form, options)
     final = Path(out)
     with new_folder(final) as folder:
-        match form:
-            case "dense":
-                hugging_face.write_dense(source, folder, dtype=dtype, shard_bytes=shard_bytes)
-            case "aqlm":
-                hugging_face.write_aqlm(source, folder, bits=code_bits, shard_bytes=shard_bytes)
-            case "orbax":
-                orbax.write_orbax(source, folder, dtype=dtype)
-            case "orbax-codebook":
-                orbax.write_orbax_codebook(source, folder)
-        card = model_card(source.manifest.to_dict(), form=form, command=command)
+        chosen.write(source, folder, options)
+        card = model_card(source.manifest.to_dict(), form=form, usage=chosen.usage, command=command)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return sorted(path for path in final.rglob("*") if path.is_file())
+
+
+def _checked(form: ExportFormat, options: ExportOptions) -> Format:
+    """Returns the format; raises InputError where it is unknown or an option is wrong or has no effect on it."""
+    if form not in FORMATS:
+        raise InputError(f"export format is {form!r}; it must be one of {', '.join(FORMATS)}")
+    for name, value in options._asdict().items():
+        if value is not None and name not in FORMATS[form].options:
+            raise InputError(f"{name.replace('_', ' ')} {value} has no effect on {form}; leave it out")
+    if options.dtype is not None and options.dtype not in DTYPES:
+        raise InputError(f"dtype is {options.dtype!r}; it must be one of {', '.join(DTYPES)}")
+    if options.shard_bytes is not None and options.shard_bytes < 1:
+        raise InputError(f"shards of {options.shard_bytes} bytes hold nothing; give 1 or more")
+    return FORMATS[form]

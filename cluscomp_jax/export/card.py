@@ -7,63 +7,14 @@ from typing import Any
 from cluscomp_jax import _version as version
 from cluscomp_jax.reporting.tables import format_bytes, format_table
 
-_USE = {
-    "dense": """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("this folder")
-tokenizer = AutoTokenizer.from_pretrained("this folder")
-```
-
-The matrices are stored decoded, so any server of the original model serves it; it takes the original's memory.""",
-    "aqlm": """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer  # pip install transformers accelerate aqlm[cpu]
-
-model = AutoModelForCausalLM.from_pretrained("this folder")
-tokenizer = AutoTokenizer.from_pretrained("this folder")
-```
-
-AQLM checkpoints decode to exactly the compressed weights. Matrices cut along "in" with g of 8 or 16 and 16-bit codes
-are the form that aqlm's CUDA kernels run; others are decoded at every call.""",
-    "orbax": """```python
-import orbax.checkpoint as ocp
-
-with ocp.StandardCheckpointer() as checkpointer:
-    params = checkpointer.restore("/absolute/path/of/this/folder/params")
-```
-
-Decoded parameters in FlaxLlama layout, kernels `[d_in, d_out]`; `config.json` is the model's.""",
-    "orbax-codebook": """```python
-import json
-
-import jax.numpy as jnp
-import orbax.checkpoint as ocp
-
-with ocp.StandardCheckpointer() as checkpointer:
-    params = checkpointer.restore("/absolute/path/of/this/folder/params")
-described = json.load(open("codebooks.json"))  # {path: {"shape": [d_in, d_out], "axis": "out" or "in"}}
-
-
-def decode(kernel, shape, axis):  # kernel: {"codebook": [codes, g], "index": [d_in, ceil(d_out/g)] or the like}
-    vectors = kernel["codebook"][kernel["index"]]
-    rows, columns, g = vectors.shape
-    if axis == "in":
-        vectors = jnp.swapaxes(vectors, 1, 2).reshape(rows * g, columns)
-    else:
-        vectors = vectors.reshape(rows, columns * g)
-    return vectors[: shape[0], : shape[1]]
-```
-
-The compressed parameters as plain arrays, FlaxLlama layout, kernels `[d_in, d_out]`.""",
-}
-
-
-def model_card(manifest: Mapping[str, Any], *, form: str, command: str) -> str:
+def model_card(manifest: Mapping[str, Any], *, form: str, usage: str, command: str) -> str:
     """Returns the text of README.md.
 
     Args:
       manifest: of the checkpoint, in its JSON form.
-      form: the format of the export.
+      form: the name of the export's format.
+      usage: how to load it.
       command: the command line that exported.
     """
     provenance, totals, metrics = manifest["provenance"], manifest["totals"], manifest["metrics"]
@@ -73,7 +24,7 @@ def model_card(manifest: Mapping[str, Any], *, form: str, command: str) -> str:
     sections = [
         "\n".join(front),
         f"# {name}, compressed by clustering\n\nMade by cluscomp_jax (ClusComp, arXiv 2503.13089); format: {form}.",
-        "## Use\n\n" + _USE[form],
+        "## Use\n\n" + usage,
         "## What it is\n\n```\n" + _facts(origin, totals, provenance) + "\n```",
     ]
     measured = metrics.get("perplexity") or {}

@@ -13,54 +13,59 @@ from cluscomp_jax.checkpoint.entries import DTYPES, Entry, MatrixEntry, TensorEn
 from cluscomp_jax.checkpoint.reader import CheckpointSource
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.export import aqlm
+from cluscomp_jax.export.format import DEFAULT_SHARD_BYTES, ExportOptions
 from cluscomp_jax.export.iterate_parameters import copy_tokenizer, dense_array, ordered_entries, walk
 from cluscomp_jax.io.hf.safetensors_writer import SafetensorsWriter, TensorSpec
 from cluscomp_jax.models.tensor_names import TensorNames, is_transposed, names_of
 from cluscomp_jax.runtime import atomic, json_files
 
 _GENERATION_CONFIG = "generation_config.json"
+DENSE_USAGE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this folder")
+tokenizer = AutoTokenizer.from_pretrained("this folder")
+```
+
+The matrices are stored decoded, so any server of the original model serves it; it takes the original's memory."""
+AQLM_USAGE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer  # pip install transformers accelerate aqlm[cpu]
+
+model = AutoModelForCausalLM.from_pretrained("this folder")
+tokenizer = AutoTokenizer.from_pretrained("this folder")
+```
+
+AQLM checkpoints decode to exactly the compressed weights. Matrices cut along "in" with g of 8 or 16 and 16-bit codes
+are the form that aqlm's CUDA kernels run; others are decoded at every call."""
 
 
-def write_dense(source: CheckpointSource, folder: Path, *, dtype: str | None, shard_bytes: int) -> None:
-    """Writes the decoded model as safetensors with its config and tokenizer.
-
-    Args:
-      source: the checkpoint.
-      folder: exists and is empty.
-      dtype: of all tensors; None: each in its own.
-      shard_bytes: see `SafetensorsWriter`.
-    """
-    wanted = None if dtype is None else DTYPES[dtype]
+def write_dense(source: CheckpointSource, folder: Path, options: ExportOptions) -> None:
+    """Writes the decoded model as safetensors with its config and tokenizer into a folder that is empty."""
+    wanted = None if options.dtype is None else DTYPES[options.dtype]
     entries = ordered_entries(source)
     names = names_of(source.model_config, "hugging_face")
     specs = [_dense_spec(path, entry, wanted, names) for path, entry in entries.items()]
-    with _writer(folder, specs, shard_bytes) as writer:
+    with _writer(folder, specs, options) as writer:
         for path, leaf in walk(source, entries):
             writer.write(_stored_form(path, dense_array(path, leaf, wanted)))
-    _write_companions(source, folder, {"dtype": dtype or _common_dtype(entries)})
+    _write_companions(source, folder, {"dtype": options.dtype or _common_dtype(entries)})
 
 
-def write_aqlm(source: CheckpointSource, folder: Path, *, bits: int | None, shard_bytes: int) -> None:
-    """Writes the model as an AQLM checkpoint that transformers loads.
-
-    Args:
-      source: the checkpoint.
-      folder: exists and is empty.
-      bits: see `aqlm.scheme_of`.
-      shard_bytes: see `SafetensorsWriter`.
+def write_aqlm(source: CheckpointSource, folder: Path, options: ExportOptions) -> None:
+    """Writes the model as an AQLM checkpoint that transformers loads into a folder that is empty.
 
     Raises:
       InputError: AQLM cannot hold it.
     """
     entries = ordered_entries(source)
     names = names_of(source.model_config, "hugging_face")
-    scheme = aqlm.scheme_of(entries, names, bits=bits)
+    scheme = aqlm.scheme_of(entries, names, bits=options.code_bits)
     specs = []
     for path, entry in entries.items():
         specs += (
             scheme.specs(path, entry) if isinstance(entry, MatrixEntry) else [_dense_spec(path, entry, None, names)]
         )
-    with _writer(folder, specs, shard_bytes) as writer:
+    with _writer(folder, specs, options) as writer:
         for path, leaf in walk(source, entries):
             if isinstance(leaf, CodebookArray):
                 for array in scheme.tensors(leaf):
@@ -71,9 +76,9 @@ def write_aqlm(source: CheckpointSource, folder: Path, *, bits: int | None, shar
     _write_companions(source, folder, fields)
 
 
-def _writer(folder: Path, specs: list[TensorSpec], shard_bytes: int) -> SafetensorsWriter:
+def _writer(folder: Path, specs: list[TensorSpec], options: ExportOptions) -> SafetensorsWriter:
     atomic.require_space(folder, sum(spec.num_bytes for spec in specs))
-    return SafetensorsWriter(folder, specs, shard_bytes=shard_bytes)
+    return SafetensorsWriter(folder, specs, shard_bytes=options.shard_bytes or DEFAULT_SHARD_BYTES)
 
 
 def _dense_spec(path: str, entry: Entry, dtype: np.dtype[Any] | None, names: TensorNames) -> TensorSpec:

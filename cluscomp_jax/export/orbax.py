@@ -18,6 +18,7 @@ from cluscomp_jax.checkpoint.entries import DTYPES, Entry, MatrixEntry
 from cluscomp_jax.checkpoint.reader import CheckpointSource
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.export.format import ExportOptions
 from cluscomp_jax.export.iterate_parameters import copy_tokenizer, dense_array, ordered_entries, walk
 from cluscomp_jax.runtime import atomic, json_files
 
@@ -26,22 +27,47 @@ PARAMS_NAME, CODEBOOKS_NAME = "params", "codebooks.json"
 
 _DESCRIPTION = "_METADATA"
 
+USAGE = """```python
+import orbax.checkpoint as ocp
 
-def write_orbax(source: CheckpointSource, folder: Path, *, dtype: str | None) -> None:
-    """Writes the decoded parameters in FlaxLlama layout as one orbax item, `params`.
+with ocp.StandardCheckpointer() as checkpointer:
+    params = checkpointer.restore("/absolute/path/of/this/folder/params")
+```
 
-    Args:
-      source: the checkpoint.
-      folder: exists and is empty.
-      dtype: of all arrays; None: each in its own.
-    """
-    entries, wanted = _decoded_entries(source, folder, dtype)
+Decoded parameters in FlaxLlama layout, kernels `[d_in, d_out]`; `config.json` is the model's."""
+CODEBOOK_USAGE = """```python
+import json
+
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+with ocp.StandardCheckpointer() as checkpointer:
+    params = checkpointer.restore("/absolute/path/of/this/folder/params")
+described = json.load(open("codebooks.json"))  # {path: {"shape": [d_in, d_out], "axis": "out" or "in"}}
+
+
+def decode(kernel, shape, axis):  # kernel: {"codebook": [codes, g], "index": [d_in, ceil(d_out/g)] or the like}
+    vectors = kernel["codebook"][kernel["index"]]
+    rows, columns, g = vectors.shape
+    if axis == "in":
+        vectors = jnp.swapaxes(vectors, 1, 2).reshape(rows * g, columns)
+    else:
+        vectors = vectors.reshape(rows, columns * g)
+    return vectors[: shape[0], : shape[1]]
+```
+
+The compressed parameters as plain arrays, FlaxLlama layout, kernels `[d_in, d_out]`."""
+
+
+def write_orbax(source: CheckpointSource, folder: Path, options: ExportOptions) -> None:
+    """Writes the decoded parameters in FlaxLlama layout as one orbax item, `params`, into a folder that is empty."""
+    entries, wanted = _decoded_entries(source, folder, options.dtype)
     arrays = ((path, dense_array(path, leaf, wanted)) for path, leaf in walk(source, entries))
     _write_item(folder, arrays)
     _write_config(source, folder)
 
 
-def write_orbax_codebook(source: CheckpointSource, folder: Path) -> None:
+def write_orbax_codebook(source: CheckpointSource, folder: Path, options: ExportOptions) -> None:
     """Writes the compressed parameters as one orbax item, `params`, of plain arrays.
 
     A compressed kernel at path P becomes P/codebook [codes, g] and P/index, uint8 or uint16, whose shape and axis

@@ -52,6 +52,12 @@ class Model(Protocol):
         """{input group: block-relative paths of the kernels that read one input}, in order of computation."""
         ...
 
+    @property
+    def row_parallel(self) -> frozenset[str]:
+        """Block-relative paths of the kernels that tensor parallelism splits along their inputs; along their outputs
+        all others (Megatron-LM, arXiv 1909.08053, section 3)."""
+        ...
+
     def layer_type(self, i: int) -> Hashable:
         """What distinguishes block i's program in addition to its shapes (its attention window, for example)."""
         ...

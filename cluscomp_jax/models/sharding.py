@@ -6,11 +6,9 @@ stays whole along it.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
@@ -35,12 +33,12 @@ class Sharding:
 
     Attributes:
       mesh: with the axes "data", "fsdp" and "tensor".
-      inner: block-relative paths of the kernels whose "tensor" parts each take a part of the input; all others each
-        give a part of the output.
+      row_parallel: block-relative paths of the kernels whose "tensor" parts each take a part of the input; all others
+        each give a part of the output.
     """
 
     mesh: Mesh
-    inner: frozenset[str]
+    row_parallel: frozenset[str]
 
     @property
     def row_parts(self) -> int:
@@ -124,12 +122,12 @@ class Sharding:
         if len(shape) != 2:
             return ()
         # The rows of an embedding are logits where it is the head too, so they are what "tensor" parts.
-        axes = (FSDP, TENSOR) if path.endswith("/kernel") and path not in self.inner else (TENSOR, FSDP)
+        axes = (FSDP, TENSOR) if path.endswith("/kernel") and path not in self.row_parallel else (TENSOR, FSDP)
         return tuple(axis if self._divides(axis, size) else None for axis, size in zip(axes, shape, strict=True))
 
     def _split(self, path: str, w: CodebookArray) -> Side | None:
         """Returns the side along which the product by w is split, None where its parts would not be equal."""
-        side: Side = "in" if path in self.inner else "out"
+        side: Side = "in" if path in self.row_parallel else "out"
         place = 0 if side == "in" else 1
         pieces, size = w.index.shape[place], w.shape[place]
         padded = w.axis == side and pieces * w.group_size != size
@@ -156,7 +154,7 @@ def make_sharding(settings: MeshConfig, model: Model) -> Sharding | None:
 
 def sharding_on(mesh: Mesh, model: Model) -> Sharding:
     """Returns the Sharding of `model` on a mesh with the AXES."""
-    return Sharding(mesh, _added_to_a_residual(model))
+    return Sharding(mesh, model.row_parallel)
 
 
 def put_samples(x: np.ndarray, sharding: Sharding | None) -> jax.Array:
@@ -184,26 +182,3 @@ def hold(array: Any, place: NamedSharding) -> jax.Array:
 
 def _put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda part: np.asarray(array[part]))
-
-
-def _added_to_a_residual(model: Model) -> frozenset[str]:
-    """Returns the block-relative paths of the kernels whose output is added to what went around them.
-
-    Their inputs come in parts out of kernels split along their outputs, so splitting these along their inputs moves
-    nothing before the sum (Megatron-LM, arXiv 1909.08053, section 3).
-    """
-    input_groups: set[str] = set()
-
-    def observer(group: str, x: jax.Array, residual: jax.Array | None) -> None:
-        if residual is not None:
-            input_groups.add(group)
-
-    def zeros(shapes: Mapping[str, tuple[int, ...]]) -> Params:
-        return trees.unflatten({path: jnp.zeros(shape) for path, shape in shapes.items()})
-
-    def first_block() -> Any:
-        x = model.embed(zeros(model.outer_shapes()), jnp.zeros((1, 2), jnp.int32), dtype=jnp.float32)
-        return model.block(zeros(model.block_shapes(0)), x, layer_type=model.layer_type(0), observer=observer)
-
-    jax.eval_shape(first_block)
-    return frozenset(path for group in input_groups for path in model.input_groups[group])

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cluscomp_jax.core.losses import mean_squared_error, token_weights
+from cluscomp_jax.core.losses import BlockErrorSettings, block_error, token_weights
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.models.activations import ActivationStore, run_through
 from cluscomp_jax.models.model import Model, run_embed
 from cluscomp_jax.models.sharding import Sharding, put_samples
 
 weigh_tokens = jax.jit(token_weights, static_argnames="limit")
-_squared_error = jax.jit(mean_squared_error, static_argnames="massive_activation_limit")
+_block_error = jax.jit(block_error, static_argnames="settings")
 Step = Callable[[jax.Array], jax.Array]
 """A block: x [b, t, d] -> y [b, t, d]."""
 
@@ -90,11 +90,11 @@ class Streams:
         """Moves the compressed stream to the outputs of the compressed block."""
         self._pass(block, self.compressed, self.compressed)
 
-    def distance(self, massive_activation_limit: float) -> float | None:
-        """Returns the mean squared error of the compressed stream against the original one, as tuning counts it."""
+    def error(self, settings: BlockErrorSettings) -> float | None:
+        """Returns the mean error of the compressed stream against the original one, as tuning counts it."""
         if self.original is None:
             return None
-        error = partial(_squared_error, massive_activation_limit=massive_activation_limit)
+        error = partial(_block_error, settings=settings)
         total = sum(
             len(x) * float(error(jnp.asarray(x), jnp.asarray(self.original.read(where))))
             for where, x in self.compressed.batches(self.batch_size)

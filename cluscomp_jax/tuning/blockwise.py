@@ -18,7 +18,7 @@ from cluscomp_jax.config.numerics import compute_dtype_of
 from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray, round_codebook
-from cluscomp_jax.core.losses import mean_squared_error
+from cluscomp_jax.core.losses import block_error
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.models.activations import ActivationStore
 from cluscomp_jax.models.model import Model
@@ -155,14 +155,11 @@ def block_loss(
     settings: BlockTuningConfig,
     sharding: Sharding | None = None,
 ) -> jax.Array:
-    """Returns the sum over targets of the mean squared error of block(x), float32 scalar (paper eq. 4)."""
+    """Returns the sum over targets of the error of block(x), float32 scalar (paper eq. 4)."""
     with ATOMIC_GRADIENTS(settings.atomic_gradients):
         block = gathered(join_trainable(trained, frozen), sharding)
         y = model.block(block, x.astype(compute_dtype_of(settings)), layer_type=layer_type)
-    losses = [
-        mean_squared_error(y, target, massive_activation_limit=settings.massive_activation_limit) for target in targets
-    ]
-    return jnp.sum(jnp.stack(losses))
+    return jnp.sum(jnp.stack([block_error(y, target, settings=settings) for target in targets]))
 
 
 evaluate_block = partial(jax.jit, static_argnames=("model", "layer_type", "settings", "sharding"))(block_loss)

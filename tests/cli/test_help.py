@@ -15,7 +15,7 @@ from cluscomp_jax.config.numerics import compute_dtype_of
 from cluscomp_jax.config.run import RECIPES
 from cluscomp_jax.evaluation.exact_match import GSM8K_ANSWER
 from cluscomp_jax.evaluation.perplexity import perplexity
-from cluscomp_jax.export import DEFAULT_SHARD_BYTES
+from cluscomp_jax.export.format import DEFAULT_SHARD_BYTES
 from cluscomp_jax.inference.sampling import Sampling
 from cluscomp_jax.plan.target import shipped_targets
 from cluscomp_jax.plan.whole import GIB, Reserve
@@ -79,7 +79,6 @@ ELSEWHERE = {
     ("evaluate", "dtype"): default_of(perplexity, "dtype"),
     ("generate", "temperature"): Sampling().temperature,
     ("generate", "repetition_penalty"): Sampling().repetition_penalty,
-    ("export", "shard_gb"): DEFAULT_SHARD_BYTES / 1e9,
     ("plan", "memory_fraction"): Reserve().fraction,
     ("plan", "reserve_gib"): Reserve().bytes / GIB,
 }
@@ -145,6 +144,7 @@ def test_words_are_for_settings_of_none_alone() -> None:
 def test_defaults_of_commands_are_those_of_the_library() -> None:
     defaults = {(command, field.name): field.default for command, field in options()}
     assert {key: defaults[key] for key in ELSEWHERE} == ELSEWHERE
+    assert arguments.DEFAULT_SHARD_GB * 1e9 == DEFAULT_SHARD_BYTES
     assert GSM8K_ANSWER.startswith("####")
     assert (Sampling().top_k, Sampling().top_p, Sampling().min_p) == (None, None, None)
 

@@ -75,6 +75,11 @@ class LlamaModel:
         """{input group: block-relative paths of the kernels that read one input}, in order of computation."""
         return INPUT_GROUPS
 
+    @property
+    def row_parallel(self) -> frozenset[str]:
+        """The kernels whose inputs come in parts out of column-parallel ones: those that end attention and MLP."""
+        return frozenset({"self_attn/o_proj/kernel", "mlp/down_proj/kernel"})
+
     def layer_type(self, i: int) -> Hashable:
         """Returns the attention window of block i, None for all positions."""
         return self.config.window(i)

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from cluscomp_jax.core.codebook import index_bits, index_shape
+from cluscomp_jax.core.losses import BLOCK_ERROR
 from cluscomp_jax.reporting.html.codes import CodeUse
 from cluscomp_jax.reporting.html.records import Record, RunRecords
 
@@ -220,7 +221,7 @@ def _losses(blocks: Sequence[Record]) -> Drawing:
         points = [(b["index"], b[key]) for b in blocks if _number(b.get(key)) and b[key] > 0]
         if points:
             axes.semilogy(*zip(*points, strict=True), marker=marker, markersize=4, color=colour, label=label)
-    axes.set(xlabel="block", ylabel="mean squared error", title="Distance from the original outputs, by block")
+    axes.set(xlabel="block", ylabel=BLOCK_ERROR, title="Distance from the original outputs, by block")
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.grid(alpha=0.25)
     _legend_above(axes)

@@ -303,9 +303,12 @@ def compress_block(run: Run, i: int, reader: BlockReader) -> tuple[Params, dict[
     trained: Collection[str] = ()
     if run.tuning is not None and matrices:
         trained = set(split_trainable(block, norms=run.tuning.norms)[0])
+        before = _codebook_dtypes(block)
         block, tuned = _tune(run, i, block)
         record |= dataclasses.asdict(tuned)
     block = jax.device_get(_rounded(block, trained, run.cfg.cluster.codebook_dtype))
+    if trained:
+        _warn_of_dtypes(run, i, before, block)
     run.timer.release()
     if i + 1 < run.model.num_blocks or run.tuning is not None:
         record |= _pass_compressed(run, i, block)
@@ -333,7 +336,6 @@ def _tune(run: Run, i: int, block: Params) -> tuple[Params, BlockTuning]:
             rng=np.random.default_rng((run.cfg.seed, i)),
             reporter=run.reporter,
             sharding=run.sharding,
-            prefix=f"{run.model.blocks_path}/{i}/",
         )
     if result.diverged:
         run.reporter.warn(
@@ -371,6 +373,17 @@ def _rounded(block: Params, trained: Collection[str], dtype: str) -> Params:
         return round_codebook(leaf, dtype) if path in trained else leaf
 
     return trees.map_by_path(rounded, block)
+
+
+def _codebook_dtypes(block: Params) -> dict[str, np.dtype[Any]]:
+    return {path: leaf.dtype for path, leaf in trees.iterate(block) if isinstance(leaf, CodebookArray)}
+
+
+def _warn_of_dtypes(run: Run, i: int, before: Mapping[str, np.dtype[Any]], block: Params) -> None:
+    """Warns of the codebooks that tuning moved to where float16 does not hold them as well."""
+    if changed := [path for path, dtype in _codebook_dtypes(block).items() if dtype != before[path]]:
+        paths = ", ".join(f"{run.model.blocks_path}/{i}/{path}" for path in changed)
+        run.reporter.warn(f"stored in bfloat16 after tuning, because float16 holds their codes worse: {paths}")
 
 
 def _check_finite(params: Mapping[Any, Any]) -> None:

@@ -25,6 +25,8 @@ from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.model import build_model
 from cluscomp_jax.models.source import DictSink, DictSource, as_source, load_all
 from cluscomp_jax.pipeline import compress, compress_stream, fingerprint
+from cluscomp_jax.runtime.reporter import SilentReporter
+from cluscomp_jax.tuning.blockwise import BlockTuning
 
 CONFIG = llama.LlamaConfig(
     vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
@@ -377,3 +379,26 @@ def test_parameters_that_do_not_fit_the_model_are_named(params, path, change, me
     with pytest.raises(InputError) as error:
         compress(trees.unflatten(flat), RUN)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_codes_that_float16_no_longer_holds_are_named_in_one_warning(params, monkeypatch, scale):
+    """Numbers of 1e-7 are subnormal in float16, so bfloat16 holds them better."""
+    path = "self_attn/v_proj/kernel"
+    warnings: list[str] = []
+
+    class Warned(SilentReporter):
+        def warn(self, text):
+            warnings.append(text)
+
+    def tuned(model, layer_type, block, *rest, **options):
+        flat = trees.flatten(block)
+        flat[path] = dataclasses.replace(flat[path], codebook=scale * flat[path].codebook.astype(np.float32))
+        return trees.unflatten(flat), BlockTuning(1.0, (1.0,), (), 1, False)
+
+    monkeypatch.setattr(pipeline, "tune_block", tuned)
+    compressed = trees.flatten(compress(params, RUN, calibration=TOKENS, reporter=Warned()))
+    named = [f"model/layers/{i}/{path}" for i in range(3)]
+    assert {compressed[name].dtype for name in named} == {np.dtype("bfloat16" if scale < 1 else "float16")}
+    start = "stored in bfloat16 after tuning, because float16 holds their codes worse: "
+    assert warnings == ([start + name for name in named] if scale < 1 else [])

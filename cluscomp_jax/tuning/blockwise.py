@@ -17,7 +17,7 @@ import optax
 from cluscomp_jax.config.numerics import compute_dtype_of
 from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.core import trees
-from cluscomp_jax.core.codebook import CodebookArray, round_codebook
+from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.core.losses import block_error
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.models.activations import ActivationStore
@@ -217,7 +217,6 @@ def tune_block(
     rng: np.random.Generator,
     reporter: Reporter,
     sharding: Sharding | None = None,
-    prefix: str = "",
 ) -> tuple[Params, BlockTuning]:
     """Returns (the block with tuned float32 codebooks, what happened).
 
@@ -230,9 +229,8 @@ def tune_block(
       inputs: the compressed stream's inputs of the block [samples, t, d].
       targets: what the block's outputs should be, see `tuning_step`.
       rng: orders the samples of each epoch.
-      reporter: is told of every step, and once of all codebooks that rounding will move to another dtype.
+      reporter: is told of every step.
       sharding: of the samples of a batch, where several devices share them; the block is whole on each.
-      prefix: what precedes a block-relative path in a warning, e.g. "model/layers/0/".
     """
     trained, frozen = split_trainable(put_whole(block, sharding), norms=settings.norms)
     stepped, validation_samples = (
@@ -269,13 +267,4 @@ def tune_block(
             best, chosen = state.trained, len(epoch_losses)
     diverged = not bool(state.alive)
     result = BlockTuning(loss_before, tuple(epoch_losses), tuple(held_out_losses), chosen, diverged)
-    if changed := _changed_dtypes(block, best):
-        paths = ", ".join(prefix + path for path in changed)
-        reporter.warn(f"stored in bfloat16 after tuning, because float16 holds their codes worse: {paths}")
     return join_trainable(best, frozen), result
-
-
-def _changed_dtypes(block: Params, tuned: Trainable) -> list[str]:
-    """Returns the paths of matrices whose tuned codebooks `round_codebook` keeps in another dtype than their own."""
-    leaves = ((path, leaf) for path, leaf in trees.iterate(block) if isinstance(leaf, CodebookArray))
-    return [path for path, leaf in leaves if round_codebook(tuned[leaf.owner(path)], leaf.dtype).dtype != leaf.dtype]

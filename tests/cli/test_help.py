@@ -15,6 +15,7 @@ from cluscomp_jax.config.numerics import compute_dtype_of
 from cluscomp_jax.config.run import RECIPES
 from cluscomp_jax.evaluation.exact_match import GSM8K_ANSWER
 from cluscomp_jax.evaluation.perplexity import perplexity
+from cluscomp_jax.export import FORMATS, ExportFormat
 from cluscomp_jax.export.format import DEFAULT_SHARD_BYTES
 from cluscomp_jax.inference.sampling import Sampling
 from cluscomp_jax.plan.target import shipped_targets
@@ -147,6 +148,11 @@ def test_defaults_of_commands_are_those_of_the_library() -> None:
     assert arguments.DEFAULT_SHARD_GB * 1e9 == DEFAULT_SHARD_BYTES
     assert GSM8K_ANSWER.startswith("####")
     assert (Sampling().top_k, Sampling().top_p, Sampling().min_p) == (None, None, None)
+
+
+def test_the_command_line_names_the_export_formats_there_are() -> None:
+    named = typing.get_type_hints(arguments.ExportArguments)["format"]
+    assert set(typing.get_args(named)) == set(typing.get_args(ExportFormat)) == FORMATS.keys()
 
 
 def test_help_states_the_constants_of_commands_and_the_cards_there_are(

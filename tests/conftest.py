@@ -1,10 +1,11 @@
 """What the tests share: the small trained Llama, and the shipped texts in its tokens. No test reaches the network."""
 
+import gc
 import hashlib
 import os
 import platform
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -90,6 +91,18 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         finally:
             for name, value in before.items():
                 jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled_programs() -> Iterator[None]:
+    """Frees the programs of a test file after it; those of all files would be gigabytes."""
+    yield
+    if jax := sys.modules.get("jax"):
+        from cluscomp_jax.runtime.host_memory import return_freed_memory
+
+        jax.clear_caches()
+        gc.collect()
+        return_freed_memory()
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ def test_every_example_has_a_test_here() -> None:
     assert {path.name for path in EXAMPLES.iterdir() if path.suffix == ".py"} == {"compress_tiny_llama.py"}
 
 
+@pytest.mark.long
 def test_compress_tiny_llama(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = set(checkout.rglob("*"))
     names = runpy.run_path(str(EXAMPLES / "compress_tiny_llama.py"))

@@ -70,10 +70,12 @@ def run(how: str, folder: Path) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.long
 def test_a_library_call_leaves_the_process_alone(tmp_path: Path) -> None:
     assert run("library", tmp_path)["calls"] == []
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak cannot be reset")
 def test_a_run_that_owns_its_process_measures_every_stage(tmp_path: Path) -> None:
     found = run("own", tmp_path)

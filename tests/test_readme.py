@@ -46,6 +46,7 @@ def test_the_links_lead_to_files() -> None:
         assert target.startswith("https://") or (ROOT / target).exists(), target
 
 
+@pytest.mark.long
 def test_the_python(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (code,) = blocks("python")
     imports = {line.split()[1] for line in code.splitlines() if line.startswith(("import", "from"))}

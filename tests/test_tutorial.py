@@ -15,6 +15,7 @@ def blocks(name: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "docs" / name).read_text(), re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.long
 def test_the_commands(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = "".join(blocks("tutorial.md", "sh")).replace("\\\n", " ").splitlines()
     perplexities = []
@@ -28,6 +29,7 @@ def test_the_commands(checkout: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert len(perplexities) == 2  # without tuning, and of the export
 
 
+@pytest.mark.long
 def test_the_python(checkout: Path) -> None:
     code = blocks("tutorial_python.md", "python")
     assert len(code) == 4

@@ -73,8 +73,14 @@ def _is_measured(record: Mapping[str, Any]) -> bool:
 
 
 def add_evaluation(folder: Path, record: Mapping[str, Any]) -> Path:
-    """Adds a record to those next to a checkpoint, and returns their file; it is replaced whole or not at all."""
+    """Adds a record to those next to a checkpoint, and returns their file; it is replaced whole or not at all.
+
+    Raises:
+      InputError: the file there is damaged.
+      RunError: the disk is full, or refuses to be written to.
+    """
     path = folder / EVALUATIONS_NAME
     lines = [json.dumps(entry) for entry in (*read_evaluations(folder), dict(record))]
-    atomic.write_text(path, "".join(f"{line}\n" for line in lines), aside=path.with_name(f"{path.name}.writing"))
+    with atomic.writing(path):
+        atomic.write_text(path, "".join(f"{line}\n" for line in lines), aside=path.with_name(f"{path.name}.writing"))
     return path

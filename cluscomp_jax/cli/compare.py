@@ -1,5 +1,6 @@
 """`cluscomp compare`: several runs in one table, with --out also as an HTML page."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ from cluscomp_jax.cli.arguments import CompareArguments
 from cluscomp_jax.cli.outcome import Result
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.reporting.html.page import COMPARISON_HEADER, comparison_notices, comparison_rows, write_comparison
-from cluscomp_jax.reporting.html.records import read_records
+from cluscomp_jax.reporting.html.records import RunRecords, read_records
 from cluscomp_jax.reporting.tables import format_table
 
 
@@ -16,6 +17,7 @@ def run(arguments: CompareArguments) -> Result:
     if len(arguments.models) < 2:
         raise InputError(f"compare takes two folders or more, not {len(arguments.models)}; `cluscomp report` shows one")
     runs = [read_records(folder) for folder in arguments.models]
+    _require_one_tokenizer(arguments.models, runs)
     lines = [format_table(COMPARISON_HEADER, comparison_rows(runs)), *comparison_notices(runs)]
     fields: dict[str, Any] = {
         "runs": [
@@ -36,3 +38,16 @@ def run(arguments: CompareArguments) -> Result:
         fields["page"] = str(write_comparison(runs, Path(arguments.out)))
         lines.append(f"{fields['page']}: the same as a page")
     return Result("\n".join(lines), fields)
+
+
+def _require_one_tokenizer(folders: Sequence[str], runs: Sequence[RunRecords]) -> None:
+    """Raises InputError where two runs name two tokenizers: their perplexities are of different tokens."""
+    named = {folder: run.provenance.get("tokenizer") for folder, run in zip(folders, runs, strict=True)}
+    known = {folder: str(digest) for folder, digest in named.items() if digest is not None}
+    first = next(iter(known), None)
+    for folder, digest in known.items():
+        if first is not None and digest != known[first]:
+            raise InputError(
+                f"{first} and {folder} have two tokenizers ({known[first][:12]}, {digest[:12]}), so their perplexities "
+                "are of different tokens; compare them one by one with `cluscomp report`"
+            )

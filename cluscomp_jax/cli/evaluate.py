@@ -14,11 +14,12 @@ from cluscomp_jax.cli.generate import stop_tokens
 from cluscomp_jax.cli.inputs import read_tokens, require_windows
 from cluscomp_jax.cli.outcome import DONE, FAILED, Result, note
 from cluscomp_jax.config.numerics import Dtype
-from cluscomp_jax.errors import InputError
+from cluscomp_jax.errors import InputError, RunError
 from cluscomp_jax.evaluation.exact_match import GSM8K_ANSWER, answer_pattern, exact_match
 from cluscomp_jax.evaluation.perplexity import Perplexity, perplexity, scratch_bytes
 from cluscomp_jax.inference.decoder import Decoder
 from cluscomp_jax.io.open import OpenedModel, open_model
+from cluscomp_jax.io.tokenizer import tokenizer_digest
 from cluscomp_jax.reporting.tables import format_bytes
 from cluscomp_jax.runtime.reporter import console_reporter
 from cluscomp_jax.runtime.scratch import require_room, scratch_parent
@@ -47,9 +48,11 @@ def _run_perplexity(arguments: EvaluateArguments) -> Result:
             f"--tokens {arguments.tokens} do not fill one window of --context {arguments.context}; lower it"
         )
     opened = open_model(arguments.model)
+    tokenizer = None
     stage = None if arguments.record is None else _stage(opened, Path(arguments.record))
     if arguments.record is not None:
         read_evaluations(Path(arguments.record))  # refuses a record that cannot be added to, before the work
+        tokenizer = _same_tokenizer(opened, arguments.text, Path(arguments.record))
     tokens = read_tokens(opened, arguments.text, first=arguments.tokens)
     require_windows(arguments.text, tokens, arguments.context)
     note_context("--context", arguments.context, opened)
@@ -72,7 +75,12 @@ def _run_perplexity(arguments: EvaluateArguments) -> Result:
         lines.append(f"not noted in {arguments.record}: it is not finite")
     elif arguments.record is not None:
         finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        file = add_evaluation(Path(arguments.record), {"stage": stage, **fields, "finished": finished})
+        try:
+            record = {"stage": stage, **fields, "tokenizer": tokenizer, "finished": finished}
+            file = add_evaluation(Path(arguments.record), record)
+        except RunError as error:  # what was measured is still shown
+            note(f"error: not noted: {error}; then give the same command again")
+            return Result("\n".join(lines), {**fields, "stage": stage}, FAILED)
         lines.append(f"noted as {stage!r} in {file}")
     return Result("\n".join(lines), {**fields, "stage": stage}, DONE if math.isfinite(measured.perplexity) else FAILED)
 
@@ -125,6 +133,24 @@ def _stage(opened: OpenedModel, folder: Path) -> str:
         f"--record {folder}: {opened.name} is neither that folder, nor what it was made from, nor made from the same "
         "files; leave --record out"
     )
+
+
+def _same_tokenizer(opened: OpenedModel, text: str, folder: Path) -> str | None:
+    """Returns the digest of the tokenizer that makes tokens of a text; None where the text is tokens.
+
+    Raises:
+      InputError: the checkpoint in `folder` has another tokenizer.
+    """
+    if Path(text).suffix == ".npy":
+        return None
+    digest = tokenizer_digest(opened.load_tokenizer())
+    recorded = describe_checkpoint(folder)["provenance"].get("tokenizer")
+    if recorded not in (None, digest):
+        raise InputError(
+            f"--record {folder}: {opened.name} has another tokenizer ({digest[:12]}) than that folder "
+            f"({str(recorded)[:12]}), so the two count different tokens; leave --record out"
+        )
+    return digest
 
 
 def _inputs(manifest: Mapping[str, Any]) -> list[Any]:

@@ -2,13 +2,16 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 from cluscomp_jax.checkpoint.reader import open_checkpoint
 from cluscomp_jax.cli.arguments import ExportArguments
 from cluscomp_jax.cli.command_line import command_line
-from cluscomp_jax.cli.outcome import Result
+from cluscomp_jax.cli.outcome import Result, note
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.export import FORMATS, export_checkpoint
+from cluscomp_jax.io.tokenizer import guess_tokenizer, load_tokenizer, tokenizer_digest
+from cluscomp_jax.io.tokenizer.folder import TOKENIZER_JSON
 from cluscomp_jax.reporting.tables import format_bytes
 from cluscomp_jax.runtime.timing import process_peak_rss_bytes
 
@@ -31,6 +34,7 @@ def run(arguments: ExportArguments) -> Result:
         shard_bytes=None if shard_gb is None else max(1, int(shard_gb * 1e9)),
         command=command_line(arguments),
     )
+    _note_other_tokenizer(out)
     size = sum(file.stat().st_size for file in files)
     seconds, peak = time.monotonic() - began, process_peak_rss_bytes()
     fields = {
@@ -43,3 +47,19 @@ def run(arguments: ExportArguments) -> Result:
     }
     text = f"{out}: {arguments.format}, {len(files)} files, {format_bytes(size)}, {seconds:.1f} s"
     return Result(f"{text}, peak memory {format_bytes(peak)}", fields)
+
+
+def _note_other_tokenizer(folder: Path) -> None:
+    """Notes where transformers' own choice of a class splits texts in another way than tokenizer.json says."""
+    if not ((folder / TOKENIZER_JSON).is_file() and (folder / "config.json").is_file()):
+        return
+    try:
+        chosen: Any = guess_tokenizer(folder)
+    except InputError as error:
+        note(f"AutoTokenizer cannot read the tokenizer of {folder} ({error}); PreTrainedTokenizerFast reads it")
+        return
+    if tokenizer_digest(chosen) != tokenizer_digest(load_tokenizer(folder)):
+        note(
+            f"AutoTokenizer takes {type(chosen).__name__} for {folder}, which splits texts in another way than its "
+            "tokenizer.json; load the tokenizer by PreTrainedTokenizerFast"
+        )

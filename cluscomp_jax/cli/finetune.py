@@ -13,7 +13,7 @@ from cluscomp_jax.checkpoint.reader import describe
 from cluscomp_jax.checkpoint.writer import run_work_path
 from cluscomp_jax.cli.arguments import FinetuneArguments
 from cluscomp_jax.cli.command_line import command_line
-from cluscomp_jax.cli.folder import METRICS_NAME, claim_folder, tokenizer_files
+from cluscomp_jax.cli.folder import METRICS_NAME, carried_tokenizer, claim_folder
 from cluscomp_jax.cli.mesh import parse_mesh
 from cluscomp_jax.cli.outcome import Result, note
 from cluscomp_jax.config.finetune import FinetuneConfig, load_finetune_config
@@ -99,8 +99,9 @@ def _write(task: _Task, rows: int, provenance: dict[str, Any]) -> FinetuneSummar
     """Returns what was done, after claiming the folder and finishing it."""
     opened, cfg, out = task.opened, task.cfg, task.out
     with distributed.decided_by_first():
+        tokenizer = carried_tokenizer(opened)
         identity = fingerprint(opened.source, cfg, task.batches, task.evaluation, task.teacher)
-        tokenizer = tokenizer_files(opened)
+        identity = identity.including(tokenizer=tokenizer.digest)
         claim = claim_folder(out, opened, cfg, identity)
     with claim as writer:
         remove_scalars(out / TENSORBOARD_FOLDER)  # of a process that was stopped, whose run may go on without any
@@ -108,9 +109,14 @@ def _write(task: _Task, rows: int, provenance: dict[str, Any]) -> FinetuneSummar
         note(f"{opened.name}: {cfg.training.steps} steps, {tokens:,} tokens of {rows} rows of {cfg.data.length}")
         with console_reporter(*task.logs) as reporter:
             summary = task.work(writer, reporter=reporter, finished_blocks=writer.finished_blocks)
-        if tokenizer is not None:
-            writer.store_tokenizer(tokenizer)
-        provenance = {**provenance, "mesh": str(cfg.mesh), "processes": jax.process_count()}
+        if tokenizer.write is not None:
+            writer.store_tokenizer(tokenizer.write)
+        provenance = {
+            **provenance,
+            "tokenizer": tokenizer.digest,
+            "mesh": str(cfg.mesh),
+            "processes": jax.process_count(),
+        }
         writer.finish(provenance=provenance, metrics={"finetune": summary.to_dict()})
     distributed.meet()
     return summary

@@ -5,10 +5,11 @@ Shared by `compress` and `demo`. Knows no command-line options; prints notes onl
 
 import dataclasses
 import hashlib
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,7 +23,9 @@ from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.evaluation.perplexity import Perplexity
+from cluscomp_jax.io.hf.safetensors_source import GENERATION_CONFIG
 from cluscomp_jax.io.open import OpenedModel
+from cluscomp_jax.io.tokenizer import tokenizer_digest, write_tokenizer
 from cluscomp_jax.models.source import Fingerprint, ParamSource
 from cluscomp_jax.pipeline import CompressionSummary, compress_stream, fingerprint
 from cluscomp_jax.plan.host import scratch_bytes
@@ -99,8 +102,8 @@ def compress_to_folder(
     """
     course = _Course(measure)
     with course.before("prepare"):
-        identity = fingerprint(opened.source, cfg, calibration)
-        tokenizer = tokenizer_files(opened)
+        tokenizer = carried_tokenizer(opened)
+        identity = fingerprint(opened.source, cfg, calibration).including(tokenizer=tokenizer.digest)
         claim = claim_folder(out, opened, cfg, identity)
     with claim as writer, console_reporter(JsonLinesLog(out / METRICS_NAME)) as reporter:
         if writer.finished_blocks:
@@ -121,9 +124,13 @@ def compress_to_folder(
         )
         course.evaluate("compressed", _Unfinished(writer, opened.source), course.after, reporter)
         with course.after("finish"):
-            if tokenizer is not None:
-                writer.store_tokenizer(tokenizer)
-            provenance = {**_provenance(opened, calibration, calibration_name), "command": command}
+            if tokenizer.write is not None:
+                writer.store_tokenizer(tokenizer.write)
+            provenance = {
+                **_provenance(opened, calibration, calibration_name),
+                "tokenizer": tokenizer.digest,
+                "command": command,
+            }
             writer.finish(provenance=provenance, metrics=course.result(summary).to_dict())
     return course.result(summary)
 
@@ -179,18 +186,36 @@ def _check_scratch(opened: OpenedModel, cfg: CompressConfig, calibration: np.nda
         )
 
 
-def tokenizer_files(opened: OpenedModel) -> Path | Callable[[Path], Any] | None:
-    """Returns where the tokenizer's files come from: the model's own folder, or the tokenizer itself."""
+class CarriedTokenizer(NamedTuple):
+    """The tokenizer that a result carries along.
+
+    Attributes:
+      write: writes its files into a folder; None: there is none.
+      digest: see `tokenizer_digest`; None: there is none.
+    """
+
+    write: Callable[[Path], None] | None
+    digest: str | None
+
+
+def carried_tokenizer(opened: OpenedModel) -> CarriedTokenizer:
+    """Returns the tokenizer of a model, and notes where it has none that can be read."""
     try:
         tokenizer = opened.load_tokenizer()
     except InputError as error:
         note(f"{error}; the result will carry no tokenizer")
-        return None
-    if opened.kind in ("hf", "aqlm"):
-        return opened.files[0].parent
+        return CarriedTokenizer(None, None)
+    folder = opened.files[0].parent
     if isinstance(opened.source, CheckpointSource):
-        return opened.source.tokenizer_path
-    return tokenizer.save_pretrained
+        folder = opened.source.tokenizer_path or folder
+    stops = folder / GENERATION_CONFIG
+
+    def write(to: Path) -> None:
+        write_tokenizer(tokenizer, to)
+        if opened.kind != "gguf" and stops.is_file():
+            shutil.copyfile(stops, to / GENERATION_CONFIG)
+
+    return CarriedTokenizer(write, tokenizer_digest(tokenizer))
 
 
 def _check_weights(opened: OpenedModel, reporter: Reporter) -> None:

@@ -15,28 +15,42 @@ from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.export import aqlm
 from cluscomp_jax.export.format import DEFAULT_SHARD_BYTES, ExportOptions
 from cluscomp_jax.export.iterate_parameters import copy_tokenizer, dense_array, ordered_entries, walk
+from cluscomp_jax.io.hf.safetensors_source import GENERATION_CONFIG
 from cluscomp_jax.io.hf.safetensors_writer import SafetensorsWriter, TensorSpec
 from cluscomp_jax.models.tensor_names import TensorNames, is_transposed, names_of
 from cluscomp_jax.runtime import atomic, json_files
 
-_GENERATION_CONFIG = "generation_config.json"
-DENSE_USAGE = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+_TOKENIZER_USAGE = (
+    "PreTrainedTokenizerFast takes tokenizer.json as it is. AutoTokenizer chooses a class by model_type, and some of "
+    "its classes split texts in another way."
+)
+DENSE_USAGE = (
+    """```python
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 model = AutoModelForCausalLM.from_pretrained("this folder")
-tokenizer = AutoTokenizer.from_pretrained("this folder")
+tokenizer = PreTrainedTokenizerFast.from_pretrained("this folder")
 ```
 
-The matrices are stored decoded, so any server of the original model serves it; it takes the original's memory."""
-AQLM_USAGE = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer  # pip install transformers accelerate aqlm[cpu]
+The matrices are stored decoded, so any server of the original model serves it; it takes the original's memory.
+
+"""
+    + _TOKENIZER_USAGE
+)
+AQLM_USAGE = (
+    """```python
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast  # pip install transformers accelerate aqlm[cpu]
 
 model = AutoModelForCausalLM.from_pretrained("this folder")
-tokenizer = AutoTokenizer.from_pretrained("this folder")
+tokenizer = PreTrainedTokenizerFast.from_pretrained("this folder")
 ```
 
 AQLM checkpoints decode to exactly the compressed weights. Matrices cut along "in" with g of 8 or 16 and 16-bit codes
-are the form that aqlm's CUDA kernels run; others are decoded at every call."""
+are the form that aqlm's CUDA kernels run; others are decoded at every call.
+
+"""
+    + _TOKENIZER_USAGE
+)
 
 
 def write_dense(source: CheckpointSource, folder: Path, options: ExportOptions) -> None:
@@ -105,7 +119,7 @@ def _write_companions(source: CheckpointSource, folder: Path, fields: dict[str, 
     config = {**source.manifest.model_config, **fields}
     (folder / "config.json").write_text(json_files.dumps(config), encoding="utf-8")
     copy_tokenizer(source, folder)
-    if not (folder / _GENERATION_CONFIG).exists():
+    if not (folder / GENERATION_CONFIG).exists():
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         stops = {name: config[name] for name in names if config.get(name) is not None}
-        (folder / _GENERATION_CONFIG).write_text(json_files.dumps(stops), encoding="utf-8")
+        (folder / GENERATION_CONFIG).write_text(json_files.dumps(stops), encoding="utf-8")

@@ -13,6 +13,8 @@ from cluscomp_jax.checkpoint.writer import TOKENIZER_FILES
 from cluscomp_jax.core import codebook, trees
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.io.hf.safetensors_source import GENERATION_CONFIG
+from cluscomp_jax.io.tokenizer import load_tokenizer, write_tokenizer
 from cluscomp_jax.models.model import build_model
 
 
@@ -40,11 +42,17 @@ def walk(source: CheckpointSource, entries: Mapping[str, Entry]) -> Iterator[tup
 
 
 def copy_tokenizer(source: CheckpointSource, folder: Path) -> None:
-    """Copies the files of the checkpoint's tokenizer, and no other file next to them."""
-    if source.tokenizer_path is not None:
-        for name in TOKENIZER_FILES:
-            if (source.tokenizer_path / name).is_file():
-                shutil.copyfile(source.tokenizer_path / name, folder / name)
+    """Writes the checkpoint's tokenizer and stop tokens; of a tokenizer that cannot be read, its files as they are."""
+    if source.tokenizer_path is None:
+        return
+    names: tuple[str, ...] = (GENERATION_CONFIG,)
+    try:
+        write_tokenizer(load_tokenizer(source.tokenizer_path), folder)
+    except InputError:
+        names = TOKENIZER_FILES
+    for name in names:
+        if (source.tokenizer_path / name).is_file():
+            shutil.copyfile(source.tokenizer_path / name, folder / name)
 
 
 def dense_array(path: str, leaf: Any, dtype: np.dtype[Any] | None) -> np.ndarray:

@@ -15,10 +15,11 @@ from cluscomp_jax.checkpoint.manifest import MANIFEST_NAME
 from cluscomp_jax.checkpoint.reader import open_checkpoint
 from cluscomp_jax.checkpoint.run_folder import RUN_NAME
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.io.gguf import tokenizer as gguf_tokenizer
 from cluscomp_jax.io.gguf.source import GgufSource
 from cluscomp_jax.io.hf.aqlm_source import AqlmSource, is_aqlm
+from cluscomp_jax.io.hf.hub import download
 from cluscomp_jax.io.hf.safetensors_source import SafetensorsSource, read_config
+from cluscomp_jax.io.tokenizer import gguf as gguf_tokenizer
 from cluscomp_jax.io.tokenizer import load_tokenizer
 from cluscomp_jax.models.model import Model, build_model
 from cluscomp_jax.models.source import ParamSource
@@ -26,19 +27,6 @@ from cluscomp_jax.models.source import ParamSource
 _HASHED_BYTES = 10**9
 _PIECES, _PIECE_BYTES = 256, 2**16
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +98,7 @@ def open_model(spec: str | Path) -> OpenedModel:
     if path.is_dir():
         return _open_folder(path, path.resolve().name)
     if _HUB_ID.fullmatch(str(spec)):
-        return _open_folder(_download(str(spec)), str(spec))
+        return _open_folder(download(str(spec)), str(spec))
     raise InputError(f"model {str(spec)!r} is neither a folder, a .gguf file nor a hub id (owner/name)")
 
 
@@ -162,13 +150,3 @@ def _open_hugging_face(folder: Path, name: str) -> OpenedModel:
     source = SafetensorsSource(folder, model)
     load = functools.partial(load_tokenizer, folder)
     return OpenedModel("hf", config, model, source, name, (folder / "config.json", *source.files), load)
-
-
-def _download(hub_id: str) -> Path:
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*"]))
-    except (OSError, ValueError, huggingface_hub.errors.HFValidationError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"model {hub_id!r} is no folder here and cannot be had from the hub: {reason}") from None

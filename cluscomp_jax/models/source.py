@@ -50,6 +50,10 @@ class Fingerprint:
         """The hex digest of all of it."""
         return _digest(dict(self.parts))
 
+    def including(self, **parts: str | None) -> "Fingerprint":
+        """Returns the fingerprint of these and more parts; None: there is none of the name."""
+        return Fingerprint({**self.parts, **{name: value or "none" for name, value in parts.items()}})
+
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -38,10 +38,18 @@ def publish(aside: Path, final: Path) -> None:
 
 
 def write_text(path: Path, text: str, *, aside: Path) -> None:
-    """Writes a text file whole or not at all; `aside` is a path on the same disk that may be overwritten."""
-    aside.write_text(text, encoding="utf-8")
-    sync(aside)
-    publish(aside, path)
+    """Writes a text file whole or not at all; `aside` is a path on the same disk that may be overwritten.
+
+    Where writing fails, nothing is left.
+    """
+    try:
+        aside.write_text(text, encoding="utf-8")
+        sync(aside)
+        publish(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
 
 
 def file_sha256(path: Path) -> str:

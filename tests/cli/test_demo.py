@@ -32,6 +32,7 @@ def inputs(tmp_path: Path) -> demo.Inputs:
     return demo.Inputs(opened, cfg, calibration, "text.txt", tokens[:64], 16)
 
 
+@pytest.mark.long
 def test_the_report_holds_every_column_and_the_table_every_number(
     capsys: pytest.CaptureFixture[str], inputs: demo.Inputs, tmp_path: Path
 ) -> None:

@@ -138,6 +138,7 @@ class InTurn:
         pass
 
 
+@pytest.mark.long
 def test_bytes_and_records_are_those_of_reading_and_writing_in_turn(tmp_path, monkeypatch) -> None:
     config = llama.LlamaConfig(
         vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,

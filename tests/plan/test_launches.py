@@ -190,6 +190,7 @@ def feeding(place: AbstractDevice, d_in: int, d_out: int, calls: float) -> Progr
     return Program("assign", "codes", traced, 0, calls)
 
 
+@pytest.mark.long
 @needs_compiler
 def test_programs_that_are_not_compiled_scale_with_their_steps() -> None:
     card = find_target("a6000")
@@ -220,6 +221,7 @@ TINY = LlamaConfig(
 )  # fmt: skip
 
 
+@pytest.mark.long
 @needs_compiler
 def test_a_plan_reports_the_launches_of_a_whole_run(monkeypatch) -> None:
     """6 samples are looked up, a gather and at most what goes with it; each of 3 blocks passes them once."""

@@ -125,8 +125,13 @@ def contains(whole: list[str], part: list[str]) -> bool:
 
 @pytest.mark.parametrize(
     "cfg",
-    [DEFAULT, UNCORRECTED, PAPER, SHARED, SHARED_BLINDLY],
-    ids=["default", "uncorrected", "paper", "shared", "shared blindly"],
+    [
+        pytest.param(DEFAULT, id="default"),
+        pytest.param(UNCORRECTED, id="uncorrected", marks=pytest.mark.long),
+        pytest.param(PAPER, id="paper", marks=pytest.mark.long),
+        pytest.param(SHARED, id="shared", marks=pytest.mark.long),
+        pytest.param(SHARED_BLINDLY, id="shared blindly", marks=pytest.mark.long),
+    ],
 )
 def test_a_run_compiles_what_the_plan_lists_and_holds_what_it_says(cfg, compilations, monkeypatch) -> None:
     monkeypatch.setattr(pipeline, "forward_batch", lambda *_: 1)
@@ -139,6 +144,7 @@ def test_a_run_compiles_what_the_plan_lists_and_holds_what_it_says(cfg, compilat
     hold_to([p for p in programs if p.stage not in AFTERWARDS], compilations.seen, before)
 
 
+@pytest.mark.long
 def test_finetuning_compiles_what_the_plan_lists_and_holds_what_it_says(compilations) -> None:
     training = TrainingConfig(steps=2, grad_accumulation_steps=2, compute_dtype="bfloat16")
     cfg = FinetuneConfig(model=CONFIG, data=DataConfig(length=24), training=training)
@@ -154,6 +160,7 @@ def test_finetuning_compiles_what_the_plan_lists_and_holds_what_it_says(compilat
     hold_to([p for p in planned(blind, cfg) if p.stage == "finetune"], compilations.seen, before)
 
 
+@pytest.mark.long
 def test_evaluation_compiles_what_the_plan_lists_and_holds_what_it_says(compilations) -> None:
     params = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), llama.init_params(CONFIG, jax.random.key(0)))
     blind = dataclasses.replace(PAPER, tuning=None)

@@ -89,6 +89,7 @@ def test_an_unknown_preset_is_refused() -> None:
         preset_config("llama-9")
 
 
+@pytest.mark.long
 def test_a_plan_compiles_for_any_device_jax_has() -> None:
     card = find_target("rtx4090")
     done = plan(BLIND, card, AbstractDevice(), context=32, reserve=Reserve(), reporter=SilentReporter())
@@ -128,6 +129,7 @@ def test_the_host_holds_roots_while_compressing_and_the_whole_model_to_finetune(
     assert doubled - pinned == 2 * 2 * 4096 * 64 * 32  # blocks, bytes, rows, tokens, channels
 
 
+@pytest.mark.long
 def test_a_memory_budget_chooses_the_batch_or_says_what_does_not_fit() -> None:
     model, shape = build_model(TINY), (64, 32)
     tuned = CompressConfig(
@@ -189,6 +191,7 @@ raise SystemExit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.long
 def test_the_command_leaves_the_persistent_compilation_cache_alone(tmp_path, blind_run) -> None:
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, "-c", CPU_PLAN, *blind_run]

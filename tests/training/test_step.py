@@ -65,6 +65,7 @@ def decode64(codebook, leaf):
     return whole[:d_in, :d_out]
 
 
+@pytest.mark.long
 def test_inputs_kept_on_the_host_change_no_bit():
     tokens, loss_mask = batch()
     trained, frozen, layout = split(compressed_params(odd_block=1))
@@ -189,7 +190,9 @@ def run_steps(params, settings, *, count=6, rows=4):
 FAST = TrainingConfig(steps=60, learning_rate=0.01, relative_rate=False, schedule="constant", warmup_fraction=0.0)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", *(pytest.param(dtype, marks=pytest.mark.long) for dtype in ("bfloat16", "float16"))]
+)
 def test_the_loss_falls_and_what_is_frozen_stays_bit_for_bit(dtype):
     params = compressed_params(dtype=BF16)
     settings = dataclasses.replace(FAST, compute_dtype=dtype)
@@ -224,6 +227,7 @@ def test_splitting_and_merging_gives_the_model_back():
     chex.assert_trees_all_equal(trees.flatten(merged), trees.flatten(params))
 
 
+@pytest.mark.long
 def test_accumulated_batches_are_one_large_batch():
     params = compressed_params(dtype=np.float32)
     whole = run_steps(params, FAST)[0].trained
@@ -231,6 +235,7 @@ def test_accumulated_batches_are_one_large_batch():
     chex.assert_trees_all_close(whole, parts, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.long
 def test_steps_are_those_of_optax_with_vectors_at_a_tenth_of_the_rate():
     params = compressed_params(dtype=np.float32)
     trainable = (".*/codebook", "model/norm/weight", r"model/layers/\d+/input_layernorm/weight")

@@ -1,8 +1,25 @@
-"""transformers, imported without its advice about PyTorch. Knows nothing else."""
+"""What comes from Hugging Face: the module transformers, without its advice about PyTorch, and models of the hub."""
 
 import importlib
 import logging
+from pathlib import Path
 from typing import Any
+
+from cluscomp_jax.errors import InputError
+
+_HUB_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
 
 
 class _DropPyTorchAdvice(logging.Filter):
@@ -21,3 +38,21 @@ def transformers() -> Any:
         return importlib.import_module("transformers")
     finally:
         logger.removeFilter(advice)
+
+
+def download(hub_id: str) -> Path:
+    """Returns the folder of a model's files and tokenizer, downloaded or taken from the local cache.
+
+    Args:
+      hub_id: "owner/name".
+
+    Raises:
+      InputError: it is in neither, or the hub does not answer.
+    """
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*"]))
+    except (OSError, ValueError, huggingface_hub.errors.HFValidationError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"model {hub_id!r} is no folder here and cannot be had from the hub: {reason}") from None

@@ -52,13 +52,16 @@ def parse_folder_config(folder: Path, fields: dict[str, Any]) -> Any:
     Raises:
       InputError: an unknown model_type, or a value the family cannot serve.
     """
-    if (folder / "generation_config.json").is_file():
-        stops = read_object(folder / "generation_config.json").get("eos_token_id")
+    if (folder / GENERATION_CONFIG).is_file():
+        stops = read_object(folder / GENERATION_CONFIG).get("eos_token_id")
         fields |= {"eos_token_id": stops} if stops is not None else {}
     try:
         return parse_model_config(fields)
     except InputError as error:
         raise InputError(f"{folder / 'config.json'}: {error}") from None
+
+
+GENERATION_CONFIG = "generation_config.json"
 
 
 class SafetensorsSource:

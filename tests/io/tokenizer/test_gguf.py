@@ -11,9 +11,9 @@ from io_models import hf_tensors, write_gguf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.io.gguf.tokenizer import build_tokenizer
 from cluscomp_jax.io.open import open_model
 from cluscomp_jax.io.tokenizer import encode_text, load_tokenizer, start_tokens
+from cluscomp_jax.io.tokenizer.gguf import build_tokenizer
 
 CORPUS = ["the cat and the hat sat in 1984 , the  1985 and 19 thin cats", "naïve café don't — 12,345.67"] * 20
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -262,8 +262,8 @@ def test_loading_says_nothing_of_pytorch(tmp_path):
     [
         ({}, "no tokenizer could be loaded"),
         ({"tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["x.Y", null]}}'}, "never run"),
-        ({"tokenizer.json": "{}", "tokenizer_config.json": "{}"}, "no tokenizer could be loaded"),
-        ({"tokenizer.json": "no json", "tokenizer_config.json": "{}"}, "no tokenizer could be loaded"),
+        ({"tokenizer.json": "{}", "tokenizer_config.json": "{}"}, "tokenizer.json: cannot be read"),
+        ({"tokenizer.json": "no json", "tokenizer_config.json": "{}"}, "tokenizer.json: cannot be read"),
         ({"tokenizer_config.json": "no json"}, "tokenizer"),
     ],
 )

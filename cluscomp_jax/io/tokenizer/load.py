@@ -10,8 +10,10 @@ import numpy as np
 
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.gguf.source import read_metadata
-from cluscomp_jax.io.gguf.tokenizer import build_tokenizer
-from cluscomp_jax.io.hf.hub import transformers
+from cluscomp_jax.io.hf.hub import download, transformers
+from cluscomp_jax.io.tokenizer.folder import TOKENIZER_JSON, read_tokenizer
+from cluscomp_jax.io.tokenizer.gguf import build_tokenizer
+from cluscomp_jax.io.tokenizer.sentencepiece import SENTENCEPIECE_MODEL, read_sentencepiece
 from cluscomp_jax.runtime.json_files import read_object
 
 TOKENIZER_FOLDER = "tokenizer"  # inside a compressed checkpoint
@@ -31,25 +33,27 @@ def load_tokenizer(spec: str | Path) -> Any:
     if path.is_file():
         return build_tokenizer(read_metadata(path), where=str(path))
     folder = path / TOKENIZER_FOLDER if (path / TOKENIZER_FOLDER).is_dir() else path
-    return _of_folder(folder if path.is_dir() else str(spec))
+    return _of_folder(folder if path.is_dir() else download(str(spec)))
 
 
-def _of_folder(spec: Path | str) -> Any:
-    if isinstance(spec, Path) and _wants_remote_code(spec):
-        raise InputError(f"{spec}: tokenizer_config.json names code of its own (auto_map), which is never run")
-    local = isinstance(spec, Path)
+def _of_folder(folder: Path) -> Any:
+    if (folder / TOKENIZER_JSON).is_file():
+        return read_tokenizer(folder)
+    if (folder / SENTENCEPIECE_MODEL).is_file():
+        return read_sentencepiece(folder)
+    return guess_tokenizer(folder)
+
+
+def guess_tokenizer(folder: Path) -> Any:
+    """Returns the tokenizer that transformers makes of older files, such as vocab.json and merges.txt."""
+    config = folder / "tokenizer_config.json"
+    if config.is_file() and "auto_map" in read_object(config):
+        raise InputError(f"{folder}: tokenizer_config.json names code of its own (auto_map), which is never run")
     try:
-        return transformers().AutoTokenizer.from_pretrained(str(spec), trust_remote_code=False, local_files_only=local)
+        return transformers().AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{spec}: no tokenizer could be loaded: {reason}") from None
-
-
-def _wants_remote_code(folder: Path) -> bool:
-    file = folder / "tokenizer_config.json"
-    if not file.is_file() or (folder / "tokenizer.json").is_file():
-        return False
-    return "auto_map" in read_object(file)
+        raise InputError(f"{folder}: no tokenizer could be loaded: {reason}") from None
 
 
 def encode_text(tokenizer: Any, text: str) -> np.ndarray:

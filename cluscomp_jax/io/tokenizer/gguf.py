@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.io.hf.hub import transformers
+from cluscomp_jax.io.tokenizer.folder import wrap
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # values of tokenizer.ggml.token_type
 _SPACE = "▁"
@@ -90,18 +90,14 @@ def _build(metadata: Mapping[str, Any]) -> Any:
         ]
     )
     _add_template(backend, metadata, special, kind)
-    tokenizer = transformers().PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        model_max_length=_context_length(metadata),
-        clean_up_tokenization_spaces=False,
-        **special,
-    )
+    tokenizer = wrap(backend, special=special, length=_context_length(metadata))
     tokenizer.chat_template = metadata.get("tokenizer.chat_template")
     return tokenizer
 
 
-def _context_length(metadata: Mapping[str, Any]) -> int:
-    return int(metadata.get(f"{metadata.get('general.architecture')}.context_length", 2**31 - 1))
+def _context_length(metadata: Mapping[str, Any]) -> int | None:
+    length = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    return length if isinstance(length, int) and length > 0 else None
 
 
 def _special_tokens(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:

@@ -20,7 +20,7 @@ from cluscomp_jax.checkpoint.run_folder import AlreadyFinished
 from cluscomp_jax.cli.arguments import DemoArguments
 from cluscomp_jax.cli.demo_report import Demo, demo_table
 from cluscomp_jax.cli.folder import compress_to_folder
-from cluscomp_jax.cli.generate import encode_prompt, stop_tokens
+from cluscomp_jax.cli.generate import encode_prompt
 from cluscomp_jax.cli.outcome import Result, note
 from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
 from cluscomp_jax.config.data import CalibrationConfig
@@ -30,6 +30,7 @@ from cluscomp_jax.errors import InputError, RunError
 from cluscomp_jax.evaluation.perplexity import Perplexity, perplexity
 from cluscomp_jax.inference.decoder import generate
 from cluscomp_jax.io.open import OpenedModel, open_model
+from cluscomp_jax.io.tokenizer import stop_tokens
 from cluscomp_jax.models.source import ParamSource
 from cluscomp_jax.reporting.html.page import write_report
 from cluscomp_jax.runtime import atomic
@@ -192,7 +193,7 @@ def _sentences(opened: OpenedModel, sources: dict[str, ParamSource]) -> dict[str
     """Returns {name: its greedy answer to the question}, in the chat template where there is one."""
     tokenizer = opened.load_tokenizer()
     prompt = encode_prompt(tokenizer, QUESTION, chat=bool(getattr(tokenizer, "chat_template", None)))
-    stops = stop_tokens(opened, tokenizer)
+    stops = stop_tokens(opened.config, tokenizer)
     sentences = {}
     for name, source in sources.items():
         tokens = generate(source, prompt, opened.model, max_new_tokens=NEW_TOKENS, stop_tokens=stops)

@@ -10,7 +10,6 @@ from typing import Any
 from cluscomp_jax.checkpoint.evaluations import add_evaluation, read_evaluations, stage_of
 from cluscomp_jax.checkpoint.reader import describe as describe_checkpoint
 from cluscomp_jax.cli.arguments import DEFAULT_ANSWER_TOKENS, EvaluateArguments
-from cluscomp_jax.cli.generate import stop_tokens
 from cluscomp_jax.cli.inputs import read_tokens, require_windows
 from cluscomp_jax.cli.outcome import DONE, FAILED, Result, note
 from cluscomp_jax.config.numerics import Dtype
@@ -19,7 +18,7 @@ from cluscomp_jax.evaluation.exact_match import GSM8K_ANSWER, answer_pattern, ex
 from cluscomp_jax.evaluation.perplexity import Perplexity, perplexity, scratch_bytes
 from cluscomp_jax.inference.decoder import Decoder
 from cluscomp_jax.io.open import OpenedModel, open_model
-from cluscomp_jax.io.tokenizer import tokenizer_digest
+from cluscomp_jax.io.tokenizer import stop_tokens, tokenizer_digest
 from cluscomp_jax.reporting.tables import format_bytes
 from cluscomp_jax.runtime.reporter import console_reporter
 from cluscomp_jax.runtime.scratch import require_room, scratch_parent
@@ -180,7 +179,7 @@ def _run_exact_match(arguments: EvaluateArguments, file: str) -> Result:
             pattern=pattern,
             max_new_tokens=longest,
             batch_size=arguments.batch_size,
-            stop_tokens=stop_tokens(opened, tokenizer),
+            stop_tokens=stop_tokens(opened.config, tokenizer),
             reporter=reporter,
         )
     text = (

@@ -13,8 +13,8 @@ from cluscomp_jax.errors import InputError
 from cluscomp_jax.inference.completion import Completion, Rates, complete
 from cluscomp_jax.inference.decoder import Decoder, checked_prompts
 from cluscomp_jax.inference.sampling import Sampling
-from cluscomp_jax.io.open import OpenedModel, open_model
-from cluscomp_jax.io.tokenizer import encode_text
+from cluscomp_jax.io.open import open_model
+from cluscomp_jax.io.tokenizer import encode_text, stop_tokens
 
 
 def run(arguments: GenerateArguments) -> Result:
@@ -49,7 +49,7 @@ def run(arguments: GenerateArguments) -> Result:
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
         key=jax.random.key(arguments.seed),
-        stop_tokens=stop_tokens(opened, tokenizer),
+        stop_tokens=stop_tokens(opened.config, tokenizer),
         stop_strings=arguments.stop,
         on_text=_show if arguments.stream else None,
     )
@@ -147,9 +147,3 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool, system: str | None
     if not len(tokens):
         raise InputError("--prompt is empty; give at least one word")
     return tokens
-
-
-def stop_tokens(opened: OpenedModel, tokenizer: Any) -> tuple[int, ...]:
-    """Returns the tokens that end a text, by the model's config and by its tokenizer."""
-    ends = {*getattr(opened.config, "eos_token_id", ()), tokenizer.eos_token_id}
-    return tuple(sorted(token for token in ends if token is not None))

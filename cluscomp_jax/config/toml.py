@@ -18,7 +18,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
       InputError: no such file, or not UTF-8 TOML.
     """
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"config {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

@@ -24,6 +24,7 @@ from cluscomp_jax.inference.completion import complete
 from cluscomp_jax.inference.decoder import Decoder
 from cluscomp_jax.inference.sampling import Sampling
 from cluscomp_jax.io.open import open_model
+from cluscomp_jax.io.tokenizer import stop_tokens
 from cluscomp_jax.runtime.host_memory import keep_freed_memory, schedule_for_memory
 
 _DEFAULT_NEW_TOKENS = 256
@@ -92,8 +93,7 @@ class CluscompLM(TemplateLM):  # type: ignore[misc]
             decode_weights=decode_weights,  # type: ignore[arg-type]
             cache_dtype=cache,  # type: ignore[arg-type]
         )
-        stops = {*getattr(opened.config, "eos_token_id", ()), self.tokenizer.eos_token_id}
-        self._stop_tokens = tuple(token for token in stops if token is not None)
+        self._stop_tokens = stop_tokens(opened.config, self.tokenizer)
 
     @property
     def eot_token_id(self) -> int:

@@ -15,6 +15,7 @@ from cluscomp_jax.checkpoint.manifest import MANIFEST_NAME
 from cluscomp_jax.checkpoint.reader import open_checkpoint
 from cluscomp_jax.checkpoint.run_folder import RUN_NAME
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.io.gguf.header import is_gguf
 from cluscomp_jax.io.gguf.source import GgufSource
 from cluscomp_jax.io.hf.aqlm_source import AqlmSource, is_aqlm
 from cluscomp_jax.io.hf.hub import download
@@ -92,8 +93,8 @@ def open_model(spec: str | Path) -> OpenedModel:
     """
     path = Path(spec)
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise InputError(f"{path} is a file but not .gguf; give a .gguf file, a folder or a hub id")
+        if path.suffix != ".gguf" and not is_gguf(path):  # model stores keep them under other names
+            raise InputError(f"{path} is a file but not GGUF; give a GGUF file, a folder or a hub id")
         return _open_gguf(path)
     if path.is_dir():
         return _open_folder(path, path.resolve().name)

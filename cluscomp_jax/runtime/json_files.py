@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.runtime.lfs_pointer import refuse_lfs_pointer
 
 MAX_JSON_BYTES = 1 << 28
 
@@ -54,19 +55,24 @@ def digest(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path, *, foreign: bool = False) -> dict[str, Any]:
     """Returns the JSON object in a file.
+
+    Args:
+      path: the file.
+      foreign: another program wrote it, which may write Infinity and NaN as Python's json does.
 
     Raises:
       InputError: the file cannot be read, is larger than MAX_JSON_BYTES, or is not one UTF-8 JSON object with
-        distinct keys and finite numbers.
+        distinct keys and, unless it is foreign, finite numbers.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise InputError(f"{path}: {path.stat().st_size} bytes; at most {MAX_JSON_BYTES} are read")
-        fields = json.loads(
-            path.read_bytes(), object_pairs_hook=_distinct, parse_constant=_refuse_constant, parse_float=_finite
-        )
+        if path.is_file():
+            refuse_lfs_pointer(path)
+        strict: dict[str, Any] = {} if foreign else {"parse_constant": _refuse_constant, "parse_float": _finite}
+        fields = json.loads(path.read_bytes(), object_pairs_hook=_distinct, **strict)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:

@@ -61,7 +61,7 @@ def config_fields(
         "mlp_bias": "blk.0.ffn_gate.bias" in shapes,
         "rope_theta": shortest_decimal(_scalar(metadata, f"{arch}.rope.freq_base", 10000.0)),
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
+        "eos_token_id": _ends(metadata),
     }
     scaling = _rope_scaling(metadata, arch, fields["max_position_embeddings"])
     if rope_factors is not None:
@@ -87,6 +87,12 @@ def _scalar(metadata: Mapping[str, Any], key: str, default: Any = None) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise InputError(f"{key} in the GGUF header is {str(value)[:60]}; one number for all blocks is expected")
     return value
+
+
+def _ends(metadata: Mapping[str, Any]) -> list[int] | None:
+    """Returns the tokens that end a text, a turn and a message; None: the header names none."""
+    named = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    return list(dict.fromkeys(number for number in named if isinstance(number, int))) or None
 
 
 def _head_dim(metadata: Mapping[str, Any], arch: str, hidden_size: int, heads: int) -> int:

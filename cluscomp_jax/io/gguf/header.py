@@ -16,8 +16,15 @@ MOST_ELEMENTS = 3_000_000
 MOST_ENTRIES = 100_000
 """Keys, and tensors; the largest models have some thousands of tensors."""
 
+_MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
 _SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as GGUF does, whatever its name."""
+    with path.open("rb") as file:
+        return file.read(4) == _MAGIC
 
 
 def check_counts(path: Path) -> None:
@@ -47,7 +54,7 @@ class _Walk:
 
     def check(self) -> None:
         magic, version, tensors, keys = self._take("<4sIQQ")
-        if magic != b"GGUF" or version not in (2, 3):
+        if magic != _MAGIC or version not in (2, 3):
             return
         for count, what in ((keys, "keys"), (tensors, "tensors")):
             if count > MOST_ENTRIES:

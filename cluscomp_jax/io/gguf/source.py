@@ -4,6 +4,9 @@ Knows nothing of tokenizers, and of configs only that `gguf_config` reads them.
 """
 
 import hashlib
+import importlib.metadata
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,11 @@ import numpy as np
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.io.gguf import config, header
+from cluscomp_jax.io.gguf import config, header, keys
 from cluscomp_jax.models import tensor_names
 from cluscomp_jax.models.model import build_model, parse_model_config
 from cluscomp_jax.runtime.file_stamps import FileStamps
+from cluscomp_jax.runtime.lfs_pointer import refuse_lfs_pointer
 
 _ROWS_AT_ONCE = 4096  # bounds the float32 copy while a large embedding is dequantised
 
@@ -43,16 +47,16 @@ class GgufSource:
 
     Args:
       path: a .gguf file.
-      dtype: of all arrays handed out; float32 keeps the dequantiser's exact values.
+      dtype: of all arrays handed out; float32 keeps the dequantiser's exact values. None: float16 or float32 where most
+        weights of the matrices are stored so, else bfloat16.
 
     Raises:
       InputError: no such file, not a whole GGUF file, a header that counts too much, an unknown architecture, a
         missing, unused or misshapen tensor.
     """
 
-    def __init__(self, path: str | Path, *, dtype: Any = ml_dtypes.bfloat16):
+    def __init__(self, path: str | Path, *, dtype: Any = None):
         self.path = Path(path)
-        self._dtype = np.dtype(dtype)
         _require_file(self.path)
         self._stamps = FileStamps([self.path])
         reader, self.metadata = _open(self.path)
@@ -63,6 +67,7 @@ class GgufSource:
             )
         self._header_bytes = int(reader.data_offset)
         self._tensors = {t.name: t for t in reader.tensors}
+        self._dtype = np.dtype(_stored_dtype(reader.tensors) if dtype is None else dtype)
         shapes = {t.name: _shape(t) for t in reader.tensors}
         self._check_types()
         factors = self._read("rope_freqs.weight", np.dtype(np.float32)) if "rope_freqs.weight" in shapes else None
@@ -148,12 +153,34 @@ def _require_file(path: Path) -> None:
 
 def _open(path: Path) -> tuple[_CheckedReader, dict[str, Any]]:
     _require_file(path)
+    refuse_lfs_pointer(path)
     header.check_counts(path)
     try:
         reader = _CheckedReader(path)
-        return reader, {key: field.contents() for key, field in reader.fields.items()}
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
     except (ValueError, KeyError, IndexError, OverflowError, RecursionError) as error:
+        if gguf.GGMLQuantizationType.__name__ in str(error):
+            raise InputError(
+                f"{path}: {error}: the installed package gguf {importlib.metadata.version('gguf')} does not know this "
+                "type of tensor; pip install --upgrade gguf, or use another file"
+            ) from None
         raise InputError(f"{path} is not a whole GGUF file: {str(error)[:120]}; fetch it again") from None
+    try:
+        keys.check_keys(metadata)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return reader, metadata
+
+
+def _stored_dtype(tensors: Sequence[gguf.ReaderTensor]) -> Any:
+    """Returns float16 or float32 where most weights of the matrices are stored so, else bfloat16."""
+    weights: Counter[Any] = Counter()
+    for tensor in tensors:
+        if len(tensor.shape) > 1:
+            weights[tensor.tensor_type] += int(tensor.n_elements)
+    most = weights.most_common(1)[0][0] if weights else None
+    whole = {gguf.GGMLQuantizationType.F16: np.float16, gguf.GGMLQuantizationType.F32: np.float32}
+    return whole.get(most, ml_dtypes.bfloat16)
 
 
 def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.runtime.lfs_pointer import refuse_lfs_pointer
 
 _MAX_HEADER_BYTES = 100_000_000  # the bound of the format's own reader
 _PIECE = 2**24
@@ -54,11 +55,15 @@ class Entry(NamedTuple):
 def read_header(path: Path) -> dict[str, Entry]:
     """Returns {name: entry} of a safetensors file, every size and offset compared with the file's own size.
 
+    A tensor of two names is stored once; `safetensors.torch.save_model` notes the other name in the header's metadata,
+    {name left out: name stored}, and it is found by both.
+
     Raises:
       InputError: no such file, or it is truncated or damaged; the line says where.
     """
     if not path.is_file():
         raise InputError(f"{path} does not exist")
+    refuse_lfs_pointer(path)
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)
@@ -72,11 +77,12 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise InputError(f"{path} is no safetensors file: its header is no JSON ({error})") from None
     if not isinstance(header, dict):
         raise InputError(f"{path} is no safetensors file: its header is no JSON object")
-    return {
-        name: _entry(path, name, fields, data_start=8 + length, size=size)
-        for name, fields in header.items()
-        if name != "__metadata__"
-    }
+    metadata = header.pop("__metadata__", None)
+    entries = {name: _entry(path, name, fields, data_start=8 + length, size=size) for name, fields in header.items()}
+    for other, name in (metadata if isinstance(metadata, dict) else {}).items():
+        if isinstance(name, str) and name in header:
+            entries.setdefault(other, entries[name])
+    return entries
 
 
 def read_tensor(entry: Entry) -> np.ndarray:

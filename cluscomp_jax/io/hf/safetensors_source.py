@@ -20,6 +20,7 @@ from cluscomp_jax.models.model import Model, parse_model_config
 from cluscomp_jax.runtime.file_stamps import FileStamps
 from cluscomp_jax.runtime.json_files import read_object
 
+GENERATION_CONFIG = "generation_config.json"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SERVED = ("bfloat16", "float16", "float32", "float64")
@@ -53,15 +54,12 @@ def parse_folder_config(folder: Path, fields: dict[str, Any]) -> Any:
       InputError: an unknown model_type, or a value the family cannot serve.
     """
     if (folder / GENERATION_CONFIG).is_file():
-        stops = read_object(folder / GENERATION_CONFIG).get("eos_token_id")
+        stops = read_object(folder / GENERATION_CONFIG, foreign=True).get("eos_token_id")
         fields |= {"eos_token_id": stops} if stops is not None else {}
     try:
         return parse_model_config(fields)
     except InputError as error:
         raise InputError(f"{folder / 'config.json'}: {error}") from None
-
-
-GENERATION_CONFIG = "generation_config.json"
 
 
 class SafetensorsSource:
@@ -84,8 +82,11 @@ class SafetensorsSource:
         self._model = model
         self.files, entries = open_tensors(self._folder)
         self._stamps = FileStamps(self.files)
-        shapes = {name: entry.shape for name, entry in entries.items()}
         self._names = tensor_names.names_of(model.config, "hugging_face")
+        embedding, head = (self._names.name(path) for path in (self._names.embedding, self._names.head))
+        if self._names.head not in model.outer_shapes() and embedding not in entries and head in entries:
+            entries[embedding] = entries.pop(head)  # a tied checkpoint may hold either name
+        shapes = {name: entry.shape for name, entry in entries.items()}
         names, tied_head = tensor_names.match_tensors(shapes, model, self._names, str(self._folder))
         self._entries = {path: entries[name] for path, name in names.items()}
         self._tied_head = entries[tied_head] if tied_head else None

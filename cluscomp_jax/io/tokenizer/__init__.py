@@ -2,6 +2,7 @@
 
 from cluscomp_jax.io.tokenizer.digest import tokenizer_digest
 from cluscomp_jax.io.tokenizer.load import TOKENIZER_FOLDER, encode_text, guess_tokenizer, load_tokenizer, start_tokens
+from cluscomp_jax.io.tokenizer.stops import stop_tokens
 from cluscomp_jax.io.tokenizer.write import write_tokenizer
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "guess_tokenizer",
     "load_tokenizer",
     "start_tokens",
+    "stop_tokens",
     "tokenizer_digest",
     "write_tokenizer",
 ]

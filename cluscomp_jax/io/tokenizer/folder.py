@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.hf.hub import transformers
 from cluscomp_jax.runtime.json_files import read_object
+from cluscomp_jax.runtime.lfs_pointer import refuse_lfs_pointer
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG, _SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
@@ -30,11 +31,12 @@ def read_tokenizer(folder: Path) -> Any:
       InputError: a file is broken, or names a begin or end token that is no token.
     """
     file = folder / TOKENIZER_JSON
+    refuse_lfs_pointer(file)
     try:
         backend = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing more specific
         raise InputError(f"{file}: cannot be read: {' '.join(str(error).split())[:160]}; fetch it again") from None
-    fields = read_object(folder / TOKENIZER_CONFIG) if (folder / TOKENIZER_CONFIG).is_file() else {}
+    fields = read_object(folder / TOKENIZER_CONFIG, foreign=True) if (folder / TOKENIZER_CONFIG).is_file() else {}
     length = fields.get("model_max_length")
     tokenizer = wrap(
         backend,

@@ -39,7 +39,22 @@ def _byte_level() -> list[Any]:
     return [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
 
 
+_DEFAULT_SPLITS = (
+    r"[\p{P}\$\+<=>\^~\|]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+    r"\p{N}+",
+    r"[0-9][0-9][0-9]",
+)
+"""What llama.cpp does for "default"; the converter writes that for tokenizers it does not know."""
+
+
+def _default() -> list[Any]:
+    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in _DEFAULT_SPLITS]
+    return [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+
+
 _PRE_TOKENIZERS: dict[str, Callable[[], list[Any]]] = {
+    "default": _default,
     "gpt-2": _byte_level,
     "smollm": lambda: [pre_tokenizers.Digits(individual_digits=True), *_byte_level()],
     "llama-bpe": _split_by(_LLAMA3_SPLIT),

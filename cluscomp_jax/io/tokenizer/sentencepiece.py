@@ -13,6 +13,7 @@ from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.tokenizer.folder import read_chat_template
 from cluscomp_jax.io.tokenizer.gguf import build_tokenizer
 from cluscomp_jax.runtime.json_files import read_object
+from cluscomp_jax.runtime.lfs_pointer import refuse_lfs_pointer
 
 SENTENCEPIECE_MODEL = "tokenizer.model"
 _MAX_BYTES = 1 << 28
@@ -32,6 +33,7 @@ def read_sentencepiece(folder: Path) -> Any:
     file = folder / SENTENCEPIECE_MODEL
     if file.stat().st_size > _MAX_BYTES:
         raise InputError(f"{file}: has {file.stat().st_size} bytes; a tokenizer has at most {_MAX_BYTES}")
+    refuse_lfs_pointer(file)
     try:
         described = _model(file.read_bytes())
     except InputError as error:
@@ -41,7 +43,11 @@ def read_sentencepiece(folder: Path) -> Any:
             f"{file}: is no SentencePiece model (Llama 3's file of this name is tiktoken's, without special tokens); "
             "fetch tokenizer.json of the model"
         ) from None
-    fields = read_object(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    fields = (
+        read_object(folder / "tokenizer_config.json", foreign=True)
+        if (folder / "tokenizer_config.json").is_file()
+        else {}
+    )
     _add_from_config(described, folder, fields)
     tokenizer = build_tokenizer(described, where=str(file))
     tokenizer.chat_template = read_chat_template(folder, fields)

@@ -37,7 +37,6 @@ _NEUTRAL: dict[str, Any] = {
     "num_experts": None,
     "num_local_experts": None,
     "partial_rotary_factor": 1.0,
-    "pretraining_tp": 1,
     "quantization_config": None,
     "query_pre_attn_scalar": None,
     "residual_multiplier": 1.0,

@@ -13,6 +13,7 @@ from cluscomp_jax.core import trees
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.gguf.config import shortest_decimal
 from cluscomp_jax.io.gguf.source import GgufSource
+from cluscomp_jax.io.tokenizer.gguf import build_tokenizer
 from cluscomp_jax.models.source import ParamSource, load_all
 
 KINDS = gguf.GGMLQuantizationType
@@ -66,12 +67,102 @@ def test_values_of_a_q8_block_are_its_scale_times_its_integers(tmp_path):
         np.testing.assert_allclose(kernel[start : start + 32, 0], np.round(block / scale) * scale, atol=scale * 0.51)
 
 
-def test_the_default_dtype_is_bfloat16_rounded_to_nearest(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(KINDS.F32, np.float32), (KINDS.F16, np.float16), (KINDS.BF16, ml_dtypes.bfloat16)]
+)
+def test_by_default_the_dtype_is_that_of_the_matrices(tmp_path, kind, dtype):
     tensors = hf_tensors()
-    source = GgufSource(write_gguf(tmp_path / "m.gguf", tensors))
+    source = GgufSource(write_gguf(tmp_path / "m.gguf", tensors, kind=kind))
+    for path, array in trees.flatten(load_all(source, source.model)).items():
+        assert array.dtype == dtype
+        np.testing.assert_array_equal(array, flax_of(tensors)[path].astype(dtype))
+
+
+def test_quantised_matrices_arrive_in_bfloat16_rounded_to_nearest(tmp_path):
+    file = write_gguf(tmp_path / "m.gguf", hf_tensors(), kind=KINDS.Q8_0)
+    source, exact = GgufSource(file), GgufSource(file, dtype=np.float32)
+    expected = trees.flatten(load_all(exact, exact.model))
     for path, array in trees.flatten(load_all(source, source.model)).items():
         assert array.dtype == ml_dtypes.bfloat16
-        np.testing.assert_array_equal(array, flax_of(tensors)[path].astype(ml_dtypes.bfloat16))
+        np.testing.assert_array_equal(array, expected[path].astype(ml_dtypes.bfloat16))
+
+
+WRONG = ["x", "", [], [1], ["x"], [[1]], None, True, 1.5, -1, 0, 2**31, float("nan"), float("inf")]
+KEYS = [
+    *(f"tokenizer.ggml.{name}" for name in (
+        "model", "pre", "tokens", "scores", "token_type", "merges", "bos_token_id", "eos_token_id", "eot_token_id",
+        "unknown_token_id", "padding_token_id", "add_bos_token", "add_eos_token", "add_space_prefix",
+    )),
+    "tokenizer.chat_template", "general.architecture", "split.count", "llama.block_count", "llama.context_length",
+    "llama.embedding_length", "llama.feed_forward_length", "llama.attention.head_count",
+    "llama.attention.head_count_kv", "llama.attention.key_length", "llama.attention.value_length",
+    "llama.attention.layer_norm_rms_epsilon", "llama.attention.sliding_window", "llama.rope.dimension_count",
+    "llama.rope.freq_base", "llama.rope.scaling.type", "llama.rope.scaling.factor",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_of_another_type_is_served_or_refused_in_one_line(tmp_path, monkeypatch, key):
+    path = write_gguf(tmp_path / "m.gguf", hf_tensors(), metadata=add_tokenizer)
+    contents, refused = gguf.ReaderField.contents, []
+    for value in WRONG:
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                gguf.ReaderField, "contents", lambda field, v=value: v if field.name == key else contents(field)
+            )
+            try:
+                source = GgufSource(path)
+                build_tokenizer(source.metadata, where=str(path))
+            except InputError as error:
+                refused.append(str(error))
+    assert len(refused) >= 6
+    assert all(line.startswith(str(path)) and "\n" not in line for line in refused)
+
+
+def add_tokenizer(writer):
+    """Writes every key that is read and has no value yet."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(VOCAB - 3))]
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * VOCAB)
+    writer.add_token_types([2, 3, 3] + [6] * (VOCAB - 3))
+    writer.add_token_merges(["< s"])
+    for name in ("bos", "eos", "eot", "unk", "pad"):
+        getattr(writer, f"add_{name}_token_id")(1)
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+    writer.add_add_space_prefix(True)
+    writer.add_chat_template("x")
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.NONE)
+    writer.add_rope_scaling_factor(1.0)
+    writer.add_sliding_window(0)
+    writer.add_uint16("split.count", 1)
+
+
+def test_tokens_that_end_a_turn_end_a_text_too(tmp_path):
+    def metadata(writer):
+        add_tokenizer(writer)
+        writer.add_uint32("tokenizer.ggml.eom_token_id", 3)
+
+    source = GgufSource(write_gguf(tmp_path / "m.gguf", hf_tensors(), metadata=metadata))
+    assert source.model_config.eos_token_id == (1, 3)
+
+
+def test_what_a_file_is_instead_is_said(tmp_path):
+    pointer = tmp_path / "m.gguf"
+    pointer.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(InputError, match="pointer of Git LFS"):
+        GgufSource(pointer)
+    path = write_gguf(tmp_path / "n.gguf", hf_tensors())
+    name = b"blk.0.attn_q.weight"
+    content = bytearray(path.read_bytes())
+    at = content.index(name) + len(name) + 4 + 2 * 8
+    content[at : at + 4] = (250).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"250\) .*does not know this type of tensor; pip install --upgrade gguf"):
+        GgufSource(path)
 
 
 def test_the_config_is_read_from_the_header(tmp_path):
@@ -166,7 +257,7 @@ def test_a_sliding_window_makes_it_a_mistral(tmp_path):
         (None, lambda w: w.add_rope_scaling_attn_factors(1.5), "rope.scaling.attn_factor"),
         (None, lambda w: w.add_uint16("split.count", 3), "one of 3 parts"),
         (None, lambda w: w.add_block_count(3), r"blk\.2\..* is missing"),
-        (None, lambda w: w.add_block_count(2**31), "num_hidden_layers"),
+        (None, lambda w: w.add_block_count(2**31), "block_count in the GGUF header is '2147483648'"),
         (None, lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "'longrope'"),
     ],
 )
@@ -235,6 +326,6 @@ def test_the_fingerprint_holds_still_and_follows_dtype_and_time(tmp_path):
     path = write_gguf(tmp_path / "m.gguf", hf_tensors())
     before = GgufSource(path).fingerprint()
     assert GgufSource(path).fingerprint() == before
-    assert GgufSource(path, dtype=np.float32).fingerprint() != before
+    assert GgufSource(path, dtype=np.float16).fingerprint() != before
     os.utime(path, ns=(0, 1))
     assert GgufSource(path).fingerprint() != before

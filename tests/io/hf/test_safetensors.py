@@ -105,6 +105,29 @@ def test_tied_embeddings_come_without_a_head_and_a_duplicate_is_dropped(tmp_path
     chex.assert_trees_all_equal(plain, again)
 
 
+@pytest.mark.parametrize("noted", [True, False])
+def test_a_tied_checkpoint_may_hold_the_name_of_the_head_alone(tmp_path, noted):
+    fields, tensors = config_fields(tie_word_embeddings=True), hf_tensors(tied=True)
+    write_hf(tmp_path, fields, tensors)
+    expected = trees.flatten(open_source(tmp_path).load_outer())
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    noted_names = {"model.embed_tokens.weight": "lm_head.weight"} if noted else None
+    save_file(tensors, tmp_path / "model.safetensors", metadata=noted_names)
+    chex.assert_trees_all_equal(trees.flatten(open_source(tmp_path).load_outer()), expected)
+
+
+def test_a_tensor_of_two_names_is_found_by_both(tmp_path):
+    tensors = hf_tensors()
+    norms = [name for name in tensors if name.endswith("norm.weight")]
+    stored = {name: array for name, array in tensors.items() if name not in norms[1:]}
+    write_hf(tmp_path, config_fields(), stored)
+    with pytest.raises(InputError, match="missing"):
+        open_source(tmp_path)
+    save_file(stored, tmp_path / "model.safetensors", metadata=dict.fromkeys(norms[1:], norms[0]) | {"format": "pt"})
+    source = open_source(tmp_path)
+    np.testing.assert_array_equal(source.load_outer()["model"]["norm"]["weight"], tensors[norms[0]])
+
+
 def test_a_head_that_differs_beside_tied_embeddings_is_refused(tmp_path):
     tensors = hf_tensors(tied=True)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
@@ -277,6 +300,8 @@ def test_stop_tokens_of_the_generation_config_come_first(tmp_path):
     assert read_config(tmp_path).eos_token_id == (2,)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     assert read_config(tmp_path).eos_token_id == (2, 7)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5, "max_time": Infinity}')
+    assert read_config(tmp_path).eos_token_id == (5,)
 
 
 def test_the_fingerprint_holds_still_and_follows_a_change(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -9,7 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from cluscomp_jax import data
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.hf.hub import transformers
-from cluscomp_jax.io.tokenizer import load_tokenizer, tokenizer_digest, write_tokenizer
+from cluscomp_jax.io.tokenizer import load_tokenizer, stop_tokens, tokenizer_digest, write_tokenizer
 
 TEXT = "Hello,  world! 1234567 x=3.14 été e\u0301te\u0301  don't\n\tnew 東京 🙂<|end|> <tool>ok</tool>"
 CLASSES = (
@@ -116,7 +117,10 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 @pytest.mark.parametrize("where", ["config", "named", "jinja", "json"])
 def test_the_chat_template_is_found_and_carried_along(tmp_path: Path, described: Tokenizer, where: str) -> None:
-    inside = {"config": TEMPLATE, "named": [{"name": "default", "template": TEMPLATE}, {"name": "rag", "template": "x"}]}
+    inside = {
+        "config": TEMPLATE,
+        "named": [{"name": "default", "template": TEMPLATE}, {"name": "rag", "template": "x"}],
+    }
     fields = {"chat_template": inside[where]} if where in inside else {"chat_template": "another"}
     folder = write(tmp_path / "a", described, **fields)
     if where == "jinja":
@@ -136,9 +140,28 @@ def test_roles_that_no_token_has(tmp_path: Path, described: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize("template", [{"a": 1}, 7, [1], [{"name": "x"}]])
-def test_a_template_that_is_none_is_refused_in_one_line(
-    tmp_path: Path, described: Tokenizer, template: object
-) -> None:
+def test_a_template_that_is_none_is_refused_in_one_line(tmp_path: Path, described: Tokenizer, template: object) -> None:
     with pytest.raises(InputError, match="chat_template") as caught:
         load_tokenizer(write(tmp_path / "a", described, chat_template=template))
     assert "\n" not in str(caught.value)
+
+
+def test_a_turn_ends_at_every_token_known_to_end_one(tmp_path: Path, described: Tokenizer) -> None:
+    chat = Tokenizer.from_str(described.to_str())
+    chat.add_special_tokens(["<|eot_id|>", "<|im_end|>"])
+    chat.add_tokens(["<|end|>"])  # a word here, no special token
+    read = load_tokenizer(write(tmp_path / "a", chat))
+    ends = {chat.token_to_id(token) for token in ("<|end|>", "<|eot_id|>", "<|im_end|>")}
+    config = SimpleNamespace(eos_token_id=(7,))
+    assert set(stop_tokens(config, read)) == {7} | ends  # <|end|> is this tokenizer's end token
+    assert stop_tokens(object(), load_tokenizer(write(tmp_path / "b", described))) == (
+        described.token_to_id("<|end|>"),
+    )
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer.model"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+        with pytest.raises(InputError, match=f"{name}: is a pointer of Git LFS"):
+            load_tokenizer(tmp_path)
+        (tmp_path / name).unlink()

@@ -121,6 +121,7 @@ def test_a_text_is_led_by_the_start_tokens_alone(changes, start):
         ("qwen2", "abc 123", ["abc", " ", "1", "2", "3"]),
         ("tekken", "abCd 12", ["ab", "Cd", " ", "1", "2"]),
         ("deepseek-r1-qwen", "don't 9", ["don", "'t", " ", "9"]),
+        ("default", "don't a==1234", ["don", "'", "t", " a", "==", "123", "4"]),
     ],
 )
 def test_texts_are_split_as_the_models_own_tokenizers_do(pre, text, pieces):

@@ -139,6 +139,8 @@ class FinetuneArguments(Common):
     or ptb"""
     responses_only: Annotated[bool, FlagCreatePairsOff, _config(False)] = False
     """score only what the assistant says"""
+    unusable: Annotated[Literal["refuse", "skip"] | None, _config("refuse")] = None
+    """a line of which a part is empty or nothing is scored: refuse names it before any work, skip leaves it out"""
     too_long: Annotated[Literal["refuse", "cut", "skip"] | None, _config("refuse")] = None
     """what becomes of conversations of more than --length tokens"""
     dtype: Annotated[Dtype | None, _config("bfloat16 on a GPU, else float32")] = None

@@ -34,7 +34,7 @@ from cluscomp_jax.runtime import distributed
 from cluscomp_jax.runtime.reporter import JsonLinesLog, RecordLog, console_reporter
 from cluscomp_jax.runtime.tensorboard import FOLDER_NAME as TENSORBOARD_FOLDER
 from cluscomp_jax.runtime.tensorboard import TensorBoardLog, remove_scalars
-from cluscomp_jax.text.token_rows import Batches, TokenRows
+from cluscomp_jax.text.token_rows import Batches, TokenRows, first_few
 from cluscomp_jax.text.token_rows_cache import read_cached_examples
 from cluscomp_jax.text.training_data import read_examples
 from cluscomp_jax.training import make_sharding
@@ -143,7 +143,9 @@ def finetune_config(arguments: FinetuneArguments) -> FinetuneConfig:
             "it out"
         )
     config = FinetuneConfig() if arguments.config is None else load_finetune_config(arguments.config)
-    data = _given(arguments, "length", "too_long") | ({"responses_only": True} if arguments.responses_only else {})
+    data = _given(arguments, "length", "too_long", "unusable") | (
+        {"responses_only": True} if arguments.responses_only else {}
+    )
     training = _given(arguments, "steps", "batch_size", "grad_accumulation_steps", "learning_rate", "trainable")
     if arguments.dtype is not None:
         training["compute_dtype"] = arguments.dtype
@@ -177,9 +179,14 @@ def _read(opened: OpenedModel, cfg: FinetuneConfig, spec: str, cache: str | None
     tokenizer: Any = None if Path(spec).suffix == ".npy" else opened.load_tokenizer()
     vocab_size = opened.config.vocab_size
     if cache is None:
-        return read_examples(spec, tokenizer, cfg.data, vocab_size=vocab_size)
-    store = distributed.is_first()
-    return read_cached_examples(cache, spec, tokenizer, cfg.data, vocab_size=vocab_size, store=store)
+        rows = read_examples(spec, tokenizer, cfg.data, vocab_size=vocab_size)
+    else:
+        store = distributed.is_first()
+        rows = read_cached_examples(cache, spec, tokenizer, cfg.data, vocab_size=vocab_size, store=store)
+    if len(rows.left_out) and distributed.is_first():
+        total = len(rows) + len(rows.left_out)
+        note(f"{spec}: {len(rows.left_out)} of {total} lines are left out: {first_few(rows.left_out)}")
+    return rows
 
 
 def _provenance(

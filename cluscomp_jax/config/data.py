@@ -35,12 +35,16 @@ class DataConfig:
       responses_only: score only what the assistant says; conversations only.
       too_long: what becomes of a conversation of more tokens: "refuse" stops before any work and names its line, "cut"
         drops the tokens past the length, "skip" leaves it out.
+      unusable: what becomes of a line of which a part is empty, or nothing is scored: "refuse" stops before any work
+        and names it, "skip" leaves it out.
     """
 
     length: int = 512
     responses_only: bool = False
     too_long: Literal["refuse", "cut", "skip"] = "refuse"
+    unusable: Literal["refuse", "skip"] = "refuse"
 
     def __post_init__(self) -> None:
         require(self.length >= 2, "length", self.length, "2 or more")
+        require(self.unusable in ("refuse", "skip"), "unusable", self.unusable, "'refuse' or 'skip'")
         require(self.too_long in ("refuse", "cut", "skip"), "too_long", self.too_long, "'refuse', 'cut' or 'skip'")

@@ -9,6 +9,7 @@ import numpy as np
 
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.tokenizer import encode_text
+from cluscomp_jax.text.json_lines import encode_lines, holds_json_lines
 
 Split = Literal["train", "test"]
 
@@ -122,16 +123,20 @@ def load_tokens(
     """Returns the token ids int32 [tokens] of a text or of a token array.
 
     Args:
-      spec: what `read_text` takes, or a .npy file of integers of one axis.
+      spec: what `read_text` takes; JSON lines (.jsonl or .jsonl.gz), whose texts and conversations follow one another
+        as `encode_lines` says; or a .npy file of integers of one axis.
       tokenizer: of transformers; not used for .npy and may then be None.
       split: as in `read_text`.
       vocab_size: where given, every id must be below it.
 
     Raises:
-      InputError: as `read_text`; a .npy file of another content; an id outside the vocabulary.
+      InputError: as `read_text` and `encode_lines`; JSON of another form or a table, by its name; a .npy file of
+        another content; an id outside the vocabulary.
     """
     if Path(spec).suffix == ".npy":
         tokens = _read_token_array(Path(spec))
+    elif str(spec) not in DATA_SETS and holds_json_lines(Path(spec)):
+        tokens = encode_lines(Path(spec), tokenizer)
     else:
         tokens = encode_text(tokenizer, read_text(spec, split=split))
     if vocab_size is not None:

@@ -25,6 +25,7 @@ class TokenRows:
       tokens: int32 [n, t], n >= 1, t >= 2.
       loss_mask: bool [n, t]; every row has one that is true after its first position, which nothing predicts.
       lines: int [n], the line from 1 of the file that each row comes from; None where rows have no line of their own.
+      left_out: int [m], the lines that gave no row.
 
     Raises:
       InputError: these do not hold; a row is named by its number from 0.
@@ -33,6 +34,7 @@ class TokenRows:
     tokens: np.ndarray
     loss_mask: np.ndarray
     lines: np.ndarray | None = None
+    left_out: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0, np.int64))
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 2 or not np.issubdtype(self.tokens.dtype, np.integer):
@@ -64,9 +66,7 @@ class TokenRows:
     def describe(self, rows: np.ndarray) -> str:
         """Returns a phrase of where the rows of these numbers come from; of many, the first few."""
         what, numbers = ("rows", rows) if self.lines is None else ("lines", self.lines[rows])
-        shown = ", ".join(map(str, numbers[:_SHOWN_ROWS]))
-        more = f" and {len(rows) - _SHOWN_ROWS} more" * (len(rows) > _SHOWN_ROWS)
-        return f"{what} {shown}{more} of " + ("those that were read, from 0" if what == "rows" else "the file")
+        return f"{what} {first_few(numbers)} of " + ("those that were read, from 0" if what == "rows" else "the file")
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -86,6 +86,12 @@ class Question:
     where: str
 
 
+def first_few(numbers: np.ndarray) -> str:
+    """Returns the first few of some numbers, and how many more there are."""
+    more = f" and {len(numbers) - _SHOWN_ROWS} more" * (len(numbers) > _SHOWN_ROWS)
+    return ", ".join(map(str, numbers[:_SHOWN_ROWS])) + more
+
+
 def pack(tokens: np.ndarray, length: int) -> TokenRows:
     """Returns running text int [t] as rows of `length`, all scored; a shorter last one is dropped.
 
@@ -103,21 +109,25 @@ def pack(tokens: np.ndarray, length: int) -> TokenRows:
 
 
 def pad(
-    rows: Sequence[tuple[Sequence[int], Sequence[bool]]], length: int, lines: np.ndarray | None = None
+    rows: Sequence[tuple[Sequence[int], Sequence[bool]]],
+    length: int,
+    lines: np.ndarray | None = None,
+    left_out: np.ndarray | None = None,
 ) -> TokenRows:
     """Returns (tokens, scored) pairs of at most `length` as rows; their ends are padded with token 0, not scored.
 
     Args:
       rows: at least one.
       length: tokens per row.
-      lines: as in Examples.
+      lines: as in TokenRows.
+      left_out: as in TokenRows; None: none.
     """
     tokens = np.zeros((len(rows), length), np.int32)
     loss_mask = np.zeros((len(rows), length), bool)
     for i, (ids, counts) in enumerate(rows):
         tokens[i, : len(ids)] = ids
         loss_mask[i, : len(ids)] = counts
-    return TokenRows(tokens, loss_mask, lines)
+    return TokenRows(tokens, loss_mask, lines, np.empty(0, np.int64) if left_out is None else left_out)
 
 
 @runtime_checkable

@@ -1,6 +1,6 @@
 """Rows of training files kept on disk, so that a large text is tokenised once.
 
-    CACHE/DIGEST.safetensors    tokens, scored and, of JSON lines of conversations, lines: those of TokenRows
+    CACHE/DIGEST.safetensors    tokens, scored and, of conversations, lines and left_out: those of TokenRows
 
 DIGEST is of all that the rows depend on: the file's bytes and form, the tokenizer, the settings, the versions of the
 packages that make rows. A file is found again under another name of the same form, and never after any of these has
@@ -25,9 +25,10 @@ from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.tokenizer import start_tokens
 from cluscomp_jax.runtime import atomic
 from cluscomp_jax.runtime.file_stamps import FileStamps
+from cluscomp_jax.text.json_lines import holds_json_lines
 from cluscomp_jax.text.text import DATA_SETS, check_vocabulary
 from cluscomp_jax.text.token_rows import TokenRows
-from cluscomp_jax.text.training_data import holds_json_lines, read_examples
+from cluscomp_jax.text.training_data import read_examples
 
 _FORMAT = 1
 _PACKAGES = ("cluscomp-jax", "jinja2", "tokenizers", "transformers")
@@ -106,6 +107,8 @@ def _store(examples: TokenRows, path: Path) -> None:
     arrays = {"tokens": examples.tokens, "scored": examples.loss_mask}
     if examples.lines is not None:
         arrays["lines"] = examples.lines
+    if len(examples.left_out):
+        arrays["left_out"] = examples.left_out
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     aside = path.with_suffix(f".{uuid.uuid4().hex}")
     with atomic.writing(path):

@@ -54,6 +54,7 @@ CONFIG: dict[str, Any] = {
     "trainable": " ".join(TRAINING.trainable),
     "responses_only": FINETUNE.data.responses_only,
     "too_long": FINETUNE.data.too_long,
+    "unusable": FINETUNE.data.unusable,
     "dtype": f"{compute_dtype_of(TRAINING, 'gpu')} on a GPU, else {compute_dtype_of(TRAINING, 'cpu')}",
     "seed": FINETUNE.seed,
     "evaluate_every": FINETUNE.evaluate_every,

@@ -119,9 +119,9 @@ def test_a_special_token_that_becomes_another_is_another_tokenizer(tmp_path, rea
 
 def test_the_same_bytes_under_a_name_of_another_form_are_read_as_that(tokenizer, tmp_path, reads):
     path = write_questions(tmp_path / "said.jsonl")
-    settings = DataConfig(length=90, too_long="cut")
     for name in ("said.jsonl", "said.jsonl.txt", "said.txt"):
         path = path.rename(tmp_path / name)
+        settings = DataConfig(length=90, too_long="cut" if name == "said.jsonl" else "refuse")
         found = read_cached_examples(tmp_path / "cache", path, tokenizer, settings, vocab_size=VOCAB)
         assert (found.lines is None) == (name != "said.jsonl")
     assert len(reads) == 2

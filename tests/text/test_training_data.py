@@ -1,5 +1,6 @@
 """Files to train on, through tokenizers of single characters: every token can be checked by eye."""
 
+import dataclasses
 import gzip
 import json
 
@@ -10,6 +11,7 @@ from cli_models import CHARACTERS, write_tokenizer
 from cluscomp_jax.config.data import DataConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.tokenizer import load_tokenizer
+from cluscomp_jax.text.text import load_tokens
 from cluscomp_jax.text.training_data import read_examples, read_questions
 
 VOCAB = 2 + len(CHARACTERS)
@@ -117,6 +119,52 @@ def test_what_becomes_of_a_conversation_that_is_too_long(chat, tmp_path):
         )  # fmt: skip
 
 
+def test_of_several_forms_the_most_structured_is_read(chat, tmp_path):
+    """Alpaca as it is published repeats each instruction as "text"."""
+    asked = {"instruction": "add", "input": "", "output": "c", "text": "below is an instruction"}
+    examples = read_examples(write(tmp_path / "a.jsonl", asked), chat, RESPONSES, vocab_size=VOCAB)
+    assert shown(examples.tokens[0], chat) == "u add.a c."
+    both = asked | said(("user", "hi"), ("assistant", "yes"))
+    examples = read_examples(write(tmp_path / "b.jsonl", both), chat, RESPONSES, vocab_size=VOCAB)
+    assert shown(examples.tokens[0], chat) == "u hi.a yes."
+
+
+def test_what_becomes_of_an_unusable_line(chat, tmp_path):
+    lines = [{"instruction": "add", "output": output} for output in ("c", "", "d", "")]
+    path = write(tmp_path / "a.jsonl", *lines)
+    with pytest.raises(InputError, match=r"line 2: 'instruction' or .* is empty; take the line out, or set unusable"):
+        read_examples(path, chat, RESPONSES, vocab_size=VOCAB)
+    rows = read_examples(path, chat, dataclasses.replace(RESPONSES, unusable="skip"), vocab_size=VOCAB)
+    assert [shown(row, chat) for row in rows.tokens] == ["u add.a c.", "u add.a d."]
+    assert (rows.lines.tolist(), rows.left_out.tolist()) == ([1, 3], [2, 4])
+    with pytest.raises(InputError, match="every conversation is longer than 40 tokens, or unusable"):
+        read_examples(
+            write(tmp_path / "b.jsonl", lines[1]),
+            chat,
+            dataclasses.replace(RESPONSES, unusable="skip"),
+            vocab_size=VOCAB,
+        )
+
+
+@pytest.mark.parametrize("setting", [{"too_long": "cut"}, {"unusable": "skip"}, {"responses_only": True}])
+def test_settings_of_conversations_are_refused_for_running_text(plain, tmp_path, setting):
+    (tmp_path / "a.txt").write_text("abcdefghijk")
+    for path in (tmp_path / "a.txt", write(tmp_path / "a.jsonl", {"text": "abcdefghijk"})):
+        with pytest.raises(InputError, match="is running text"):
+            read_examples(path, plain, DataConfig(length=4, **setting), vocab_size=VOCAB)
+
+
+def test_calibration_and_evaluation_read_json_lines_as_training_does(chat, tmp_path):
+    texts = write(tmp_path / "a.jsonl", {"text": "abc"}, {"text": "de"})
+    assert shown(load_tokens(texts, chat), chat) == "abc$de$"
+    talks = write(tmp_path / "b.jsonl", said(("user", "hi"), ("assistant", "yes")), said(("system", "be")))
+    assert shown(load_tokens(talks, chat), chat) == "u hi.a yes.s be."
+    for name in ("a.json", "a.csv", "a.tsv.gz", "a.parquet"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(InputError, match=r"give .*JSON lines"):
+            load_tokens(tmp_path / name, chat)
+
+
 GOOD = {"text": "abcdefghijklmnop"}
 
 
@@ -128,7 +176,7 @@ GOOD = {"text": "abcdefghijklmnop"}
         ([GOOD, "{'text'"], r"line 2: is not JSON: [^:]* \(column 2\)$"),
         ([GOOD, "3"], "line 2: is a int; it must be an object"),
         ([GOOD, {"txt": "a"}], "line 2: has the keys txt; it must have one of"),
-        ([{"text": "a", "messages": []}], "line 1: has the keys messages, text"),
+        ([{"id": 1}], "line 1: has the keys id; it must have one of"),
         ([GOOD, {"messages": []}], "line 2: holds 'messages', the first line 'text'"),
         ([GOOD, {"text": 3}], "line 2: 'text' is a int"),
         ([GOOD, '{"text": "a\\ud800"}'], "line 2: holds half a surrogate pair"),

@@ -30,7 +30,7 @@ test-long:  ## the tests that compile for several devices, kill runs, or hold a 
 
 test-oldest:  ## those that depend on the release of JAX: for the oldest that is supported
 	$(PYTHON) scripts/make_venv.py .venv-oldest --group test
-	JAX_DEBUG_NANS=0 .venv-oldest/bin/pytest -n auto --dist loadfile -m "release and not slow and not parity and not gpu" $(PYTEST_ARGS)
+	CLUSCOMP_TEST_NANS=1 .venv-oldest/bin/pytest -n auto --dist loadfile -m "release and not slow and not parity and not gpu" $(PYTEST_ARGS)
 
 test-slow:  ## the tests that take minutes on a real model
 	$(PYTHON) scripts/make_venv.py .venv-slow --group test --bare-extra demo

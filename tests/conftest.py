@@ -50,8 +50,8 @@ CHECKED = (
 """Beginnings of the paths of test files that run with JAX's checks of dtypes and NaN; the others are to follow."""
 SELECTED = ("long", "slow", "parity", "gpu")
 """Markers of the tests that are not in the fast suite; they run without these checks."""
-LOOK_FOR_NANS = os.environ.get("JAX_DEBUG_NANS", "1").lower() not in ("0", "false")
-"""JAX donates no argument while it looks for NaN, so one of the gate's runs does not."""
+LOOK_FOR_NANS = os.environ.get("CLUSCOMP_TEST_NANS") == "1"
+"""JAX donates no argument while it looks for NaN, and compiles every program again; one of the gate's runs looks."""
 
 # The same examples in every run, so that their programs are found compiled; make test-long draws others.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Runs a fast test, its fixtures and its processes with JAX's checks of dtypes and NaN.
+    """Runs a fast test, its fixtures and its processes with JAX's checks of dtypes and, if they are asked for, of NaN.
 
     No dtype is promoted implicitly. A program that returns NaN is an error unless the test has the marker `nans`.
     """

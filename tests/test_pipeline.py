@@ -293,7 +293,10 @@ def test_bits_spent_where_they_count_beat_even_ones_on_held_out_text(judge):
     assert 0 < excess["per_matrix"] < 0.85 * excess["even"]
 
 
-@pytest.mark.parametrize(("mixed_precision", "tie_codebooks"), [("per_matrix", "none"), ("per_matrix", "block")])
+@pytest.mark.parametrize(
+    ("mixed_precision", "tie_codebooks"),
+    [pytest.param("per_matrix", "none", marks=pytest.mark.long), ("per_matrix", "block")],
+)
 def test_a_budget_spent_unevenly_is_kept_and_resumes_with_the_same_choice(
     params, tmp_path, monkeypatch, mixed_precision, tie_codebooks
 ):

@@ -25,7 +25,9 @@ for _ in range(8):
 """
 
 
-@pytest.mark.parametrize("damage", ["chunk", "coded", "described"])
+@pytest.mark.parametrize(
+    "damage", ["chunk", *(pytest.param(name, marks=pytest.mark.long) for name in ("coded", "described"))]
+)
 def test_a_read_that_fails_says_one_line(tmp_path: Path, damage: str) -> None:
     random = np.random.default_rng(0)
     arrays = {f"a/{i}": random.standard_normal((400, 1000)).astype(np.float32) for i in range(12)}

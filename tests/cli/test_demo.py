@@ -64,6 +64,7 @@ def test_the_report_holds_every_column_and_the_table_every_number(
         demo.refuse_occupied(out)
 
 
+@pytest.mark.long
 def test_a_result_that_loads_differently_is_an_error(
     monkeypatch: pytest.MonkeyPatch, inputs: demo.Inputs, tmp_path: Path
 ) -> None:

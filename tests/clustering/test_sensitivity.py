@@ -31,6 +31,7 @@ def whole_loss(kernels, flat, tokens, model):
     return jnp.sum(token_nll(model.head(params, x[:, :-1]), tokens[None, 1:]))
 
 
+@pytest.mark.long
 def test_it_is_half_the_squared_gradients_of_single_samples(problem, tmp_path):
     model, params, tokens = problem
     found = sensitivities(

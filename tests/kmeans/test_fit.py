@@ -215,7 +215,7 @@ def heavy_tailed(m, g, seed=0):
     return np.random.default_rng(seed).standard_t(4, (m, g)).astype(np.float32)
 
 
-@pytest.mark.parametrize(("m", "n", "g"), [(20000, 1000, 4), (6000, 400, 16)])
+@pytest.mark.parametrize(("m", "n", "g"), [pytest.param(20000, 1000, 4, marks=pytest.mark.long), (6000, 400, 16)])
 def test_of_many_codes_almost_every_vector_gets_the_nearest(m, n, g):
     vectors = heavy_tailed(m, g)
     codebook, index, stats = fit_codebook(vectors, num_codes=n, key=jax.random.key(0))

@@ -75,6 +75,7 @@ with _compat.triton_context() as context:
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("release", "order"), [("installed", "relaxed"), ("unknown", "acq_rel")])
 def test_atomic_additions_lose_their_fences_only_under_a_release_that_was_tried(release, order):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PLATFORMS": "cpu"}

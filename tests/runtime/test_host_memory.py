@@ -57,6 +57,7 @@ print(compiled.memory_analysis().temp_size_in_bytes)
 FLAG = "--xla_cpu_enable_concurrency_optimized_scheduler"
 
 
+@pytest.mark.long
 def test_one_kernel_after_the_other_is_turned_to_float32() -> None:
     plain = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     scratch = {

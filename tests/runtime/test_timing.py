@@ -8,6 +8,7 @@ from cluscomp_jax.runtime import timing
 from cluscomp_jax.runtime.timing import StageTimer, process_peak_rss_bytes
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak cannot be reset")
 def test_the_peak_of_the_process_outlives_the_resets_of_stages() -> None:
     size = 64 * 2**20

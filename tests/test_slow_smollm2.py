@@ -10,7 +10,7 @@ import pytest
 from cluscomp_jax import data
 from cluscomp_jax.checkpoint.reader import load_checkpoint, open_checkpoint, save_checkpoint
 from cluscomp_jax.cli import main
-from cluscomp_jax.cli.demo import find_model
+from cluscomp_jax.cli.demo_model import find_model
 from cluscomp_jax.config.run import load_config
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray

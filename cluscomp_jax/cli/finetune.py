@@ -10,6 +10,7 @@ import jax
 
 from cluscomp_jax import _version as version
 from cluscomp_jax.checkpoint.reader import describe
+from cluscomp_jax.checkpoint.recorded import recorded
 from cluscomp_jax.checkpoint.writer import run_work_path
 from cluscomp_jax.cli.arguments import FinetuneArguments
 from cluscomp_jax.cli.command_line import command_line
@@ -212,7 +213,7 @@ def _original(opened: OpenedModel) -> Any:
     """Returns what a compressed model was made from, by its own record; None of any other model."""
     if opened.kind != "compressed":
         return None
-    provenance = describe(opened.files[0].parent)["provenance"]
+    provenance = recorded(describe(opened.files[0].parent))["provenance"]
     return provenance.get("original") or provenance.get("model")
 
 

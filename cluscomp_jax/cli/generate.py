@@ -15,6 +15,7 @@ from cluscomp_jax.inference.decoder import Decoder, checked_prompts
 from cluscomp_jax.inference.sampling import Sampling
 from cluscomp_jax.io.open import open_model
 from cluscomp_jax.io.tokenizer import encode_text, stop_tokens
+from cluscomp_jax.text.json_lines import apply_chat_template
 
 
 def run(arguments: GenerateArguments) -> Result:
@@ -48,7 +49,7 @@ def run(arguments: GenerateArguments) -> Result:
         prompts,
         max_new_tokens=arguments.max_new_tokens,
         sampling=sampling,
-        key=jax.random.key(arguments.seed),
+        key=jax.random.key(arguments.seed or 0),
         stop_tokens=stop_tokens(opened.config, tokenizer),
         stop_strings=arguments.stop,
         on_text=_show if arguments.stream else None,
@@ -63,7 +64,9 @@ def run(arguments: GenerateArguments) -> Result:
 def _refuse(arguments: GenerateArguments) -> None:
     if arguments.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens {arguments.max_new_tokens}: it must be 1 or more")
-    if not 0 <= arguments.seed < 2**32:
+    if arguments.seed is not None and arguments.temperature == 0:
+        raise InputError(f"--seed {arguments.seed} has no effect at --temperature 0; leave it out")
+    if arguments.seed is not None and not 0 <= arguments.seed < 2**32:
         raise InputError(f"--seed {arguments.seed}: it must be from 0 to 2**32-1")
     if not arguments.prompt:
         raise InputError("--prompt is empty; give at least one")
@@ -133,7 +136,7 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool, system: str | None
       system: a system message before it.
 
     Raises:
-      InputError: an empty prompt, or no chat template.
+      InputError: an empty prompt, or a chat template that is missing or refuses it.
     """
     if not chat:
         tokens = encode_text(tokenizer, prompt)
@@ -142,7 +145,7 @@ def encode_prompt(tokenizer: Any, prompt: str, *, chat: bool, system: str | None
     else:
         messages = [{"role": "system", "content": system}] if system is not None else []
         messages.append({"role": "user", "content": prompt})
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = apply_chat_template("--chat", tokenizer, messages, prompt=True)
         tokens = np.asarray(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
     if not len(tokens):
         raise InputError("--prompt is empty; give at least one word")

@@ -5,6 +5,7 @@ from typing import Any
 
 from cluscomp_jax.checkpoint.evaluations import read_evaluations
 from cluscomp_jax.checkpoint.reader import describe, open_checkpoint
+from cluscomp_jax.checkpoint.recorded import recorded
 from cluscomp_jax.cli.arguments import InspectArguments
 from cluscomp_jax.cli.outcome import Result
 from cluscomp_jax.reporting.tables import MATRIX_HEADER, format_bytes, format_table, matrix_rows
@@ -17,9 +18,9 @@ def run(arguments: InspectArguments) -> Result:
         open_checkpoint(arguments.model, verify=True)
     manifest = describe(arguments.model)
     lines = [
-        *_summary(manifest, Path(arguments.model)),
+        *_summary(recorded(manifest), Path(arguments.model)),
         "",
-        _matrices(manifest),
+        _matrices(recorded(manifest)),
         "",
         "settings:   " + to_json(manifest["run_config"]),
     ]
@@ -29,10 +30,10 @@ def run(arguments: InspectArguments) -> Result:
     return Result("\n".join(lines), manifest)
 
 
-def _recorded(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+def _records(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """Returns the records of the matrices, or nothing where the run left none or an older kind."""
-    recorded: list[dict[str, Any]] = manifest["metrics"].get("matrices") or []
-    return recorded if all("relative_error" in matrix for matrix in recorded) else []
+    records: list[dict[str, Any]] = manifest["metrics"].get("matrices") or []
+    return records if all(matrix.get("relative_error") is not None for matrix in records) else []
 
 
 def _summary(manifest: dict[str, Any], folder: Path) -> list[str]:
@@ -58,9 +59,8 @@ def _summary(manifest: dict[str, Any], folder: Path) -> list[str]:
 
 def _matrices(manifest: dict[str, Any]) -> str:
     """Returns the table of all matrices; errors are known where the run recorded them."""
-    recorded = _recorded(manifest)
-    if recorded:
-        return format_table(MATRIX_HEADER, matrix_rows(recorded))
+    if records := _records(manifest):
+        return format_table(MATRIX_HEADER, matrix_rows(records))
     rows = [
         (path, "x".join(map(str, m["shape"])), m["group_size"], m["num_codes"], m["axis"])
         for path, m in manifest["matrices"].items()

@@ -9,6 +9,7 @@ from typing import Literal
 from cluscomp_jax.checkpoint.entries import DTYPES
 from cluscomp_jax.checkpoint.new_folder import new_folder
 from cluscomp_jax.checkpoint.reader import CheckpointSource
+from cluscomp_jax.checkpoint.recorded import recorded
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.export import hugging_face, orbax
 from cluscomp_jax.export.card import model_card
@@ -53,7 +54,7 @@ def export_checkpoint(
     final = Path(out)
     with new_folder(final) as folder:
         chosen.write(source, folder, options)
-        card = model_card(source.manifest.to_dict(), form=form, usage=chosen.usage, command=command)
+        card = model_card(recorded(source.manifest.to_dict()), form=form, usage=chosen.usage, command=command)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return sorted(path for path in final.rglob("*") if path.is_file())
 

@@ -12,7 +12,7 @@ def model_card(manifest: Mapping[str, Any], *, form: str, usage: str, command: s
     """Returns the text of README.md.
 
     Args:
-      manifest: of the checkpoint, in its JSON form.
+      manifest: of the checkpoint, as `recorded` returns it.
       form: the name of the export's format.
       usage: how to load it.
       command: the command line that exported.

@@ -106,7 +106,7 @@ def open_model(spec: str | Path) -> OpenedModel:
 def _open_gguf(path: Path) -> OpenedModel:
     source = GgufSource(path)
     load = functools.partial(gguf_tokenizer.build_tokenizer, source.metadata, where=str(path))
-    return OpenedModel("gguf", source.model_config, source.model, source, path.name, (path,), load)
+    return OpenedModel("gguf", source.model_config, source.model, source, path.name, source.files, load)
 
 
 def _open_folder(folder: Path, name: str) -> OpenedModel:

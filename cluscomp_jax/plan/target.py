@@ -16,6 +16,7 @@ import jax
 from jax.experimental import topologies
 
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.runtime.extras import install_command
 from cluscomp_jax.runtime.suppress_output import silenced
 from pallas_kernels import _compat
 
@@ -150,7 +151,7 @@ def card_mesh(target: Target, sizes: tuple[int, ...], axes: tuple[str, ...]) -> 
     except NotImplementedError as error:
         raise InputError(
             "compiling for a card takes JAX's CUDA compiler, which is not installed here (no GPU is needed); "
-            'run pip install "cluscomp-jax[aot]", and leave JAX_PLATFORMS unset or set it to cpu'
+            f"run {install_command('aot')}, and leave JAX_PLATFORMS unset or set it to cpu"
         ) from error
     except jax.errors.JaxRuntimeError as error:
         reason = " ".join(str(error).split())[:160]

@@ -7,6 +7,7 @@ from typing import Any
 
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.runtime import atomic
+from cluscomp_jax.runtime.extras import install_command
 
 FOLDER_NAME = "tensorboard"
 _PREFIX = "events"
@@ -30,7 +31,7 @@ class TensorBoardLog:
             self._summary: Any = importlib.import_module("tensorboardX.summary")
             self._proto: Any = importlib.import_module("tensorboardX.proto.event_pb2")
         except ImportError:
-            raise InputError("--tensorboard needs tensorboardX: pip install 'cluscomp-jax[tensorboard]'") from None
+            raise InputError(f"--tensorboard needs tensorboardX: {install_command('tensorboard')}") from None
         self._folder = folder
         self._writer: Any = None
 

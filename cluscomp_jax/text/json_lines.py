@@ -25,6 +25,9 @@ FORMS = {
     "text": ("text",),
 }
 """{form: keys it is known by}, in order of precedence."""
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
+)  # fmt: skip
 _TABLES = (".csv", ".tsv", ".parquet")
 _HEADINGS = {"instruction": "### Instruction:\n", "input": "### Input:\n", "output": "### Response:\n"}
 """What precedes the parts of an instruction where the tokenizer has no chat template."""
@@ -197,7 +200,7 @@ def _render_messages(where: str, fields: Mapping[str, Any], tokenizer: Any, *, w
     _check_messages(where, messages)
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(f"{where}: holds messages, but the model's tokenizer has no chat template; use 'text'")
-    text = _apply(where, tokenizer, messages, prompt=False)
+    text = apply_chat_template(where, tokenizer, messages, prompt=False)
     if not with_spans:
         return Conversation(text, (), True)
     spans = []
@@ -206,8 +209,8 @@ def _render_messages(where: str, fields: Mapping[str, Any], tokenizer: Any, *, w
             continue
         if i == 0:
             raise InputError(f"{where}: begins with the assistant, who answers nothing; put a user's message before it")
-        before = _apply(where, tokenizer, messages[:i], prompt=True)
-        after = _apply(where, tokenizer, messages[: i + 1], prompt=False)
+        before = apply_chat_template(where, tokenizer, messages[:i], prompt=True)
+        after = apply_chat_template(where, tokenizer, messages[: i + 1], prompt=False)
         if not after.startswith(before) or not text.startswith(after):
             raise InputError(
                 f"{where}: the chat template writes message {i + 1} differently when others follow, so its place is "
@@ -227,10 +230,21 @@ def _check_messages(where: str, messages: Any) -> None:
         _require_unicode(where, message["role"] + message["content"])
 
 
-def _apply(where: str, tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool) -> str:
+def apply_chat_template(where: str, tokenizer: Any, messages: list[dict[str, str]], *, prompt: bool) -> str:
+    """Returns the text of some messages.
+
+    Args:
+      where: names them for a person.
+      tokenizer: with a chat template.
+      messages: {"role", "content"} each.
+      prompt: whether the assistant's turn begins after them.
+
+    Raises:
+      InputError: the template refuses them.
+    """
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
-    except (jinja2.TemplateError, IndexError, TypeError, ValueError) as error:
+    except _TEMPLATE_ERRORS as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"{where}: the chat template refuses these messages: {reason}") from None
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.tokenizer import encode_text
+from cluscomp_jax.runtime.extras import install_command
 from cluscomp_jax.text.json_lines import encode_lines, holds_json_lines
 
 Split = Literal["train", "test"]
@@ -99,7 +100,7 @@ def _read_data_set(name: str, split: Split) -> str:
     try:
         import datasets
     except ImportError:
-        raise InputError(f"data set {name!r} needs the datasets package: pip install 'cluscomp-jax[hf]'") from None
+        raise InputError(f"data set {name!r} needs the datasets package: {install_command('hf')}") from None
     part, files = source.splits[split]
     try:
         rows = datasets.load_dataset(

@@ -20,6 +20,7 @@ from jaxlib.mlir import ir
 
 from cluscomp_jax.plan.shapes import AbstractDevice
 from cluscomp_jax.plan.target import Target, compiling_for, find_target, placement
+from cluscomp_jax.runtime.extras import install_command
 from pallas_kernels import _compat
 
 from .cases import Case
@@ -130,7 +131,7 @@ def _find(tool: str) -> str:
     places = [path for folder in folders for path in sorted(folder.glob(f"*/bin/{tool}"))]
     found = str(places[0]) if places else shutil.which(tool)
     if not found:
-        raise RuntimeError(f"{tool} is not installed; pip install 'cluscomp-jax[aot]'")
+        raise RuntimeError(f"{tool} is not installed; {install_command('aot')}")
     return found
 
 

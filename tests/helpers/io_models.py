@@ -132,12 +132,14 @@ def write_gguf(
     extra: dict[str, np.ndarray] | None = None,
     metadata: Any = None,
     endianess: gguf.GGUFEndian = gguf.GGUFEndian.LITTLE,
+    tensors_per_part: int = 0,
 ) -> Path:
     """Writes Hugging Face tensors as llama.cpp's converter would; matrices in `kind`, the rest in float32.
 
     metadata: called with the writer, to add or override keys.
+    tensors_per_part: writes parts NAME-00001-of-0000N.gguf of so many tensors; 0: one file.
     """
-    writer = gguf.GGUFWriter(path, arch, endianess=endianess)
+    writer = gguf.GGUFWriter(path, arch, endianess=endianess, split_max_tensors=tensors_per_part)
     writer.add_block_count(LAYERS)
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)

@@ -11,6 +11,7 @@ _TEXTS, _WHOLES, _NUMBERS = "a list of texts", "a list of integers", "a list of 
 _KEYS = {
     "general.architecture": _TEXT,
     "split.count": _WHOLE,
+    "split.no": _WHOLE,
     "tokenizer.chat_template": _TEXT,
     "tokenizer.ggml.model": _TEXT,
     "tokenizer.ggml.pre": _TEXT,

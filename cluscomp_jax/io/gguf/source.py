@@ -5,8 +5,9 @@ Knows nothing of tokenizers, and of configs only that `gguf_config` reads them.
 
 import hashlib
 import importlib.metadata
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from cluscomp_jax.models.model import build_model, parse_model_config
 from cluscomp_jax.runtime.file_stamps import FileStamps
 from cluscomp_jax.runtime.lfs_pointer import refuse_lfs_pointer
 
+_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _ROWS_AT_ONCE = 4096  # bounds the float32 copy while a large embedding is dequantised
 
 
@@ -37,16 +39,17 @@ class _CheckedReader(gguf.GGUFReader):  # type: ignore[misc]
 
 
 class GgufSource:
-    """A ParamSource over one GGUF file of the architectures llama, qwen2 or qwen3.
+    """A ParamSource over a GGUF file, or the parts of one, of the architectures llama, qwen2 or qwen3.
 
     Attributes:
-      path: the file.
+      path: the file, or the first part.
+      files: all parts, in order.
       metadata: {key: value} of the header: numbers, strings, and lists of them.
       model_config: the family's config, read from the header.
       model: the Model of that config.
 
     Args:
-      path: a .gguf file.
+      path: a GGUF file; of a model in parts (NAME-00001-of-00003.gguf) the first, with the others next to it.
       dtype: of all arrays handed out; float32 keeps the dequantiser's exact values. None: float16 or float32 where most
         weights of the matrices are stored so, else bfloat16.
 
@@ -58,17 +61,20 @@ class GgufSource:
     def __init__(self, path: str | Path, *, dtype: Any = None):
         self.path = Path(path)
         _require_file(self.path)
-        self._stamps = FileStamps([self.path])
         reader, self.metadata = _open(self.path)
-        parts = self.metadata.get("split.count", 1)
-        if parts > 1:
-            raise InputError(
-                f"{self.path} is one of {parts} parts of a model; merge them first (llama-gguf-split --merge)"
-            )
-        self._header_bytes = int(reader.data_offset)
-        self._tensors = {t.name: t for t in reader.tensors}
-        self._dtype = np.dtype(_stored_dtype(reader.tensors) if dtype is None else dtype)
-        shapes = {t.name: _shape(t) for t in reader.tensors}
+        readers = {self.path: reader} | _open_others(self.path, self.metadata)
+        self.files = tuple(readers)
+        self._stamps = FileStamps(self.files)
+        self._header_bytes = {path: int(reader.data_offset) for path, reader in readers.items()}
+        self._tensors: dict[str, gguf.ReaderTensor] = {}
+        self._places: dict[str, Path] = {}
+        for path, reader in readers.items():
+            for tensor in reader.tensors:
+                if tensor.name in self._tensors:
+                    raise InputError(f"{path}: tensor {tensor.name} is in {self._places[tensor.name].name} too")
+                self._tensors[tensor.name], self._places[tensor.name] = tensor, path
+        self._dtype = np.dtype(_stored_dtype(self._tensors.values()) if dtype is None else dtype)
+        shapes = {name: _shape(tensor) for name, tensor in self._tensors.items()}
         self._check_types()
         factors = self._read("rope_freqs.weight", np.dtype(np.float32)) if "rope_freqs.weight" in shapes else None
         try:
@@ -96,10 +102,11 @@ class GgufSource:
             return trees.unflatten({path: self._load(path) for path in self.model.outer_shapes()})
 
     def fingerprint(self) -> str:
-        """Returns a digest of the file's name, size, modification time and header, not of its data."""
+        """Returns a digest of the files' names, sizes, modification times and headers, not of their data."""
         digest = hashlib.sha256(self._stamps.fingerprint() + str(self._dtype).encode())
-        with self.path.open("rb") as file:
-            digest.update(file.read(self._header_bytes))
+        for path, size in self._header_bytes.items():
+            with path.open("rb") as file:
+                digest.update(file.read(size))
         return digest.hexdigest()
 
     def _check_types(self) -> None:
@@ -108,12 +115,13 @@ class GgufSource:
             try:
                 gguf.quants.dequantize(np.zeros(tensor.data.shape[-1:], tensor.data.dtype), kind)
             except NotImplementedError as error:
-                raise InputError(f"{self.path}: tensor {tensor.name}: {error}; use another file") from None
+                place = self._places[tensor.name]
+                raise InputError(f"{place}: tensor {tensor.name}: {error}; use another file") from None
 
     def _load(self, path: str) -> np.ndarray:
         name = self._names[path]
         array = self._read(name, self._dtype)
-        tensor_names.require_finite(array, name, str(self.path))
+        tensor_names.require_finite(array, name, str(self._places[name]))
         if self.model_config.model_type in ("llama", "mistral") and "/self_attn/q_proj/" in path:
             array = _undo_permutation(array, self.model_config.num_attention_heads)
         elif self.model_config.model_type in ("llama", "mistral") and "/self_attn/k_proj/" in path:
@@ -122,13 +130,11 @@ class GgufSource:
 
     def _read(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
         """Returns a tensor as stored, dequantised to `dtype`; read, not mapped, so that pages do not pile up."""
-        tensor = self._tensors[name]
+        tensor, path = self._tensors[name], self._places[name]
         raw = tensor.data
-        stored = np.fromfile(self.path, raw.dtype, count=raw.size, offset=int(tensor.data_offset))
+        stored = np.fromfile(path, raw.dtype, count=raw.size, offset=int(tensor.data_offset))
         if stored.size != raw.size:
-            raise InputError(
-                f"{self.path}: tensor {name} ends after {stored.size} of {raw.size} values; fetch it again"
-            )
+            raise InputError(f"{path}: tensor {name} ends after {stored.size} of {raw.size} values; fetch it again")
         stored = stored.reshape(raw.shape)
         array = np.empty(_shape(tensor), dtype)
         for start in range(0, len(array), _ROWS_AT_ONCE):
@@ -172,7 +178,34 @@ def _open(path: Path) -> tuple[_CheckedReader, dict[str, Any]]:
     return reader, metadata
 
 
-def _stored_dtype(tensors: Sequence[gguf.ReaderTensor]) -> Any:
+def _open_others(path: Path, metadata: Mapping[str, Any]) -> dict[Path, _CheckedReader]:
+    """Returns {path: reader} of the parts after the first, of a model in parts; else nothing."""
+    count = metadata.get("split.count", 1)
+    if count <= 1:
+        return {}
+    named = _PART.fullmatch(path.name)
+    if named is None or int(named[2]) != metadata.get("split.no", 0) + 1 or int(named[3]) != count:
+        raise InputError(
+            f"{path} is one of {count} parts, but is not called NAME-00001-of-{count:05d}.gguf; rename them"
+        )
+    parts = [path.with_name(f"{named[1]}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+    if path != parts[0]:
+        raise InputError(f"{path} is part {named[2]} of a model; name its first part: {parts[0]}")
+    missing = [part.name for part in parts if not part.is_file()]
+    if missing:
+        raise InputError(f"{path}: {len(missing)} of its {count} parts are missing, such as {missing[0]}; fetch them")
+    others = {}
+    for number, part in enumerate(parts[1:], 1):
+        others[part], fields = _open(part)
+        if (fields.get("split.no"), fields.get("split.count")) != (number, count):
+            raise InputError(
+                f"{part}: says that it is part {fields.get('split.no')} (from 0) of {fields.get('split.count')}, not "
+                f"{number} of {count}; fetch it again"
+            )
+    return others
+
+
+def _stored_dtype(tensors: Iterable[gguf.ReaderTensor]) -> Any:
     """Returns float16 or float32 where most weights of the matrices are stored so, else bfloat16."""
     weights: Counter[Any] = Counter()
     for tensor in tensors:

@@ -12,6 +12,7 @@ from typing import Any
 from cluscomp_jax.checkpoint.evaluations import STAGES, read_evaluations, stage_of, stages_until
 from cluscomp_jax.checkpoint.manifest import MANIFEST_NAME
 from cluscomp_jax.checkpoint.reader import describe
+from cluscomp_jax.checkpoint.recorded import recorded
 from cluscomp_jax.checkpoint.run_folder import RUN_NAME
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.model import build_model, parse_model_config
@@ -131,12 +132,12 @@ def read_records(folder: str | Path) -> RunRecords:
 
 
 def _finished(path: Path) -> RunRecords:
-    manifest = describe(path)
+    manifest = recorded(describe(path))
     metrics = manifest["metrics"]
-    recorded = {matrix["path"]: matrix for matrix in metrics.get("matrices") or []}
+    of_run = {matrix["path"]: matrix for matrix in metrics.get("matrices") or []}
     listed = manifest["matrices"]
-    order = [*recorded, *(name for name in listed if name not in recorded)]  # the manifest's own order means nothing
-    matrices = [{**_of_manifest(name, listed[name]), **recorded.get(name, {})} for name in order if name in listed]
+    order = [*of_run, *(name for name in listed if name not in of_run)]  # the manifest's own order means nothing
+    matrices = [{**_of_manifest(name, listed[name]), **of_run.get(name, {})} for name in order if name in listed]
     model = build_model(parse_model_config(manifest["model_config"]))
     perplexity = _perplexity(manifest, read_evaluations(path))
     return RunRecords(

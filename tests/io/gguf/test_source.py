@@ -255,7 +255,11 @@ def test_a_sliding_window_makes_it_a_mistral(tmp_path):
         (None, lambda w: w.add_head_count(0), "head_count"),
         (None, lambda w: w.add_head_count_kv([2, 4]), r"head_count_kv in the GGUF header is \[2, 4\]"),
         (None, lambda w: w.add_rope_scaling_attn_factors(1.5), "rope.scaling.attn_factor"),
-        (None, lambda w: w.add_uint16("split.count", 3), "one of 3 parts"),
+        (
+            None,
+            lambda w: w.add_uint16("split.count", 3),
+            "one of 3 parts, but is not called NAME-00001-of-00003",
+        ),
         (None, lambda w: w.add_block_count(3), r"blk\.2\..* is missing"),
         (None, lambda w: w.add_block_count(2**31), "block_count in the GGUF header is '2147483648'"),
         (None, lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "'longrope'"),
@@ -329,3 +333,29 @@ def test_the_fingerprint_holds_still_and_follows_dtype_and_time(tmp_path):
     assert GgufSource(path, dtype=np.float16).fingerprint() != before
     os.utime(path, ns=(0, 1))
     assert GgufSource(path).fingerprint() != before
+
+
+def test_a_model_in_parts_is_that_in_one_file(tmp_path):
+    tensors = hf_tensors()
+    whole = GgufSource(write_gguf(tmp_path / "m.gguf", tensors))
+    write_gguf(tmp_path / "p.gguf", tensors, tensors_per_part=7)
+    parts = sorted(tmp_path.glob("p-*.gguf"))
+    assert len(parts) == -(-len(tensors) // 7) > 2
+    source = GgufSource(parts[0])
+    assert source.files == tuple(parts)
+    chex.assert_trees_all_equal(load_all(source, source.model), load_all(whole, whole.model))
+    before = source.fingerprint()
+    os.utime(parts[1], ns=(0, 1))
+    assert GgufSource(parts[0]).fingerprint() != before
+    with pytest.raises(InputError, match="changed"):
+        load_all(source, source.model)
+    with pytest.raises(InputError, match=f"name its first part: {parts[0]}"):
+        GgufSource(parts[1])
+    third = parts[2].rename(tmp_path / "aside")
+    with pytest.raises(InputError, match=f"1 of its {len(parts)} parts are missing, such as {parts[2].name}"):
+        GgufSource(parts[0])
+    parts[2].write_bytes(parts[1].read_bytes())
+    with pytest.raises(InputError, match=r"says that it is part 1 \(from 0\)"):
+        GgufSource(parts[0])
+    third.rename(parts[2])
+    assert GgufSource(parts[0]).fingerprint() != before

@@ -37,7 +37,7 @@ test-slow:  ## the tests that take minutes on a real model
 	.venv-slow/bin/pytest -m slow $(PYTEST_ARGS)
 
 parity:  ## the tests that compare live with PyTorch
-	$(PYTHON) scripts/make_venv.py .venv-parity --group test --extra parity --extra lm-eval --bare-group demo
+	$(PYTHON) scripts/make_venv.py .venv-parity --group test --extra parity --extra lm-eval --bare-group demo --bare-group vocabularies
 	.venv-parity/bin/pytest -m parity $(PYTEST_ARGS)
 
 card:  ## measure and check on the NVIDIA GPU of this machine, in eight minutes, into CARD (card.json)

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from cluscomp_jax.cli.arguments import CompareArguments
-from cluscomp_jax.cli.outcome import Result
-from cluscomp_jax.errors import InputError
+from cluscomp_jax.cli.outcome import FAILED, Result, note
+from cluscomp_jax.errors import InputError, RunError
 from cluscomp_jax.reporting.html.page import COMPARISON_HEADER, comparison_notices, comparison_rows, write_comparison
 from cluscomp_jax.reporting.html.records import RunRecords, read_records
 from cluscomp_jax.reporting.tables import format_table
@@ -35,7 +35,11 @@ def run(arguments: CompareArguments) -> Result:
         "page": None,
     }
     if arguments.out is not None:
-        fields["page"] = str(write_comparison(runs, Path(arguments.out)))
+        try:
+            fields["page"] = str(write_comparison(runs, Path(arguments.out)))
+        except RunError as error:  # the table is still shown
+            note(f"error: {error}")
+            return Result("\n".join(lines), fields, FAILED)
         lines.append(f"{fields['page']}: the same as a page")
     return Result("\n".join(lines), fields)
 

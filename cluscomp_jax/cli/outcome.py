@@ -85,8 +85,24 @@ def _print_result(result: Result, *, json: bool) -> None:
 def _failed(error: BaseException, text: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
+    else:
+        _silence_closed_loops()
     print(f"cluscomp: error: {' '.join(text.split())}", file=sys.stderr, flush=True)
     return code
+
+
+def _silence_closed_loops() -> None:
+    """Drops what orbax's coroutines say when they are collected after a save or a read has failed.
+
+    The error itself is printed; these tracebacks would follow it at the end of the process.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 @contextmanager

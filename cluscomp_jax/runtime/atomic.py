@@ -11,6 +11,8 @@ from pathlib import Path
 from cluscomp_jax.errors import InputError, RunError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_TENSORSTORE_WRITES = "Error writing"
+"""In the ValueError that TensorStore makes of an error of the operating system."""
 _FULL_TEXTS = tuple(os.strerror(code) for code in _FULL)
 
 
@@ -107,4 +109,6 @@ def writing(path: Path) -> Iterator[None]:
         if isinstance(error, OSError):
             reason = error.strerror or error
             raise RunError(f"{path}: writing failed: {reason}") from error
+        if _TENSORSTORE_WRITES in str(error):
+            raise RunError(f"{path}: writing failed: {' '.join(str(error).split())[:160]}") from error
         raise

@@ -3,9 +3,11 @@
 Text from a checkpoint is escaped. The page loads nothing and runs no script.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -23,7 +25,9 @@ from cluscomp_jax.runtime import atomic
 
 PAGE_NAME = "report.html"
 _DRAWN = ("sizes", "perplexity", "losses", "errors", "bits", "usage", "kurtosis", "stages", "comparison")
-_OWN = {PAGE_NAME, "writing", *(f"{name}.png" for name in _DRAWN)}
+_FILES = (PAGE_NAME, *(f"{name}.png" for name in _DRAWN))
+_ASIDE = ".writing"
+_OWN = {*_FILES, *(f"{name}{_ASIDE}" for name in _FILES), "writing"}  # the last by earlier versions that were killed
 COMPARISON_HEADER = (
     "run", "original", "bits/weight", "size", "perplexity before", "after", "tokens scored", "minutes", "peak memory",
 )  # fmt: skip
@@ -49,6 +53,7 @@ def write_report(folder: str | Path, out: Path | None = None) -> Path:
 
     Raises:
       InputError: `folder` holds no run, or `out` holds something else than a report.
+      RunError: the disk is full, or cannot be written to; an earlier report is as it was.
     """
     records = read_records(folder)
     place = Path(folder) / "report" if out is None else out
@@ -147,13 +152,31 @@ def _require_own(out: Path) -> None:
 
 
 def _store(out: Path, text: str, drawings: Sequence[Drawing]) -> Path:
-    """Writes the page last, so that a folder with a page has the figures of that page."""
-    out.mkdir(exist_ok=True)
-    for name in _OWN:
-        (out / name).unlink(missing_ok=True)
-    for drawing in drawings:
-        (out / f"{drawing.name}.png").write_bytes(drawing.png())
-    atomic.write_text(out / PAGE_NAME, text, aside=out / "writing")
+    """Writes figures and page next to an earlier report, and only then puts them in its place, the page last.
+
+    Raises:
+      RunError: the disk is full, or cannot be written to. An earlier report is as it was, a new folder is gone.
+    """
+    files = {f"{drawing.name}.png": drawing.png() for drawing in drawings} | {PAGE_NAME: text.encode()}
+    fresh = not out.exists()
+    try:
+        with atomic.writing(out):
+            out.mkdir(exist_ok=True)
+            for name, content in files.items():
+                (out / f"{name}{_ASIDE}").write_bytes(content)
+            (out / PAGE_NAME).unlink(missing_ok=True)
+            for name in _OWN - files.keys() - {f"{name}{_ASIDE}" for name in files}:
+                (out / name).unlink(missing_ok=True)
+            for name in files:
+                os.replace(out / f"{name}{_ASIDE}", out / name)
+            atomic.sync_tree(out)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for name in files:
+                (out / f"{name}{_ASIDE}").unlink(missing_ok=True)
+            if fresh:
+                out.rmdir()
+        raise
     return out / PAGE_NAME
 
 

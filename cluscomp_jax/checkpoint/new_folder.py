@@ -67,8 +67,8 @@ def new_folder(final: Path) -> Iterator[Path]:
             raise
         if atomic.is_full(error):
             raise RunError(f"{final}: the disk is full; nothing is kept, make room and repeat the command") from error
-        if isinstance(error, OSError):
-            raise RunError(f"{final}: writing failed: {error.strerror or error}; nothing is kept") from error
+        if reason := atomic.failed_write(error):
+            raise RunError(f"{final}: writing failed: {reason}; nothing is kept") from error
         raise
     finally:
         os.close(lock)

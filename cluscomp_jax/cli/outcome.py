@@ -5,11 +5,13 @@ Knows no command. Exit codes: 0 done, 1 failed, 2 wrong input.
 
 import dataclasses
 import errno
+import logging
 import os
 import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -45,7 +47,7 @@ def run(command: Callable[[], Result], *, json: bool, debug: bool, resumable: bo
     """
     hint = "; give the same command again to resume" if resumable else ""
     try:
-        with _terminable():
+        with _terminable(), _one_error(debug):
             result = command()
         _print_result(result, json=json)
         return result.code
@@ -85,24 +87,40 @@ def _print_result(result: Result, *, json: bool) -> None:
 def _failed(error: BaseException, text: str, code: int, debug: bool) -> int:
     if debug:
         traceback.print_exception(error)
-    else:
-        _silence_closed_loops()
     print(f"cluscomp: error: {' '.join(text.split())}", file=sys.stderr, flush=True)
     return code
 
 
-def _silence_closed_loops() -> None:
-    """Drops what orbax's coroutines say when they are collected after a save or a read has failed.
+@contextmanager
+def _one_error(debug: bool) -> Iterator[None]:
+    """Drops what the other tasks of a save or a read say when one has failed; that one's error is printed.
 
-    The error itself is printed; these tracebacks would follow it at the end of the process.
+    They are asyncio's tasks that nobody waits for any more, and TensorStore's calls to a loop that is closed.
     """
-    before = sys.unraisablehook
-
-    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
+    hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
+    level = logger.level
+    if not debug and not isinstance(hook, _NoClosedLoop):
+        sys.unraisablehook = _NoClosedLoop(hook)
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except Exception:  # all of it stays: some come at the end of the process
+        if not debug:
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        raise
     sys.unraisablehook = hook
+    logger.setLevel(level)
+
+
+class _NoClosedLoop:
+    """An unraisablehook that drops one error, and gives all others to the hook before it."""
+
+    def __init__(self, before: Callable[["sys.UnraisableHookArgs"], object]):
+        self._before = before
+
+    def __call__(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._before(unraisable)
 
 
 @contextmanager

@@ -92,6 +92,13 @@ def is_full(error: BaseException | None) -> bool:
     return False
 
 
+def failed_write(error: BaseException) -> str | None:
+    """Returns what the operating system says of a failed write, None where the error is of another kind."""
+    if isinstance(error, OSError):
+        return str(error.strerror or error)
+    return " ".join(str(error).split())[:160] if _TENSORSTORE_WRITES in str(error) else None
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turns a disk's refusal to go on writing at `path` into a RunError; other errors pass through.
@@ -106,9 +113,6 @@ def writing(path: Path) -> Iterator[None]:
     except Exception as error:
         if is_full(error):
             raise RunError(f"{path}: the disk is full; make room") from error
-        if isinstance(error, OSError):
-            reason = error.strerror or error
+        if reason := failed_write(error):
             raise RunError(f"{path}: writing failed: {reason}") from error
-        if _TENSORSTORE_WRITES in str(error):
-            raise RunError(f"{path}: writing failed: {' '.join(str(error).split())[:160]}") from error
         raise

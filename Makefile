@@ -56,7 +56,8 @@ types: .venv-dev/ready  ## mypy
 
 lock: .venv-dev/ready  ## renew the versions that Python 3.11 is held to
 	.venv-dev/bin/python -m uv pip compile --quiet --upgrade --python-version 3.11 --no-header --no-annotate \
-	  --extra hf --group dev pyproject.toml --output-file requirements/constraints-3.11.txt
+	  --extra hf --group dev --constraint requirements/floor.txt pyproject.toml \
+	  --output-file requirements/constraints-3.11.txt
 
 # These two look at the checkout, so their environment is kept until the requirements change.
 .venv-dev/ready: pyproject.toml $(wildcard requirements/*.txt)

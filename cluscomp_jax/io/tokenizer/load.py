@@ -17,6 +17,7 @@ from cluscomp_jax.io.tokenizer.sentencepiece import SENTENCEPIECE_MODEL, read_se
 from cluscomp_jax.runtime.json_files import read_object
 
 TOKENIZER_FOLDER = "tokenizer"  # inside a compressed checkpoint
+_VOCABULARIES = (TOKENIZER_JSON, SENTENCEPIECE_MODEL, "vocab.json", "vocab.txt")
 _PROBE = "a"
 
 
@@ -49,6 +50,8 @@ def guess_tokenizer(folder: Path) -> Any:
     config = folder / "tokenizer_config.json"
     if config.is_file() and "auto_map" in read_object(config):
         raise InputError(f"{folder}: tokenizer_config.json names code of its own (auto_map), which is never run")
+    if not any((folder / name).is_file() for name in _VOCABULARIES):  # transformers 5.0 would make an empty tokenizer
+        raise InputError(f"{folder}: no tokenizer could be loaded: it holds none of {', '.join(_VOCABULARIES)}")
     try:
         return transformers().AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:

@@ -32,6 +32,7 @@ test-long:  ## the tests that compile for several devices, kill runs, or hold a 
 
 test-oldest:  ## those that depend on the release of JAX: for the oldest that is supported
 	$(PYTHON) scripts/make_venv.py .venv-oldest --group test
+	.venv-oldest/bin/python -m pip install --quiet --requirement requirements/floor.txt
 	CLUSCOMP_TEST_NANS=1 .venv-oldest/bin/pytest -n auto --dist loadfile -m "release and not slow and not parity and not gpu" $(PYTEST_ARGS)
 
 test-slow:  ## the tests that take minutes on a real model
@@ -59,8 +60,7 @@ types: .venv-dev/ready  ## mypy
 
 lock: .venv-dev/ready  ## renew the versions that Python 3.11 is held to
 	.venv-dev/bin/python -m uv pip compile --quiet --upgrade --python-version 3.11 --no-header --no-annotate \
-	  --extra hf --group dev --constraint requirements/floor.txt pyproject.toml \
-	  --output-file requirements/constraints-3.11.txt
+	  --extra hf --group dev pyproject.toml --output-file requirements/constraints-3.11.txt
 
 # These two look at the checkout, so their environment is kept until the requirements change.
 .venv-dev/ready: pyproject.toml $(wildcard requirements/*.txt)

@@ -92,7 +92,8 @@ def divide(sums: dict[str, jax.Array], count: jax.Array) -> dict[str, jax.Array]
       sums: {name: float32 array of any shape}; donated.
       count: scalar, the number of positions, > 0.
     """
-    return {name: total / count for name, total in sums.items()}
+    number = jnp.asarray(count).astype(jnp.float32)
+    return {name: total / number for name, total in sums.items()}
 
 
 @partial(jax.jit, static_argnames=("model", "layer_type"), donate_argnames="sums")

@@ -46,12 +46,12 @@ def run(arguments: CompareArguments) -> Result:
 
 def _require_one_tokenizer(folders: Sequence[str], runs: Sequence[RunRecords]) -> None:
     """Raises InputError where two runs name two tokenizers: their perplexities are of different tokens."""
-    named = {folder: run.provenance.get("tokenizer") for folder, run in zip(folders, runs, strict=True)}
-    known = {folder: str(digest) for folder, digest in named.items() if digest is not None}
-    first = next(iter(known), None)
-    for folder, digest in known.items():
-        if first is not None and digest != known[first]:
+    named = [(folder, run.provenance.get("tokenizer")) for folder, run in zip(folders, runs, strict=True)]
+    known = [(folder, digest) for folder, digest in named if digest is not None]
+    for folder, digest in known[1:]:
+        first, expected = known[0]
+        if digest != expected:
             raise InputError(
-                f"{first} and {folder} have two tokenizers ({known[first][:12]}, {digest[:12]}), so their perplexities "
+                f"{first} and {folder} have two tokenizers ({expected[:12]}, {digest[:12]}), so their perplexities "
                 "are of different tokens; compare them one by one with `cluscomp report`"
             )

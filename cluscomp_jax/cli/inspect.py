@@ -17,10 +17,11 @@ def run(arguments: InspectArguments) -> Result:
     if arguments.verify:
         open_checkpoint(arguments.model, verify=True)
     manifest = describe(arguments.model)
+    known = recorded(manifest)
     lines = [
-        *_summary(recorded(manifest), Path(arguments.model)),
+        *_summary(known, Path(arguments.model)),
         "",
-        _matrices(recorded(manifest)),
+        _matrices(known),
         "",
         "settings:   " + to_json(manifest["run_config"]),
     ]

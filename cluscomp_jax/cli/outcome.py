@@ -95,7 +95,7 @@ def _failed(error: BaseException, text: str, code: int, debug: bool) -> int:
 def _one_error(debug: bool) -> Iterator[None]:
     """Drops what the other tasks of a save or a read say when one has failed; that one's error is printed.
 
-    They are asyncio's tasks that nobody waits for any more, and TensorStore's calls to a loop that is closed.
+    They are tasks of asyncio that are no longer awaited, and calls of TensorStore to a loop that is closed.
     """
     hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
     level = logger.level

@@ -61,10 +61,11 @@ class GgufSource:
     def __init__(self, path: str | Path, *, dtype: Any = None):
         self.path = Path(path)
         _require_file(self.path)
-        reader, self.metadata = _open(self.path)
-        readers = {self.path: reader} | _open_others(self.path, self.metadata)
-        self.files = tuple(readers)
-        self._stamps = FileStamps(self.files)
+        with FileStamps([self.path]).held():  # from before its header is read until all parts have stamps
+            reader, self.metadata = _open(self.path)
+            readers = {self.path: reader} | _open_others(self.path, self.metadata)
+            self.files = tuple(readers)
+            self._stamps = FileStamps(self.files)
         self._header_bytes = {path: int(reader.data_offset) for path, reader in readers.items()}
         self._tensors: dict[str, gguf.ReaderTensor] = {}
         self._places: dict[str, Path] = {}

@@ -1,4 +1,4 @@
-"""What tells two tokenizers apart: their vocabularies, and the tokens of a few texts."""
+"""What distinguishes two tokenizers: their vocabularies, and the tokens of a few texts."""
 
 import hashlib
 import json

@@ -36,7 +36,7 @@ def read_tokenizer(folder: Path) -> Any:
         backend = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing more specific
         raise InputError(f"{file}: cannot be read: {' '.join(str(error).split())[:160]}; fetch it again") from None
-    fields = read_object(folder / TOKENIZER_CONFIG, foreign=True) if (folder / TOKENIZER_CONFIG).is_file() else {}
+    fields = read_settings(folder)
     length = fields.get("model_max_length")
     tokenizer = wrap(
         backend,
@@ -48,16 +48,27 @@ def read_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Returns the fields of tokenizer_config.json, none where there is no such file."""
+    file = folder / TOKENIZER_CONFIG
+    return read_object(file, foreign=True) if file.is_file() else {}
+
+
+def token_text(named: Any) -> str | None:
+    """Returns the text of a token that a settings file names by a text or by {"content"}; None of anything else."""
+    text = named.get("content") if isinstance(named, dict) else named
+    return text if isinstance(text, str) else None
+
+
 def wrap(backend: Tokenizer, *, special: dict[str, str], length: int | None, clean_up: bool = False) -> Any:
     """Returns a transformers tokenizer that encodes exactly as `backend`.
 
     Args:
-      backend: is copied.
+      backend: of the caller's making; it no longer truncates or pads afterwards.
       special: {"bos_token", "eos_token", "unk_token", "pad_token": a token of the vocabulary}.
       length: tokens of the model's context, or None.
       clean_up: whether decoding removes spaces before punctuation.
     """
-    backend = Tokenizer.from_str(backend.to_str())
     backend.no_truncation()
     backend.no_padding()
     tokenizer = transformers().PreTrainedTokenizerFast(
@@ -78,9 +89,8 @@ def _special_tokens(folder: Path, fields: dict[str, Any], backend: Tokenizer) ->
     named = {**(read_object(folder / _SPECIAL) if (folder / _SPECIAL).is_file() else {}), **fields}
     special = {}
     for role in ROLES:
-        token = named.get(role)
-        token = token.get("content") if isinstance(token, dict) else token
-        if not isinstance(token, str):
+        token = token_text(named.get(role))
+        if token is None:
             continue
         if backend.token_to_id(token) is not None:
             special[role] = token

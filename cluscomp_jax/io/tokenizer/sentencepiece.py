@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.io.tokenizer.folder import read_chat_template
+from cluscomp_jax.io.tokenizer.folder import read_chat_template, read_settings, token_text
 from cluscomp_jax.io.tokenizer.gguf import build_tokenizer
 from cluscomp_jax.runtime.json_files import read_object
 from cluscomp_jax.runtime.lfs_pointer import refuse_lfs_pointer
@@ -43,11 +43,7 @@ def read_sentencepiece(folder: Path) -> Any:
             f"{file}: is no SentencePiece model (Llama 3's file of this name is tiktoken's, without special tokens); "
             "fetch tokenizer.json of the model"
         ) from None
-    fields = (
-        read_object(folder / "tokenizer_config.json", foreign=True)
-        if (folder / "tokenizer_config.json").is_file()
-        else {}
-    )
+    fields = read_settings(folder)
     _add_from_config(described, folder, fields)
     tokenizer = build_tokenizer(described, where=str(file))
     tokenizer.chat_template = read_chat_template(folder, fields)
@@ -99,9 +95,8 @@ def _add_from_config(described: dict[str, Any], folder: Path, fields: dict[str, 
         described["tokenizer.ggml.token_type"].append(_CONTROL)
     numbers = {token: number for number, token in enumerate(tokens)}
     for role, key in _ROLES.items():
-        named = fields.get(key)
-        named = named.get("content") if isinstance(named, dict) else named
-        if isinstance(named, str) and named in numbers:
+        named = token_text(fields.get(key))
+        if named in numbers:
             described[f"tokenizer.ggml.{role}_token_id"] = numbers[named]
     described["tokenizer.ggml.add_bos_token"] = fields.get("add_bos_token") is not False
     described["tokenizer.ggml.add_eos_token"] = fields.get("add_eos_token") is True

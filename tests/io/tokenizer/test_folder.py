@@ -1,4 +1,4 @@
-"""A folder's tokenizer is what its tokenizer.json says, whatever class or model type stands next to it."""
+"""A folder's tokenizer is what its tokenizer.json says, whatever class and model type the folder names."""
 
 import json
 from pathlib import Path

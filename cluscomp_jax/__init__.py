@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cluscomp_jax.checkpoint.reader import load_checkpoint, save_checkpoint
     from cluscomp_jax.clustering.matrix import SizeReport, decompress, size_report
+    from cluscomp_jax.clustering.tree import cluster_tree
     from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
     from cluscomp_jax.config.data import CalibrationConfig, DataConfig
     from cluscomp_jax.config.finetune import FinetuneConfig, load_finetune_config
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from cluscomp_jax.config.training import DistillationConfig, TrainingConfig
     from cluscomp_jax.config.tuning import BlockTuningConfig
     from cluscomp_jax.core.codebook import CodebookArray
+    from cluscomp_jax.core.masters import combine, partition, rounded
     from cluscomp_jax.errors import InputError
     from cluscomp_jax.evaluation.perplexity import Perplexity, perplexity
     from cluscomp_jax.finetuning import finetune
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from cluscomp_jax.pipeline import compress
     from cluscomp_jax.text.text import calibration_samples, load_tokens
     from cluscomp_jax.text.token_rows import TokenRows
+    from cluscomp_jax.tracing.evaluate import count_products
+    from cluscomp_jax.tracing.with_codebooks import with_codebooks
 
 _HOMES = {
     "BlockTuningConfig": "config.tuning",
@@ -42,6 +46,9 @@ _HOMES = {
     "TokenRows": "text.token_rows",
     "TrainingConfig": "config.training",
     "calibration_samples": "text.text",
+    "cluster_tree": "clustering.tree",
+    "combine": "core.masters",
+    "count_products": "tracing.evaluate",
     "compress": "pipeline",
     "decompress": "clustering.matrix",
     "finetune": "finetuning",
@@ -51,9 +58,12 @@ _HOMES = {
     "load_finetune_config": "config.finetune",
     "load_tokens": "text.text",
     "open_model": "io.open",
+    "partition": "core.masters",
     "perplexity": "evaluation.perplexity",
+    "rounded": "core.masters",
     "save_checkpoint": "checkpoint.reader",
     "size_report": "clustering.matrix",
+    "with_codebooks": "tracing.with_codebooks",
 }
 
 __all__ = [
@@ -72,7 +82,10 @@ __all__ = [
     "TokenRows",
     "TrainingConfig",
     "calibration_samples",
+    "cluster_tree",
+    "combine",
     "compress",
+    "count_products",
     "decompress",
     "finetune",
     "generate",
@@ -82,9 +95,12 @@ __all__ = [
     "load_finetune_config",
     "load_tokens",
     "open_model",
+    "partition",
     "perplexity",
+    "rounded",
     "save_checkpoint",
     "size_report",
+    "with_codebooks",
 ]
 
 

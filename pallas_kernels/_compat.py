@@ -115,3 +115,18 @@ def relax_atomics(kernel: str) -> bool:
 
     lowering.triton_lowering_rules[addupdate] = rule
     return True
+
+
+def scan_inputs(params: Any, values: Any) -> tuple[list[Any], list[Any], list[Any]]:
+    """Returns the (constants, carry, scanned arrays) of an equation of `lax.scan`.
+
+    Args:
+      params: of the equation.
+      values: what it is given, one value for each of its variables.
+    """
+    if "ft_in" in params:  # since 0.12
+        consts, carry, xs = params["ft_in"].update(values).unpack()
+        return list(consts), list(carry), list(xs)
+    first, second = params["num_consts"], params["num_consts"] + params["num_carry"]
+    values = list(values)
+    return values[:first], values[first:second], values[second:]

@@ -138,7 +138,7 @@ def encode(path: str, leaf: Any) -> tuple[Entry, dict[str, np.ndarray[Any, Any]]
         return TensorEntry(array.shape, _dtype_name(array.dtype, path)), {path: array}
     codebook.validate(leaf, path)
     codes = np.asarray(leaf.codebook)
-    d_in, d_out = leaf.shape
+    d_in, d_out = leaf.matrix_shape
     dtype = _dtype_name(codes.dtype, path)
     shape, owner = (int(d_in), int(d_out)), leaf.tied_to
     entry = MatrixEntry(shape, leaf.axis, leaf.group_size, leaf.num_codes, dtype, owner)

@@ -7,7 +7,6 @@ import dataclasses
 import math
 import time
 import zlib
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,10 +19,9 @@ from cluscomp_jax.clustering.error_feedback import HessianFactor, assign_with_er
 from cluscomp_jax.clustering.refine import refine
 from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
 from cluscomp_jax.core import codebook as cb
-from cluscomp_jax.core import trees
+from cluscomp_jax.core import pytrees
 from cluscomp_jax.core.caller_mesh import on_one_device
 from cluscomp_jax.core.codebook import Axis, CodebookArray
-from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
 
 NOT_IN = (
@@ -130,7 +128,7 @@ def cluster_matrix(
         rounded, index = _with_error_feedback(weight, rounded, factor, rule, settings, key, shared is None)
     shape = (d_in, d_out)
     packed = index.reshape(cb.index_shape(shape, rule.group_size, rule.axis)).astype(cb.index_dtype(rule.num_codes))
-    array = CodebookArray(codebook=rounded, index=packed, shape=shape, axis=rule.axis, tied_to=owner)
+    array = CodebookArray(codebook=rounded, index=packed, matrix_shape=shape, axis=rule.axis, tied_to=owner)
     plain, weighted = relative_errors(jax.device_put(weight), array, channel_weights)
     return array, ClusterStats(plain, weighted, time.monotonic() - began)
 
@@ -207,17 +205,24 @@ def matrix_key(seed: int, path: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
 
 
-def decompress(params: Mapping[Any, Any]) -> Params:
-    """Returns the params with every CodebookArray decoded to a plain kernel of its codebook's dtype."""
-    return trees.map_by_path(lambda _, leaf: cb.decode(leaf) if isinstance(leaf, CodebookArray) else leaf, params)
+def decompress(tree: Any) -> Any:
+    """Returns the pytree with every CodebookArray decoded: a plain array of its `shape` and `dtype`."""
+    return pytrees.map_by_path(lambda _, leaf: cb.decode(leaf) if isinstance(leaf, CodebookArray) else leaf, tree)
 
 
 @dataclasses.dataclass(frozen=True)
 class MatrixSize:
-    """Stored size of one compressed matrix."""
+    """Stored size of one compressed matrix, or of a stack of them.
+
+    Attributes:
+      path: of the kernel.
+      shape: the host's; (d_in, d_out) of a plain matrix.
+      axis, g, num_codes: of every matrix.
+      bits: of all of them.
+    """
 
     path: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     axis: Axis
     g: int
     num_codes: int
@@ -226,7 +231,7 @@ class MatrixSize:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits, codebook included, over the number of weights."""
-        return self.bits / (self.shape[0] * self.shape[1])
+        return self.bits / math.prod(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,16 +266,17 @@ class SizeReport:
 def matrix_size(path: str, array: CodebookArray) -> MatrixSize:
     """Returns the stored size of one CodebookArray; a codebook counts where the array has its own."""
     own, n = array.tied_to is None, array.num_codes
-    bits = cb.stored_bits(array.shape, g=array.group_size, num_codes=n, axis=array.axis, own=own)
+    bits = cb.stored_bits(array.matrix_shape, g=array.group_size, num_codes=n, axis=array.axis, own=own)
+    bits *= math.prod(array.stack)
     return MatrixSize(path, array.shape, array.axis, array.group_size, n, bits)
 
 
-def size_report(params: Mapping[Any, Any]) -> SizeReport:
-    """Returns the stored size of a params tree."""
+def size_report(tree: Any) -> SizeReport:
+    """Returns the stored size of a pytree of arrays and CodebookArrays."""
     matrices, dense_bytes = [], 0
-    for path, leaf in trees.flatten(params).items():
+    for path, leaf in pytrees.iterate(tree):
         if isinstance(leaf, CodebookArray):
             matrices.append(matrix_size(path, leaf))
-        else:
+        elif hasattr(leaf, "shape") and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             dense_bytes += math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
     return SizeReport(tuple(matrices), dense_bytes)

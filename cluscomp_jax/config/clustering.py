@@ -6,6 +6,7 @@ from typing import Literal
 
 from cluscomp_jax.config.checks import require, require_finite
 from cluscomp_jax.core.codebook import MAX_CODES, MAX_GROUP, Axis
+from cluscomp_jax.core.host_axes import check_axes
 
 TieCodebooks = Literal["none", "input", "block"]
 DECODER_KERNELS = r"model/layers/\d+/(self_attn/[qkvo]_proj|mlp/(gate|up|down)_proj)/kernel"
@@ -21,17 +22,22 @@ class CompressionRule:
       group_size: weights per code, g of the paper, 1 to 32.
       num_codes: codes per codebook, 2 to 65536.
       axis: the axis of the kernel [d_in, d_out] that is cut.
+      axes: for `cluster_tree` and `compress_blocks`: "names -> stacked | inputs | outputs" of the axes of the host's
+        array, for example "l d n h -> l | d | n h". None: [d_in, d_out].
     """
 
     pattern: str = DECODER_KERNELS
     group_size: int = 4
     num_codes: int = 65500
     axis: Axis = "out"
+    axes: str | None = None
 
     def __post_init__(self) -> None:
         require(1 <= self.group_size <= MAX_GROUP, "group_size", self.group_size, f"1 to {MAX_GROUP}")
         require(2 <= self.num_codes <= MAX_CODES, "num_codes", self.num_codes, f"2 to {MAX_CODES}")
         require(self.axis in ("out", "in"), "axis", self.axis, "'out' or 'in'")
+        if self.axes is not None:
+            check_axes(self.axes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cluscomp_jax.core.host_axes import HostAxes
 from cluscomp_jax.errors import InputError
 from pallas_kernels.codebook_matmul import decode as _decode
 
@@ -17,47 +19,153 @@ MAX_CODES = 65536
 MAX_GROUP = 32
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["codebook", "index"], meta_fields=["shape", "axis", "tied_to"])
-@dataclasses.dataclass(frozen=True)
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["codebook", "index"],
+    meta_fields=["matrix_shape", "axis", "tied_to", "host"],
+)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class CodebookArray:
-    """A matrix W [d_in, d_out] of g-vectors drawn from n codes (paper section 3).
+    """A matrix W [d_in, d_out] of g-vectors drawn from n codes (paper section 3), or a stack of such matrices.
+
+    What is static describes one matrix. Stacked matrices have stacked leaves: how many there are is read off the rank
+    of the leaves, so that indexing, `lax.scan` and `vmap` give the matrices one by one.
+
+    It can take the place of an array: `shape`, `dtype` and indexing are those of the host's array, and whatever JAX
+    does with it decodes it first. `linear` and `with_codebooks` multiply without decoding. Equality and hash are those
+    of the object.
 
     Attributes:
-      codebook: [n, g], floating; the part that trains.
-      index: uint8 if n <= 256, else uint16; [d_in, ceil(d_out/g)] for axis "out", [ceil(d_in/g), d_out] for "in".
-      shape: (d_in, d_out).
+      codebook: [*stack, n, g], floating; the part that trains.
+      index: uint8 if n <= 256, else uint16; [*stack, d_in, ceil(d_out/g)] for axis "out", [*stack, ceil(d_in/g),
+        d_out] for "in". The stacked axes begin at `host.stack_at`, in front without a host, in codebook and index.
+      matrix_shape: (d_in, d_out).
       axis: the axis that is cut: "out": W[i, j*g+t] = codebook[index[i, j], t];
         "in": W[j*g+t, o] = codebook[index[j, o], t].
       tied_to: path, within the block, of the kernel whose codebook this one is; it is stored once and trains as
         one. None: its own.
+      host: the axes and the dtype that the host has for a matrix; None: [d_in, d_out] in the codebook's dtype.
 
     Invariant: decode(w).shape == w.shape; index.max() < n. Padding is only past the end of the cut axis.
     """
 
     codebook: Any
     index: Any
-    shape: tuple[int, int]
+    matrix_shape: tuple[int, int]
     axis: Axis = "out"
     tied_to: str | None = None
+    host: HostAxes | None = None
 
     @property
     def num_codes(self) -> int:
-        """n, the codes of the codebook."""
-        return int(self.codebook.shape[-2])
+        """n, the codes of a codebook."""
+        return int(self._front(self.codebook.shape)[-2])
 
     @property
     def group_size(self) -> int:
         """g, the weights per code."""
-        return int(self.codebook.shape[-1])
+        return int(self._front(self.codebook.shape)[-1])
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The sizes of the stacked axes; () for one matrix."""
+        shape = self.index.shape if self.codebook is None else self.codebook.shape
+        return tuple(self._front(shape)[:-2])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the host's array: that of one matrix with the stacked axes put in."""
+        if self.host is None:
+            return (*self.stack, *self.matrix_shape)
+        at = self.host.stack_at
+        return (*self.host.shape[:at], *self.stack, *self.host.shape[at:])
 
     @property
     def dtype(self) -> Any:
-        """The codebook's dtype, which is that of the decoded matrix."""
+        """The dtype of the decoded array: the host's, else the codebook's."""
+        if self.host is not None and self.host.dtype is not None:
+            return jnp.dtype(self.host.dtype)
         return self.codebook.dtype
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes of the host's array."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes in memory of codebook and index."""
+        return int(self.codebook.nbytes) + int(self.index.nbytes)
+
+    @property
+    def T(self) -> jax.Array:
+        """The decoded array with its axes reversed."""
+        return decode(self).T
+
+    def astype(self, dtype: Any) -> jax.Array:
+        """Returns the decoded array in `dtype`."""
+        return decode(self).astype(dtype)
 
     def owner(self, path: str) -> str:
         """Returns the path of the kernel whose codebook this one is, `path` being its own."""
         return self.tied_to or path
+
+    def stacked_in_front(self) -> "CodebookArray":
+        """Returns the array with the stacked axes of codebook and index in front."""
+        at = 0 if self.host is None else self.host.stack_at
+        if at == 0 or not self.stack:
+            return self
+        host, axes = dataclasses.replace(self.host, stack_at=0), range(at, at + len(self.stack))  # type: ignore[type-var]
+        front = [jnp.moveaxis(leaf, axes, range(len(axes))) for leaf in (self.codebook, self.index)]
+        return dataclasses.replace(self, codebook=front[0], index=front[1], host=host)
+
+    @property
+    def _leaves(self) -> tuple[Any, Any]:
+        return self.codebook, self.index
+
+    def _front(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Returns the sizes of a leaf, those of the stacked axes in front."""
+        at = 0 if self.host is None else self.host.stack_at
+        end = at + len(shape) - 2
+        return (*shape[at:end], *shape[:at], *shape[end:])
+
+    def __getitem__(self, key: Any) -> Any:
+        """Returns the array itself at [...], matrices at an index of a stacked first axis, else decoded numbers."""
+        if key is Ellipsis:
+            return self
+        if self.stack and (self.host is None or self.host.stack_at == 0) and not isinstance(key, tuple):
+            if isinstance(key, int) and not -self.stack[0] <= key < self.stack[0]:
+                raise IndexError(f"index {key} is out of bounds for {self.stack[0]} stacked matrices")
+            return dataclasses.replace(self, codebook=self.codebook[key], index=self.index[key])
+        return decode(self)[key]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
+    def __jax_array__(self) -> jax.Array:
+        return decode(self)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        return np.asarray(decode(self), dtype)
+
+    def __repr__(self) -> str:
+        if not (
+            hasattr(self.codebook, "shape") and hasattr(self.index, "shape")
+        ):  # parted, or a tree of something else
+            parts = (
+                f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else str(leaf) for leaf in self._leaves
+            )
+            return f"CodebookArray({', '.join(parts)})"
+        n, g = self.num_codes, self.group_size
+        return f"CodebookArray({self.dtype}{list(self.shape)}, {n} codes of {g}, axis={self.axis!r})"
 
 
 def index_dtype(num_codes: int) -> Any:
@@ -121,9 +229,17 @@ def keeps_codes(exact: jax.Array, rounded: jax.Array, axis: tuple[int, ...] | No
 
 
 def decode(w: CodebookArray) -> jax.Array:
-    """Returns the matrix [d_in, d_out] in the codebook's dtype."""
-    matrix: jax.Array = decode_arrays(jnp.asarray(w.codebook), jnp.asarray(w.index), shape=w.shape, axis=w.axis)
-    return matrix
+    """Returns the decoded array, in the host's shape and dtype.
+
+    Without a host it is [*stack, d_in, d_out] in the codebook's dtype.
+    """
+    if not w.stack:
+        codebook, index = jnp.asarray(w.codebook), jnp.asarray(w.index)
+        matrix: jax.Array = decode_arrays(codebook, index, shape=w.matrix_shape, axis=w.axis)
+        return matrix if w.host is None else w.host.from_matrix(matrix)
+    at = 0 if w.host is None else w.host.stack_at
+    decoded: jax.Array = jax.vmap(decode, in_axes=at, out_axes=at)(w)
+    return decoded
 
 
 decode_arrays = partial(jax.jit, static_argnames=("shape", "axis"), inline=True)(_decode)
@@ -138,17 +254,21 @@ def validate(w: CodebookArray, where: str = "CodebookArray") -> CodebookArray:
     """
     if w.axis not in ("out", "in"):
         raise InputError(f"{where}: axis is {w.axis!r}; it must be 'out' or 'in'")
-    if len(w.codebook.shape) != 2:
+    if len(w.codebook.shape) < 2:
         raise InputError(f"{where}: codebook has shape {tuple(w.codebook.shape)}; it must be [codes, group]")
-    n, g = w.codebook.shape
+    n, g = w.num_codes, w.group_size
     if not 1 <= n <= MAX_CODES or not 1 <= g <= MAX_GROUP:
         raise InputError(f"{where}: codebook is [{n}, {g}]; codes must be 1 to {MAX_CODES}, group 1 to {MAX_GROUP}")
-    expected = index_shape(w.shape, g, w.axis)
+    at = 0 if w.host is None else w.host.stack_at
+    one = index_shape(w.matrix_shape, g, w.axis)
+    expected = (*one[:at], *w.stack, *one[at:])
     if tuple(w.index.shape) != expected:
         raise InputError(
             f"{where}: index has shape {tuple(w.index.shape)}; "
-            f"{w.shape} in groups of {g} along {w.axis!r} needs {expected}"
+            f"{w.matrix_shape} in groups of {g} along {w.axis!r} needs {expected}"
         )
+    if w.host is not None and w.host.matrix_shape != tuple(w.matrix_shape):
+        raise InputError(f"{where}: the host's axes make {w.host.matrix_shape}, the matrix is {w.matrix_shape}")
     if np.dtype(w.index.dtype) != np.dtype(index_dtype(n)):
         raise InputError(f"{where}: index is {w.index.dtype}; {n} codes need {np.dtype(index_dtype(n))}")
     highest = int(np.max(np.asarray(w.index)))

@@ -33,14 +33,14 @@ def _output_split(kernel: Any) -> Any:
         return None
     if not isinstance(kernel, CodebookArray):
         return spec_of(kernel, 1)
-    padded = kernel.axis == "out" and kernel.shape[1] % kernel.group_size
+    padded = kernel.axis == "out" and kernel.matrix_shape[1] % kernel.group_size
     return None if padded else spec_of(kernel.index, 1)
 
 
 def _linear(x: jax.Array, kernel: Any, bias: jax.Array | None = None, *, out_dtype: Any) -> jax.Array:
     if isinstance(kernel, CodebookArray):
         y = codebook_matmul(
-            x, jnp.asarray(kernel.codebook), jnp.asarray(kernel.index), shape=kernel.shape, axis=kernel.axis
+            x, jnp.asarray(kernel.codebook), jnp.asarray(kernel.index), shape=kernel.matrix_shape, axis=kernel.axis
         )
         y = y.astype(out_dtype)
     elif isinstance(kernel, ShardedKernel):

@@ -51,7 +51,7 @@ class ShardedKernel:
         between = (None,) * (x.ndim - 2)
         inner, outer = (self.columns if self.side == side else None for side in ("in", "out"))
         parts = self.mesh.shape[self.columns]
-        d_in, d_out = self.array.shape
+        d_in, d_out = self.array.matrix_shape
         shape = (d_in // parts if inner else d_in, d_out // parts if outer else d_out)
 
         def product(x: jax.Array, codebook: jax.Array, index: jax.Array) -> jax.Array:

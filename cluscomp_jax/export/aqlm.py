@@ -92,7 +92,7 @@ class AqlmScheme:
         filled = np.zeros((2**self.bits, self.g), codes.dtype)
         filled[: len(codes)] = codes
         yield filled.reshape(1, 2**self.bits, *self.groups)
-        yield np.ones((leaf.shape[1] // self.groups[0], 1, 1, 1), codes.dtype)
+        yield np.ones((leaf.matrix_shape[1] // self.groups[0], 1, 1, 1), codes.dtype)
 
 
 def scheme_of(entries: Mapping[str, Entry], names: TensorNames, *, bits: int | None = None) -> AqlmScheme:

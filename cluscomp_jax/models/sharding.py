@@ -129,7 +129,7 @@ class Sharding:
         """Returns the side along which the product by w is split, None where its parts would not be equal."""
         side: Side = "in" if path in self.row_parallel else "out"
         place = 0 if side == "in" else 1
-        pieces, size = w.index.shape[place], w.shape[place]
+        pieces, size = w.index.shape[place], w.matrix_shape[place]
         padded = w.axis == side and pieces * w.group_size != size
         return None if padded or not self._divides(TENSOR, pieces) else side
 

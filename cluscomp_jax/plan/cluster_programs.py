@@ -54,7 +54,7 @@ def clustering(setting: BlockSpec) -> Iterator[Program]:
             weight = setting.place.array(*setting.shapes[path], dtype="float32" if settings.corrects else STORED)
             array = yield from _matrix(setting, path, weight, factor)
             if settings.true_sequential and now:
-                traced = decode_arrays.trace(array.codebook, array.index, shape=array.shape, axis=array.axis)
+                traced = decode_arrays.trace(array.codebook, array.index, shape=array.matrix_shape, axis=array.axis)
                 yield Program(STAGE, "decode", traced, nbytes(array), setting.blocks)
                 now[path] = setting.place.like(traced.out_info)
 

@@ -47,7 +47,7 @@ class AbstractDevice:
         """Returns what a kernel [d_in, d_out] becomes under a rule, codebook in `dtype`."""
         index = self.array(*index_shape(shape, rule.group_size, rule.axis), dtype=index_dtype(rule.num_codes))
         codebook = self.array(rule.num_codes, rule.group_size, dtype=dtype)
-        return CodebookArray(codebook=codebook, index=index, shape=shape, axis=rule.axis)
+        return CodebookArray(codebook=codebook, index=index, matrix_shape=shape, axis=rule.axis)
 
 
 def with_shardings(tree: Any, places: Any) -> Any:

@@ -69,7 +69,7 @@ class RandomSource:
         drawn = jax.random.randint(key, index_shape(shape, self.g, "out"), 0, self.num_codes)
         codebook = 0.02 * jax.random.normal(key, (self.num_codes, self.g))
         index = drawn.astype(index_dtype(self.num_codes))
-        return CodebookArray(codebook=codebook.astype(jnp.bfloat16), index=index, shape=shape, axis="out")
+        return CodebookArray(codebook=codebook.astype(jnp.bfloat16), index=index, matrix_shape=shape, axis="out")
 
     @property
     def bits(self) -> float:

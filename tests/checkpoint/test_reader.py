@@ -51,7 +51,9 @@ def test_coded_files_of_earlier_releases_load(tmp_path, monkeypatch):
     params = toy_params(config)
     index = np.random.default_rng(0).normal(128, 20, (128, 64)).clip(0, 255).astype(np.uint8)
     codes = np.zeros((256, 1), np.float16)
-    params["model"]["layers"]["0"]["mlp"]["down"]["kernel"] = CodebookArray(codes, index, shape=(128, 64), axis="out")
+    params["model"]["layers"]["0"]["mlp"]["down"]["kernel"] = CodebookArray(
+        codes, index, matrix_shape=(128, 64), axis="out"
+    )
     save_checkpoint(out, params, ToyRun(model=config))
     assert_same(load_checkpoint(out)[0], params)
     assert (out / "blocks/00000/mlp.down.kernel.index/0").stat().st_size < 0.9 * index.size

@@ -154,10 +154,10 @@ def test_the_key_of_a_matrix_is_its_own():
     ("change", "message"),
     [
         ({"axis": "up"}, "axis is 'up'"),
-        ({"shape": (10, 99)}, "index has shape"),
+        ({"matrix_shape": (10, 99)}, "index has shape"),
         ({"index": np.zeros((10, 4), np.uint16)}, "9 codes need uint8"),
         ({"index": np.full((10, 4), 9, np.uint8)}, "names code 9, the codebook has 9"),
-        ({"codebook": np.zeros((9, 4, 1))}, "must be [codes, group]"),
+        ({"codebook": np.zeros(9)}, "must be [codes, group]"),
         ({"codebook": np.zeros((9, 33))}, "group 1 to 32"),
     ],
 )

@@ -55,7 +55,9 @@ def compressed(params: Params) -> Params:
             return leaf
         d_in, d_out = leaf.shape
         index = random.integers(12, size=(d_in, -(-d_out // 3))).astype(np.uint8)
-        return CodebookArray(codebook=random.normal(size=(12, 3)).astype(np.float16), index=index, shape=leaf.shape)
+        return CodebookArray(
+            codebook=random.normal(size=(12, 3)).astype(np.float16), index=index, matrix_shape=leaf.shape
+        )
 
     return trees.map_by_path(coded, params)
 

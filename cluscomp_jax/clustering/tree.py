@@ -1,0 +1,171 @@
+"""cluster_tree: any pytree of arrays with its matched leaves clustered, whatever their rank and stacked axes.
+
+Knows no model: activations come in as Hessians, if at all. `compress` and `compress_blocks` collect them themselves.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cluscomp_jax.clustering.error_feedback import factor_hessian
+from cluscomp_jax.clustering.matrix import cluster_matrix, matrix_key
+from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
+from cluscomp_jax.core import pytrees
+from cluscomp_jax.core.caller_mesh import on_one_device, without_mesh
+from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.core.host_axes import HostAxes, parse_axes
+from cluscomp_jax.errors import InputError
+
+_SHOWN = 8
+
+
+def cluster_tree(
+    tree: Any,
+    rules: Sequence[CompressionRule],
+    *,
+    hessians: Mapping[str, Any] | None = None,
+    settings: ClusterConfig | None = None,
+    seed: int = 42,
+) -> Any:
+    """Returns the tree, its leaves that a rule matches as CodebookArrays in the host's axes; boxes are kept.
+
+    Args:
+      tree: any pytree of arrays: nested dicts and lists, registered dataclasses, nnx states and modules, equinox
+        modules, linen variables with or without boxes. Other leaves are kept as they are.
+      rules: the first rule whose pattern matches the whole path of a leaf decides. Its `axes` say which axes are
+        stacked, inputs and outputs; every stacked matrix gets its own codebook.
+      hessians: {path: E[x x^T], float [*stack, d_in, d_in]} of the inputs of kernels (`collect_hessians`): their
+        codes are chosen by error feedback. None, or no entry for a leaf: k-means of the weights alone.
+      settings: how matrices become codebooks; its rules and bits are not read.
+      seed: with the same tree and rules it fixes every bit of the result.
+
+    Raises:
+      InputError: rules that match nothing, or a matched leaf that cannot be clustered, by its path.
+    """
+    rules, settings, hessians = _checked_rules(rules), settings or ClusterConfig(), hessians or {}
+    leaves = pytrees.iterate(tree)
+    chosen = {path: _rule_of(path, rules) for path, _ in leaves}
+    _refuse_unused(rules, chosen, leaves)
+    if unknown := hessians.keys() - {path for path, rule in chosen.items() if rule is not None}:
+        raise InputError(f"hessians: {sorted(unknown)[0]!r} is no leaf that a rule matches")
+    for path, leaf in leaves:
+        if chosen[path] is not None:
+            _check_leaf(path, leaf)
+
+    def one(path: str, leaf: Any) -> Any:
+        rule = chosen[path]
+        return leaf if rule is None else _cluster_leaf(path, leaf, rule, hessians.get(path), settings, seed)
+
+    with without_mesh():
+        return pytrees.map_by_path(one, tree)
+
+
+def _checked_rules(rules: Any) -> tuple[CompressionRule, ...]:
+    if isinstance(rules, CompressionRule):
+        raise InputError("rules is one CompressionRule; give a list of rules, [rule]")
+    rules = tuple(rules)
+    if not rules or not all(isinstance(rule, CompressionRule) for rule in rules):
+        raise InputError(f"rules must be a non-empty list of CompressionRule, not {rules!r:.80}")
+    return rules
+
+
+def _rule_of(path: str, rules: Sequence[CompressionRule]) -> CompressionRule | None:
+    return next((rule for rule in rules if re.fullmatch(rule.pattern, path)), None)
+
+
+def _refuse_unused(
+    rules: Sequence[CompressionRule], chosen: Mapping[str, Any], leaves: Sequence[tuple[str, Any]]
+) -> None:
+    unused = [rule.pattern for rule in rules if not any(rule is used for used in chosen.values())]
+    if unused:
+        kernels = [path for path, leaf in leaves if len(getattr(leaf, "shape", ())) >= 2]
+        shown = ", ".join(repr(path) for path in kernels[:_SHOWN]) or "none"
+        more = f" and {len(kernels) - _SHOWN} more" if len(kernels) > _SHOWN else ""
+        raise InputError(
+            f"rule {unused[0]!r} decides over no leaf of the tree; a pattern must match a whole path, and the first "
+            f"rule that does decides; paths of arrays of two and more axes: {shown}{more}"
+        )
+
+
+def _check_leaf(path: str, leaf: Any) -> None:
+    """Raises InputError unless the leaf is an array of finite weights."""
+    if isinstance(leaf, CodebookArray):
+        raise InputError(f"{path} is clustered already; begin with the original tree")
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise InputError(f"{path} is a ShapeDtypeStruct without numbers; load the parameters first")
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        raise InputError(f"{path} is a {type(leaf).__name__}, no array; let no rule match it")
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise InputError(
+            f"{path} is {leaf.dtype}; only floating weights can be clustered: multiply quantised ones by their scale "
+            "first"
+        )
+    if 0 in leaf.shape or not bool(jnp.isfinite(jnp.asarray(leaf)).all()):
+        raise InputError(f"{path}, {tuple(leaf.shape)}, is empty or holds NaN or Inf; only finite weights have codes")
+
+
+def _cluster_leaf(
+    path: str, leaf: Any, rule: CompressionRule, hessian: Any, settings: ClusterConfig, seed: int
+) -> CodebookArray:
+    """Returns the leaf clustered, matrix by matrix, its arrays where the leaf's are."""
+    host, stacked = parse_axes(rule.axes, tuple(leaf.shape), leaf.dtype, path)
+    on_host = not isinstance(leaf, jax.Array)
+    matrices = host.to_stack(np.asarray(on_one_device(leaf)))
+    stack, matrix = matrices.shape[:-2], matrices.shape[-2:]
+    hessian = _checked_hessian(path, hessian, (*stack, matrix[0], matrix[0]))
+    arrays = []
+    for j, one in enumerate(matrices.reshape(-1, *matrix)):
+        name = f"{path}[{j}]" if stacked else path
+        squares = None if hessian is None else hessian.reshape(-1, *hessian.shape[-2:])[j]
+        try:
+            arrays.append(jax.device_get(_cluster_one(one, rule, squares, settings, matrix_key(seed, name))))
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+    return _joined(arrays, stack, host, np.asarray if on_host else jnp.asarray)
+
+
+def _cluster_one(
+    matrix: np.ndarray, rule: CompressionRule, hessian: Any, settings: ClusterConfig, key: jax.Array
+) -> CodebookArray:
+    weights = factor = None
+    if hessian is not None and settings.weighted:
+        weights = np.diagonal(hessian)
+    if hessian is not None and settings.error_feedback:
+        factor = jax.device_get(factor_hessian(jnp.asarray(hessian, jnp.float32), damping=settings.damping))
+    array, _ = cluster_matrix(matrix, rule, settings, key=key, channel_weights=weights, factor=factor)
+    return array
+
+
+def _checked_hessian(path: str, hessian: Any, shape: tuple[int, ...]) -> np.ndarray | None:
+    if hessian is None:
+        return None
+    found = np.asarray(hessian)
+    if found.shape != shape:
+        raise InputError(f"hessians: that of {path} has shape {found.shape}; its inputs make {shape}")
+    if not np.isfinite(found).all():
+        raise InputError(f"hessians: that of {path} holds NaN or Inf")
+    return found
+
+
+def _joined(arrays: Sequence[CodebookArray], stack: tuple[int, ...], host: HostAxes, put: Any) -> CodebookArray:
+    """Returns the matrices as one CodebookArray of the host's axes; one codebook in bfloat16 makes all so."""
+    dtype = arrays[0].codebook.dtype
+    if any(array.codebook.dtype != dtype for array in arrays):
+        dtype = np.dtype(jnp.bfloat16)
+
+    def stacked(leaves: list[np.ndarray]) -> Any:
+        joined = np.stack(leaves).reshape(*stack, *leaves[0].shape)
+        at = range(host.stack_at, host.stack_at + len(stack))
+        return put(np.ascontiguousarray(np.moveaxis(joined, range(len(stack)), at)))
+
+    return CodebookArray(
+        codebook=stacked([array.codebook.astype(dtype) for array in arrays]),
+        index=stacked([array.index for array in arrays]),
+        matrix_shape=host.matrix_shape,
+        axis=arrays[0].axis,
+        host=host,
+    )

@@ -1,0 +1,132 @@
+"""Codebooks as trainable parameters of any pytree: what `jax.grad`, optax, TrainState and nnx.Optimizer take.
+
+`jax.grad` takes floating arrays alone, and an optimizer needs float32: in float16 Adam's epsilon is 0. So a tree is
+parted into float32 masters, which train, and the rest; `combine` joins them, and `rounded` stores the result in 16 bit.
+Knows no loss and no optimizer.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cluscomp_jax.core import pytrees
+from cluscomp_jax.core.codebook import CodebookArray, round_codebook
+from cluscomp_jax.errors import InputError
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["dtype"])
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """Where the frozen tree has no array because it trains; a pytree without leaves.
+
+    Attributes:
+      dtype: name of the dtype that the array came in.
+    """
+
+    dtype: str
+
+
+def partition(tree: Any, trainable: Sequence[str] = (".*/codebook", "codebook")) -> tuple[Any, Any]:
+    """Returns (trainable, frozen), two trees of the structure of `tree`; `combine` joins them.
+
+    In `trainable` what trains is float32 and all else is None. A codebook that several kernels have is there once.
+
+    Args:
+      tree: any pytree whose leaves are arrays and CodebookArrays, dense or compressed.
+      trainable: regular expressions of what trains, matched against the whole path; that of a codebook is its
+        kernel's path followed by "/codebook". (".*",) trains every floating array.
+
+    Raises:
+      InputError: an expression matches no floating array, or a codebook's owner is not in the tree.
+    """
+    patterns = {text: re.compile(text) for text in trainable}
+    used: set[str] = set()
+    paths = {path for path, _ in pytrees.iterate(tree)}
+
+    def trains(path: str, array: Any) -> bool:
+        if array is None or not jnp.issubdtype(getattr(array, "dtype", np.bool_), jnp.floating):
+            return False
+        matching = {text for text, pattern in patterns.items() if pattern.fullmatch(path)}
+        used.update(matching)
+        return bool(matching)
+
+    def part(path: str, leaf: Any) -> tuple[Any, Any]:
+        if not isinstance(leaf, CodebookArray):
+            if not trains(path, leaf):
+                return None, leaf
+            return _master(leaf), Trained(np.dtype(leaf.dtype).name)
+        owner = _owner(path, leaf, paths)
+        if not trains(f"{owner}/codebook", leaf.codebook):
+            return dataclasses.replace(leaf, codebook=None, index=None), leaf
+        master = _master(leaf.codebook) if owner == path else None
+        mark = Trained(np.dtype(leaf.codebook.dtype).name)
+        return dataclasses.replace(leaf, codebook=master, index=None), dataclasses.replace(leaf, codebook=mark)
+
+    parts = {path: part(path, leaf) for path, leaf in pytrees.iterate(tree)}
+    for text in patterns.keys() - used - ({".*/codebook", "codebook"} if used else set()):
+        raise InputError(
+            f"trainable {text!r} matches no floating array of the tree; the path of a codebook is its kernel's and "
+            "'/codebook'"
+        )
+    return (
+        pytrees.map_by_path(lambda path, _: parts[path][0], tree),
+        pytrees.map_by_path(lambda path, _: parts[path][1], tree),
+    )
+
+
+def combine(trainable: Any, frozen: Any) -> Any:
+    """Returns the tree that `partition` parted: codebooks float32, other trained arrays in the dtype they came in."""
+    masters = dict(pytrees.iterate(trainable))
+    paths = {path for path, _ in _iterate_frozen(frozen)}
+
+    def join(keys: Any, leaf: Any) -> Any:
+        path = pytrees.key_path(keys)
+        if isinstance(leaf, Trained):
+            return masters[path].astype(leaf.dtype)
+        if isinstance(leaf, CodebookArray) and isinstance(leaf.codebook, Trained):
+            return dataclasses.replace(leaf, codebook=masters[_owner(path, leaf, paths)].codebook)
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(join, frozen, is_leaf=_is_frozen_leaf)
+
+
+def rounded(tree: Any, dtype: Any = "float16") -> Any:
+    """Returns the tree with its codebooks in 16 bit: `dtype`, or bfloat16 where that keeps one better."""
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, CodebookArray):
+            return leaf
+        return dataclasses.replace(leaf, codebook=round_codebook(jnp.asarray(leaf.codebook), dtype))
+
+    return jax.tree.map(one, tree, is_leaf=pytrees.is_codebook_array)
+
+
+def _master(array: Any) -> jax.Array:
+    return jnp.asarray(array).astype(jnp.float32)
+
+
+def _is_frozen_leaf(leaf: Any) -> bool:
+    return isinstance(leaf, CodebookArray | Trained)
+
+
+def _iterate_frozen(frozen: Any) -> list[tuple[str, Any]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(frozen, is_leaf=_is_frozen_leaf)
+    return [(pytrees.key_path(keys), leaf) for keys, leaf in leaves]
+
+
+def _owner(path: str, leaf: CodebookArray, paths: set[str]) -> str:
+    """Returns the whole path of the kernel that stores the codebook: `tied_to` is relative to a block around both."""
+    if leaf.tied_to is None:
+        return path
+    parents = path.split("/")[:-1]
+    for depth in range(len(parents), -1, -1):
+        owner = "/".join((*parents[:depth], leaf.tied_to))
+        if owner in paths:
+            return owner
+    raise InputError(f"{path} has the codebook of {leaf.tied_to!r}, which is not in the tree; keep them together")

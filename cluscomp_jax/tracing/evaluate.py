@@ -1,0 +1,253 @@
+"""A jaxpr evaluated with some of its arrays as TracedKernels: products by them are computed as x @ W.
+
+Equations without a kernel run as they are. A kernel goes through what only moves its axes, through nested programs,
+`jax.checkpoint` and `lax.scan`; anything else gets the dense array. Knows no framework.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from cluscomp_jax.tracing.kernel import NamedMatrix, TracedKernel
+from cluscomp_jax.tracing.product import hindrance, multiply, read_contraction
+from pallas_kernels import _compat
+
+_LOG = logging.getLogger(__name__)
+Records = dict[str, Any]
+Observer = Callable[[str, jax.Array], Any]
+"""Called as observer(name, x [..., d_in]) before a product by a NamedMatrix; its results are added up by name."""
+
+
+@dataclasses.dataclass
+class ProductCount:
+    """How many products of a traced program are computed from codebooks, and how many of decoded kernels.
+
+    A product in a `lax.scan` counts once, and a program that JAX has compiled already is not traced again.
+    """
+
+    served: int = 0
+    decoded: int = 0
+
+
+_COUNTS: contextvars.ContextVar[ProductCount | None] = contextvars.ContextVar("product_count", default=None)
+
+
+@contextlib.contextmanager
+def count_products() -> Iterator[ProductCount]:
+    """Counts the products by kernels in what is traced inside."""
+    count = ProductCount()
+    token = _COUNTS.set(count)
+    try:
+        yield count
+    finally:
+        _COUNTS.reset(token)
+
+
+def count_product(*, served: bool, why: str = "") -> None:
+    """Adds one product to the innermost `count_products`; the log has why a kernel is decoded."""
+    count = _COUNTS.get()
+    if count is not None:
+        count.served, count.decoded = count.served + served, count.decoded + (not served)
+    if not served:
+        _LOG.info("a kernel is decoded before its product: %s", why)
+
+
+def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], observer: Observer | None = None) -> Any:
+    """Returns (the outputs, {name: records}) of a jaxpr; outputs can be TracedKernels.
+
+    Args:
+      jaxpr: open; its constants in `consts`.
+      args: arrays and TracedKernels.
+      observer: sees the input of every product by a NamedMatrix.
+    """
+    state = _Evaluation(observer)
+    outs = state.run(jaxpr, consts, args)
+    return outs, state.records
+
+
+def dense(value: Any) -> Any:
+    """Returns the array of a TracedKernel, and anything else as it is."""
+    return value.dense() if isinstance(value, TracedKernel) else value
+
+
+@dataclasses.dataclass
+class _Evaluation:
+    observer: Observer | None
+    records: Records = dataclasses.field(default_factory=dict)
+
+    def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        env: dict[Any, Any] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+
+        def read(var: Any) -> Any:
+            return var.val if isinstance(var, core.Literal) else env[var]
+
+        last = {var: eqn for eqn in jaxpr.eqns for var in eqn.invars if not isinstance(var, core.Literal)}
+        kept = {var for var in jaxpr.outvars if not isinstance(var, core.Literal)}
+        for eqn in jaxpr.eqns:
+            values = [read(var) for var in eqn.invars]
+            if any(isinstance(value, TracedKernel) for value in values):
+                outs = self._with_kernels(eqn, values)
+            else:
+                outs = _bind(eqn, values)
+            env.update(zip(eqn.outvars, outs, strict=True))
+            for var in (*eqn.invars, *eqn.outvars):
+                if not isinstance(var, core.Literal) and var not in kept and last.get(var, eqn) is eqn:
+                    env.pop(var, None)  # outside jit it would be alive to the end
+        return [read(var) for var in jaxpr.outvars]
+
+    def _with_kernels(self, eqn: Any, values: list[Any]) -> Sequence[Any]:
+        name = eqn.primitive.name
+        if name == "dot_general":
+            return self._dot_general(eqn, values)
+        if name in _MOVES and isinstance(values[0], TracedKernel):
+            moved = _MOVES[name](values[0], values[1:], eqn.params)
+            if moved is not None:
+                return [moved]
+        if name in _NESTED:
+            inner = eqn.params[_NESTED[name]]
+            return self.run(inner.jaxpr, inner.consts, values)
+        if name == "scan":
+            return self._scan(eqn, values)
+        if name in ("remat2", "checkpoint"):
+            return self._checkpoint(eqn, values)
+        if name not in _MOVES:
+            count_product(served=False, why=f"{name} is no product")
+        return _bind(eqn, [dense(value) for value in values])
+
+    def _dot_general(self, eqn: Any, values: list[Any]) -> Sequence[Any]:
+        first = isinstance(values[0], TracedKernel)
+        kernel, x = values if first else values[::-1]
+        c, x = read_contraction(eqn.params["dimension_numbers"], first), dense(x)
+        why = hindrance(kernel, x, c)
+        if why is not None:
+            count_product(served=False, why=why)
+            return _bind(eqn, [dense(value) for value in values])
+        count_product(served=True)
+        out_dtype = eqn.outvars[0].aval.dtype
+        with _precision(eqn.params["precision"]):
+            y, *noted = multiply(kernel, jnp.asarray(x), c, out_dtype, self._product)
+        if noted:
+            self._record(kernel.payload.name, noted[0])  # type: ignore[union-attr]
+        return [y]
+
+    def _product(self, kernel: TracedKernel, x: jax.Array, out_dtype: Any) -> tuple[Any, ...]:
+        y = kernel.product(x, out_dtype)
+        if self.observer is None or not isinstance(kernel.payload, NamedMatrix):
+            return (y,)
+        return y, self.observer(kernel.payload.name, x)
+
+    def _record(self, name: str, value: Any) -> None:
+        before = self.records.get(name)
+        self.records[name] = value if before is None else jax.tree.map(jnp.add, before, value)
+
+    def _merge(self, records: Records) -> None:
+        for name, value in records.items():
+            self._record(name, value)
+
+    def _checkpoint(self, eqn: Any, values: list[Any]) -> Sequence[Any]:
+        def inside(*values: Any) -> Any:
+            return evaluate(eqn.params["jaxpr"], (), values, self.observer)
+
+        kept = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
+        outs, records = jax.checkpoint(inside, **kept)(*values)
+        self._merge(records)
+        return list(outs)
+
+    def _scan(self, eqn: Any, values: list[Any]) -> Sequence[Any]:
+        params = eqn.params
+        consts, start, xs = _compat.scan_inputs(params, values)
+        carry, scanned = [dense(value) for value in start], [_leading(value) for value in xs]
+        kept = {
+            value.payload.name
+            for value in scanned
+            if isinstance(value, TracedKernel) and isinstance(value.payload, NamedMatrix)
+        }
+
+        def body(carry: Any, xs: Any) -> Any:
+            outs, records = evaluate(
+                params["jaxpr"].jaxpr, params["jaxpr"].consts, (*consts, *carry, *xs), self.observer
+            )
+            outs = [dense(out) for out in outs]
+            return tuple(outs[: len(start)]), (outs[len(start) :], records)
+
+        options = {name: params[name] for name in ("length", "reverse", "unroll")}
+        carry, (ys, records) = jax.lax.scan(body, tuple(carry), tuple(scanned), **options)  # type: ignore[arg-type]
+        self._merge(
+            {
+                name: value if name in kept else jax.tree.map(partial(jnp.sum, axis=0), value)
+                for name, value in records.items()
+            }
+        )
+        return [*carry, *ys]
+
+
+def _leading(value: Any) -> Any:
+    if not isinstance(value, TracedKernel):
+        return value
+    return value.leading() or value.dense()
+
+
+def _bind(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
+    with eqn.ctx.manager:
+        outs = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return outs if eqn.primitive.multiple_results else [outs]
+
+
+@contextlib.contextmanager
+def _precision(precision: Any) -> Iterator[None]:
+    """The products inside have the precision of a dot_general, where it asks for one."""
+    wanted = precision[0] if isinstance(precision, tuple) else precision
+    if wanted is None or not isinstance(wanted, jax.lax.Precision):
+        yield
+        return
+    with jax.default_matmul_precision(wanted.name.lower()):
+        yield
+
+
+def _slice(kernel: TracedKernel, _: Any, params: Any) -> TracedKernel | None:
+    starts, limits = params["start_indices"], params["limit_indices"]
+    strides = params["strides"] or (1,) * len(starts)
+    moved: TracedKernel | None = kernel
+    for axis, (start, limit, stride) in enumerate(zip(starts, limits, strides, strict=True)):
+        size = -(-(limit - start) // stride)
+        if moved is not None and size != kernel.shape[axis]:
+            moved = moved.sliced(axis, int(start), size, stride)
+    return moved
+
+
+def _dynamic_slice(kernel: TracedKernel, starts: Sequence[Any], params: Any) -> TracedKernel | None:
+    moved: TracedKernel | None = kernel
+    for axis, size in enumerate(params["slice_sizes"]):
+        if moved is not None and size != kernel.shape[axis]:
+            moved = moved.sliced(axis, jnp.asarray(starts[axis]), size)
+    return moved
+
+
+def _same(kernel: TracedKernel, _: Any, params: Any) -> TracedKernel:
+    return kernel
+
+
+_MOVES: dict[str, Callable[[TracedKernel, Sequence[Any], Any], TracedKernel | None]] = {
+    "convert_element_type": lambda kernel, _, p: kernel.cast(p["new_dtype"]),
+    "transpose": lambda kernel, _, p: kernel.transpose(p["permutation"]),
+    "reshape": lambda kernel, _, p: None if p["dimensions"] else kernel.reshape(p["new_sizes"]),
+    "squeeze": lambda kernel, _, p: kernel.squeeze(p["dimensions"]),
+    "broadcast_in_dim": lambda kernel, _, p: kernel.broadcast(p["shape"], p["broadcast_dimensions"]),
+    "slice": _slice,
+    "dynamic_slice": _dynamic_slice,
+    "copy": _same,
+    "copy_p": _same,
+    "sharding_constraint": _same,
+}
+"""Primitives that only move a kernel's axes, or take some of its stacked matrices."""
+
+_NESTED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+"""Primitives that run another program, and the parameter that has it."""

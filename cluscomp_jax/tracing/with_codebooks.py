@@ -1,0 +1,71 @@
+"""with_codebooks: a function of dense arrays made one that takes CodebookArrays in their places.
+
+Works on any function that JAX can trace, of whatever framework. Knows the jaxpr, not the framework.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cluscomp_jax.core import pytrees
+from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.tracing.evaluate import dense, evaluate
+from cluscomp_jax.tracing.kernel import TracedKernel
+
+
+def with_codebooks(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns the function, whose arguments may now hold CodebookArrays where it expects arrays.
+
+    The function is traced with dense arrays of their shapes and dtypes, so it runs unmodified, whatever it is written
+    with. Its products x @ W are then computed from codebook and index (`cluscomp_jax.linear`), those inside `lax.scan`,
+    `jit` and `jax.checkpoint` too. Where it does anything else with a kernel, that kernel is decoded first;
+    `count_products` counts both. The result differs from that of decoded kernels by rounding only. It is differentiable
+    in codebooks, and is to be jitted as a whole: without `jax.jit` every call traces the function anew.
+
+    Args:
+      function: of pytrees. Arrays, numbers and keys in its arguments are traced; other leaves, such as a flag or a
+        name, are constants. It must not have side effects.
+
+    Raises:
+      TypeError: a result that is neither an array nor a number.
+    """
+
+    @functools.wraps(function)
+    def served(*args: Any, **kwargs: Any) -> Any:
+        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=pytrees.is_codebook_array)
+        traced = [k for k, leaf in enumerate(leaves) if _is_traced(leaf)]
+        out_structure: list[Any] = []
+
+        def flat(*values: Any) -> list[Any]:
+            filled = list(leaves)
+            for k, value in zip(traced, values, strict=True):
+                filled[k] = value
+            args, kwargs = jax.tree.unflatten(structure, filled)
+            outs, out_tree = jax.tree.flatten(function(*args, **kwargs))
+            out_structure.append(out_tree)
+            return outs
+
+        closed = jax.make_jaxpr(flat)(*(_abstract(leaves[k]) for k in traced))
+        values = [TracedKernel.of(leaf) if isinstance(leaf, CodebookArray) else leaf for leaf in _of(leaves, traced)]
+        outs, _ = evaluate(closed.jaxpr, closed.consts, values)
+        return jax.tree.unflatten(out_structure[-1], [dense(out) for out in outs])
+
+    return served
+
+
+def _of(leaves: list[Any], where: list[int]) -> list[Any]:
+    return [leaves[k] for k in where]
+
+
+def _is_traced(leaf: Any) -> bool:
+    return isinstance(leaf, CodebookArray | jax.Array | np.ndarray | np.generic)
+
+
+def _abstract(leaf: Any) -> Any:
+    if isinstance(leaf, CodebookArray):
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype))  # type: ignore[no-untyped-call]
+    return leaf

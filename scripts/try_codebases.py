@@ -75,8 +75,8 @@ def measure(codebase: Codebase) -> Result:
     with case.context():
         clustered = cluster_tree(case.params, case.rules)
         with count_products() as counts:
-            logits = with_codebooks(case.forward)(clustered, *case.inputs)
-        expected = case.forward(decompress(clustered), *case.inputs)
+            logits = jax.jit(with_codebooks(case.forward))(clustered, *case.inputs)
+        expected = jax.jit(case.forward)(decompress(clustered), *case.inputs)
         difference = float(jnp.max(jnp.abs(logits - expected)) / jnp.max(jnp.abs(expected)))
     kernels = [leaf for leaf in jax.tree.leaves(clustered, is_leaf=is_clustered) if is_clustered(leaf)]
     return Result(

@@ -33,9 +33,9 @@ def tunix(module: object, make: object) -> Case:
     positions = jnp.broadcast_to(jnp.arange(LENGTH), (BATCH, LENGTH))
     mask = jnp.broadcast_to(jnp.tril(jnp.ones((LENGTH, LENGTH), bool)), (BATCH, LENGTH, LENGTH))
     rules = (
-        rule(r"layers/\d+/attn/[qkv]_proj/w.*", "d n h -> | d | n h"),
-        rule(r"layers/\d+/attn/o_proj/w.*", "n h d -> | n h | d"),
-        rule(r"layers/\d+/mlp/.*_proj/kernel.*"),
+        rule(r"layers/\d+/attn/[qkv]_proj/w", "d n h -> | d | n h"),
+        rule(r"layers/\d+/attn/o_proj/w", "n h d -> | n h | d"),
+        rule(r"layers/\d+/mlp/.*_proj/kernel"),
     )
     return Case(randomized(state), (tokens(),), lambda s, ids: nnx.merge(graph, s)(ids, positions, None, mask)[0], rules)
 
@@ -126,9 +126,9 @@ def maxtext() -> Case:
     with mesh:
         params = randomized(model.init(keys, tokens(), positions, **options)["params"])
     rules = (
-        rule(r"decoder/layers/self_attention/(query|key|value)/kernel.*", "d l n h -> l | d | n h"),
-        rule(r"decoder/layers/self_attention/out/kernel.*", "n l h d -> l | n h | d"),
-        rule(r"decoder/layers/mlp/w./kernel.*", "a l b -> l | a | b"),
+        rule(r"decoder/layers/self_attention/(query|key|value)/kernel", "d l n h -> l | d | n h"),
+        rule(r"decoder/layers/self_attention/out/kernel", "n l h d -> l | n h | d"),
+        rule(r"decoder/layers/mlp/w./kernel", "a l b -> l | a | b"),
     )
     return Case(params, (tokens(),), lambda p, ids: model.apply({"params": p}, ids, positions, **options), rules)
 
@@ -159,9 +159,9 @@ def bonsai_qwen3() -> Case:
         return nnx.merge(graph, state)(ids, jnp.ones_like(ids), 0, cache)
 
     rules = (
-        rule(r"layers/\d+/attn/[qkv]_proj/w.*", "d n h -> | d | n h"),
-        rule(r"layers/\d+/attn/o_proj/w.*", "n h d -> | n h | d"),
-        rule(r"layers/\d+/mlp/.*_proj/kernel.*"),
+        rule(r"layers/\d+/attn/[qkv]_proj/w", "d n h -> | d | n h"),
+        rule(r"layers/\d+/attn/o_proj/w", "n h d -> | n h | d"),
+        rule(r"layers/\d+/mlp/.*_proj/kernel"),
     )
     return Case(randomized(state), (tokens(),), forward, rules, lambda: jax.set_mesh(mesh))
 

@@ -10,7 +10,8 @@ from flax import nnx
 def rotate(x: jax.Array) -> jax.Array:
     """Returns x [batch, length, heads, head_dim] with rotary position embeddings."""
     half = x.shape[-1] // 2
-    angles = jnp.arange(x.shape[1])[:, None] * 10000.0 ** (-jnp.arange(half) / half)
+    positions, powers = jnp.arange(x.shape[1], dtype=x.dtype), jnp.arange(half, dtype=x.dtype) / half
+    angles = positions[:, None] * 10000.0**-powers
     sin, cos = jnp.sin(angles)[:, None], jnp.cos(angles)[:, None]
     a, b = x[..., :half], x[..., half:]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

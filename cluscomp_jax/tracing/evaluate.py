@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from cluscomp_jax.tracing.contraction import hindrance, multiply, read_contraction
 from cluscomp_jax.tracing.kernel import NamedMatrix, TracedKernel
-from cluscomp_jax.tracing.product import hindrance, multiply, read_contraction
+from cluscomp_jax.tracing.products import ProductTrace
 from pallas_kernels import _compat
 
 _LOG = logging.getLogger(__name__)
@@ -60,15 +61,22 @@ def count_product(*, served: bool, why: str = "") -> None:
         _LOG.info("a kernel is decoded before its product: %s", why)
 
 
-def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], observer: Observer | None = None) -> Any:
+def evaluate(
+    jaxpr: Any,
+    consts: Sequence[Any],
+    args: Sequence[Any],
+    observer: Observer | None = None,
+    trace: ProductTrace | None = None,
+) -> Any:
     """Returns (the outputs, {name: records}) of a jaxpr; outputs can be TracedKernels.
 
     Args:
       jaxpr: open; its constants in `consts`.
       args: arrays and TracedKernels.
       observer: sees the input of every product by a NamedMatrix.
+      trace: notes the products outside of `lax.scan`; `jax.checkpoint` then recomputes nothing.
     """
-    state = _Evaluation(observer)
+    state = _Evaluation(observer, trace)
     outs = state.run(jaxpr, consts, args)
     return outs, state.records
 
@@ -81,6 +89,7 @@ def dense(value: Any) -> Any:
 @dataclasses.dataclass
 class _Evaluation:
     observer: Observer | None
+    trace: ProductTrace | None = None
     records: Records = dataclasses.field(default_factory=dict)
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
@@ -96,7 +105,7 @@ class _Evaluation:
             if any(isinstance(value, TracedKernel) for value in values):
                 outs = self._with_kernels(eqn, values)
             else:
-                outs = _bind(eqn, values)
+                outs = self._bind(eqn, values)
             env.update(zip(eqn.outvars, outs, strict=True))
             for var in (*eqn.invars, *eqn.outvars):
                 if not isinstance(var, core.Literal) and var not in kept and last.get(var, eqn) is eqn:
@@ -117,10 +126,10 @@ class _Evaluation:
         if name == "scan":
             return self._scan(eqn, values)
         if name in ("remat2", "checkpoint"):
-            return self._checkpoint(eqn, values)
+            return self._checkpoint(eqn, values) if self.trace is None else self.run(eqn.params["jaxpr"], (), values)
         if name not in _MOVES:
             count_product(served=False, why=f"{name} is no product")
-        return _bind(eqn, [dense(value) for value in values])
+        return self._bind(eqn, [dense(value) for value in values])
 
     def _dot_general(self, eqn: Any, values: list[Any]) -> Sequence[Any]:
         first = isinstance(values[0], TracedKernel)
@@ -129,20 +138,32 @@ class _Evaluation:
         why = hindrance(kernel, x, c)
         if why is not None:
             count_product(served=False, why=why)
-            return _bind(eqn, [dense(value) for value in values])
+            return self._bind(eqn, [dense(value) for value in values])
         count_product(served=True)
         out_dtype = eqn.outvars[0].aval.dtype
         with _precision(eqn.params["precision"]):
             y, *noted = multiply(kernel, jnp.asarray(x), c, out_dtype, self._product)
-        if noted:
-            self._record(kernel.payload.name, noted[0])  # type: ignore[union-attr]
+        if isinstance(kernel.payload, NamedMatrix):
+            if self.observer is not None:
+                self._record(kernel.payload.name, noted.pop())
+            if self.trace is not None and noted:
+                self.trace.note_product(kernel.payload.name, noted[0], x, y)
         return [y]
 
     def _product(self, kernel: TracedKernel, x: jax.Array, out_dtype: Any) -> tuple[Any, ...]:
-        y = kernel.product(x, out_dtype)
-        if self.observer is None or not isinstance(kernel.payload, NamedMatrix):
-            return (y,)
-        return y, self.observer(kernel.payload.name, x)
+        """Returns x @ W, then x where it is traced, then what the observer makes of it."""
+        found = [kernel.product(x, out_dtype)]
+        if self.trace is not None and isinstance(kernel.payload, NamedMatrix):
+            found.append(x)
+        if self.observer is not None and isinstance(kernel.payload, NamedMatrix):
+            found.append(self.observer(kernel.payload.name, x))
+        return tuple(found)
+
+    def _bind(self, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
+        outs = _bind(eqn, values)
+        if self.trace is not None:
+            self.trace.note_equation(eqn, values, outs)
+        return outs
 
     def _record(self, name: str, value: Any) -> None:
         before = self.records.get(name)

@@ -1,31 +1,33 @@
 """Whether codebases that know nothing of cluscomp_jax run with clustered parameters; tiny random models on a CPU.
 
 For each codebase that is installed: its kernels are clustered where they are in its own pytree, and its own forward
-pass runs on the result, through `with_codebooks` and on the decoded parameters. The table has the largest difference of
-the two, which only the order of sums may cause, and how many products were done from codebook and index.
+pass runs on the result, through `with_codebooks` and on the decoded parameters. The table has the largest difference
+of the two, which only the order of sums may cause, and how many products were done from codebook and index. Its last
+column has those products, done from codebooks + decoded, where the model runs through qwix (`ClusterProvider`) instead.
 The exit code is 1 if a codebase that is installed fails or differs by more than 1e-5.
 
     pip install -r requirements/codebases.txt
-    python scripts/try_codebases.py                     # some three minutes
+    python scripts/try_codebases.py                     # some four minutes
     python scripts/try_codebases.py --only maxtext --only gemma3
 """
 
 import argparse
 import dataclasses
+import importlib.util
 import os
 import sys
 import traceback
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
-from codebases import CODEBASES, Codebase
 from rich.console import Console
 from rich.table import Table
 
-from cluscomp_jax import CodebookArray, cluster_tree, count_products, decompress, with_codebooks
-from cluscomp_jax.core.codebook import index_bits
+from cluscomp_jax import cluster_tree, count_products, decompress, size_report, with_codebooks
+from codebases import CODEBASES, Case, Codebase
 
 LIMIT = 1e-5
 
@@ -42,18 +44,9 @@ class Result:
     served: int = 0
     decoded: int = 0
     lines: int = 0
+    through_qwix: str = "-"
     problem: str | None = None
     failed: bool = False
-
-
-def is_clustered(leaf: object) -> bool:
-    return isinstance(leaf, CodebookArray)
-
-
-def bits_per_weight(kernels: list[CodebookArray]) -> float:
-    """Returns the stored bits a weight of the clustered kernels takes, codebooks of 16 bit included."""
-    bits = sum(k.index.size * index_bits(k.num_codes) + 16 * k.codebook.size for k in kernels)
-    return bits / sum(k.size for k in kernels)
 
 
 def attempt(codebase: Codebase) -> Result:
@@ -62,8 +55,6 @@ def attempt(codebase: Codebase) -> Result:
         return Result(codebase.name, problem=f"not installed ({codebase.install})")
     try:
         return measure(codebase)
-    except ModuleNotFoundError as error:
-        return Result(codebase.name, codebase.version, problem=f"not installed: {error} ({codebase.install})")
     except Exception as error:
         traceback.print_exc()
         return Result(codebase.name, codebase.version, problem=f"{type(error).__name__}: {error}", failed=True)
@@ -74,34 +65,53 @@ def measure(codebase: Codebase) -> Result:
     case = codebase.build()
     with case.context():
         clustered = cluster_tree(case.params, case.rules)
+        expected = jax.jit(case.forward)(decompress(clustered), *case.inputs)
         with count_products() as counts:
             logits = jax.jit(with_codebooks(case.forward))(clustered, *case.inputs)
-        expected = jax.jit(case.forward)(decompress(clustered), *case.inputs)
-        difference = float(jnp.max(jnp.abs(logits - expected)) / jnp.max(jnp.abs(expected)))
-    kernels = [leaf for leaf in jax.tree.leaves(clustered, is_leaf=is_clustered) if is_clustered(leaf)]
+        difference, through_qwix = relative(logits, expected), "-"
+        if case.through_qwix is not None and importlib.util.find_spec("qwix") is not None:
+            logits, through_qwix = run_through_qwix(case, clustered)
+            difference = max(difference, relative(logits, expected))
+    size = size_report(clustered)
     return Result(
         codebase.name,
         codebase.version,
-        len(kernels),
-        bits_per_weight(kernels),
+        len(size.matrices),
+        size.bits_per_weight,
         difference,
         counts.served,
         counts.decoded,
         case.lines,
+        through_qwix,
         failed=not difference <= LIMIT,
     )
 
 
+def run_through_qwix(case: Case, clustered: Any) -> tuple[jax.Array, str]:
+    """Returns (the logits of the model under ClusterProvider, "served + decoded")."""
+    from cluscomp_jax.integrations.qwix import ClusterProvider
+
+    forward = case.through_qwix(ClusterProvider(), clustered)
+    with count_products() as counts:
+        logits = forward(*case.inputs)
+    return logits, f"{counts.served} + {counts.decoded}"
+
+
+def relative(logits: jax.Array, expected: jax.Array) -> float:
+    """Returns the largest difference, over the largest number expected."""
+    return float(jnp.max(jnp.abs(logits - expected)) / jnp.max(jnp.abs(expected)))
+
+
 def table_of(results: list[Result]) -> Table:
     table = Table(title=f"jax {jax.__version__}")
-    for column in ("codebase", "version", "kernels", "bits/weight", "difference", "served", "decoded", "lines"):
+    for column in ("codebase", "version", "kernels", "bits/weight", "difference", "served", "decoded", "lines", "qwix"):
         table.add_column(column, justify="left" if column in ("codebase", "version") else "right")
     for r in results:
         if r.problem is None:
-            numbers = (r.kernels, f"{r.bits:.2f}", f"{r.difference:.1e}", r.served, r.decoded, r.lines)
+            numbers = (r.kernels, f"{r.bits:.2f}", f"{r.difference:.1e}", r.served, r.decoded, r.lines, r.through_qwix)
             table.add_row(r.name, r.version, *map(str, numbers), style="red" if r.failed else None)
         else:
-            table.add_row(r.name, r.version or "-", *"-" * 6, style="red" if r.failed else "dim")
+            table.add_row(r.name, r.version or "-", *"-" * 7, style="red" if r.failed else "dim")
     return table
 
 

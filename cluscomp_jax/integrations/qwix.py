@@ -49,6 +49,7 @@ class ClusterProvider(qwix.QuantizationProvider):  # type: ignore[misc]
         products = {name: functools.partial(_multiply, function) for name, function in _PRODUCTS.items()}
         readers = {
             "jax.numpy.asarray": _asarray,
+            "jax.numpy.astype": _astype,
             "flax.linen.Module.param": _linen_param,
             "flax.linen.dtypes.promote_dtype": _promote_linen,
             "flax.nnx.nn.dtypes.promote_dtype": _promote_nnx,
@@ -77,6 +78,11 @@ def _unboxed(value: Any) -> Any:
 def _asarray(a: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
     unboxed = _unboxed(a)
     return _cast(unboxed, dtype) if isinstance(unboxed, CodebookArray) else jnp.asarray(a, dtype, *args, **kwargs)
+
+
+def _astype(x: Any, dtype: Any, /, **kwargs: Any) -> Any:
+    unboxed = _unboxed(x)
+    return _cast(unboxed, dtype) if isinstance(unboxed, CodebookArray) else jnp.astype(x, dtype, **kwargs)
 
 
 def _cast(w: CodebookArray, dtype: Any) -> Any:

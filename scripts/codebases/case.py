@@ -1,9 +1,10 @@
-"""What a codebase hands to scripts/try_codebases.py: its parameters, its forward pass, and the rules for its kernels."""
+"""What a codebase hands to scripts/try_codebases.py: parameters, a forward pass, and the rules for its kernels."""
 
 import contextlib
 import dataclasses
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -26,6 +27,8 @@ class Case:
       forward: (params, *inputs) -> logits; the codebase's own code, unmodified.
       rules: which kernels are clustered, and how their axes are to be read.
       context: what `forward` has to run under, such as a mesh.
+      through_qwix: (provider, parameters) -> a forward pass of `inputs` through `qwix.quantize_model`; None where the
+        codebase has no Flax modules.
     """
 
     params: Any
@@ -33,6 +36,7 @@ class Case:
     forward: Callable[..., jax.Array]
     rules: tuple[CompressionRule, ...]
     context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    through_qwix: Callable[[Any, Any], Callable[..., jax.Array]] | None = None
 
     @property
     def lines(self) -> int:
@@ -83,6 +87,53 @@ def rule(pattern: str, axes: str | None = None) -> CompressionRule:
 def tokens() -> jax.Array:
     """Returns token numbers, int32 [BATCH, LENGTH], none of them 0, which some codebases take for padding."""
     return jax.random.randint(jax.random.key(1), (BATCH, LENGTH), 1, VOCAB)
+
+
+def _apply(model: Any, params: Any, *inputs: Any) -> jax.Array:
+    return model.apply({"params": params}, *inputs)
+
+
+def linen_case(
+    model: Any,
+    params: Any,
+    inputs: tuple[Any, ...],
+    rules: tuple[CompressionRule, ...],
+    call: Callable[..., jax.Array] = _apply,
+) -> Case:
+    """Returns the case of a linen module; `call(model, params, *inputs)` returns the logits."""
+
+    def through_qwix(provider: Any, params: Any) -> Callable[..., jax.Array]:
+        import qwix
+
+        return partial(call, qwix.quantize_model(model, provider), params)
+
+    return Case(randomized(params), inputs, partial(call, model), rules, through_qwix=through_qwix)
+
+
+def nnx_case(
+    model: Any,
+    rules: tuple[CompressionRule, ...],
+    arguments: Callable[[jax.Array], tuple[Any, ...]] = lambda ids: (ids,),
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> Case:
+    """Returns the case of an nnx module called with `arguments(ids)`; it returns logits, or a tuple that begins so."""
+    from flax import nnx
+
+    graph, state = nnx.split(model)
+
+    def call(model: Any, ids: jax.Array) -> jax.Array:
+        out = model(*arguments(ids))
+        return out[0] if isinstance(out, tuple) else out
+
+    def through_qwix(provider: Any, state: Any) -> Callable[..., jax.Array]:
+        import qwix
+
+        return partial(call, qwix.quantize_model(nnx.merge(graph, state), provider, *arguments(tokens())))
+
+    def forward(state: Any, ids: jax.Array) -> jax.Array:
+        return call(nnx.merge(graph, state), ids)
+
+    return Case(randomized(state), (tokens(),), forward, rules, context, through_qwix)
 
 
 def randomized(params: Any) -> Any:

@@ -1,9 +1,11 @@
 """Codebases in Flax: tunix, gemma, MaxText, bonsai and flaxdiff. Each function makes one tiny random model."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
 from codebases.case import (
     BATCH,
     HEAD_DIM,
@@ -16,7 +18,8 @@ from codebases.case import (
     WIDTH,
     Case,
     Codebase,
-    randomized,
+    linen_case,
+    nnx_case,
     rule,
     tokens,
 )
@@ -24,12 +27,11 @@ from codebases.case import (
 SIZES = {"num_layers": LAYERS, "vocab_size": VOCAB, "num_heads": HEADS, "head_dim": HEAD_DIM, "num_kv_heads": KV_HEADS}
 
 
-def tunix(module: object, make: object) -> Case:
+def tunix(module: Any, make: Any) -> Case:
     """Returns the case of a decoder of tunix: `module` has its ModelConfig, `make` is its class."""
     from flax import nnx
 
     config = module.ModelConfig(**SIZES, embed_dim=WIDTH, hidden_dim=HIDDEN, rope_theta=10000, norm_eps=1e-5)
-    graph, state = nnx.split(make(config, rngs=nnx.Rngs(0)))
     positions = jnp.broadcast_to(jnp.arange(LENGTH), (BATCH, LENGTH))
     mask = jnp.broadcast_to(jnp.tril(jnp.ones((LENGTH, LENGTH), bool)), (BATCH, LENGTH, LENGTH))
     rules = (
@@ -37,7 +39,7 @@ def tunix(module: object, make: object) -> Case:
         rule(r"layers/\d+/attn/o_proj/w", "n h d -> | n h | d"),
         rule(r"layers/\d+/mlp/.*_proj/kernel"),
     )
-    return Case(randomized(state), (tokens(),), lambda s, ids: nnx.merge(graph, s)(ids, positions, None, mask)[0], rules)
+    return nnx_case(make(config, rngs=nnx.Rngs(0)), rules, lambda ids: (ids, positions, None, mask))
 
 
 def tunix_llama3() -> Case:
@@ -75,7 +77,7 @@ def gemma3() -> Case:
         transpose_gating_einsum=True,
     )
     model = gm.nn.Gemma3_270M(config=config, dtype=jnp.float32, tokens="tokens")
-    params = randomized(model.init(jax.random.key(0), tokens())["params"])
+    params = model.init(jax.random.key(0), tokens())["params"]
     rules = (
         rule(r"layer_\d+/attn/q_einsum/w", "n d h -> | d | n h"),
         rule(r"layer_\d+/attn/kv_einsum/w", "c k d h -> c | d | k h"),
@@ -83,7 +85,7 @@ def gemma3() -> Case:
         rule(r"layer_\d+/mlp/gating_einsum", "c f d -> c | d | f"),
         rule(r"layer_\d+/mlp/linear"),
     )
-    return Case(params, (tokens(),), lambda p, ids: model.apply({"params": p}, ids).logits, rules)
+    return linen_case(model, params, (tokens(),), rules, lambda m, p, ids: m.apply({"params": p}, ids).logits)
 
 
 def maxtext() -> Case:
@@ -124,13 +126,17 @@ def maxtext() -> Case:
     options = {"decoder_segment_ids": jnp.ones((BATCH, LENGTH), jnp.int32), "enable_dropout": False}
     keys = {name: jax.random.key(0) for name in ("params", "dropout", "aqt")}
     with mesh:
-        params = randomized(model.init(keys, tokens(), positions, **options)["params"])
+        params = model.init(keys, tokens(), positions, **options)["params"]
     rules = (
         rule(r"decoder/layers/self_attention/(query|key|value)/kernel", "d l n h -> l | d | n h"),
         rule(r"decoder/layers/self_attention/out/kernel", "n l h d -> l | n h | d"),
         rule(r"decoder/layers/mlp/w./kernel", "a l b -> l | a | b"),
     )
-    return Case(params, (tokens(),), lambda p, ids: model.apply({"params": p}, ids, positions, **options), rules)
+
+    def call(model: Any, params: Any, ids: jax.Array) -> jax.Array:
+        return model.apply({"params": params}, ids, positions, **options)
+
+    return linen_case(model, params, (tokens(),), rules, call)
 
 
 def bonsai_qwen3() -> Case:
@@ -152,18 +158,18 @@ def bonsai_qwen3() -> Case:
     sharding = dataclasses.replace(modeling.ShardingCfg.default(), act_btd=(None, None, None))
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):
-        graph, state = nnx.split(modeling.Qwen3(config, shd_cfg=sharding, rngs=nnx.Rngs(0)))
+        model = modeling.Qwen3(config, shd_cfg=sharding, rngs=nnx.Rngs(0))
 
-    def forward(state: nnx.State, ids: jax.Array) -> jax.Array:
+    def arguments(ids: jax.Array) -> tuple[Any, ...]:
         cache = modeling.init_cache(LAYERS, BATCH, LENGTH, KV_HEADS, HEAD_DIM, jnp.float32)
-        return nnx.merge(graph, state)(ids, jnp.ones_like(ids), 0, cache)
+        return ids, jnp.ones_like(ids), 0, cache
 
     rules = (
         rule(r"layers/\d+/attn/[qkv]_proj/w", "d n h -> | d | n h"),
         rule(r"layers/\d+/attn/o_proj/w", "n h d -> | n h | d"),
         rule(r"layers/\d+/mlp/.*_proj/kernel"),
     )
-    return Case(randomized(state), (tokens(),), forward, rules, lambda: jax.set_mesh(mesh))
+    return nnx_case(model, rules, arguments, lambda: jax.set_mesh(mesh))
 
 
 def flaxdiff_dit() -> Case:
@@ -171,15 +177,16 @@ def flaxdiff_dit() -> Case:
     from flaxdiff.models.simple_dit import SimpleDiT
 
     model = SimpleDiT(patch_size=4, emb_features=WIDTH, num_layers=LAYERS, num_heads=HEADS, mlp_ratio=2)
-    image, text = (jax.random.normal(jax.random.key(i), shape) for i, shape in ((1, (BATCH, 16, 16, 3)), (2, (BATCH, 5, 32))))
+    image = jax.random.normal(jax.random.key(1), (BATCH, 16, 16, 3))
+    text = jax.random.normal(jax.random.key(2), (BATCH, 5, 32))
     inputs = (image, jnp.array([0.1, 0.5]), text)
-    params = randomized(model.init(jax.random.key(0), *inputs)["params"])
+    params = model.init(jax.random.key(0), *inputs)["params"]
     rules = (
         rule(r"dit_block_\d+/attention/to_[qkv]/kernel", "d n h -> | d | n h"),
         rule(r"dit_block_\d+/attention/to_out_0/kernel", "n h d -> | n h | d"),
         rule(r"dit_block_\d+/(mlp/.*|ada_params_module/ada_proj)/kernel"),
     )
-    return Case(params, inputs, lambda p, *inputs: model.apply({"params": p}, *inputs), rules)
+    return linen_case(model, params, inputs, rules)
 
 
 FLAX_CODEBASES = (

@@ -4,6 +4,7 @@ import os
 
 import jax
 import jax.numpy as jnp
+
 from codebases.case import (
     HEAD_DIM,
     HEADS,
@@ -19,7 +20,6 @@ from codebases.case import (
     rule,
     tokens,
 )
-
 
 # Keras reads it once, and other codebases import Keras too.
 os.environ.setdefault("KERAS_BACKEND", "jax")

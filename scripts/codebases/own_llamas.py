@@ -3,8 +3,23 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from codebases.case import HEAD_DIM, HEADS, HIDDEN, KV_HEADS, LAYERS, VOCAB, WIDTH, Case, Codebase, randomized, rule, tokens
 from flax import nnx
+
+from codebases.case import (
+    HEAD_DIM,
+    HEADS,
+    HIDDEN,
+    KV_HEADS,
+    LAYERS,
+    VOCAB,
+    WIDTH,
+    Case,
+    Codebase,
+    linen_case,
+    nnx_case,
+    rule,
+    tokens,
+)
 
 
 def rotate(x: jax.Array) -> jax.Array:
@@ -102,16 +117,13 @@ class NnxLlama(nnx.Module):
 def linen_llama() -> Case:
     """A Llama of nn.Dense, as linen people write it."""
     model = LinenLlama()
-    params = randomized(model.init(jax.random.key(0), tokens())["params"])
-    rules = (rule(r"layers_\d+/.*_proj/kernel"),)
-    return Case(params, (tokens(),), lambda p, ids: model.apply({"params": p}, ids), rules)
+    params = model.init(jax.random.key(0), tokens())["params"]
+    return linen_case(model, params, (tokens(),), (rule(r"layers_\d+/.*_proj/kernel"),))
 
 
 def nnx_llama() -> Case:
     """A Llama of nnx.Linear, as nnx people write it."""
-    graph, state = nnx.split(NnxLlama(nnx.Rngs(0)))
-    rules = (rule(r"layers/\d+/.*_proj/kernel"),)
-    return Case(randomized(state), (tokens(),), lambda s, ids: nnx.merge(graph, s)(ids), rules)
+    return nnx_case(NnxLlama(nnx.Rngs(0)), (rule(r"layers/\d+/.*_proj/kernel"),))
 
 
 OWN_LLAMAS = (

@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from codebases.own_llamas import LinenLlama, NnxLlama
 from flax import nnx
 
 from cluscomp_jax import CompressionRule, cluster_tree, count_products, decompress
+from codebases.own_llamas import LinenLlama, NnxLlama
 
 qwix = pytest.importorskip("qwix")
 from cluscomp_jax.integrations.qwix import ClusterProvider  # noqa: E402

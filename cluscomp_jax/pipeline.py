@@ -204,15 +204,15 @@ def prepare(
     """
     model = build_model(cfg.model)
     rules = rules_by_block(model, cfg)
-    refuse_growth(bits_per_weight(model, cfg, rules))
-    sharding = make_sharding(cfg.mesh, model)
-    if calibration is None and inputs is None:
-        return Run(model, cfg, rules, None, None, sharding, timer, reporter)
-    shape = inputs.shape[:2] if calibration is None else calibration.shape  # type: ignore[union-attr]
-    if calibration is None:
-        check_samples(cfg, shape[0], rules)
-    else:
+    sharding, given = make_sharding(cfg.mesh, model), inputs if calibration is None else calibration
+    if calibration is not None:
         check_calibration(model, cfg, calibration, rules)
+    elif inputs is not None:
+        check_samples(cfg, len(inputs), rules)
+    refuse_growth(bits_per_weight(model, cfg, rules))
+    if given is None:
+        return Run(model, cfg, rules, None, None, sharding, timer, reporter)
+    shape = given.shape[:2]
     if calibration is not None and mixes(cfg, calibration):
         damping = cfg.cluster.damping if cfg.cluster.error_feedback else None
 

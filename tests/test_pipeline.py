@@ -160,7 +160,7 @@ def test_axis_in_is_compressed_without_activation_weights(params):
 def test_rules_decide_per_matrix_and_what_none_matches_stays_dense(params):
     rules = (
         CompressionRule(pattern=r".*/1/.*", group_size=2, num_codes=7),
-        CompressionRule(pattern=r".*/(q|down)_proj/kernel", group_size=3, num_codes=300),
+        CompressionRule(pattern=r".*/(q|down)_proj/kernel", group_size=3, num_codes=40),
     )
     compressed = trees.flatten(
         compress(params, dataclasses.replace(RUN, cluster=ClusterConfig(rules=(rules[1],), iterations=1)))

@@ -13,6 +13,7 @@ import numpy as np
 
 from cluscomp_jax.config.clustering import CompressionRule
 from cluscomp_jax.core import pytrees
+from cluscomp_jax.core.caller_mesh import partitioned
 from cluscomp_jax.core.host_axes import HostAxes, parse_axes
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.tracing.evaluate import evaluate
@@ -77,8 +78,12 @@ def collect_hessians(
 
 def _products_of(name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns (the sum of x x^T over all rows, their number)."""
-    rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
-    return jnp.dot(rows.T, rows, precision="highest"), jnp.float32(len(rows))
+
+    def product(x: jax.Array) -> jax.Array:
+        rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+        return jnp.dot(rows.T, rows, precision="highest")
+
+    return partitioned(product, (x,), (None, None)), jnp.float32(x.size // x.shape[-1])
 
 
 def _mean(total: jax.Array, count: jax.Array) -> np.ndarray:

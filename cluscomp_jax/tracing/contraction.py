@@ -47,8 +47,8 @@ def hindrance(kernel: TracedKernel, x: Any, c: Contraction) -> str | None:
     inner = [atom for axis in c.w_axes for atom in kernel.dims[axis] if atom.size > 1]
     batch = [atom for axis in c.w_batch for atom in kernel.dims[axis]]
     every = [atom for dim in kernel.dims for atom in dim if atom.side == "in" and atom.size > 1]
-    if jnp.dtype(x.dtype) != jnp.dtype(kernel.dtype):
-        return f"x is {x.dtype}, the kernel {kernel.dtype}"
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return f"x is {x.dtype}"
     if {atom.side for atom in inner} - {"in"} or sorted(inner) != sorted(every):
         return "the contracted axes are not the kernel's inputs"
     if {atom.side for atom in batch} - {"stack"}:

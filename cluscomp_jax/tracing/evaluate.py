@@ -146,9 +146,11 @@ class _Evaluation:
             count_product(served=False, why=why)
             return self._bind(eqn, [dense(value) for value in values])
         count_product(served=True)
-        out_dtype = eqn.outvars[0].aval.dtype
+        with jax.numpy_dtype_promotion("standard"):
+            out_dtype, common = eqn.outvars[0].aval.dtype, jnp.promote_types(x.dtype, kernel.dtype)
+        kernel, x = kernel.cast(common), jnp.asarray(x).astype(common)
         with _precision(eqn.params["precision"]):
-            y, *noted = multiply(kernel, jnp.asarray(x), c, out_dtype, self._product)
+            y, *noted = multiply(kernel, x, c, out_dtype, self._product)
         if isinstance(kernel.payload, NamedMatrix):
             if self.observer is not None:
                 self._record(kernel.payload.name, noted.pop())

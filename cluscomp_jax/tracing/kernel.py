@@ -57,7 +57,7 @@ class TracedKernel:
     Attributes:
       payload: the matrices: a CodebookArray without a host, or a NamedMatrix; stacked axes in front.
       dims: the atoms of each axis that the program sees. Atoms of size 1 of the matrices' sides may be missing.
-      dtype: name of the dtype that the program sees.
+      dtype: name of the dtype that the program sees, which the payload has.
     """
 
     payload: CodebookArray | NamedMatrix
@@ -69,7 +69,7 @@ class TracedKernel:
         """Returns the kernel of a CodebookArray, its axes those of its host."""
         stack, host, dtype = w.stack, w.host, jnp.dtype(w.dtype).name
         front = dataclasses.replace(w.stacked_in_front(), host=None)
-        return cls(front, _dims(host or _plain(w.matrix_shape), stack), dtype)
+        return cls(_cast(front, dtype), _dims(host or _plain(w.matrix_shape), stack), dtype)
 
     @classmethod
     def of_matrix(cls, array: Any, host: HostAxes, name: str) -> "TracedKernel":
@@ -109,7 +109,7 @@ class TracedKernel:
         """Returns the kernel in another floating dtype, None for others."""
         if not jnp.issubdtype(dtype, jnp.floating):
             return None
-        return dataclasses.replace(self, dtype=jnp.dtype(dtype).name)
+        return dataclasses.replace(self, payload=_cast(self.payload, dtype), dtype=jnp.dtype(dtype).name)
 
     def transpose(self, permutation: tuple[int, ...]) -> "TracedKernel":
         """Returns the kernel with its axes permuted."""
@@ -197,6 +197,13 @@ class TracedKernel:
             if atom.size == 1:
                 kernel = kernel._at(atom, 0)
         return kernel
+
+
+def _cast(payload: CodebookArray | NamedMatrix, dtype: Any) -> CodebookArray | NamedMatrix:
+    """Returns the matrices rounded to `dtype`, as the program's array is."""
+    if isinstance(payload, CodebookArray):
+        return dataclasses.replace(payload, codebook=jnp.asarray(payload.codebook).astype(dtype))
+    return dataclasses.replace(payload, array=jnp.asarray(payload.array).astype(dtype))
 
 
 def _plain(matrix_shape: tuple[int, int]) -> HostAxes:

@@ -198,3 +198,13 @@ def test_decoded_kernels_are_not_held_together():
     share = compiled.memory_analysis().temp_size_in_bytes / (layers * width * width * 4)
     # XLA before 0.11 orders a program for the CPU so that all decodes come first, unless a flag forbids it.
     assert share <= (0.2 if jax.__version_info__ >= (0, 11) else 1.1)
+
+
+@pytest.mark.parametrize(("x_dtype", "w_dtype"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_products_of_two_dtypes_are_served_as_the_decoded_kernel_would_be(x_dtype, w_dtype):
+    def function(tree, x):
+        return jax.lax.dot_general(
+            x.astype(x_dtype), tree["w"], (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32
+        )
+
+    assert assert_equals_decoded(clustered(normal(16, 12, dtype=w_dtype)), function, X) == (1, 0)

@@ -3,6 +3,7 @@
 Knows no model: activations come in as Hessians, if at all. `compress` and `compress_blocks` collect them themselves.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,10 +14,11 @@ import numpy as np
 
 from cluscomp_jax.clustering.error_feedback import factor_hessian
 from cluscomp_jax.clustering.matrix import cluster_matrix, matrix_key
+from cluscomp_jax.clustering.resolve import refuse_growth
 from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
 from cluscomp_jax.core import pytrees
 from cluscomp_jax.core.caller_mesh import on_one_device, without_mesh
-from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.core.codebook import CodebookArray, stored_bits
 from cluscomp_jax.core.host_axes import HostAxes, parse_axes
 from cluscomp_jax.errors import InputError
 
@@ -55,6 +57,8 @@ def cluster_tree(
     for path, leaf in leaves:
         if chosen[path] is not None:
             _check_leaf(path, leaf)
+
+    refuse_growth(_bits_per_weight(leaves, chosen))
 
     def one(path: str, leaf: Any) -> Any:
         rule = chosen[path]
@@ -106,6 +110,18 @@ def _check_leaf(path: str, leaf: Any) -> None:
         )
     if 0 in leaf.shape or not bool(jnp.isfinite(jnp.asarray(leaf)).all()):
         raise InputError(f"{path}, {tuple(leaf.shape)}, is empty or holds NaN or Inf; only finite weights have codes")
+
+
+def _bits_per_weight(leaves: Sequence[tuple[str, Any]], chosen: Mapping[str, CompressionRule | None]) -> float:
+    bits, weights = 0, 0
+    for path, leaf in leaves:
+        rule = chosen[path]
+        if rule is not None:
+            host, _ = parse_axes(rule.axes, tuple(leaf.shape), leaf.dtype, path)
+            one = stored_bits(host.matrix_shape, g=rule.group_size, num_codes=rule.num_codes, axis=rule.axis)
+            bits += one * (math.prod(leaf.shape) // math.prod(host.shape))
+            weights += math.prod(leaf.shape)
+    return bits / weights
 
 
 def _cluster_leaf(

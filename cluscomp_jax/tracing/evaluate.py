@@ -18,6 +18,7 @@ from jax.extend import core
 
 from cluscomp_jax.tracing.contraction import hindrance, multiply, read_contraction
 from cluscomp_jax.tracing.kernel import NamedMatrix, TracedKernel
+from cluscomp_jax.tracing.lookup import look_up
 from cluscomp_jax.tracing.products import ProductTrace
 from pallas_kernels import _compat
 
@@ -120,6 +121,11 @@ class _Evaluation:
             moved = _MOVES[name](values[0], values[1:], eqn.params)
             if moved is not None:
                 return [moved]
+        if name == "gather" and isinstance(values[0], TracedKernel):
+            found = look_up(values[0], dense(values[1]), eqn.params)
+            if found is not None:
+                count_product(served=True)
+                return [found]
         if name in _NESTED:
             inner = eqn.params[_NESTED[name]]
             return self.run(inner.jaxpr, inner.consts, values)

@@ -220,7 +220,8 @@ class CluscompLM(TemplateLM):  # type: ignore[misc]
 
 def main() -> int:
     """Runs the harness's command line with the model `cluscomp` registered, and returns 0, or 2 for wrong input."""
-    from lm_eval.__main__ import cli_evaluate
+    with needed_for("the evaluation harness", "lm-eval"):
+        from lm_eval.__main__ import cli_evaluate
 
     keep_freed_memory()
     schedule_for_memory()

@@ -163,7 +163,9 @@ def console_reporter(*logs: RecordLog) -> Iterator[ConsoleReporter]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    # Older releases of rich end a bar that is not shown by an empty line.
+    with progress if console.is_terminal else contextlib.nullcontext():
         try:
             yield ConsoleReporter(progress, logs)
         except BaseException:

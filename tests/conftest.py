@@ -40,8 +40,8 @@ RELEASE = (
     "checkpoint/", "cli/test_help", "clustering/", "core/", "inference/test_decoder", "io/", "kmeans/",
     "models/llama/test_flax", "models/llama/test_model", "pallas_kernels/", "plan/", "reporting/",
     "runtime/test_extras", "runtime/test_host_memory", "runtime/test_reporter", "scripts/test_check_card",
-    "scripts/test_verify_kernels", "test_core_alone", "test_imports", "test_pipeline", "test_wheel", "test_x64", "text/",
-    "training/", "tuning/",
+    "scripts/test_verify_kernels", "test_core_alone", "test_imports", "test_pipeline", "test_wheel", "test_x64",
+    "text/", "training/", "tuning/",
 )  # fmt: skip
 """Beginnings of the paths of test files that depend on the release of JAX and its neighbours."""
 

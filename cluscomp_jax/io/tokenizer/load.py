@@ -53,8 +53,9 @@ def guess_tokenizer(folder: Path) -> Any:
         raise InputError(f"{folder}: tokenizer_config.json names code of its own (auto_map), which is never run")
     if not any((folder / name).is_file() for name in _VOCABULARIES):  # transformers 5.0 would make an empty tokenizer
         raise InputError(f"{folder}: no tokenizer could be loaded: it holds none of {', '.join(_VOCABULARIES)}")
+    library = transformers()
     try:
-        return transformers().AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        return library.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{folder}: no tokenizer could be loaded: {reason}") from None

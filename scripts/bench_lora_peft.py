@@ -1,6 +1,6 @@
 """LoRA by PyTorch and peft on the 3-bit copy of `bench_lora.py`: a check on the figures that script gets in JAX.
 
-    pip install ".[parity,demo]" peft
+    pip install ".[cli,parity]" peft
     python scripts/make_instructions.py --out data
     python scripts/bench_lora_peft.py --data data/sentences-train.jsonl --test data/sentences-test.jsonl
 

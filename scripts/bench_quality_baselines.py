@@ -10,7 +10,7 @@ GPTQ is Frantar et al., 2022 (arXiv 2210.17323), written from the paper: channel
 a group taken when the group begins from the weights as corrected by then. The Hessians of a block's inputs are taken
 through quantised predecessors and the block's own dense weights.
 
-    pip install ".[demo,parity]"
+    pip install ".[cli,parity]"
     python scripts/bench_quality_baselines.py --method rtn gptq --setting 2:32 3:64 4:128 --out results.jsonl
 """
 

@@ -7,7 +7,7 @@
 # OUT    folder of the result; needs room for it and, meanwhile, for the activations (the plan says how much)
 # BITS   4, 3, 2 or 1 (default 2)
 #
-# Needs pip install ".[cuda12,hf]", and "[aot]" for the plan, which takes minutes and no GPU.
+# Needs pip install ".[cli,cuda12]", and "[aot]" for the plan, which takes minutes and no GPU.
 # FAMILY=llama3 for Llama-3; RECIPE=paper for the official recipe, which needs less memory.
 set -euo pipefail
 

@@ -9,7 +9,7 @@
 # NEW    folder of the result
 # BITS   of MODEL: 4, 3, 2 or 1 (default 2); decides what the plan reckons with
 #
-# Needs pip install ".[cuda12,hf]", and "[aot]" for the plan, which takes minutes and no GPU; and host memory
+# Needs pip install ".[cli,cuda12]", and "[aot]" for the plan, which takes minutes and no GPU; and host memory
 # for the compressed model, of which a copy is there while it is read. FAMILY=llama3 for Llama-3; STEPS (default 1000).
 set -euo pipefail
 

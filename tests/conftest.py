@@ -37,10 +37,11 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compilation_cache()))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 RELEASE = (
-    "checkpoint/", "clustering/", "core/", "inference/test_decoder", "io/tokenizer/", "kmeans/",
-    "models/llama/test_flax", "models/llama/test_model", "pallas_kernels/", "plan/", "runtime/test_host_memory",
-    "scripts/test_check_card", "scripts/test_verify_kernels", "test_imports", "test_pipeline", "test_wheel",
-    "test_x64", "training/", "tuning/",
+    "checkpoint/", "cli/test_help", "clustering/", "core/", "inference/test_decoder", "io/", "kmeans/",
+    "models/llama/test_flax", "models/llama/test_model", "pallas_kernels/", "plan/", "reporting/",
+    "runtime/test_extras", "runtime/test_host_memory", "runtime/test_reporter", "scripts/test_check_card",
+    "scripts/test_verify_kernels", "test_core_alone", "test_imports", "test_pipeline", "test_wheel", "test_x64",
+    "text/", "training/", "tuning/",
 )  # fmt: skip
 """Beginnings of the paths of test files that depend on the release of JAX and its neighbours."""
 

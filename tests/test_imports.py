@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from paths import ROOT
 
 PACKAGES = ("cluscomp_jax", "pallas_kernels")
+CORE = {"jax", "jaxlib", "ml_dtypes", "numpy", "scipy", "optax", "flax", "orbax"}
+"""The modules of others that the core installs."""
 TRITON = "jax.experimental.pallas.triton"
 
 
@@ -145,6 +148,39 @@ def test_a_private_name_is_found(tmp_path: Path, source: str) -> None:
     (package / "b.py").write_text(source)
     modules = find_modules(tmp_path)
     assert len(list(private_names("cluscomp_jax.b", package / "b.py", modules))) == 1
+
+
+def bare_imports(file: Path) -> Iterator[tuple[str, int]]:
+    """Yields (module of an extra, line number) of what is imported outside `with needed_for(…)`."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    known = CORE | set(PACKAGES) | sys.stdlib_module_names
+    guards = [
+        node for node in ast.walk(tree) if isinstance(node, ast.With) and "needed_for(" in ast.unparse(node.items[0])
+    ]
+    guards += [
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]
+    guarded = {id(inner) for guard in guards for inner in ast.walk(guard)}
+    for node in ast.walk(tree):
+        if id(node) in guarded:
+            continue
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+        yield from ((name, node.lineno) for name in names if name.partition(".")[0] not in known)
+
+
+def test_what_an_extra_installs_is_imported_where_its_absence_is_one_line() -> None:
+    files = find_modules(ROOT).values()
+    bare = [f"{file.relative_to(ROOT)}:{line} imports {name}" for file in files for name, line in bare_imports(file)]
+    assert not bare, "\n".join(bare)
+
+
+def test_a_planted_bare_import_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "a.py"
+    file.write_text(
+        "import gguf\nimport json\nwith needed_for('x', 'hf'):\n    import tyro\ndef f():\n    from rich.a import b\n"
+    )
+    assert sorted(bare_imports(file)) == [("gguf", 1), ("rich.a", 6)]
 
 
 def test_the_tests_lie_in_the_folders_of_what_they_test(table: dict[str, int]) -> None:

@@ -1,32 +1,11 @@
-"""The `cluscomp` command: parses, calls, prints. Imports the heavy parts only after the arguments were parsed."""
+"""The `cluscomp` command. Says in one line what the core alone lacks of it."""
 
-import importlib
 import sys
 from collections.abc import Sequence
 
-import tyro
-from tyro.conf import DisallowNone
-
 from cluscomp_jax import _version
-from cluscomp_jax.cli import arguments as args
-from cluscomp_jax.cli.outcome import DONE, WRONG_INPUT, Result, run
-from cluscomp_jax.runtime.host_memory import keep_freed_memory, schedule_for_memory
-from cluscomp_jax.runtime.platform import skip_absent_gpu
-
-_MODULES: dict[type[args.Common], str] = {
-    args.CompressArguments: "compress",
-    args.FinetuneArguments: "finetune",
-    args.EvaluateArguments: "evaluate",
-    args.GenerateArguments: "generate",
-    args.InspectArguments: "inspect",
-    args.ExportArguments: "export",
-    args.ImportArguments: "import_model",
-    args.ReportArguments: "report",
-    args.CompareArguments: "compare",
-    args.DoctorArguments: "doctor",
-    args.PlanArguments: "plan",
-    args.DemoArguments: "demo",
-}
+from cluscomp_jax.cli.outcome import DONE, WRONG_INPUT, note
+from cluscomp_jax.errors import InputError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,22 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cluscomp {_version.versions().get('cluscomp-jax', 'that is not installed')}")
         return DONE
     try:
-        parsed: args.Command = tyro.cli(
-            args.AnyCommand,  # type: ignore[arg-type]
-            prog="cluscomp",
-            description="Compress language models by clustering, and run them.",
-            args=argv,
-            config=(DisallowNone,),  # None means that an option was left out; it cannot be given
-        )
-    except SystemExit as end:  # tyro has printed help or the usage error
-        return DONE if end.code in (None, 0) else WRONG_INPUT
-
-    def command() -> Result:
-        skip_absent_gpu()
-        keep_freed_memory()
-        schedule_for_memory()
-        module = importlib.import_module(f"cluscomp_jax.cli.{_MODULES[type(parsed)]}")
-        return module.run(parsed)
-
-    resumable = isinstance(parsed, args.CompressArguments | args.FinetuneArguments | args.DemoArguments)
-    return run(command, json=parsed.json, debug=parsed.debug, resumable=resumable)
+        from cluscomp_jax.cli.commands import run_command  # here, because it needs the extra cli
+    except InputError as error:
+        note(f"error: {error}")
+        return WRONG_INPUT
+    return run_command(argv)

@@ -1,4 +1,4 @@
-"""The command line's arguments: one dataclass per command. Knows no other part of the package, so that help is quick.
+"""The command line's arguments: one dataclass per command. Knows no heavy part of the package, so that help is quick.
 
 Where a recipe or a config file decides, an option that is left out is None, and one that is given overrides them. Its
 help states the default of the settings; tests/cli/test_help.py compares the two.
@@ -7,7 +7,10 @@ help states the default of the settings; tests/cli/test_help.py compares the two
 import dataclasses
 from typing import Annotated, Literal
 
-from tyro.conf import FlagCreatePairsOff, Positional, arg, subcommand
+from cluscomp_jax.runtime.extras import needed_for
+
+with needed_for("the command line", "cli"):
+    from tyro.conf import FlagCreatePairsOff, Positional, arg, subcommand
 
 Model = Annotated[Positional[str], arg(metavar="MODEL")]
 Flag = Annotated[bool, FlagCreatePairsOff]

@@ -7,7 +7,7 @@ from typing import Any
 from cluscomp_jax.cli.arguments import CompareArguments
 from cluscomp_jax.cli.outcome import FAILED, Result, note
 from cluscomp_jax.errors import InputError, RunError
-from cluscomp_jax.reporting.html.page import COMPARISON_HEADER, comparison_notices, comparison_rows, write_comparison
+from cluscomp_jax.reporting.html.comparison import COMPARISON_HEADER, comparison_notices, comparison_rows
 from cluscomp_jax.reporting.html.records import RunRecords, read_records
 from cluscomp_jax.reporting.tables import format_table
 
@@ -35,6 +35,8 @@ def run(arguments: CompareArguments) -> Result:
         "page": None,
     }
     if arguments.out is not None:
+        from cluscomp_jax.reporting.html.page import write_comparison  # here, because it needs the extra report
+
         try:
             fields["page"] = str(write_comparison(runs, Path(arguments.out)))
         except RunError as error:  # the table is still shown

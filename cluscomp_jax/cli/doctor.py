@@ -15,11 +15,14 @@ from cluscomp_jax.reporting.tables import format_bytes, format_table
 from cluscomp_jax.runtime.extras import install_command
 
 _NEEDED = (
-    "cluscomp-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "safetensors", "gguf",
-    "huggingface-hub", "numpy", "scipy", "matplotlib",
+    "cluscomp-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "scipy", "transformers",
+    "huggingface-hub", "safetensors", "gguf", "tyro", "rich",
 )  # fmt: skip
+"""The core, and what the command line adds to it."""
 _OPTIONAL = {
     "datasets": ("named data sets such as wikitext2", "hf"),
+    "matplotlib": ("the HTML reports of runs", "report"),
+    "tensorboardX": ("--tensorboard", "tensorboard"),
     "lm-eval": ("standard evaluation", "lm-eval"),
     "torch": ("comparisons with PyTorch", "parity"),
     "aqlm": ("loading AQLM exports in PyTorch", "parity"),
@@ -115,7 +118,7 @@ def _advice(
     driver: bool,
     plugin: str | None,
 ) -> list[str]:
-    advice = [f"{name} is missing; install this package again" for name, v in needed.items() if not v]
+    advice = [f"{name} is missing: {install_command('cli')}" for name, v in needed.items() if not v]
     advice += [f"{_describe(device)}; do not use this device" for device in devices if not device["computes"]]
     gpu = any(device["platform"] == "gpu" for device in devices)
     if gpu:

@@ -12,11 +12,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm
 
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.evaluation.loglikelihood import Continuation, Score, score_continuations
@@ -25,7 +20,15 @@ from cluscomp_jax.inference.decoder import Decoder
 from cluscomp_jax.inference.sampling import Sampling
 from cluscomp_jax.io.open import open_model
 from cluscomp_jax.io.tokenizer import stop_tokens
+from cluscomp_jax.runtime.extras import needed_for
 from cluscomp_jax.runtime.host_memory import keep_freed_memory, schedule_for_memory
+
+with needed_for("the evaluation harness", "lm-eval", command=__name__ == "__main__"):
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from tqdm import tqdm
 
 _DEFAULT_NEW_TOKENS = 256
 _MODEL_ARGS = ("path", "max_length", "dtype", "decode_weights", "cache")
@@ -217,7 +220,8 @@ class CluscompLM(TemplateLM):  # type: ignore[misc]
 
 def main() -> int:
     """Runs the harness's command line with the model `cluscomp` registered, and returns 0, or 2 for wrong input."""
-    from lm_eval.__main__ import cli_evaluate
+    with needed_for("the evaluation harness", "lm-eval"):
+        from lm_eval.__main__ import cli_evaluate
 
     keep_freed_memory()
     schedule_for_memory()

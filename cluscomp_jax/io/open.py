@@ -16,11 +16,9 @@ from cluscomp_jax.checkpoint.reader import open_checkpoint
 from cluscomp_jax.checkpoint.run_folder import RUN_NAME
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.gguf.header import is_gguf
-from cluscomp_jax.io.gguf.source import GgufSource
 from cluscomp_jax.io.hf.aqlm_source import AqlmSource, is_aqlm
 from cluscomp_jax.io.hf.hub import download
 from cluscomp_jax.io.hf.safetensors_source import SafetensorsSource, read_config
-from cluscomp_jax.io.tokenizer import gguf as gguf_tokenizer
 from cluscomp_jax.io.tokenizer import load_tokenizer
 from cluscomp_jax.models.model import Model, build_model
 from cluscomp_jax.models.source import ParamSource
@@ -89,7 +87,7 @@ def open_model(spec: str | Path) -> OpenedModel:
         downloaded or taken from the local cache.
 
     Raises:
-      InputError: there is no such model, or it is broken; one line says what.
+      InputError: there is no such model, or it is broken, or it needs the extra `hf` (GGUF, hub ids); one line says it.
     """
     path = Path(spec)
     if path.is_file():
@@ -104,8 +102,15 @@ def open_model(spec: str | Path) -> OpenedModel:
 
 
 def _open_gguf(path: Path) -> OpenedModel:
+    from cluscomp_jax.io.gguf.source import GgufSource  # here, because it needs the extra hf
+
     source = GgufSource(path)
-    load = functools.partial(gguf_tokenizer.build_tokenizer, source.metadata, where=str(path))
+
+    def load() -> Any:
+        from cluscomp_jax.io.tokenizer.gguf import build_tokenizer
+
+        return build_tokenizer(source.metadata, where=str(path))
+
     return OpenedModel("gguf", source.model_config, source.model, source, path.name, source.files, load)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cluscomp_jax.errors import RunError
+from cluscomp_jax.runtime.extras import needed_for
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -141,16 +142,16 @@ class ConsoleReporter:
 @contextlib.contextmanager
 def console_reporter(*logs: RecordLog) -> Iterator[ConsoleReporter]:
     """Yields a ConsoleReporter whose bar is on standard error inside the block; then closes the logs."""
-    # Here, because who compresses without a console needs no rich.
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    with needed_for("a progress bar", "cli"):
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
     console = Console(file=sys.stderr)
     columns = (
@@ -162,7 +163,9 @@ def console_reporter(*logs: RecordLog) -> Iterator[ConsoleReporter]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    # Older releases of rich end a bar that is not shown by an empty line.
+    with progress if console.is_terminal else contextlib.nullcontext():
         try:
             yield ConsoleReporter(progress, logs)
         except BaseException:

@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cluscomp_jax.errors import InputError
 from cluscomp_jax.runtime import atomic
-from cluscomp_jax.runtime.extras import install_command
+from cluscomp_jax.runtime.extras import needed_for
 
 FOLDER_NAME = "tensorboard"
 _PREFIX = "events"
@@ -26,12 +25,10 @@ class TensorBoardLog:
         Raises:
           InputError: the package tensorboardX is not installed.
         """
-        try:
+        with needed_for("--tensorboard", "tensorboard"):
             self._events: Any = importlib.import_module("tensorboardX.event_file_writer")
             self._summary: Any = importlib.import_module("tensorboardX.summary")
             self._proto: Any = importlib.import_module("tensorboardX.proto.event_pb2")
-        except ImportError:
-            raise InputError(f"--tensorboard needs tensorboardX: {install_command('tensorboard')}") from None
         self._folder = folder
         self._writer: Any = None
 

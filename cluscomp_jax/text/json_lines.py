@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.tokenizer import encode_text, start_tokens
+from cluscomp_jax.runtime.extras import needed_for
 
 FORMS = {
     "messages": ("messages",),
@@ -25,9 +25,8 @@ FORMS = {
     "text": ("text",),
 }
 """{form: keys it is known by}, in order of precedence."""
-_TEMPLATE_ERRORS = (
-    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
-)  # fmt: skip
+_TEMPLATE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What a chat template raises besides jinja2's own errors."""
 _TABLES = (".csv", ".tsv", ".parquet")
 _HEADINGS = {"instruction": "### Instruction:\n", "input": "### Input:\n", "output": "### Response:\n"}
 """What precedes the parts of an instruction where the tokenizer has no chat template."""
@@ -240,11 +239,13 @@ def apply_chat_template(where: str, tokenizer: Any, messages: list[dict[str, str
       prompt: whether the assistant's turn begins after them.
 
     Raises:
-      InputError: the template refuses them.
+      InputError: the template refuses them; the extra `hf` is missing.
     """
+    with needed_for("a chat template", "hf"):
+        import jinja2
     try:
         return tokenizer.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
-    except _TEMPLATE_ERRORS as error:
+    except (jinja2.TemplateError, *_TEMPLATE_ERRORS) as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"{where}: the chat template refuses these messages: {reason}") from None
 

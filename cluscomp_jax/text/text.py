@@ -9,7 +9,7 @@ import numpy as np
 
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.tokenizer import encode_text
-from cluscomp_jax.runtime.extras import install_command
+from cluscomp_jax.runtime.extras import needed_for
 from cluscomp_jax.text.json_lines import encode_lines, holds_json_lines
 
 Split = Literal["train", "test"]
@@ -97,10 +97,8 @@ def read_text(spec: str | Path, *, split: Split = "test") -> str:
 
 def _read_data_set(name: str, split: Split) -> str:
     source = DATA_SETS[name]
-    try:
+    with needed_for(f"data set {name!r}", "hf"):
         import datasets
-    except ImportError:
-        raise InputError(f"data set {name!r} needs the datasets package: {install_command('hf')}") from None
     part, files = source.splits[split]
     try:
         rows = datasets.load_dataset(

@@ -17,18 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-from safetensors.numpy import save
 
 from cluscomp_jax.config.data import DataConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.tokenizer import start_tokens
 from cluscomp_jax.runtime import atomic
+from cluscomp_jax.runtime.extras import needed_for
 from cluscomp_jax.runtime.file_stamps import FileStamps
 from cluscomp_jax.text.json_lines import holds_json_lines
 from cluscomp_jax.text.text import DATA_SETS, check_vocabulary
 from cluscomp_jax.text.token_rows import TokenRows
 from cluscomp_jax.text.training_data import read_examples
+
+with needed_for("a cache of tokens", "hf"):
+    import safetensors
+    from safetensors.numpy import save
 
 _FORMAT = 1
 _PACKAGES = ("cluscomp-jax", "jinja2", "tokenizers", "transformers")

@@ -30,7 +30,7 @@ def test_it_finds_what_is_here(capsys: pytest.CaptureFixture[str]) -> None:
 
 CASES: dict[str, tuple[list[dict[str, Any]], bool, str | None, str]] = {
     "nothing": ([CPU], False, None, "No GPU was found"),
-    "no plugin": ([CPU], True, None, "pip install 'jax[cuda12]"),
+    "no plugin": ([CPU], True, None, 'pip install "cluscomp-jax[cuda12]"'),
     "no driver": ([CPU], False, "jax-cuda12-plugin", "no NVIDIA driver"),
     "not used": ([CPU], True, "jax-cuda12-plugin", "JAX runs on the CPU"),
     "used": ([GPU], True, "jax-cuda12-plugin", "A GPU is in use."),
@@ -42,9 +42,9 @@ CASES: dict[str, tuple[list[dict[str, Any]], bool, str | None, str]] = {
 def test_the_advice_fits_what_was_found(
     devices: list[dict[str, Any]], driver: bool, plugin: str | None, words: str
 ) -> None:
-    advice = doctor._advice({"jax": "1"}, {"datasets": None, "torch": "2"}, devices, driver=driver, plugin=plugin)
+    advice = doctor._advice({"jax": "1"}, {"matplotlib": None, "torch": "2"}, devices, driver=driver, plugin=plugin)
     assert any(words in line for line in advice)
-    assert any("pip install 'datasets" in line for line in advice)
+    assert any('pip install "cluscomp-jax[report]"' in line for line in advice)
     assert not any("PyTorch" in line for line in advice)
 
 

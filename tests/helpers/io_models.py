@@ -123,6 +123,15 @@ def interleave_halves(rows: np.ndarray, heads: int) -> np.ndarray:
     return out
 
 
+class _Writer(gguf.GGUFWriter):
+    """One whose keys may be set again, which releases of gguf before 0.17.1 refuse."""
+
+    def add_key_value(self, key: str, *arguments: Any, **options: Any) -> None:
+        for part in self.kv_data:
+            part.pop(key, None)
+        super().add_key_value(key, *arguments, **options)
+
+
 def write_gguf(
     path: Path,
     tensors: dict[str, np.ndarray],
@@ -139,7 +148,7 @@ def write_gguf(
     metadata: called with the writer, to add or override keys.
     tensors_per_part: writes parts NAME-00001-of-0000N.gguf of so many tensors; 0: one file.
     """
-    writer = gguf.GGUFWriter(path, arch, endianess=endianess, split_max_tensors=tensors_per_part)
+    writer = _Writer(path, arch, endianess=endianess, split_max_tensors=tensors_per_part)
     writer.add_block_count(LAYERS)
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)

@@ -103,7 +103,7 @@ def test_a_missing_compiler_is_one_line_that_names_the_extra(monkeypatch) -> Non
         raise NotImplementedError("topology not implemented for cuda")
 
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
-    with pytest.raises(InputError, match=r"pip install 'jax\[cuda13-local\]"):
+    with pytest.raises(InputError, match=r'pip install "cluscomp-jax\[aot\]"'):
         placement(find_target("a6000"))
 
 

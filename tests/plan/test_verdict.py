@@ -245,4 +245,4 @@ def test_the_command_names_the_extra_where_the_compiler_is_missing(capsys, monke
     monkeypatch.setattr(target_module.topologies, "get_topology_desc", missing)
     assert cli.main(["plan", "llama-2-7b", "--target", "a6000"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "pip install 'jax[cuda13-local]" in line
+    assert 'pip install "cluscomp-jax[aot]"' in line

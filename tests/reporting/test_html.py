@@ -21,8 +21,9 @@ from cluscomp_jax.checkpoint.writer import CheckpointWriter
 from cluscomp_jax.cli import main
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.reporting.html.codes import code_use
+from cluscomp_jax.reporting.html.comparison import comparison_notices
 from cluscomp_jax.reporting.html.figures import draw_run
-from cluscomp_jax.reporting.html.page import comparison_notices, write_report
+from cluscomp_jax.reporting.html.page import write_report
 from cluscomp_jax.reporting.html.records import read_records
 
 OPTIONS = ["--samples", "4", "--length", "16", "--epochs", "1", "--g", "4", "--num-codes", "8"]

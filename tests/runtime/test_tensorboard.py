@@ -82,5 +82,7 @@ def test_nothing_is_made_before_there_is_something_to_write(tmp_path):
 
 def test_the_extra_is_named_where_the_package_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX.event_file_writer", None)
-    with pytest.raises(InputError, match=r"(?i)pip install 'tensorboardX"):
+    with pytest.raises(
+        InputError, match=r'--tensorboard needs tensorboardX, .* pip install "cluscomp-jax\[tensorboard\]"'
+    ):
         TensorBoardLog(tmp_path)

@@ -91,7 +91,7 @@ def test_a_data_set_that_cannot_be_had_is_refused_in_one_line(monkeypatch):
     with pytest.raises(InputError, match="'ptb' cannot be loaded: no route to host"):
         text.read_text("ptb")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(InputError, match="pip install 'datasets"):
+    with pytest.raises(InputError, match=r"'ptb' needs datasets, .* pip install \"cluscomp-jax\[hf\]\""):
         text.read_text("ptb")
 
 

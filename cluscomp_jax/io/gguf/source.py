@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import gguf
 import ml_dtypes
 import numpy as np
 
@@ -21,8 +20,12 @@ from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.gguf import config, header, keys
 from cluscomp_jax.models import tensor_names
 from cluscomp_jax.models.model import build_model, parse_model_config
+from cluscomp_jax.runtime.extras import needed_for
 from cluscomp_jax.runtime.file_stamps import FileStamps
 from cluscomp_jax.runtime.lfs_pointer import refuse_lfs_pointer
+
+with needed_for("a GGUF file", "hf"):
+    import gguf
 
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _ROWS_AT_ONCE = 4096  # bounds the float32 copy while a large embedding is dequantised

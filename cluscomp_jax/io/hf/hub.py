@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.runtime.extras import needed_for
 
 _HUB_FILES = (
     "config.json",
@@ -35,7 +36,8 @@ def transformers() -> Any:
     logger, advice = logging.getLogger("transformers"), _DropPyTorchAdvice()
     logger.addFilter(advice)
     try:
-        return importlib.import_module("transformers")
+        with needed_for("a tokenizer", "hf"):
+            return importlib.import_module("transformers")
     finally:
         logger.removeFilter(advice)
 
@@ -49,7 +51,8 @@ def download(hub_id: str) -> Path:
     Raises:
       InputError: it is in neither, or the hub does not answer.
     """
-    import huggingface_hub
+    with needed_for(f"model {hub_id!r} of the hub", "hf"):
+        import huggingface_hub
 
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*"]))

@@ -7,14 +7,16 @@ that adds nothing. tokenizer_config.json gives the roles of the special tokens a
 
 import json
 from pathlib import Path
-from typing import Any
-
-from tokenizers import Tokenizer
+from typing import TYPE_CHECKING, Any
 
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.hf.hub import transformers
+from cluscomp_jax.runtime.extras import needed_for
 from cluscomp_jax.runtime.json_files import read_object
 from cluscomp_jax.runtime.lfs_pointer import refuse_lfs_pointer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 TOKENIZER_JSON = "tokenizer.json"
 TOKENIZER_CONFIG, _SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
@@ -28,12 +30,14 @@ def read_tokenizer(folder: Path) -> Any:
     """Returns the transformers tokenizer (fast, no PyTorch) of a folder that holds tokenizer.json.
 
     Raises:
-      InputError: a file is broken, or names a begin or end token that is no token.
+      InputError: a file is broken, or names a begin or end token that is no token; the extra `hf` is missing.
     """
     file = folder / TOKENIZER_JSON
     refuse_lfs_pointer(file)
+    with needed_for("a tokenizer", "hf"):
+        import tokenizers
     try:
-        backend = Tokenizer.from_file(str(file))
+        backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing more specific
         raise InputError(f"{file}: cannot be read: {' '.join(str(error).split())[:160]}; fetch it again") from None
     fields = read_settings(folder)
@@ -60,7 +64,7 @@ def token_text(named: Any) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def wrap(backend: Tokenizer, *, special: dict[str, str], length: int | None, clean_up: bool = False) -> Any:
+def wrap(backend: "Tokenizer", *, special: dict[str, str], length: int | None, clean_up: bool = False) -> Any:
     """Returns a transformers tokenizer that encodes exactly as `backend`.
 
     Args:
@@ -84,7 +88,7 @@ def wrap(backend: Tokenizer, *, special: dict[str, str], length: int | None, cle
     return tokenizer
 
 
-def _special_tokens(folder: Path, fields: dict[str, Any], backend: Tokenizer) -> dict[str, str]:
+def _special_tokens(folder: Path, fields: dict[str, Any], backend: "Tokenizer") -> dict[str, str]:
     """Returns {role: token}; unknown and padding tokens that the vocabulary lacks are left out."""
     named = {**(read_object(folder / _SPECIAL) if (folder / _SPECIAL).is_file() else {}), **fields}
     special = {}

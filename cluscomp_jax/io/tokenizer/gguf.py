@@ -7,10 +7,12 @@ loses the digit splitting of SmolLM2.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.tokenizer.folder import wrap
+from cluscomp_jax.runtime.extras import needed_for
+
+with needed_for("a tokenizer", "hf"):
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # values of tokenizer.ggml.token_type
 _SPACE = "▁"

@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.io.gguf.source import read_metadata
 from cluscomp_jax.io.hf.hub import download, transformers
 from cluscomp_jax.io.tokenizer.folder import TOKENIZER_JSON, read_tokenizer
-from cluscomp_jax.io.tokenizer.gguf import build_tokenizer
 from cluscomp_jax.io.tokenizer.sentencepiece import SENTENCEPIECE_MODEL, read_sentencepiece
 from cluscomp_jax.runtime.json_files import read_object
 
@@ -28,10 +26,13 @@ def load_tokenizer(spec: str | Path) -> Any:
       spec: a .gguf file, a Hugging Face folder, a compressed checkpoint (its sub-folder "tokenizer"), or a hub id.
 
     Raises:
-      InputError: there is no tokenizer, or it needs remote code.
+      InputError: there is no tokenizer, or it needs remote code; the extra `hf` is missing.
     """
     path = Path(spec)
     if path.is_file():
+        from cluscomp_jax.io.gguf.source import read_metadata  # here, because they need the extra hf
+        from cluscomp_jax.io.tokenizer.gguf import build_tokenizer
+
         return build_tokenizer(read_metadata(path), where=str(path))
     folder = path / TOKENIZER_FOLDER if (path / TOKENIZER_FOLDER).is_dir() else path
     return _of_folder(folder if path.is_dir() else download(str(spec)))
@@ -52,8 +53,9 @@ def guess_tokenizer(folder: Path) -> Any:
         raise InputError(f"{folder}: tokenizer_config.json names code of its own (auto_map), which is never run")
     if not any((folder / name).is_file() for name in _VOCABULARIES):  # transformers 5.0 would make an empty tokenizer
         raise InputError(f"{folder}: no tokenizer could be loaded: it holds none of {', '.join(_VOCABULARIES)}")
+    library = transformers()
     try:
-        return transformers().AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        return library.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{folder}: no tokenizer could be loaded: {reason}") from None

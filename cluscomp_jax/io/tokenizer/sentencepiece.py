@@ -11,7 +11,6 @@ from typing import Any
 
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.tokenizer.folder import read_chat_template, read_settings, token_text
-from cluscomp_jax.io.tokenizer.gguf import build_tokenizer
 from cluscomp_jax.runtime.json_files import read_object
 from cluscomp_jax.runtime.lfs_pointer import refuse_lfs_pointer
 
@@ -45,6 +44,8 @@ def read_sentencepiece(folder: Path) -> Any:
         ) from None
     fields = read_settings(folder)
     _add_from_config(described, folder, fields)
+    from cluscomp_jax.io.tokenizer.gguf import build_tokenizer  # here, because it needs the extra hf
+
     tokenizer = build_tokenizer(described, where=str(file))
     tokenizer.chat_template = read_chat_template(folder, fields)
     return tokenizer

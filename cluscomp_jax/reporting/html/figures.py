@@ -8,18 +8,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from shlex import quote
 from typing import Any
 
-import matplotlib
-import matplotlib.cm
-import matplotlib.colors
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from cluscomp_jax.core.codebook import index_bits, index_shape
 from cluscomp_jax.core.losses import BLOCK_ERROR
 from cluscomp_jax.reporting.html.codes import CodeUse
 from cluscomp_jax.reporting.html.records import Record, RunRecords
+from cluscomp_jax.runtime.extras import needed_for
+
+with needed_for("a report", "report"):
+    import matplotlib
+    import matplotlib.cm
+    import matplotlib.colors
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 INK, ACCENT, SECOND, PALE = "#22303c", "#1f6f8b", "#d9703e", "#c9d6de"
 _STYLE: dict[str, Any] = {

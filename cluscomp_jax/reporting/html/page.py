@@ -13,24 +13,29 @@ from importlib import resources
 from pathlib import Path
 from shlex import quote
 
-import jinja2
-
 from cluscomp_jax.checkpoint.reader import open_checkpoint
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.reporting.html.codes import code_uses
+from cluscomp_jax.reporting.html.comparison import (
+    COMPARISON_HEADER,
+    comparison_notices,
+    comparison_rows,
+    perplexity_of,
+)
 from cluscomp_jax.reporting.html.figures import Drawing, draw_comparison, draw_run
 from cluscomp_jax.reporting.html.records import Record, RunRecords, read_records
 from cluscomp_jax.reporting.tables import format_bytes, format_table
 from cluscomp_jax.runtime import atomic
+from cluscomp_jax.runtime.extras import needed_for
+
+with needed_for("a report", "report"):
+    import jinja2
 
 PAGE_NAME = "report.html"
 _DRAWN = ("sizes", "perplexity", "losses", "errors", "bits", "usage", "kurtosis", "stages", "comparison")
 _FILES = (PAGE_NAME, *(f"{name}.png" for name in _DRAWN))
 _ASIDE = ".writing"
 _OWN = {*_FILES, *(f"{name}{_ASIDE}" for name in _FILES), "writing"}  # the last by earlier versions that were killed
-COMPARISON_HEADER = (
-    "run", "original", "bits/weight", "size", "perplexity before", "after", "tokens scored", "minutes", "peak memory",
-)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,52 +91,6 @@ def write_comparison(runs: Sequence[RunRecords], out: Path) -> Path:
         blocks=[(f"Settings of {run.name}", json.dumps(run.resolved_config, indent=1)) for run in runs],
     )
     return _store(out, text, drawings)
-
-
-def comparison_rows(runs: Sequence[RunRecords]) -> list[tuple[str, ...]]:
-    """Returns the rows under COMPARISON_HEADER; "-" where a run has no such record."""
-    rows: list[tuple[str, ...]] = []
-    for run in runs:
-        before, after = run.perplexity.get("original"), run.own_perplexity
-        size = None if run.totals is None else run.totals["matrix_bits"] / 8 + run.totals["tensor_bytes"]
-        rows.append(
-            (
-                run.name + ("" if run.finished else " (unfinished)"),
-                run.origin,
-                "-" if run.bits_per_weight is None else f"{run.bits_per_weight:.3f}",
-                "-" if size is None else format_bytes(size),
-                _perplexity_of(before),
-                _perplexity_of(after),
-                f"{after['tokens']:,}" if "tokens" in after else "-",
-                "-" if run.seconds is None else f"{run.seconds / 60:.1f}",
-                "-" if run.peak_rss_bytes is None else format_bytes(run.peak_rss_bytes),
-            )
-        )
-    return rows
-
-
-def comparison_notices(runs: Sequence[RunRecords]) -> list[str]:
-    """Returns the limits of the comparison: unfinished runs, and perplexities of different texts."""
-    notices = [
-        f"{run.name} is unfinished: {len(run.blocks)} of {run.num_blocks} blocks" for run in runs if not run.finished
-    ]
-    texts = {
-        (
-            m.get("windows"),
-            m.get("context"),
-            m.get("digest") or (run.perplexity.get("original") or {}).get("perplexity"),
-        )
-        for run in runs
-        if (m := run.own_perplexity)
-    }
-    if len(texts) > 1:
-        notices.append("The perplexities are not of the same text and cannot be compared.")
-    return notices
-
-
-def _perplexity_of(measured: object) -> str:
-    value = measured.get("perplexity") if isinstance(measured, dict) else None
-    return "-" if value is None else f"{value:.3f}"
 
 
 def _render(**fields: object) -> str:
@@ -229,7 +188,7 @@ def _facts(records: RunRecords) -> list[tuple[str, str]]:
         facts.append((format_bytes(size), "the whole model"))
     before, after = records.perplexity.get("original"), records.own_perplexity
     if after:
-        text = _perplexity_of(after) if not before else f"{_perplexity_of(before)} → {_perplexity_of(after)}"
+        text = perplexity_of(after) if not before else f"{perplexity_of(before)} → {perplexity_of(after)}"
         facts.append((text, "perplexity"))
     if records.seconds is not None:
         facts.append((f"{records.seconds / 60:.1f} min", "wall time since the run was last started or resumed"))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from cluscomp_jax.finetuning import finetune
     from cluscomp_jax.inference.decoder import generate
     from cluscomp_jax.io.open import open_model
-    from cluscomp_jax.models import llama
+    from cluscomp_jax.models import layouts, llama
     from cluscomp_jax.pipeline import compress
     from cluscomp_jax.text.text import calibration_samples, load_tokens
     from cluscomp_jax.text.token_rows import TokenRows
@@ -89,6 +89,7 @@ __all__ = [
     "decompress",
     "finetune",
     "generate",
+    "layouts",
     "llama",
     "load_checkpoint",
     "load_config",
@@ -107,8 +108,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    elif name == "llama":
-        return importlib.import_module(f"{__name__}.models.llama")
+    elif name in ("layouts", "llama"):
+        return importlib.import_module(f"{__name__}.models.{name}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

@@ -28,7 +28,6 @@ from cluscomp_jax.core import trees
 from cluscomp_jax.core.caller_mesh import without_mesh
 from cluscomp_jax.core.codebook import CodebookArray, round_codebook
 from cluscomp_jax.core.trees import Params
-from cluscomp_jax.errors import InputError
 from cluscomp_jax.models import layouts
 from cluscomp_jax.models.model import Model, build_model, run_block
 from cluscomp_jax.models.prefetch import BlockReader, BlockWriter
@@ -92,8 +91,9 @@ def compress(
       work_dir: an existing folder; up to three streams of activations lie in a temporary one inside it meanwhile
         (`plan.host.scratch_bytes`). None: the system's folder for temporary files.
       layout: the codebases whose names are tried (`cluscomp_jax.layouts`); auto: all that are known.
-      check: check(params, tokens int32 [b, t]) -> logits [b, t, vocab], the host's own forward pass. It is compared with
-        ours on a few tokens before any work: names and shapes do not show a transposed square kernel or another rope.
+      check: check(params, tokens int32 [b, t]) -> logits [b, t, vocab], the host's own forward pass. It is compared
+        with ours on a few tokens before any work: names and shapes do not show a transposed square kernel or another
+        rope.
 
     Raises:
       InputError: whatever does not fit, before any long work; also activations on the disk.

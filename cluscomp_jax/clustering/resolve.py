@@ -153,8 +153,8 @@ def check_stacked(model: Model, cfg: CompressConfig, calibration: np.ndarray | N
     """Raises InputError where the blocks, which are stacked in arrays, would not get the same codes and groups."""
     if mixes(cfg, calibration):
         raise InputError(
-            'cluster.mixed_precision gives every kernel codes of its own, but the blocks are stacked in arrays; set it to '
-            '"none", or unstack the blocks'
+            "cluster.mixed_precision gives every kernel codes of its own, but the blocks are stacked in arrays; set it "
+            'to "none", or unstack the blocks'
         )
     first, *others = rules_by_block(model, cfg)
     for i, rules in enumerate(others, start=1):
@@ -181,8 +181,8 @@ def tokens_of(calibration: Any) -> np.ndarray:
         lengths = {len(sample) for sample in calibration if hasattr(sample, "__len__")}
         if len(lengths) > 1:
             raise InputError(
-                f"calibration is a list of samples of {min(lengths)} to {max(lengths)} tokens; all must have one length: "
-                "cluscomp_jax.calibration_samples cuts tokens into samples"
+                f"calibration is a list of samples of {min(lengths)} to {max(lengths)} tokens; all must have one "
+                "length: cluscomp_jax.calibration_samples cuts tokens into samples"
             )
     return np.asarray(calibration)
 

@@ -104,9 +104,7 @@ def _tunix(params, config, embedding, norm):
     if "lm_head/kernel" in outer:
         tree["lm_head"] = {"w": outer["lm_head/kernel"]}
     for i, block in enumerate(blocks):
-        layer = {
-            name: {norm: block[f"{name}/weight"]} for name in ("input_layernorm", "post_attention_layernorm")
-        }
+        layer = {name: {norm: block[f"{name}/weight"]} for name in ("input_layernorm", "post_attention_layernorm")}
         layer["mlp"] = {f"{x}_proj": {"kernel": block[f"mlp/{x}_proj/kernel"]} for x in ("gate", "up", "down")}
         attn = layer["attn"] = {}
         for x in "qkvo":

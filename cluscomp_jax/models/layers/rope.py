@@ -154,7 +154,8 @@ def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array], *, neighbours: boo
     Args:
       x: queries or keys.
       tables: of `rotary_tables`.
-      neighbours: whether pair c is (2c, 2c + 1), as in MaxText's Llama 3.1; else it is (c, c + h/2) (half-split layout).
+      neighbours: whether pair c is (2c, 2c + 1), as in MaxText's Llama 3.1; else it is (c, c + h/2), the half-split
+        layout.
     """
     cosine, sine = (table[:, None, :] for table in tables)
     first, second = (x[..., ::2], x[..., 1::2]) if neighbours else jnp.split(x, 2, axis=-1)

@@ -54,12 +54,12 @@ def check_forward(params: Any, opened: OpenedTree, apply_fn: ApplyFn) -> None:
         with without_mesh():
             ours = np.asarray(_logits(opened, jnp.asarray(tokens))).astype(np.float64)
     dtypes = {leaf.dtype for _, leaf in pytrees.iterate(params) if is_floating(leaf)} | {found.dtype}
-    epsilon = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+    epsilon = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)  # type: ignore[no-untyped-call]
     largest, difference = np.abs(theirs).max(), np.abs(ours - theirs).max()
     allowed = max(_LEAST, _EPSILONS * epsilon) * largest
     if not difference <= allowed:
         raise InputError(
-            f"check: logits differ by up to {difference:.3g}, the largest is {largest:.3g}, and {allowed:.2g} is allowed; "
+            f"check: logits differ by up to {difference:.3g}, the largest is {largest:.3g}, {allowed:.2g} is allowed; "
             f"the parameters were read in the layout of {opened.name}: are kernels transposed, or are rope, scale, "
             "activation or epsilon of the model config not those of the host?"
         )

@@ -18,7 +18,7 @@ Row = tuple[str, str]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layout:
-    r"""The names and shapes of one codebase; `dataclasses.replace` of a shipped one, or one of your own, is a layout too.
+    r"""The names and shapes of one codebase.
 
     Patterns are regular expressions of "/"-joined paths; a "." in a host's path counts as "/". Whatever precedes the
     embeddings in the host's tree ("params/") precedes all patterns.

@@ -147,8 +147,8 @@ def _leaves(params: Any) -> dict[str, Any]:
         raise InputError(f'params is a module, {name}; give its parameters, module.init(...)["params"]')
     if dataclasses.is_dataclass(params):
         raise InputError(
-            f"params is a {name}, a dataclass that JAX does not know as a tree; give a dict, dataclasses.asdict(params), "
-            "or register it by jax.tree_util.register_dataclass"
+            f"params is a {name}, a dataclass that JAX does not know as a tree; give a dict, "
+            "dataclasses.asdict(params), or register it by jax.tree_util.register_dataclass"
         )
     if isinstance(params, str):
         raise InputError(f"params is the text {params!r:.60}; cluscomp_jax.open_model(path).source reads a folder")
@@ -164,6 +164,3 @@ def _found(params: Any, leaves: Mapping[str, Any], model: Model) -> str:
     more = f" and {len(arrays) - _SHOWN} more" if len(arrays) > _SHOWN else ""
     shown = ", ".join(arrays[:_SHOWN])
     return f"no layout has the names of params, a {type(params).__name__} with no {model.blocks_path!r}: {shown}{more}"
-
-
-

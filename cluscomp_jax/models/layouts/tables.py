@@ -92,7 +92,7 @@ _MAXTEXT_BLOCK: dict[str, Row] = {
 
 
 def _maxtext(name: str, blocks: str, stack_at: int | None) -> Layout:
-    # MaxText's Llama and Mistral do not divide by sqrt(head_dim): the kernel of q is initialised, and loaded, so divided.
+    # MaxText's Llama and Mistral do not divide by sqrt(head_dim): the kernel of q is initialised and loaded divided.
     # Its rotary embedding of Llama 3.1 turns neighbouring channels, every other one the halves of a head.
     return Layout(
         name=name,
@@ -115,7 +115,7 @@ flax = (
         stack_at=0,
     ),
 )
-"""Flax modules with the names of Hugging Face and kernels [in, out], EasyDeL too: `layers_0`, `layers/0`, or stacked."""
+"""Flax modules with the names of Hugging Face and kernels [in, out], EasyDeL too; blocks may be stacked."""
 hugging_face = (
     Layout(
         name="a Hugging Face state dict", outer=_STATE_DICT, block=_STATE_DICT_BLOCK, blocks=r"(?:model/)?layers/(\d+)"

@@ -94,8 +94,7 @@ def _read_tunix(config: Any, names: Mapping[str, str]) -> LlamaConfig:
 
 
 def _read_maxtext(config: Any) -> LlamaConfig:
-    block = getattr(config, "decoder_block", None)
-    name = str(getattr(block, "value", block))
+    name = _choice(config, "decoder_block", "")
     if name not in _MAXTEXT_TYPES:
         raise InputError(
             f"config: decoder_block is {name!r}, which is not supported; supported: {', '.join(_MAXTEXT_TYPES)}"
@@ -127,10 +126,16 @@ def _read_maxtext(config: Any) -> LlamaConfig:
     )
 
 
+def _choice(config: Any, name: str, default: str) -> str:
+    """Returns a text attribute, which newer releases have as a member of an enum."""
+    value = getattr(config, name, default)
+    return str(getattr(value, "value", value))
+
+
 def _maxtext_rope(config: Any) -> RopeConfig:
     theta = float(getattr(config, "rope_max_timescale", 10_000))
-    rope_type = str(getattr(config, "rope_type", "default")).lower()
-    llama31 = rope_type.startswith("llama3.1") or str(getattr(config, "model_name", "")).startswith("llama3.1")
+    rope_type = _choice(config, "rope_type", "default").lower()
+    llama31 = rope_type.startswith("llama3.1") or _choice(config, "model_name", "").startswith("llama3.1")
     if not llama31 and rope_type != "default":
         raise InputError(f"config: rope_type is {rope_type!r}, which is not supported; supported: default, llama3.1")
     if not llama31:

@@ -158,7 +158,7 @@ def test_a_calibrated_and_tuned_tree_decodes_to_what_our_layout_gives(case):
 
 def test_shared_codebooks_name_their_owner_in_the_hosts_block():
     params = random_params(LLAMA)
-    cfg = run_of(LLAMA, cluster={"tie_codebooks": "group"})
+    cfg = run_of(LLAMA, cluster={"tie_codebooks": "input"})
     got = cluscomp_jax.compress(host_trees.tunix(params, LLAMA), cfg)
     attn = got["layers"][1]["attn"]
     assert {name: attn[f"{name}_proj"]["w"].tied_to for name in "qkvo"} == {
@@ -171,7 +171,9 @@ def test_shared_codebooks_name_their_owner_in_the_hosts_block():
 
 
 def test_arrays_stay_with_those_of_the_host_and_norms_keep_their_dtype():
-    params = jax.tree.map(lambda leaf: jax.numpy.asarray(leaf, jax.numpy.bfloat16), host_trees.tunix(random_params(LLAMA), LLAMA))
+    params = jax.tree.map(
+        lambda leaf: jax.numpy.asarray(leaf, jax.numpy.bfloat16), host_trees.tunix(random_params(LLAMA), LLAMA)
+    )
     got = cluscomp_jax.compress(params, run_of(LLAMA), calibration=random_tokens(LLAMA, (2, 8)))
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(got))
     layer = got["layers"][0]
@@ -212,10 +214,18 @@ def test_an_nnx_module_and_its_state_are_taken():
 
 def test_a_layout_of_ones_own_is_a_table():
     mine = dataclasses.replace(
-        layouts.flax[0], name="mine", blocks=r"h/(\d+)", outer={**layouts.flax[0].outer, "lm_head/kernel": ("head/w", "i o -> | i | o")}
+        layouts.flax[0],
+        name="mine",
+        blocks=r"h/(\d+)",
+        outer={**layouts.flax[0].outer, "lm_head/kernel": ("head/w", "i o -> | i | o")},
     )
     params = random_params(LLAMA)
     tree = host_trees.integer_keys(params, LLAMA)
-    mine_tree = {"embed_tokens": tree["model"]["embed_tokens"], "norm": tree["model"]["norm"], "h": tree["model"]["layers"], "head": {"w": tree["lm_head"]["kernel"]}}
+    mine_tree = {
+        "embed_tokens": tree["model"]["embed_tokens"],
+        "norm": tree["model"]["norm"],
+        "h": tree["model"]["layers"],
+        "head": {"w": tree["lm_head"]["kernel"]},
+    }
     got = cluscomp_jax.compress(mine_tree, run_of(LLAMA), layout=mine)
     assert isinstance(got["h"][0]["mlp"]["up_proj"]["kernel"], CodebookArray)

@@ -1,5 +1,6 @@
 """Trees of parameters with the names and shapes of other codebases, built by hand from those of a FlaxLlama tree."""
 
+import jax
 import numpy as np
 
 from cluscomp_jax.core import trees
@@ -194,6 +195,36 @@ def _maxtext_block(block, config):
             leaf = leaf / np.float32(np.sqrt(config.head_dim))
         found[f"{MAXTEXT[module]}/{last}"] = leaf
     return found
+
+
+def from_maxtext(tree, config):
+    """Returns a FlaxLlama tree of MaxText's, scanned or not: the way back of `maxtext` and `maxtext_scanned`."""
+    decoder, half = tree["params"]["decoder"], config.head_dim // 2
+    back = [2 * j if j < half else 2 * (j - half) + 1 for j in range(config.head_dim)]
+    blocks = {}
+    for i in range(config.num_hidden_layers):
+        layer = decoder.get(f"layers_{i}") or jax.tree.map(lambda leaf, i=i: leaf[:, i], decoder["layers"])
+        flat = {}
+        for module, theirs in MAXTEXT.items():
+            node = layer
+            for name in theirs.split("/"):
+                node = node.get(name, {})
+            for last, leaf in node.items() if isinstance(node, dict) else [("", node)]:
+                leaf = np.asarray(leaf)
+                if module.endswith(("q_proj", "k_proj")) and config.rope.rope_type == "llama3":
+                    leaf = leaf[..., back]
+                if module.endswith("q_proj") and config.model_type in ("llama", "mistral"):
+                    leaf = leaf * np.float32(np.sqrt(config.head_dim))
+                if last == "kernel":
+                    leaf = leaf.reshape((-1, config.hidden_size) if "o_proj" in module else (config.hidden_size, -1))
+                flat[f"{module}/{last}" if last else module] = leaf.reshape(-1) if last == "bias" else leaf
+        blocks[str(i)] = nested(flat)
+    outer = {
+        "embed_tokens": {"embedding": tree["params"]["token_embedder"]["embedding"]},
+        "norm": {"weight": decoder["decoder_norm"]["scale"]},
+        "layers": blocks,
+    }
+    return {"model": outer, "lm_head": {"kernel": decoder["logits_dense"]["kernel"]}}
 
 
 def _maxtext_outer(params, config):

@@ -15,7 +15,7 @@ from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.core.host_axes import HostAxes
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.models.layouts.layout import Layout, Place, find_places, host_axes, host_shape, is_kernel
+from cluscomp_jax.models.layouts.layout import Layout, Role, find_roles, host_axes, host_shape, is_kernel
 from cluscomp_jax.models.model import Model, parameter_shapes
 from cluscomp_jax.models.source import DictSource, load_all
 
@@ -26,7 +26,7 @@ class HostTree:
     Attributes:
       layout: of the tree.
       model: the decoder that the tree's arrays serve.
-      places: {host path: place} of what the layout names.
+      roles: {host path: role} of what the layout names.
 
     Raises:
       InputError: a parameter of the model is missing, is of another shape, or is one that the model does not have.
@@ -35,7 +35,7 @@ class HostTree:
     def __init__(self, params: Any, layout: Layout, model: Model):
         self.layout, self.model = layout, model
         self._params, self._leaves = params, dict(pytrees.iterate(params))
-        self.places = find_places(layout, list(self._leaves))
+        self.roles = find_roles(layout, list(self._leaves))
         self._paths = self._ours()
         self._check()
 
@@ -66,12 +66,12 @@ class HostTree:
     def _ours(self) -> dict[str, str]:
         """Returns {our path: host path}, of stacked arrays under the path of every block."""
         found: dict[str, str] = {}
-        for host, place in self.places.items():
-            blocks: Sequence[int | None] = (place.block,)
-            if self.layout.stack_at is not None and place.in_block is not None:
+        for host, role in self.roles.items():
+            blocks: Sequence[int | None] = (role.block,)
+            if self.layout.stack_at is not None and role.in_block is not None:
                 blocks = range(self.model.num_blocks)
             for block in blocks:
-                path = place.path if block is None else f"{self.model.blocks_path}/{block}/{place.path}"
+                path = role.path if block is None else f"{self.model.blocks_path}/{block}/{role.path}"
                 if path in found:
                     raise InputError(f"{self._where()}: {found[path]!r} and {host!r} are both {path!r}; take one out")
                 found[path] = host
@@ -80,8 +80,8 @@ class HostTree:
     def _where(self) -> str:
         return f"parameters of {self.layout.name}"
 
-    def _stack_at(self, place: Place) -> int | None:
-        return None if place.in_block is None else self.layout.stack_at
+    def _stack_at(self, role: Role) -> int | None:
+        return None if role.in_block is None else self.layout.stack_at
 
     def _check(self) -> None:
         """Raises InputError unless the host's arrays are those of the model."""
@@ -98,19 +98,19 @@ class HostTree:
                 raise InputError(f"{self._where()}: the model has no {host!r}; take it out, or correct the config")
         unused = re.compile(self.layout.unused)
         for host, leaf in self._leaves.items():
-            if host not in self.places and is_floating(leaf) and not unused.fullmatch(host):
+            if host not in self.roles and is_floating(leaf) and not unused.fullmatch(host):
                 raise InputError(
                     f"{self._where()}: {host!r} is no parameter of a {self.model.config.model_type}; take it out, "
                     "or cluster its tree by compress_blocks or cluster_tree"
                 )
 
     def _check_blocks(self) -> None:
-        found, wanted = {place.block for place in self.places.values()} - {None}, self.model.num_blocks
+        found, wanted = {role.block for role in self.roles.values()} - {None}, self.model.num_blocks
         if self.layout.stack_at is None and found != set(range(wanted)):
             raise InputError(f"{self._where()}: {len(found)} blocks, the model config says {wanted}")
 
     def _check_leaf(self, host: str, ours: tuple[int, ...]) -> None:
-        leaf, place = self._leaves[host], self.places[host]
+        leaf, role = self._leaves[host], self.roles[host]
         if isinstance(leaf, CodebookArray):
             raise InputError(f"{host} is compressed already; begin with the original parameters")
         if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -119,7 +119,7 @@ class HostTree:
             raise InputError(f"{host!r} is a {type(leaf).__name__}; give arrays of JAX or NumPy")
         if not is_floating(leaf):
             raise InputError(f"{host!r} is {leaf.dtype}; multiply quantised weights by their scale first")
-        wanted, at = host_shape(place.axes, ours, self.model), self._stack_at(place)
+        wanted, at = host_shape(role.axes, ours, self.model), self._stack_at(role)
         found = tuple(leaf.shape)
         if at is not None:
             if len(found) == len(wanted) + 1 and found[at] != self.model.num_blocks:
@@ -129,55 +129,55 @@ class HostTree:
                 )
             wanted = (*wanted[:at], self.model.num_blocks, *wanted[at:])
         if found != wanted:
-            turned = "; is it [out, in]?" if is_kernel(place.axes) and found == wanted[::-1] else ""
+            turned = "; is it [out, in]?" if is_kernel(role.axes) and found == wanted[::-1] else ""
             raise InputError(f"{self._where()}: {host!r} has shape {found}; the model config says {wanted}{turned}")
         if not bool(jnp.isfinite(jnp.asarray(leaf)).all()):
             raise InputError(f"{host!r} holds NaN or Inf; only finite weights can be compressed")
 
     def _taken(self, host: str, block: int | None, shape: tuple[int, ...]) -> Any:
         """Returns our array of a host's, of one block where it stacks them."""
-        place = self.places[host]
-        return self._ours_of(place, self._one(on_one_device(self._leaves[host]), place, block), shape)
+        role = self.roles[host]
+        return self._ours_of(role, self._one(on_one_device(self._leaves[host]), role, block), shape)
 
-    def _one(self, array: Any, place: Place, block: int | None) -> Any:
-        at = self._stack_at(place)
+    def _one(self, array: Any, role: Role, block: int | None) -> Any:
+        at = self._stack_at(role)
         return array if at is None else array[(slice(None),) * at + (block,)]
 
-    def _ours_of(self, place: Place, array: Any, shape: tuple[int, ...]) -> Any:
-        if not is_kernel(place.axes):
+    def _ours_of(self, role: Role, array: Any, shape: tuple[int, ...]) -> Any:
+        if not is_kernel(role.axes):
             return array.reshape(shape)
-        return host_axes(place.axes, array.shape, array.dtype, self.layout).to_matrix(array)
+        return host_axes(role.axes, array.shape, array.dtype, self.layout).to_matrix(array)
 
     def _back(self, host: str, leaf: Any, flat: Mapping[str, Any]) -> Any:
-        place = self.places.get(host)
-        if place is None or place.in_block is None:
+        role = self.roles.get(host)
+        if role is None or role.in_block is None:
             return leaf
-        at = self._stack_at(place)
-        blocks = (place.block,) if at is None else range(self.model.num_blocks)
-        parts = [flat[f"{self.model.blocks_path}/{i}/{place.path}"] for i in blocks]
+        at = self._stack_at(role)
+        blocks = (role.block,) if at is None else range(self.model.num_blocks)
+        parts = [flat[f"{self.model.blocks_path}/{i}/{role.path}"] for i in blocks]
         if isinstance(parts[0], CodebookArray):
             shape = leaf.shape if at is None else (*leaf.shape[:at], *leaf.shape[at + 1 :])
-            axes = host_axes(place.axes, shape, leaf.dtype, self.layout)
+            axes = host_axes(role.axes, shape, leaf.dtype, self.layout)
             put = jnp.asarray if isinstance(leaf, jax.Array) else np.asarray
-            return _joined(parts, axes, put, at is not None, self._owner(parts[0], place))
-        if is_kernel(place.axes):
+            return _joined(parts, axes, put, at is not None, self._owner(parts[0], role))
+        if is_kernel(role.axes):
             return leaf
-        return self._changed(leaf, place, parts, list(blocks))
+        return self._changed(leaf, role, parts, list(blocks))
 
-    def _owner(self, array: CodebookArray, place: Place) -> str | None:
+    def _owner(self, array: CodebookArray, role: Role) -> str | None:
         """Returns the path, relative to the host's block, of the kernel whose codebook the array has."""
         if array.tied_to is None:
             return None
-        owner = next(p for p in self.places.values() if p.path == array.tied_to and p.block == place.block)
+        owner = next(p for p in self.roles.values() if p.path == array.tied_to and p.block == role.block)
         return owner.in_block
 
-    def _changed(self, leaf: Any, place: Place, parts: list[Any], blocks: list[Any]) -> Any:
+    def _changed(self, leaf: Any, role: Role, parts: list[Any], blocks: list[Any]) -> Any:
         """Returns the host's array of norms or biases; the leaf itself where training has changed none."""
         before = np.asarray(on_one_device(leaf))
         after = before.copy()
         for i, part in zip(blocks, parts, strict=True):
-            view = self._one(after, place, i)
-            if not np.array_equal(self._ours_of(place, view, part.shape), np.asarray(part)):
+            view = self._one(after, role, i)
+            if not np.array_equal(self._ours_of(role, view, part.shape), np.asarray(part)):
                 view[...] = np.asarray(part).astype(before.dtype).reshape(view.shape)
         if np.array_equal(before, after):
             return leaf

@@ -45,8 +45,8 @@ class Layout:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Where a host's array belongs.
+class Role:
+    """Which of our parameters a host's array holds.
 
     Attributes:
       path: our path, relative to the block for one in a block.
@@ -61,9 +61,9 @@ class Place:
     in_block: str | None
 
 
-def find_places(layout: Layout, paths: Sequence[str]) -> dict[str, Place]:
-    """Returns {host path: place} of the paths that the layout names; {} where it does not name the embeddings."""
-    found: dict[str, Place] = {}
+def find_roles(layout: Layout, paths: Sequence[str]) -> dict[str, Role]:
+    """Returns {host path: role} of the paths that the layout names; {} where it does not name the embeddings."""
+    found: dict[str, Role] = {}
     spelled = {path: path.replace(".", "/") for path in paths}
     embedding = re.compile(rf"((?:[^/]+/)*?)(?:{next(iter(layout.outer.values()))[0]})")
     prefix = next((match[1] for path in spelled.values() if (match := embedding.fullmatch(path))), None)
@@ -81,7 +81,7 @@ def find_places(layout: Layout, paths: Sequence[str]) -> dict[str, Place]:
         rows, name = (outer, rest) if inside is None else (block, inside["inside"])
         for pattern, ours, axes in rows:
             if pattern.fullmatch(name):
-                found[path] = Place(ours, axes, number, None if inside is None else path[-len(name) :])
+                found[path] = Role(ours, axes, number, None if inside is None else path[-len(name) :])
     return found
 
 

@@ -12,7 +12,7 @@ from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.layouts.host_tree import HostTree
-from cluscomp_jax.models.layouts.layout import Layout, find_places
+from cluscomp_jax.models.layouts.layout import Layout, find_roles
 from cluscomp_jax.models.layouts.tables import auto
 from cluscomp_jax.models.llama import LlamaModel
 from cluscomp_jax.models.model import Model
@@ -60,7 +60,7 @@ def open_tree(params: Any, model: Model, layouts: Layouts = auto) -> OpenedTree:
         return _own(params, model)
     tables = (layouts,) if isinstance(layouts, Layout) else tuple(layouts)
     leaves = _leaves(params)
-    counts = [len(find_places(table, list(leaves))) for table in tables]
+    counts = [len(find_roles(table, list(leaves))) for table in tables]
     if not counts or max(counts) == 0:
         if blocks:
             return _own(params, model)

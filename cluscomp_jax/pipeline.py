@@ -78,11 +78,13 @@ def compress(
 ) -> Any:
     """Returns the compressed params: the same tree, its matched kernels CodebookArrays.
 
-    In a tree in the FlaxLlama layout, or from a ParamSource, arrays are on the host afterwards. In any other layout
-    what is not compressed or tuned stays as it is, and a CodebookArray has the shape and dtype of the host's kernel.
+    Of the FlaxLlama layout, or of a ParamSource, it is a nested dict with string keys, and all arrays are on the host.
+    In any other layout, or with a `layout` named, what is not compressed or tuned stays as it is, and a CodebookArray
+    has the shape and dtype of the host's kernel.
 
     Args:
-      params: a nested dict in the FlaxLlama layout, a ParamSource, or a tree of one of the codebases of `layout`:
+      params: a nested dict in the FlaxLlama layout (string or integer layer keys), a ParamSource, or a tree of
+        one of the codebases of `layout`:
         nested dicts and lists, nnx states and modules, boxed or not.
       cfg: the run; `cfg.model` is the family's config (`LlamaConfig.of` reads those of other libraries).
       calibration: tokens int [samples, length]; with them clustering is activation-weighted and blocks are tuned

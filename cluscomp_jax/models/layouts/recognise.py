@@ -55,17 +55,17 @@ def open_tree(params: Any, model: Model, layouts: Layouts = auto) -> OpenedTree:
     """
     if isinstance(params, ParamSource):
         return OpenedTree(params, model, "a source", _as_it_is)
-    blocks = _own_blocks(params, model)
-    if blocks and layouts is auto and all(isinstance(key, str) for key in _keys(params)):
-        return _own(params, model)
     tables = (layouts,) if isinstance(layouts, Layout) else tuple(layouts)
     leaves = _leaves(params)
     counts = [len(find_roles(table, list(leaves))) for table in tables]
-    if not counts or max(counts) == 0:
-        if blocks:
-            return _own(params, model)
+    most = max(counts, default=0)
+    best = [table for table, count in zip(tables, counts, strict=True) if count == most > 0]
+    if _own_blocks(params, model) and (
+        not best or (layouts is auto and not any(_renames(table, leaves, model) for table in best))
+    ):
+        return _own(params, model)
+    if not best:
         raise InputError(f"{_found(params, leaves, model)}; known: ours, {', '.join(_names(tables))}; {_OTHERWISE}")
-    best = [table for table, count in zip(tables, counts, strict=True) if count == max(counts)]
     tree = _first_that_fits(params, best, model)
     return OpenedTree(tree, tree.model, tree.layout.name, tree.put_back, tree.layout.stack_at is not None)
 
@@ -98,8 +98,12 @@ def _own_blocks(params: Any, model: Model) -> bool:
     return {id(leaf) for leaf in leaves} == {id(leaf) for _, leaf in pytrees.iterate(params)}
 
 
-def _keys(tree: Mapping[Any, Any]) -> list[Any]:
-    return [key for name, node in tree.items() for key in (name, *(_keys(node) if isinstance(node, Mapping) else ()))]
+def _renames(layout: Layout, leaves: Mapping[str, Any], model: Model) -> bool:
+    """Returns whether the layout finds parameters under names that are not ours."""
+    return any(
+        host != (role.path if role.in_block is None else f"{model.blocks_path}/{role.block}/{role.path}")
+        for host, role in find_roles(layout, list(leaves)).items()
+    )
 
 
 def _first_that_fits(params: Any, tables: Sequence[Layout], model: Model) -> HostTree:

@@ -83,9 +83,8 @@ def compress(
     has the shape and dtype of the host's kernel.
 
     Args:
-      params: a nested dict in the FlaxLlama layout (string or integer layer keys), a ParamSource, or a tree of
-        one of the codebases of `layout`:
-        nested dicts and lists, nnx states and modules, boxed or not.
+      params: a nested dict in the FlaxLlama layout (string or integer layer keys), a ParamSource, or any pytree
+        of one of the codebases of `layout`, boxed or not.
       cfg: the run; `cfg.model` is the family's config (`LlamaConfig.of` reads those of other libraries).
       calibration: tokens int [samples, length]; with them clustering is activation-weighted and blocks are tuned
         (where cfg says so), without them matrices are only clustered.
@@ -94,8 +93,7 @@ def compress(
         (`plan.host.scratch_bytes`). None: the system's folder for temporary files.
       layout: the codebases whose names are tried (`cluscomp_jax.layouts`); auto: all that are known.
       check: check(params, tokens int32 [b, t]) -> logits [b, t, vocab], the host's own forward pass. It is compared
-        with ours on a few tokens before any work: names and shapes do not show a transposed square kernel or another
-        rope.
+        with ours before any work: names and shapes do not show a transposed square kernel or another rope.
 
     Raises:
       InputError: whatever does not fit, before any long work; also activations on the disk.

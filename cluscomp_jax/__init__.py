@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from cluscomp_jax.inference.decoder import generate
     from cluscomp_jax.io.open import open_model
     from cluscomp_jax.kmeans import fit_codebook
-    from cluscomp_jax.models import llama
+    from cluscomp_jax.models import layouts, llama
     from cluscomp_jax.models.llama import LlamaConfig
     from cluscomp_jax.pipeline import compress
     from cluscomp_jax.text.text import calibration_samples, load_tokens
@@ -108,6 +108,7 @@ __all__ = [
     "finetune",
     "fit_codebook",
     "generate",
+    "layouts",
     "linear",
     "llama",
     "load_checkpoint",
@@ -131,8 +132,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     elif name == "__version__":
         value = importlib.import_module(f"{__name__}._version").version("cluscomp-jax")
-    elif name == "llama":
-        return importlib.import_module(f"{__name__}.models.llama")
+    elif name in ("layouts", "llama"):
+        return importlib.import_module(f"{__name__}.models.{name}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

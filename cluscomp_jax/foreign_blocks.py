@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cluscomp_jax.clustering.summary import CompressionSummary
 from cluscomp_jax.config.clustering import CompressionRule
 from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.core import pytrees
@@ -24,7 +25,7 @@ from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.foreign import Apply, ForeignModel, check_products, read_form, shape_dtype
 from cluscomp_jax.models.source import DictSink, DictSource
-from cluscomp_jax.pipeline import CompressionSummary, compress_stream
+from cluscomp_jax.pipeline import compress_stream
 from cluscomp_jax.plan.host import scratch_bytes
 from cluscomp_jax.runtime.reporter import Reporter
 from cluscomp_jax.runtime.scratch import scratch_folder

@@ -24,11 +24,14 @@ from cluscomp_jax.clustering.resolve import (
     bits_per_weight,
     check_calibration,
     check_samples,
+    check_stacked,
     mixes,
     refuse_growth,
     rules_by_block,
+    tokens_of,
 )
 from cluscomp_jax.clustering.sensitivity import sensitivities
+from cluscomp_jax.clustering.summary import CompressionSummary
 from cluscomp_jax.config.numerics import compute_dtype_of
 from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.config.tuning import BlockTuningConfig
@@ -36,11 +39,11 @@ from cluscomp_jax.core import trees
 from cluscomp_jax.core.caller_mesh import without_mesh
 from cluscomp_jax.core.codebook import CodebookArray, round_codebook
 from cluscomp_jax.core.trees import Params
-from cluscomp_jax.errors import InputError
+from cluscomp_jax.models import layouts
 from cluscomp_jax.models.model import Model, build_model, run_block
 from cluscomp_jax.models.prefetch import BlockReader, BlockWriter
 from cluscomp_jax.models.sharding import Sharding, make_sharding, put_whole
-from cluscomp_jax.models.source import BlockSink, DictSink, Fingerprint, ParamSource, as_source, run_fingerprint
+from cluscomp_jax.models.source import BlockSink, DictSink, Fingerprint, ParamSource, run_fingerprint
 from cluscomp_jax.models.streams import Streams, embed_streams, open_streams
 from cluscomp_jax.plan.budget import forward_batch
 from cluscomp_jax.plan.host import scratch_bytes
@@ -50,62 +53,50 @@ from cluscomp_jax.runtime.timing import StageTimer
 from cluscomp_jax.tuning import BlockTuning, split_trainable, tune_block
 
 
-@dataclasses.dataclass(frozen=True)
-class CompressionSummary:
-    """What a run did.
-
-    Attributes:
-      matrices: per matrix: path, shape, axis, g, num_codes, bits_per_weight, relative_error, weighted_error, seconds.
-      blocks: per block: index, seconds, and what tuning reported, where there was any.
-      stages: {stage: {"seconds", "peak_rss_bytes"}}; on a resumed run, of its last part. Peaks are None where the run
-        did not have its process to itself.
-      bits_per_weight: stored bits per weight of the compressed matrices together.
-      total_bytes: stored bytes of all parameters.
-    """
-
-    matrices: tuple[dict[str, Any], ...]
-    blocks: tuple[dict[str, Any], ...]
-    stages: dict[str, dict[str, Any]]
-    bits_per_weight: float
-    total_bytes: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the summary as plain JSON values."""
-        return dataclasses.asdict(self)
-
-
 def compress(
-    params: Mapping[Any, Any] | ParamSource,
+    params: Any,
     cfg: CompressConfig,
     *,
     calibration: np.ndarray | None = None,
     reporter: Reporter | None = None,
     work_dir: str | Path | None = None,
-) -> Params:
-    """Returns the compressed params: the same tree, its matched kernels CodebookArrays, arrays on the host.
+    layout: layouts.Layouts = layouts.auto,
+    check: layouts.ApplyFn | None = None,
+) -> Any:
+    """Returns the compressed params: the same tree, its matched kernels CodebookArrays.
+
+    Of the FlaxLlama layout, or of a ParamSource, it is a nested dict with string keys, and all arrays are on the host.
+    In any other layout, or with a `layout` named, what is not compressed or tuned stays as it is, and a CodebookArray
+    has the shape and dtype of the host's kernel.
 
     Args:
-      params: a nested dict in the FlaxLlama layout (string or integer layer keys), or a ParamSource.
-      cfg: the run; `cfg.model` is the family's config.
+      params: a nested dict in the FlaxLlama layout (string or integer layer keys), a ParamSource, or any pytree
+        of one of the codebases of `layout`, boxed or not.
+      cfg: the run; `cfg.model` is the family's config (`LlamaConfig.of` reads those of other libraries).
       calibration: tokens int [samples, length]; with them clustering is activation-weighted and blocks are tuned
         (where cfg says so), without them matrices are only clustered.
       reporter: is told of progress; silent by default.
       work_dir: an existing folder; up to three streams of activations lie in a temporary one inside it meanwhile
         (`plan.host.scratch_bytes`). None: the system's folder for temporary files.
+      layout: the codebases whose names are tried (`cluscomp_jax.layouts`); auto: all that are known.
+      check: check(params, tokens int32 [b, t]) -> logits [b, t, vocab], the host's own forward pass. It is compared
+        with ours before any work: names and shapes do not show a transposed square kernel or another rope.
 
     Raises:
       InputError: whatever does not fit, before any long work; also activations on the disk.
     """
-    model = build_model(cfg.model)
-    source = as_source(params, model)
-    if isinstance(params, Mapping):
-        _check_finite(params)
+    calibration = None if calibration is None else tokens_of(calibration)
+    opened = layouts.open_tree(params, build_model(cfg.model), layout)
+    model, cfg = opened.model, dataclasses.replace(cfg, model=opened.model)
+    if opened.stacked:
+        check_stacked(model, cfg, calibration)
+    if check is not None:
+        layouts.check_forward(params, opened, check)
     sink = DictSink()
-    calibration = None if calibration is None else np.asarray(calibration)  # wherever it lies
     needed = 0 if calibration is None or calibration.ndim != 2 else scratch_bytes(model, cfg, calibration.shape)
     with scratch_folder(work_dir, needed) as folder, without_mesh():
-        compress_stream(source, sink, cfg, calibration=calibration, work_dir=folder, reporter=reporter)
-    return sink.params(model)
+        compress_stream(opened.source, sink, cfg, calibration=calibration, work_dir=folder, reporter=reporter)
+    return opened.put_back(sink.params(model))
 
 
 def compress_stream(
@@ -402,9 +393,3 @@ def _warn_of_dtypes(run: Run, i: int, before: Mapping[str, np.dtype[Any]], block
     if changed := [path for path, dtype in _codebook_dtypes(block).items() if dtype != before[path]]:
         paths = ", ".join(f"{run.model.blocks_path}/{i}/{path}" for path in changed)
         run.reporter.warn(f"stored in bfloat16 after tuning, because float16 holds their codes worse: {paths}")
-
-
-def _check_finite(params: Mapping[Any, Any]) -> None:
-    for path, leaf in trees.flatten(params).items():
-        if not isinstance(leaf, CodebookArray) and not bool(jnp.isfinite(jnp.asarray(leaf)).all()):
-            raise InputError(f"{path!r} holds NaN or Inf; only finite weights can be compressed")

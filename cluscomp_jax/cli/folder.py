@@ -18,6 +18,7 @@ from cluscomp_jax import _version as version
 from cluscomp_jax.checkpoint.reader import CheckpointSource
 from cluscomp_jax.checkpoint.writer import CheckpointWriter
 from cluscomp_jax.cli.outcome import note
+from cluscomp_jax.clustering.summary import CompressionSummary
 from cluscomp_jax.config.finetune import FinetuneConfig
 from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.core.trees import Params
@@ -27,7 +28,7 @@ from cluscomp_jax.io.hf.safetensors_source import GENERATION_CONFIG
 from cluscomp_jax.io.open import OpenedModel
 from cluscomp_jax.io.tokenizer import tokenizer_digest, write_tokenizer
 from cluscomp_jax.models.source import Fingerprint, ParamSource
-from cluscomp_jax.pipeline import CompressionSummary, compress_stream, fingerprint
+from cluscomp_jax.pipeline import compress_stream, fingerprint
 from cluscomp_jax.plan.host import scratch_bytes
 from cluscomp_jax.reporting.tables import format_bytes
 from cluscomp_jax.runtime.host_memory import return_freed_memory

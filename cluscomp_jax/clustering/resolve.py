@@ -1,6 +1,7 @@
 """Checks before any long work: which rule compresses which kernel, and whether the calibration fits."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -160,3 +161,45 @@ def check_samples(cfg: CompressConfig, samples: int, by_block: list[Rules]) -> N
     cut_in = [path for rules in by_block for path, rule in rules.items() if rule.axis == "in"]
     if cfg.cluster.calibrated and cut_in:
         raise InputError(f"{cut_in[0]}: {NOT_IN}")
+
+
+def check_stacked(model: Model, cfg: CompressConfig, calibration: np.ndarray | None) -> None:
+    """Raises InputError where the blocks, which are stacked in arrays, would not get the same codes and groups."""
+    if mixes(cfg, calibration):
+        raise InputError(
+            "cluster.mixed_precision gives every kernel codes of its own, but the blocks are stacked in arrays; set it "
+            'to "none", or unstack the blocks'
+        )
+    first, *others = rules_by_block(model, cfg)
+    for i, rules in enumerate(others, start=1):
+        for path in first.keys() | rules.keys():
+            if first.get(path) != rules.get(path):
+                raise InputError(
+                    f"the rules of {path} are not the same in blocks 0 and {i}, which are stacked in one array; "
+                    "let one rule match both, or unstack the blocks"
+                )
+
+
+def tokens_of(calibration: Any) -> np.ndarray:
+    """Returns calibration as an array, wherever it lies.
+
+    Raises:
+      InputError: texts, or lists of unequal lengths.
+    """
+    if isinstance(calibration, str) or (isinstance(calibration, list | tuple) and _has_text(calibration)):
+        raise InputError(
+            "calibration is text; it must be tokens, int [samples, length]: cluscomp_jax.load_tokens reads a file, "
+            "cluscomp_jax.calibration_samples cuts its tokens into samples"
+        )
+    if isinstance(calibration, list | tuple):
+        lengths = {len(sample) for sample in calibration if hasattr(sample, "__len__")}
+        if len(lengths) > 1:
+            raise InputError(
+                f"calibration is a list of samples of {min(lengths)} to {max(lengths)} tokens; all must have one "
+                "length: cluscomp_jax.calibration_samples cuts tokens into samples"
+            )
+    return np.asarray(calibration)
+
+
+def _has_text(calibration: Sequence[Any]) -> bool:
+    return any(isinstance(sample, str) for sample in calibration)

@@ -148,7 +148,10 @@ def build_model(config: Any) -> Model:
     if isinstance(config, Model):
         return config
     if not hasattr(config, "model_type"):
-        raise InputError(f"cfg.model must be a model config such as LlamaConfig, not {type(config).__name__}")
+        raise InputError(
+            f"cfg.model must be a model config such as LlamaConfig, not {type(config).__name__}; "
+            "cluscomp_jax.llama.LlamaConfig.of(it) reads configs of Hugging Face, tunix, bonsai and MaxText"
+        )
     model: Model = family_of(config.model_type).build(config)
     return model
 

@@ -17,6 +17,7 @@ import cluscomp_jax
 from check_card.generation import LLAMA_2_7B, TINY
 from check_card.step import Step
 from cluscomp_jax import data
+from cluscomp_jax.clustering.summary import CompressionSummary
 from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
 from cluscomp_jax.config.data import CalibrationConfig
 from cluscomp_jax.config.run import CompressConfig
@@ -28,7 +29,7 @@ from cluscomp_jax.io.hf.safetensors_source import SafetensorsSource, read_config
 from cluscomp_jax.models.llama.init import initial_value
 from cluscomp_jax.models.model import Model, build_model, parameter_shapes, parse_model_config
 from cluscomp_jax.models.source import DictSink, DictSource
-from cluscomp_jax.pipeline import CompressionSummary, compress_stream
+from cluscomp_jax.pipeline import compress_stream
 from cluscomp_jax.plan.program import Memory, compile_program
 from cluscomp_jax.plan.setting import layer_types_of
 from cluscomp_jax.plan.shapes import AbstractDevice

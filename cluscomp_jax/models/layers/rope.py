@@ -1,4 +1,4 @@
-"""Rotary position embeddings: inverse frequencies of every served type, their tables, the half-split rotation.
+"""Rotary position embeddings: inverse frequencies of every served type, their tables, the rotation.
 
 Knows nothing of attention or of config files: a RopeConfig comes in with every default already filled in.
 Letters: b batch, t time, h head_dim.
@@ -148,8 +148,16 @@ def rotary_tables(
     return (jnp.cos(angles) * factor).astype(dtype), (jnp.sin(angles) * factor).astype(dtype)
 
 
-def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Returns x [b, t, heads, h] with channel c and c + h/2 turned together by their angle (half-split layout)."""
+def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array], *, neighbours: bool = False) -> jax.Array:
+    """Returns x [b, t, heads, h] with the channels of each pair turned together by their angle.
+
+    Args:
+      x: queries or keys.
+      tables: of `rotary_tables`.
+      neighbours: whether pair c is (2c, 2c + 1), as in MaxText's Llama 3.1; else it is (c, c + h/2), the half-split
+        layout.
+    """
     cosine, sine = (table[:, None, :] for table in tables)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    first, second = (x[..., ::2], x[..., 1::2]) if neighbours else jnp.split(x, 2, axis=-1)
+    turned = first * cosine - second * sine, second * cosine + first * sine
+    return jnp.stack(turned, axis=-1).reshape(x.shape) if neighbours else jnp.concatenate(turned, axis=-1)

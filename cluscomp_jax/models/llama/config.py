@@ -1,7 +1,9 @@
 """LlamaConfig: what distinguishes one decoder of the family from another. Knows no file format."""
 
 import dataclasses
+import importlib
 import math
+from typing import Any
 
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.layers.rope import RopeConfig
@@ -64,6 +66,22 @@ class LlamaConfig:
             kind = FULL if self.sliding_window is None else SLIDING
             object.__setattr__(self, "layer_types", (kind,) * self.num_hidden_layers)
         self._check_windows()
+
+    @classmethod
+    def of(cls, config: Any) -> "LlamaConfig":
+        """Returns the LlamaConfig of a config of another library.
+
+        Args:
+          config: a Hugging Face config dict, a config object of transformers (or with its `to_dict`), a ModelConfig of
+            tunix or bonsai, or a config of MaxText; they are told apart by the names of their attributes.
+
+        Raises:
+          InputError: none of these, or one that asks for a computation that this family does not do.
+        """
+        # By name: the readers of configs import this module.
+        reader = importlib.import_module("cluscomp_jax.models.llama.foreign_config")
+        found: LlamaConfig = reader.read_config(config)
+        return found
 
     @property
     def qkv_bias(self) -> bool:

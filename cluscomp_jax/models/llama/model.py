@@ -56,9 +56,18 @@ def _project(params: Params, x: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaModel:
-    """The `cluscomp_jax.models.model.Model` of one LlamaConfig."""
+    """The `cluscomp_jax.models.model.Model` of one LlamaConfig.
+
+    Attributes:
+      config: of the model.
+      scaled_queries: whether the kernel of q already contains the factor 1/sqrt(head_dim), as in MaxText's Llama.
+      neighbours: whether the outputs of q and k have the channels that rotate together next to each other
+        (`cluscomp_jax.models.layers.rope.rotate`).
+    """
 
     config: LlamaConfig
+    scaled_queries: bool = False
+    neighbours: bool = False
 
     @property
     def num_blocks(self) -> int:
@@ -225,8 +234,10 @@ class LlamaModel:
             queries = rms_norm(queries, params["q_norm"]["weight"], c.rms_norm_eps)
             keys = rms_norm(keys, params["k_norm"]["weight"], c.rms_norm_eps)
         tables = rotary_tables(c.rope, c.head_dim, positions, length, x.dtype)
-        keys, values = rotate(keys, tables).transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)
-        return attend(rotate(queries, tables), keys, values).reshape(b, t, -1)
+        queries, keys = (rotate(x, tables, neighbours=self.neighbours) for x in (queries, keys))
+        if self.scaled_queries:
+            queries = queries * jnp.asarray(c.head_dim**0.5, queries.dtype)
+        return attend(queries, keys.transpose(0, 2, 1, 3), values.transpose(0, 2, 1, 3)).reshape(b, t, -1)
 
 
 def _window(layer_type: Hashable) -> int | None:
@@ -236,7 +247,14 @@ def _window(layer_type: Hashable) -> int | None:
 
 
 def build(config: LlamaConfig) -> LlamaModel:
-    """Returns the Model of a config."""
+    """Returns the Model of a config.
+
+    Raises:
+      InputError: a config of another library, such as transformers.
+    """
+    if not isinstance(config, LlamaConfig):
+        found = f"{type(config).__module__}.{type(config).__qualname__}"
+        raise InputError(f"the model config is a {found}; give cluscomp_jax.llama.LlamaConfig.of(it)")
     return LlamaModel(config)
 
 

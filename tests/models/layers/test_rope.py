@@ -88,6 +88,16 @@ def test_rotation_keeps_lengths_and_products_depend_on_distance_alone(positions,
     np.testing.assert_allclose(here[0] @ here[1], there[0] @ there[1], atol=2e-2)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_neighbours_turn_as_halves_do(seed):
+    """Channels 2c and 2c + 1 turn as c and c + h/2 of the same heads in the other order."""
+    x = np.random.default_rng(seed).normal(size=(1, 5, 2, HEAD_DIM)).astype(np.float32)
+    tables = rotary_tables(RopeConfig(), HEAD_DIM, np.arange(5), 5, np.float32)
+    order = [c // 2 + c % 2 * (HEAD_DIM // 2) for c in range(HEAD_DIM)]
+    turned = rotate(x[..., order], tables, neighbours=True)
+    np.testing.assert_array_equal(turned, np.asarray(rotate(x, tables))[..., order])
+
+
 def test_tables_carry_the_attention_factor():
     rope = RopeConfig(rope_type="yarn", factor=2.0, original_max_positions=64, attention_factor=1.25)
     cosine, sine = rotary_tables(rope, HEAD_DIM, np.arange(5), 5, np.float32)

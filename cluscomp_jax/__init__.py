@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cluscomp_jax.checkpoint.reader import load_checkpoint, save_checkpoint
+    from cluscomp_jax.checkpoint.saved_trees import load, save
     from cluscomp_jax.clustering.matrix import SizeReport, decompress, size_report
-    from cluscomp_jax.clustering.tree import cluster_tree
+    from cluscomp_jax.clustering.tree import abstract, cluster_tree
     from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
     from cluscomp_jax.config.data import CalibrationConfig, DataConfig
     from cluscomp_jax.config.finetune import FinetuneConfig, load_finetune_config
@@ -45,6 +46,7 @@ _HOMES = {
     "SizeReport": "clustering.matrix",
     "TokenRows": "text.token_rows",
     "TrainingConfig": "config.training",
+    "abstract": "clustering.tree",
     "calibration_samples": "text.text",
     "cluster_tree": "clustering.tree",
     "combine": "core.masters",
@@ -53,6 +55,7 @@ _HOMES = {
     "decompress": "clustering.matrix",
     "finetune": "finetuning",
     "generate": "inference.decoder",
+    "load": "checkpoint.saved_trees",
     "load_checkpoint": "checkpoint.reader",
     "load_config": "config.run",
     "load_finetune_config": "config.finetune",
@@ -61,6 +64,7 @@ _HOMES = {
     "partition": "core.masters",
     "perplexity": "evaluation.perplexity",
     "rounded": "core.masters",
+    "save": "checkpoint.saved_trees",
     "save_checkpoint": "checkpoint.reader",
     "size_report": "clustering.matrix",
     "with_codebooks": "tracing.with_codebooks",
@@ -81,6 +85,7 @@ __all__ = [
     "SizeReport",
     "TokenRows",
     "TrainingConfig",
+    "abstract",
     "calibration_samples",
     "cluster_tree",
     "combine",
@@ -90,6 +95,7 @@ __all__ = [
     "finetune",
     "generate",
     "llama",
+    "load",
     "load_checkpoint",
     "load_config",
     "load_finetune_config",
@@ -98,6 +104,7 @@ __all__ = [
     "partition",
     "perplexity",
     "rounded",
+    "save",
     "save_checkpoint",
     "size_report",
     "with_codebooks",

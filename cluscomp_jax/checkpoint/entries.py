@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -102,7 +103,7 @@ class MatrixEntry:
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form; `bits_per_weight` and `index_bits` are there to be read by people and other tools."""
-        fields = {
+        fields: dict[str, Any] = {
             "shape": list(self.shape),
             "axis": self.axis,
             "group_size": self.group_size,
@@ -228,7 +229,7 @@ def _numbers(path: str, leaf: Any) -> np.ndarray[Any, Any]:
     if isinstance(leaf, jax.core.Tracer):
         raise InputError(f"{path} is traced; save outside of jit")
     if isinstance(leaf, jax.Array):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
             raise InputError(f"{path} is {leaf.dtype}, no array of numbers; store jax.random.key_data of a key")
         if not leaf.is_fully_addressable:
             raise InputError(f"{path} is spread over processes; gather it first (multihost_utils.process_allgather)")

@@ -23,6 +23,7 @@ TREE_NAME = "tree.json"
 CONTENT_FOLDERS = ("blocks", "rest", "tokenizer")
 """The folders of a checkpoint that hold listed files, and nothing but listed files."""
 
+
 @dataclasses.dataclass(frozen=True)
 class Contents:
     """What one item, or a whole checkpoint, holds.

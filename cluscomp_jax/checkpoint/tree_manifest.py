@@ -90,7 +90,9 @@ def open_tree(root: Path) -> Contents:
     if type(version) is not int or version < 1:
         raise InputError(f"{where}: format_version is {version!r}; this is no tree of cluscomp_jax")
     if version > FORMAT_VERSION:
-        raise InputError(f"{where}: format version {version} is newer than {FORMAT_VERSION}; install a newer cluscomp-jax")
+        raise InputError(
+            f"{where}: format version {version} is newer than {FORMAT_VERSION}; install a newer cluscomp-jax"
+        )
     contents = parse(fields, where)
     check_owners(contents.entries, where)
     again = {**to_dict(contents), "package_version": field(fields, "package_version", str, where)}
@@ -135,6 +137,8 @@ def _host(fields: Any, where: str) -> HostAxes:
     shape, order = read_shape(fields, where), read_shape(fields, where, "order", lowest=0)
     num_in, at = field(fields, "num_in", int, where), field(fields, "stack_at", int, where)
     if sorted(order) != list(range(len(shape))) or not 0 <= num_in <= len(order) or not 0 <= at <= min(2, len(order)):
-        raise InputError(f"{where}: order {list(order)}, num_in {num_in} and stack_at {at} are no axes of {list(shape)}")
+        raise InputError(
+            f"{where}: order {list(order)}, num_in {num_in} and stack_at {at} are no axes of {list(shape)}"
+        )
     dtype = None if fields.get("dtype") is None else choice(fields, "dtype", _FLOATING, where)
     return HostAxes(shape, order, num_in, at, dtype)

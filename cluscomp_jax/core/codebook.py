@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cluscomp_jax.core import flax_state
 from cluscomp_jax.core.caller_mesh import explicit_mesh, partitioned, spec_of
 from cluscomp_jax.core.host_axes import HostAxes
 from cluscomp_jax.core.host_splits import Splits
@@ -57,6 +58,9 @@ class CodebookArray:
     axis: Axis = "out"
     tied_to: str | None = None
     host: HostAxes | None = None
+
+    def __post_init__(self) -> None:
+        flax_state.register(CodebookArray)
 
     @property
     def num_codes(self) -> int:
@@ -253,9 +257,11 @@ def decoded_split(w: CodebookArray) -> tuple[Any, ...]:
 def splits(w: CodebookArray, mesh: Mapping[str, int]) -> Splits:
     """Returns how the axes of the host's array and those of the index are split over a mesh {axis: size}."""
     pieces = index_shape(w.matrix_shape, w.group_size, w.axis)
-    padded = [cut == w.axis and bool(size % w.group_size) for cut, size in zip(("in", "out"), w.matrix_shape, strict=True)]
+    cut = ("in", "out").index(w.axis)
+    last = bool(w.matrix_shape[cut] % w.group_size)
+    padded = (last and cut == 0, last and cut == 1)
     host = w.host or HostAxes(w.matrix_shape, (0, 1), 1)
-    return Splits(host, len(w.stack), pieces, (padded[0], padded[1]), mesh)
+    return Splits(host, len(w.stack), pieces, padded, mesh)
 
 
 def _decode_host(w: CodebookArray) -> jax.Array:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from cluscomp_jax.checkpoint.reader import load_checkpoint, save_checkpoint
     from cluscomp_jax.checkpoint.saved_trees import load, save
+    from cluscomp_jax.clustering.host_hessians import collect_hessians
     from cluscomp_jax.clustering.matrix import SizeReport, decompress, size_report
     from cluscomp_jax.clustering.tree import abstract, cluster_tree
     from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
     from cluscomp_jax.config.tuning import BlockTuningConfig
     from cluscomp_jax.core.codebook import CodebookArray
     from cluscomp_jax.core.masters import combine, partition, rounded
+    from cluscomp_jax.core.stacking import stack, unstack
     from cluscomp_jax.errors import InputError
     from cluscomp_jax.evaluation.perplexity import Perplexity, perplexity
     from cluscomp_jax.finetuning import finetune
+    from cluscomp_jax.foreign_blocks import compress_blocks
     from cluscomp_jax.inference.decoder import generate
     from cluscomp_jax.io.open import open_model
     from cluscomp_jax.models import llama
@@ -49,7 +52,9 @@ _HOMES = {
     "abstract": "clustering.tree",
     "calibration_samples": "text.text",
     "cluster_tree": "clustering.tree",
+    "collect_hessians": "clustering.host_hessians",
     "combine": "core.masters",
+    "compress_blocks": "foreign_blocks",
     "count_products": "tracing.evaluate",
     "compress": "pipeline",
     "decompress": "clustering.matrix",
@@ -67,6 +72,8 @@ _HOMES = {
     "save": "checkpoint.saved_trees",
     "save_checkpoint": "checkpoint.reader",
     "size_report": "clustering.matrix",
+    "stack": "core.stacking",
+    "unstack": "core.stacking",
     "with_codebooks": "tracing.with_codebooks",
 }
 
@@ -88,8 +95,10 @@ __all__ = [
     "abstract",
     "calibration_samples",
     "cluster_tree",
+    "collect_hessians",
     "combine",
     "compress",
+    "compress_blocks",
     "count_products",
     "decompress",
     "finetune",
@@ -107,6 +116,8 @@ __all__ = [
     "save",
     "save_checkpoint",
     "size_report",
+    "stack",
+    "unstack",
     "with_codebooks",
 ]
 

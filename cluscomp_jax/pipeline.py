@@ -19,7 +19,7 @@ import numpy as np
 from cluscomp_jax.checkpoint.run_records import RunRecords
 from cluscomp_jax.clustering.block import cluster_block
 from cluscomp_jax.clustering.matrix import decompress, size_report
-from cluscomp_jax.clustering.resolve import Rules, check_calibration, mixes, rules_by_block
+from cluscomp_jax.clustering.resolve import Rules, check_calibration, check_samples, mixes, rules_by_block
 from cluscomp_jax.clustering.sensitivity import sensitivities
 from cluscomp_jax.config.numerics import compute_dtype_of
 from cluscomp_jax.config.run import CompressConfig
@@ -33,7 +33,7 @@ from cluscomp_jax.models.model import Model, build_model, run_block
 from cluscomp_jax.models.prefetch import BlockReader, BlockWriter
 from cluscomp_jax.models.sharding import Sharding, make_sharding, put_whole
 from cluscomp_jax.models.source import BlockSink, DictSink, Fingerprint, ParamSource, as_source, run_fingerprint
-from cluscomp_jax.models.streams import Streams, embed_streams
+from cluscomp_jax.models.streams import Streams, embed_streams, open_streams
 from cluscomp_jax.plan.budget import forward_batch
 from cluscomp_jax.plan.host import scratch_bytes
 from cluscomp_jax.runtime.reporter import Reporter, SilentReporter
@@ -110,6 +110,7 @@ def compress_stream(
     reporter: Reporter | None = None,
     finished_blocks: int = 0,
     owns_process: bool = False,
+    inputs: np.ndarray | None = None,
 ) -> CompressionSummary:
     """Compresses block after block from `source` into `sink` and returns what was done.
 
@@ -120,13 +121,14 @@ def compress_stream(
       finished_blocks: blocks already in the sink. Their activations are recomputed, not read from scratch files,
         so that an interrupted run gives the bytes of an uninterrupted one.
       owns_process: as for StageTimer: whether freed memory may be given back and the peak of each stage measured.
+      inputs: the first block's inputs [samples, t, d] in place of calibration tokens, where the model has no embedding.
 
     Raises:
       InputError: whatever does not fit, before any long work.
     """
     timer = StageTimer(owns_process=owns_process)
     records = RunRecords(work_dir / "records")
-    run = prepare(source, cfg, calibration, work_dir, records, timer, reporter or SilentReporter())
+    run = prepare(source, cfg, calibration, work_dir, records, timer, reporter or SilentReporter(), inputs)
     blocks = _compress_blocks(run, source, sink, records, finished_blocks)
     if run.streams is not None:
         run.streams.delete()
@@ -185,6 +187,7 @@ def prepare(
     records: RunRecords,
     timer: StageTimer,
     reporter: Reporter,
+    inputs: np.ndarray | None = None,
 ) -> Run:
     """Returns the run at its first block: settings resolved and checked, sensitivities measured, tokens embedded.
 
@@ -194,10 +197,14 @@ def prepare(
     model = build_model(cfg.model)
     rules = rules_by_block(model, cfg)
     sharding = make_sharding(cfg.mesh, model)
-    if calibration is None:
+    if calibration is None and inputs is None:
         return Run(model, cfg, rules, None, None, sharding, timer, reporter)
-    check_calibration(model, cfg, calibration, rules)
-    if mixes(cfg, calibration):
+    shape = inputs.shape[:2] if calibration is None else calibration.shape  # type: ignore[union-attr]
+    if calibration is None:
+        check_samples(cfg, shape[0], rules)
+    else:
+        check_calibration(model, cfg, calibration, rules)
+    if calibration is not None and mixes(cfg, calibration):
         damping = cfg.cluster.damping if cfg.cluster.error_feedback else None
 
         def measure() -> dict[str, float]:
@@ -209,20 +216,22 @@ def prepare(
     if cfg.cluster.calibrated or cfg.tuning:
         numbers = cfg.tuning or BlockTuningConfig()
         # Of as many samples as can be spread, so that only the last batch may be whole on every device.
-        spread = max(1, len(calibration) // cfg.mesh.data)
+        spread = max(1, shape[0] // cfg.mesh.data)
+        options = {
+            "original": cfg.tuning is not None or cfg.cluster.corrects,
+            "augmented": cfg.tuning is not None and cfg.tuning.aug_loss,
+            "batch_size": cfg.mesh.data * min(spread, forward_batch(model, cfg, shape)),
+            "dtype": jnp.dtype(compute_dtype_of(numbers)),
+            "sharding": sharding,
+        }
+        stored = jnp.dtype(numbers.activation_dtype)
         with timer("embed"):
-            streams = embed_streams(
-                model,
-                source.load_outer(),
-                calibration,
-                work_dir,
-                original=cfg.tuning is not None or cfg.cluster.corrects,
-                augmented=cfg.tuning is not None and cfg.tuning.aug_loss,
-                batch_size=cfg.mesh.data * min(spread, forward_batch(model, cfg, calibration.shape)),
-                dtype=jnp.dtype(compute_dtype_of(numbers)),
-                activation_dtype=jnp.dtype(numbers.activation_dtype),
-                sharding=sharding,
-            )
+            if calibration is not None:
+                streams = embed_streams(model, source.load_outer(), calibration, work_dir, stored, **options)
+            elif inputs is not None:
+                streams = open_streams(inputs.shape, work_dir, stored, **options)
+                for i in range(len(inputs)):
+                    streams.write(i, inputs[i : i + 1])
     return Run(model, cfg, rules, cfg.tuning, streams, sharding, timer, reporter)
 
 

@@ -134,7 +134,12 @@ def check_calibration(model: Model, cfg: CompressConfig, calibration: np.ndarray
     """Raises InputError where calibration tokens do not fit the model or the settings."""
     if calibration.ndim != 2 or calibration.shape[0] < 1 or calibration.shape[1] < 2:
         raise InputError(f"calibration has shape {calibration.shape}; it must be [samples, length], 1 and 2 at least")
-    samples = calibration.shape[0]
+    check_samples(cfg, calibration.shape[0], by_block)
+    check_tokens(calibration, model, "calibration")
+
+
+def check_samples(cfg: CompressConfig, samples: int, by_block: list[Rules]) -> None:
+    """Raises InputError where the number of calibration samples does not fit the settings."""
     if cfg.tuning is not None:
         train = samples - cfg.tuning.validation_samples
         if train < 1 or train % cfg.tuning.batch_size:
@@ -142,7 +147,6 @@ def check_calibration(model: Model, cfg: CompressConfig, calibration: np.ndarray
                 f"calibration has {samples} samples; less {cfg.tuning.validation_samples} held out they must be a "
                 f"positive multiple of batch_size {cfg.tuning.batch_size}"
             )
-    check_tokens(calibration, model, "calibration")
     cut_in = [path for rules in by_block for path, rule in rules.items() if rule.axis == "in"]
     if cfg.cluster.calibrated and cut_in:
         raise InputError(f"{cut_in[0]}: {NOT_IN}")

@@ -90,6 +90,12 @@ class Streams:
         """Moves the compressed stream to the outputs of the compressed block."""
         self._pass(block, self.compressed, self.compressed)
 
+    def write(self, i: int, x: Any) -> None:
+        """Stores sample i [1, t, d] of the first block's input in both streams."""
+        for store in (self.compressed, self.original):
+            if store is not None:
+                store.write(slice(i, i + 1), np.asarray(x))
+
     def error(self, settings: BlockErrorSettings) -> float | None:
         """Returns the mean error of the compressed stream against the original one, as tuning counts it."""
         if self.original is None:
@@ -120,33 +126,54 @@ def embed_streams(
     outer: Params,
     tokens: np.ndarray,
     work_dir: Path,
-    *,
-    original: bool,
-    augmented: bool,
-    batch_size: int,
-    dtype: Any,
     activation_dtype: Any,
-    sharding: Sharding | None,
+    *,
+    dtype: Any,
+    **options: Any,
 ) -> Streams:
     """Returns the streams at the first block's input, in files of `work_dir`.
 
     Args:
       outer: parameters outside the blocks.
       tokens: int [samples, t].
-      original, augmented: whether there are such streams.
-      batch_size, dtype, sharding: as of `Streams`.
       activation_dtype: of the files.
+      dtype: as of `Streams`.
+      **options: `original` and `augmented`, whether there are such streams; batch_size and sharding as of `Streams`.
 
     Raises:
       OSError: the disk has no room for them.
     """
     embed = partial(run_embed, jax.tree.map(jnp.asarray, outer), model=model, dtype=dtype)
     width = embed(jnp.asarray(tokens[:1])).shape[-1]
+    streams = open_streams((*tokens.shape, width), work_dir, activation_dtype, dtype=dtype, **options)
+    for i in range(len(tokens)):
+        streams.write(i, embed(jnp.asarray(tokens[i : i + 1])))
+    return streams
+
+
+def open_streams(
+    shape: tuple[int, int, int],
+    work_dir: Path,
+    activation_dtype: Any,
+    *,
+    original: bool,
+    augmented: bool,
+    batch_size: int,
+    dtype: Any,
+    sharding: Sharding | None,
+) -> Streams:
+    """Returns the streams of activations [samples, t, d] at the first block's input, to be written.
+
+    The arguments are those of `embed_streams`.
+
+    Raises:
+      OSError: the disk has no room for them.
+    """
 
     def new_store(name: str) -> ActivationStore:
-        return ActivationStore(work_dir / f"{name}.bin", (*tokens.shape, width), activation_dtype)
+        return ActivationStore(work_dir / f"{name}.bin", shape, activation_dtype)
 
-    streams = Streams(
+    return Streams(
         compressed=new_store("compressed"),
         original=new_store("original") if original else None,
         augmented=new_store("augmented") if augmented else None,
@@ -154,9 +181,3 @@ def embed_streams(
         dtype=dtype,
         sharding=sharding,
     )
-    for i in range(len(tokens)):
-        x = embed(jnp.asarray(tokens[i : i + 1]))
-        for store in (streams.compressed, streams.original):
-            if store is not None:
-                store.write(slice(i, i + 1), np.asarray(x))
-    return streams

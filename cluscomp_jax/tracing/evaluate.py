@@ -16,8 +16,11 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from cluscomp_jax.core.caller_mesh import explicit_mesh, partitioned, split_of_type
+from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.tracing.contraction import Contraction, hindrance, multiply, read_contraction
 from cluscomp_jax.tracing.kernel import NamedMatrix, TracedKernel
-from cluscomp_jax.tracing.product import hindrance, multiply, read_contraction
+from cluscomp_jax.tracing.products import ProductTrace
 from pallas_kernels import _compat
 
 _LOG = logging.getLogger(__name__)
@@ -60,27 +63,42 @@ def count_product(*, served: bool, why: str = "") -> None:
         _LOG.info("a kernel is decoded before its product: %s", why)
 
 
-def evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], observer: Observer | None = None) -> Any:
+def evaluate(
+    jaxpr: Any,
+    consts: Sequence[Any],
+    args: Sequence[Any],
+    observer: Observer | None = None,
+    trace: ProductTrace | None = None,
+) -> Any:
     """Returns (the outputs, {name: records}) of a jaxpr; outputs can be TracedKernels.
 
     Args:
       jaxpr: open; its constants in `consts`.
       args: arrays and TracedKernels.
       observer: sees the input of every product by a NamedMatrix.
+      trace: notes the products outside of `lax.scan`; `jax.checkpoint` then recomputes nothing.
     """
-    state = _Evaluation(observer)
+    state = _Evaluation(observer, trace)
     outs = state.run(jaxpr, consts, args)
     return outs, state.records
 
 
-def dense(value: Any) -> Any:
-    """Returns the array of a TracedKernel, and anything else as it is."""
-    return value.dense() if isinstance(value, TracedKernel) else value
+def dense(value: Any, var: Any = None) -> Any:
+    """Returns the array of a TracedKernel, split over an Explicit mesh as `var` is, and anything else as it is."""
+    if not isinstance(value, TracedKernel):
+        return value
+    return value.dense(None if var is None else split_of_type(var.aval))
+
+
+def dense_each(values: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+    """Returns `dense` of each value and its variable."""
+    return [dense(value, var) for value, var in zip(values, variables, strict=True)]
 
 
 @dataclasses.dataclass
 class _Evaluation:
     observer: Observer | None
+    trace: ProductTrace | None = None
     records: Records = dataclasses.field(default_factory=dict)
 
     def run(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
@@ -96,7 +114,7 @@ class _Evaluation:
             if any(isinstance(value, TracedKernel) for value in values):
                 outs = self._with_kernels(eqn, values)
             else:
-                outs = _bind(eqn, values)
+                outs = self._bind(eqn, values)
             env.update(zip(eqn.outvars, outs, strict=True))
             for var in (*eqn.invars, *eqn.outvars):
                 if not isinstance(var, core.Literal) and var not in kept and last.get(var, eqn) is eqn:
@@ -117,32 +135,46 @@ class _Evaluation:
         if name == "scan":
             return self._scan(eqn, values)
         if name in ("remat2", "checkpoint"):
-            return self._checkpoint(eqn, values)
+            return self._checkpoint(eqn, values) if self.trace is None else self.run(eqn.params["jaxpr"], (), values)
         if name not in _MOVES:
             count_product(served=False, why=f"{name} is no product")
-        return _bind(eqn, [dense(value) for value in values])
+        return self._bind(eqn, dense_each(values, eqn.invars))
 
     def _dot_general(self, eqn: Any, values: list[Any]) -> Sequence[Any]:
         first = isinstance(values[0], TracedKernel)
         kernel, x = values if first else values[::-1]
-        c, x = read_contraction(eqn.params["dimension_numbers"], first), dense(x)
+        c, x = read_contraction(eqn.params["dimension_numbers"], first), dense(x, eqn.invars[1 if first else 0])
         why = hindrance(kernel, x, c)
         if why is not None:
             count_product(served=False, why=why)
-            return _bind(eqn, [dense(value) for value in values])
+            return self._bind(eqn, dense_each(values, eqn.invars))
         count_product(served=True)
-        out_dtype = eqn.outvars[0].aval.dtype
+        out = eqn.outvars[0].aval
         with _precision(eqn.params["precision"]):
-            y, *noted = multiply(kernel, jnp.asarray(x), c, out_dtype, self._product)
-        if noted:
-            self._record(kernel.payload.name, noted[0])  # type: ignore[union-attr]
+            if explicit_mesh(kernel, x) is not None and isinstance(kernel.payload, CodebookArray):
+                return [_multiply_on_mesh(kernel, x, c, out)]
+            y, *noted = multiply(kernel, jnp.asarray(x), c, out.dtype, self._product)
+        if isinstance(kernel.payload, NamedMatrix):
+            if self.observer is not None:
+                self._record(kernel.payload.name, noted.pop())
+            if self.trace is not None and noted:
+                self.trace.note_product(kernel.payload.name, noted[0], x, y)
         return [y]
 
     def _product(self, kernel: TracedKernel, x: jax.Array, out_dtype: Any) -> tuple[Any, ...]:
-        y = kernel.product(x, out_dtype)
-        if self.observer is None or not isinstance(kernel.payload, NamedMatrix):
-            return (y,)
-        return y, self.observer(kernel.payload.name, x)
+        """Returns x @ W, then x where it is traced, then what the observer makes of it."""
+        found = [kernel.product(x, out_dtype)]
+        if self.trace is not None and isinstance(kernel.payload, NamedMatrix):
+            found.append(x)
+        if self.observer is not None and isinstance(kernel.payload, NamedMatrix):
+            found.append(self.observer(kernel.payload.name, x))
+        return tuple(found)
+
+    def _bind(self, eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
+        outs = _bind(eqn, values)
+        if self.trace is not None:
+            self.trace.note_equation(eqn, values, outs)
+        return outs
 
     def _record(self, name: str, value: Any) -> None:
         before = self.records.get(name)
@@ -164,7 +196,8 @@ class _Evaluation:
     def _scan(self, eqn: Any, values: list[Any]) -> Sequence[Any]:
         params = eqn.params
         consts, start, xs = _compat.scan_inputs(params, values)
-        carry, scanned = [dense(value) for value in start], [_leading(value) for value in xs]
+        carry = dense_each(start, params["jaxpr"].jaxpr.invars[len(consts) : len(consts) + len(start)])
+        scanned = [_leading(value) for value in xs]
         kept = {
             value.payload.name
             for value in scanned
@@ -175,7 +208,7 @@ class _Evaluation:
             outs, records = evaluate(
                 params["jaxpr"].jaxpr, params["jaxpr"].consts, (*consts, *carry, *xs), self.observer
             )
-            outs = [dense(out) for out in outs]
+            outs = dense_each(outs, params["jaxpr"].jaxpr.outvars)
             return tuple(outs[: len(start)]), (outs[len(start) :], records)
 
         options = {name: params[name] for name in ("length", "reverse", "unroll")}
@@ -187,6 +220,16 @@ class _Evaluation:
             }
         )
         return [*carry, *ys]
+
+
+def _multiply_on_mesh(kernel: TracedKernel, x: jax.Array, c: Contraction, out: Any) -> jax.Array:
+    """Returns the product with the sharding of its type `out`, on a mesh with Explicit axes."""
+
+    def product(kernel: TracedKernel, x: jax.Array) -> jax.Array:
+        y: jax.Array = multiply(kernel, x, c, out.dtype, lambda kernel, x, dtype: (kernel.product(x, dtype),))[0]
+        return y
+
+    return partitioned(product, (kernel, x), split_of_type(out))
 
 
 def _leading(value: Any) -> Any:

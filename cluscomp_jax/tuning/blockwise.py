@@ -76,7 +76,7 @@ def split_trainable(block: Params, *, norms: bool) -> tuple[Trainable, dict[str,
             flat[path] = dataclasses.replace(leaf, codebook=None)
             if leaf.tied_to is None:
                 trained[path] = leaf.codebook
-        elif norms and len(leaf.shape) == 1:
+        elif norms and len(leaf.shape) == 1 and jnp.issubdtype(leaf.dtype, jnp.floating):
             trained[path] = leaf
     return trained, flat
 

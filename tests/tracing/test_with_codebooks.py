@@ -1,4 +1,4 @@
-"""with_codebooks against the same function of decoded kernels, for what programs of other codebases do with a kernel."""
+"""with_codebooks against the same function of decoded kernels, for what other codebases do with a kernel."""
 
 import jax
 import jax.numpy as jnp

@@ -1,9 +1,9 @@
-"""Flax linen adapters: the decoder as a linen module, and compressed kernels for a linen model that exists already.
+"""Flax linen adapter: the decoder as a linen module. Other linen modules have `cluscomp_jax.integrations.linen`.
 
-Thin: the computation is `llama.forward` or the model's own. Knows no training loop.
+Thin: the computation is `llama.forward`. Knows no training loop.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,8 +11,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from cluscomp_jax.core import trees
-from cluscomp_jax.core.codebook import CodebookArray
-from cluscomp_jax.core.linear import linear
 from cluscomp_jax.models.llama.config import LlamaConfig
 from cluscomp_jax.models.llama.init import initial_value, param_shapes
 from cluscomp_jax.models.llama.model import forward
@@ -58,34 +56,3 @@ class _Branch(nn.Module):  # type: ignore[misc]
         if self.has_variable("params", name):
             return self.get_variable("params", name)
         return self.param(name, lambda key: initial_value(name, shape, key, self.deviation))
-
-
-def compressed_dense(
-    next_function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], context: Any
-) -> Any:
-    """A `linen.intercept_methods` interceptor: an nn.Dense whose kernel is a CodebookArray multiplies by that.
-
-    Everything else runs as it was. Kernels of other modules (DenseGeneral, Conv) stay dense: linen itself refuses
-    a CodebookArray there, naming the parameter.
-    """
-    dense = context.module
-    served = isinstance(dense, nn.Dense) and context.method_name == "__call__"
-    kernel = dense.get_variable("params", "kernel") if served else None
-    if not isinstance(kernel, CodebookArray):
-        return next_function(*args, **kwargs)
-    x = jnp.asarray(args[0] if args else kwargs["inputs"])
-    bias = dense.get_variable("params", "bias") if dense.use_bias else None
-    return linear(x.astype(dense.dtype or jnp.result_type(x, kernel.dtype)), kernel, bias)
-
-
-def apply_compressed(module: Any, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """Returns module.apply(variables, *args, **kwargs) where kernels of nn.Dense may be CodebookArrays.
-
-    Args:
-      module: any linen module built on nn.Dense, an existing Flax LLaMA for one.
-      variables: {"params": tree, …} as `apply` takes them.
-      *args: handed on.
-      **kwargs: handed on.
-    """
-    with nn.intercept_methods(compressed_dense):
-        return module.apply(variables, *args, **kwargs)

@@ -10,8 +10,9 @@ from flax import linen, nnx
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray, decode, index_dtype, index_shape
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.integrations.linen import apply
 from cluscomp_jax.models.llama import LlamaConfig, build, forward, init_params
-from cluscomp_jax.models.llama.linen import FlaxLlama, apply_compressed
+from cluscomp_jax.models.llama.linen import FlaxLlama
 from cluscomp_jax.models.llama.nnx import NnxLlama
 from cluscomp_jax.models.source import DictSource
 
@@ -84,17 +85,15 @@ class ForeignDecoder(linen.Module):
         return linen.Dense(32, use_bias=False, name="head")(x)
 
 
-def test_apply_compressed_serves_an_existing_linen_model():
+def test_linen_apply_serves_an_existing_linen_model():
     module = ForeignDecoder()
     params = module.init(jax.random.key(2), TOKENS)["params"]
     params["widen"]["bias"] = jnp.arange(24.0)
     compressed = compress_by_hand(params)
-    actual = jax.jit(lambda p: apply_compressed(module, {"params": p}, TOKENS))(compressed)
+    actual = jax.jit(lambda p: apply(module, {"params": p}, TOKENS))(compressed)
     expected = module.apply({"params": decompress_by_hand(compressed)}, TOKENS)
     chex.assert_trees_all_close(actual, expected, atol=1e-4)
-    chex.assert_trees_all_equal(
-        apply_compressed(module, {"params": params}, TOKENS), module.apply({"params": params}, TOKENS)
-    )
+    chex.assert_trees_all_equal(apply(module, {"params": params}, TOKENS), module.apply({"params": params}, TOKENS))
 
 
 def test_without_the_interceptor_linen_refuses():

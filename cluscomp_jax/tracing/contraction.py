@@ -84,7 +84,7 @@ def multiply(kernel: TracedKernel, x: jax.Array, c: Contraction, out_dtype: Any,
     atoms: list[Any] = [*batch, *free, *range(len(x_free)), *outs]
     w_side = [a for axis in _free(kernel, c) for a in kernel.dims[axis] if a.side == "stack" or a.size > 1]
     x_side = list(range(len(x_free)))
-    sides = [w_side, x_side] if c.kernel_first else [x_side, w_side]
+    sides: list[list[Any]] = [w_side, x_side] if c.kernel_first else [x_side, w_side]
     y = y.transpose([atoms.index(name) for name in (*batch, *sides[0], *sides[1])])
     w_shape = tuple(kernel.shape[axis] for axis in _free(kernel, c))
     x_shape = tuple(x.shape[axis] for axis in kept)

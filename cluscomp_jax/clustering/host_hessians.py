@@ -1,0 +1,86 @@
+"""collect_hessians: what the kernels of any model read, as Hessians for `cluster_tree`.
+
+By tracing: the model is a function of parameters and a batch, of whatever framework.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cluscomp_jax.config.clustering import CompressionRule
+from cluscomp_jax.core import pytrees
+from cluscomp_jax.core.host_axes import HostAxes, parse_axes
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.tracing.evaluate import evaluate
+from cluscomp_jax.tracing.kernel import TracedKernel
+
+
+def collect_hessians(
+    apply: Callable[[Any, Any], Any], params: Any, batches: Iterable[Any], rules: Sequence[CompressionRule]
+) -> dict[str, np.ndarray]:
+    """Returns {path: E[x x^T], float32 [*stack, d_in, d_in]}, means over all rows x that the kernels multiply.
+
+    A kernel that `lax.scan` takes from a stack has a Hessian for each of its matrices. Every batch shape compiles anew.
+
+    Args:
+      apply: (params, batch) -> anything; pure. It is traced, and its products x @ W by matched kernels are observed.
+      params: any pytree, as `cluster_tree` takes it.
+      batches: pytrees of arrays, at least one.
+      rules: those that `cluster_tree` is to use.
+
+    Raises:
+      InputError: a kernel that no product reads as x @ W, or no batch.
+    """
+    leaves, structure = jax.tree.flatten(params, is_leaf=pytrees.is_codebook_array)
+    paths = [path for path, _ in pytrees.iterate(params)]
+    kernels: dict[int, HostAxes] = {}
+    for k, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
+        rule = next((rule for rule in rules if re.fullmatch(rule.pattern, path)), None)
+        if rule is not None:
+            kernels[k], _ = parse_axes(rule.axes, tuple(leaf.shape), leaf.dtype, path)
+    traced = [k for k, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)]
+
+    def whole(arrays: Sequence[Any], batch: Any) -> Any:
+        filled = list(leaves)
+        for k, array in zip(traced, arrays, strict=True):
+            filled[k] = array
+        return jax.tree.leaves(apply(jax.tree.unflatten(structure, filled), batch))
+
+    @jax.jit
+    def sums(arrays: Sequence[Any], batch: Any) -> dict[str, Any]:
+        closed = jax.make_jaxpr(whole)(arrays, batch)
+        values = [
+            TracedKernel.of_matrix(array, kernels[k], paths[k]) if k in kernels else array
+            for k, array in zip(traced, arrays, strict=True)
+        ]
+        _, records = evaluate(closed.jaxpr, closed.consts, [*values, *jax.tree.leaves(batch)], _products_of)
+        return records
+
+    total: dict[str, Any] | None = None
+    for batch in batches:
+        found = sums([leaves[k] for k in traced], batch)
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+    if total is None:
+        raise InputError("batches is empty; at least one is needed")
+    for k in kernels:
+        if paths[k] not in total:
+            raise InputError(
+                f"{paths[k]}: no product x @ W of the model reads it with these axes; let no rule match it, or correct "
+                "the rule's axes"
+            )
+    return {path: _mean(*total[path]) for path in (paths[k] for k in kernels)}
+
+
+def _products_of(name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (the sum of x x^T over all rows, their number)."""
+    rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    return jnp.dot(rows.T, rows, precision="highest"), jnp.float32(len(rows))
+
+
+def _mean(total: jax.Array, count: jax.Array) -> np.ndarray:
+    number = np.asarray(count)
+    return np.asarray(total) / number.reshape((*number.shape, 1, 1))

@@ -35,7 +35,6 @@ def save(path: str | Path, tree: Any) -> None:
     root = Path(path)
     require_free(root)
     leaves = _by_path(tree, "the tree")
-    check_shared(leaves, root)
     entries: dict[str, Entry] = {}
     arrays: dict[str, Any] = {}
     for name, leaf in leaves.items():
@@ -44,6 +43,7 @@ def save(path: str | Path, tree: Any) -> None:
     if not arrays:
         raise InputError("the tree has no array; there is nothing to save")
     check_owners(entries, root)
+    check_shared(leaves, root)
     trees.unflatten(expected_arrays(entries))  # no path leads through another
     with new_folder(root) as aside:
         atomic.require_space(aside, orbax_items.disk_bytes(arrays))
@@ -92,13 +92,16 @@ def load(path: str | Path, *, like: Any = None, sharding: Any = None, dtype: Any
 
 
 def describe_tree(path: str | Path) -> dict[str, Any] | None:
-    """Returns the JSON form of a saved tree's tree.json, checked as `load` does; None where there is none.
+    """Returns the tree.json of a saved tree, checked as `load` does; None where there is none.
 
     Raises:
       InputError: as `load`.
     """
     root = Path(path)
-    return tree_manifest.to_dict(tree_manifest.open_tree(root)) if (root / TREE_NAME).exists() else None
+    if not (root / TREE_NAME).exists():
+        return None
+    tree_manifest.open_tree(root)
+    return json_files.read_object(root / TREE_NAME)
 
 
 def verify_tree(path: str | Path) -> None:

@@ -48,11 +48,14 @@ def expected_arrays(entries: Mapping[str, Entry]) -> dict[str, ArraySpec]:
     """Returns {path in the item: (shape, dtype)} of all arrays.
 
     Raises:
-      InputError: the name of a file would be too long.
+      InputError: two arrays have one place, or the name of a file would be too long.
     """
     expected: dict[str, ArraySpec] = {}
     for path, entry in entries.items():
-        expected.update(stored_arrays(item_path(path), entry))
+        stored = stored_arrays(item_path(path), entry)
+        if stored.keys() & expected.keys():
+            raise InputError(f"{path}: the codebook and index of a kernel have this place; rename one of the two")
+        expected.update(stored)
         if len(item_path(path)) + len("/codebook") > _LONGEST_NAME:
             raise InputError(f"{path[:60]}…: a path of {len(path)} characters is too long for the name of a file")
     return expected

@@ -56,11 +56,11 @@ class Template:
             leaf = np.asarray(leaf)
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             raise InputError(f"{self._root}: {path} is an array, in like it is a {type(leaf).__name__}")
+        if isinstance(leaf, CodebookArray) and not isinstance(entry, MatrixEntry):
+            raise InputError(f"{self._root}: {path} is a dense array, in like it is clustered")
         if tuple(leaf.shape) != shape:
             raise InputError(f"{self._root}: {path} has shape {shape}, in like it has {tuple(leaf.shape)}")
-        if isinstance(leaf, CodebookArray):
-            if not isinstance(entry, MatrixEntry):
-                raise InputError(f"{self._root}: {path} is a dense array, in like it is clustered")
+        if isinstance(leaf, CodebookArray) and isinstance(entry, MatrixEntry):
             self._check_parts(path, leaf, entry)
         if dtype is not None and np.dtype(leaf.dtype) != dtype:
             raise InputError(

@@ -60,8 +60,7 @@ def codebook_shardings(w: CodebookArray, sharding: Sharding, path: str = "Codebo
         if not sharding.is_fully_replicated:
             raise InputError(f"{path}: a {type(sharding).__name__} does not name axes; give a NamedSharding")
         return dataclasses.replace(w, codebook=sharding, index=sharding)
-    if len(sharding.spec) > w.ndim:
-        raise InputError(f"{path} has {w.ndim} axes, its sharding {sharding.spec}")
+    _check_rank(path, w.ndim, sharding)
     found = splits(w, sharding.mesh.shape)
     index, codebook = found.of_index(tuple(sharding.spec)), found.of_codebook(tuple(sharding.spec))
     if len(_names(index)) < len(_names(sharding.spec)):
@@ -86,6 +85,11 @@ def place(path: str, leaf: Any, sharding: Any) -> Any:
     return dataclasses.replace(leaf, codebook=codebook, index=_put(f"{path}/index", leaf.index, sharding.index))
 
 
+def _check_rank(path: str, ndim: int, sharding: Any) -> None:
+    if isinstance(sharding, NamedSharding) and len(sharding.spec) > ndim:
+        raise InputError(f"{path} has {ndim} axes, its sharding {sharding.spec}")
+
+
 def _names(spec: Any) -> list[str]:
     return [name for entry in spec for name in ((entry,) if isinstance(entry, str) else tuple(entry or ()))]
 
@@ -96,6 +100,7 @@ def _put(path: str, array: np.ndarray[Any, Any], sharding: Any) -> jax.Array:
     dtype = jax.dtypes.canonicalize_dtype(array.dtype)
     if dtype != array.dtype:
         raise InputError(f"{path} is {array.dtype}, on a device {dtype}; set jax_enable_x64, or leave it on the host")
+    _check_rank(path, array.ndim, sharding)
     try:
         sharding.shard_shape(array.shape)
     except ValueError as error:

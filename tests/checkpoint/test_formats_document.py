@@ -15,6 +15,7 @@ from random_trees import codebook_arrays
 
 from cluscomp_jax import save
 from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.core.host_axes import HostAxes
 
 BEFORE = """
 import sys
@@ -51,10 +52,12 @@ def drawn_arrays():
 
 
 def test_plain_orbax_decodes_a_saved_tree_bit_for_bit(tmp_path):
-    arrays = drawn_arrays()
+    random = np.random.default_rng(0)
+    codes, index = random.standard_normal((300, 2, 4)).astype(np.float16), random.integers(0, 300, (8, 2, 3))
+    host = HostAxes((3, 8, 4), (1, 0, 2), 1, stack_at=1, dtype="bfloat16")
+    arrays = [CodebookArray(codes, index.astype(np.uint16), (8, 12), "out", None, host), *drawn_arrays()]
     assert len({len(w.stack) for w in arrays}) == 3
     assert {w.host is None for w in arrays} == {True, False}
-    assert any(w.num_codes > 256 for w in arrays)
     one = CodebookArray(np.ones((1, 4), ml_dtypes.bfloat16), np.zeros((3, 2), np.uint8), (3, 7))
     tied = dataclasses.replace(arrays[0], tied_to="owner")
     save(tmp_path / "out", {"layers": arrays, "one": one, "block": {"owner": arrays[0], "tied": tied}})

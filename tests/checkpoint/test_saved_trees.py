@@ -291,7 +291,7 @@ FORGERIES = {
         lambda f: f["files"].update({"arrays/x": {"size": 1, "sha256": "0" * 64}}),
         "totals, sha256 do not follow",
     ),
-    "an owner": (lambda f: f["matrices"]["up"].update(codebook_of="q"), "stores none of"),
+    "an owner": (lambda f: f["matrices"]["up"].update({"codebook_of": "q"}), "stores none of"),
     "a key": (lambda f: f.update(more=1), "more do not follow"),
 }
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from cluscomp_jax.config.run import CompressConfig, load_config
     from cluscomp_jax.config.training import DistillationConfig, TrainingConfig
     from cluscomp_jax.config.tuning import BlockTuningConfig
-    from cluscomp_jax.core.codebook import CodebookArray
+    from cluscomp_jax.core.codebook import CodebookArray, decode
+    from cluscomp_jax.core.linear import linear
     from cluscomp_jax.core.masters import combine, partition, rounded
     from cluscomp_jax.core.stacking import stack, unstack
     from cluscomp_jax.errors import InputError
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
     from cluscomp_jax.foreign_blocks import compress_blocks
     from cluscomp_jax.inference.decoder import generate
     from cluscomp_jax.io.open import open_model
+    from cluscomp_jax.kmeans import fit_codebook
     from cluscomp_jax.models import llama
+    from cluscomp_jax.models.llama import LlamaConfig
     from cluscomp_jax.pipeline import compress
     from cluscomp_jax.text.text import calibration_samples, load_tokens
     from cluscomp_jax.text.token_rows import TokenRows
@@ -45,6 +48,7 @@ _HOMES = {
     "DistillationConfig": "config.training",
     "FinetuneConfig": "config.finetune",
     "InputError": "errors",
+    "LlamaConfig": "models.llama",
     "Perplexity": "evaluation.perplexity",
     "SizeReport": "clustering.matrix",
     "TokenRows": "text.token_rows",
@@ -58,8 +62,11 @@ _HOMES = {
     "count_products": "tracing.evaluate",
     "compress": "pipeline",
     "decompress": "clustering.matrix",
+    "decode": "core.codebook",
     "finetune": "finetuning",
+    "fit_codebook": "kmeans",
     "generate": "inference.decoder",
+    "linear": "core.linear",
     "load": "checkpoint.saved_trees",
     "load_checkpoint": "checkpoint.reader",
     "load_config": "config.run",
@@ -88,6 +95,7 @@ __all__ = [
     "DistillationConfig",
     "FinetuneConfig",
     "InputError",
+    "LlamaConfig",
     "Perplexity",
     "SizeReport",
     "TokenRows",
@@ -100,9 +108,12 @@ __all__ = [
     "compress",
     "compress_blocks",
     "count_products",
+    "decode",
     "decompress",
     "finetune",
+    "fit_codebook",
     "generate",
+    "linear",
     "llama",
     "load",
     "load_checkpoint",
@@ -125,6 +136,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    elif name == "__version__":
+        value = importlib.import_module(f"{__name__}._version").version("cluscomp-jax")
     elif name == "llama":
         return importlib.import_module(f"{__name__}.models.llama")
     else:

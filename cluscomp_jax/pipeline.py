@@ -19,7 +19,15 @@ import numpy as np
 from cluscomp_jax.checkpoint.run_records import RunRecords
 from cluscomp_jax.clustering.block import cluster_block
 from cluscomp_jax.clustering.matrix import decompress, size_report
-from cluscomp_jax.clustering.resolve import Rules, check_calibration, check_samples, mixes, rules_by_block
+from cluscomp_jax.clustering.resolve import (
+    Rules,
+    bits_per_weight,
+    check_calibration,
+    check_samples,
+    mixes,
+    refuse_growth,
+    rules_by_block,
+)
 from cluscomp_jax.clustering.sensitivity import sensitivities
 from cluscomp_jax.config.numerics import compute_dtype_of
 from cluscomp_jax.config.run import CompressConfig
@@ -196,6 +204,7 @@ def prepare(
     """
     model = build_model(cfg.model)
     rules = rules_by_block(model, cfg)
+    refuse_growth(bits_per_weight(model, cfg, rules))
     sharding = make_sharding(cfg.mesh, model)
     if calibration is None and inputs is None:
         return Run(model, cfg, rules, None, None, sharding, timer, reporter)

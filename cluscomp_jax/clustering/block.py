@@ -123,6 +123,11 @@ def _check_kernels(job: _Job, flat: Mapping[str, Any]) -> None:
     for path in job.rules:
         if isinstance(flat[path], CodebookArray):
             raise InputError(f"{job.full(path)} is compressed already; begin with the original model")
+        if not jnp.issubdtype(flat[path].dtype, jnp.floating):
+            raise InputError(
+                f"{job.full(path)} is {flat[path].dtype}; only floating weights can be clustered: multiply quantised "
+                "ones by their scale first"
+            )
         if not np.isfinite(np.asarray(flat[path])).all():
             raise InputError(f"{job.full(path)} holds NaN or Inf; only finite weights can be compressed")
 

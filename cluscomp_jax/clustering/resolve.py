@@ -15,6 +15,7 @@ from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.model import Model, check_tokens, parameter_shapes
 
 Rules = dict[str, CompressionRule]
+_DENSE_BITS = 16
 
 
 def rules_by_block(model: Model, cfg: CompressConfig, sensitivities: Mapping[str, float] | None = None) -> list[Rules]:
@@ -73,6 +74,15 @@ def bits_per_weight(model: Model, cfg: CompressConfig, by_block: list[Rules]) ->
             )
             weights += shape[0] * shape[1]
     return bits / weights
+
+
+def refuse_growth(bits: float) -> None:
+    """Raises InputError where matrices take more than the 16 bits per weight that they have uncompressed."""
+    if bits > _DENSE_BITS:
+        raise InputError(
+            f"the rules store {bits:,.1f} bits per weight, more than the {_DENSE_BITS} of a dense matrix: codebooks "
+            "are larger than what they replace; lower num_codes, or give a budget in bits"
+        )
 
 
 def mixes(cfg: CompressConfig, calibration: np.ndarray | None) -> bool:

@@ -5,6 +5,7 @@
 Knows no model: activations come in as Hessians, if at all. `compress` and `compress_blocks` collect them themselves.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,10 +16,11 @@ import numpy as np
 
 from cluscomp_jax.clustering.error_feedback import factor_hessian
 from cluscomp_jax.clustering.matrix import cluster_matrix, matrix_key
+from cluscomp_jax.clustering.resolve import refuse_growth
 from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
 from cluscomp_jax.core import pytrees
 from cluscomp_jax.core.caller_mesh import on_one_device, without_mesh
-from cluscomp_jax.core.codebook import CodebookArray, index_dtype, index_shape
+from cluscomp_jax.core.codebook import CodebookArray, index_dtype, index_shape, stored_bits
 from cluscomp_jax.core.host_axes import HostAxes, parse_axes
 from cluscomp_jax.errors import InputError
 
@@ -57,6 +59,8 @@ def cluster_tree(
     for path, leaf in leaves:
         if chosen[path] is not None:
             _check_leaf(path, leaf)
+
+    refuse_growth(_bits_per_weight(leaves, chosen))
 
     def one(path: str, leaf: Any) -> Any:
         rule = chosen[path]
@@ -163,6 +167,18 @@ def _check_kind(path: str, leaf: Any) -> None:
             f"{path} is {leaf.dtype}; only floating weights can be clustered: multiply quantised ones by their scale "
             "first"
         )
+
+
+def _bits_per_weight(leaves: Sequence[tuple[str, Any]], chosen: Mapping[str, CompressionRule | None]) -> float:
+    bits, weights = 0, 0
+    for path, leaf in leaves:
+        rule = chosen[path]
+        if rule is not None:
+            host, _ = parse_axes(rule.axes, tuple(leaf.shape), leaf.dtype, path)
+            one = stored_bits(host.matrix_shape, g=rule.group_size, num_codes=rule.num_codes, axis=rule.axis)
+            bits += one * (math.prod(leaf.shape) // math.prod(host.shape))
+            weights += math.prod(leaf.shape)
+    return bits / weights
 
 
 def _cluster_leaf(

@@ -20,6 +20,7 @@ from cluscomp_jax.core.caller_mesh import explicit_mesh, partitioned, split_of_t
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.tracing.contraction import Contraction, hindrance, multiply, read_contraction
 from cluscomp_jax.tracing.kernel import NamedMatrix, TracedKernel
+from cluscomp_jax.tracing.lookup import look_up
 from cluscomp_jax.tracing.products import ProductTrace
 from pallas_kernels import _compat
 
@@ -129,6 +130,11 @@ class _Evaluation:
             moved = _MOVES[name](values[0], values[1:], eqn.params)
             if moved is not None:
                 return [moved]
+        if name == "gather" and isinstance(values[0], TracedKernel):
+            found = look_up(values[0], dense(values[1]), eqn.params)
+            if found is not None:
+                count_product(served=True)
+                return [found]
         if name in _NESTED:
             inner = eqn.params[_NESTED[name]]
             return self.run(inner.jaxpr, inner.consts, values)

@@ -106,9 +106,12 @@ class TracedKernel:
 
     def product(self, x: jax.Array, out_dtype: Any) -> jax.Array:
         """Returns x @ W [..., d_out] of x [..., d_in]; of one matrix."""
-        payload = self.payload
-        kernel = payload if isinstance(payload, CodebookArray) else jnp.asarray(payload.array)
-        return linear(x, kernel, out_dtype=out_dtype)
+        kernel = self.payload
+        if isinstance(kernel, NamedMatrix):
+            return linear(x, jnp.asarray(kernel.array), out_dtype=out_dtype)
+        # Else XLA decodes all kernels of a program before its first product on a CPU, and holds them together.
+        x, index = jax.lax.optimization_barrier((x, jnp.asarray(kernel.index)))  # type: ignore[no-untyped-call]
+        return linear(x, dataclasses.replace(kernel, index=index), out_dtype=out_dtype)
 
     def cast(self, dtype: Any) -> "TracedKernel | None":
         """Returns the kernel in another floating dtype, None for others."""

@@ -24,7 +24,7 @@ def with_codebooks(function: Callable[..., Any]) -> Callable[..., Any]:
     """Returns the function, whose arguments may now hold CodebookArrays where it expects arrays.
 
     The function is traced with dense arrays of their shapes and dtypes, so it runs unmodified, whatever it is written
-    with. Its products x @ W are then computed from codebook and index (`cluscomp_jax.linear`), those inside `lax.scan`,
+    with. Its products x @ W are then computed from codebook and index (`linear`), those inside `lax.scan`,
     `jit` and `jax.checkpoint` too. Where it does anything else with a kernel, that kernel is decoded first;
     `count_products` counts both. The result differs from that of decoded kernels by rounding only. It is differentiable
     in codebooks, and is to be jitted as a whole: without `jax.jit` every call traces the function anew.

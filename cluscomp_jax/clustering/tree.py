@@ -86,17 +86,20 @@ def abstract(shapes: Any, rules: Sequence[CompressionRule], *, settings: Cluster
     """
     rules, settings = _checked_rules(rules), settings or ClusterConfig()
     leaves = pytrees.iterate(shapes)
-    _refuse_unused(rules, {path: _rule_of(path, rules) for path, _ in leaves}, leaves)
+    chosen = {path: _rule_of(path, rules) for path, _ in leaves}
+    _refuse_unused(rules, chosen, leaves)
 
     def one(path: str, leaf: Any) -> Any:
-        rule = _rule_of(path, rules)
+        rule = chosen[path]
         if rule is not None:
             return _abstract_leaf(path, leaf, rule, settings)
         if isinstance(leaf, CodebookArray) or not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             return leaf
         return _struct(tuple(leaf.shape), leaf.dtype, getattr(leaf, "sharding", None))
 
-    return pytrees.map_by_path(one, shapes)
+    tree = pytrees.map_by_path(one, shapes)
+    refuse_growth(_bits_per_weight(leaves, chosen))
+    return tree
 
 
 def _abstract_leaf(path: str, leaf: Any, rule: CompressionRule, settings: ClusterConfig) -> CodebookArray:

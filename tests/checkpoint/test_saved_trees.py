@@ -41,7 +41,7 @@ def normal(*shape):
 
 
 def dense():
-    return {"q": normal(8, 3, 2, 4), "up": normal(24, 16), "norm": jnp.ones(8, jnp.bfloat16), "step": np.int32(7)}
+    return {"q": normal(16, 3, 2, 8), "up": normal(48, 32), "norm": jnp.ones(8, jnp.bfloat16), "step": np.int32(7)}
 
 
 def tree():
@@ -185,7 +185,10 @@ BAD_LEAVES = {
         CodebookArray(np.ones((2, 4), np.float16), np.full((2, 2), 2, np.uint8), (2, 8)),
         "code 2",
     ),
-    "shapes": (abstract({"w": normal(8, 12)}, [CompressionRule(pattern="w")])["w"], "which has no numbers"),
+    "shapes": (
+        abstract({"w": normal(8, 12)}, [CompressionRule(pattern="w", num_codes=8)])["w"],
+        "which has no numbers",
+    ),
     "no matrices": (CodebookArray(np.ones((0, 2, 4), np.float16), np.ones((0, 2, 2), np.uint8), (2, 8)), "is empty"),
 }
 
@@ -224,7 +227,7 @@ LIKES = {
     "a path too few": ({"q": dense()["q"]}, r"the folder has 'norm', 'step', 'up', which like has not"),
     "another shape": ({**dense(), "norm": jnp.ones(9, jnp.bfloat16)}, r"norm has shape \(8,\), in like it has \(9,\)"),
     "another dtype": ({**dense(), "norm": jnp.ones(8, jnp.float16)}, "norm is bfloat16, in like it is float16"),
-    "another dtype of a kernel": ({**dense(), "q": jnp.ones((8, 3, 2, 4), jnp.float16)}, "q is float32"),
+    "another dtype of a kernel": ({**dense(), "q": jnp.ones((16, 3, 2, 8), jnp.float16)}, "q is float32"),
     "another kind": ({**dense(), "norm": "x"}, "norm is an array, in like it is a str"),
     "a kernel for an array": (
         {**dense(), "norm": CodebookArray(np.ones((2, 4)), np.zeros((8, 1), np.uint8), (8, 4))},
@@ -236,7 +239,7 @@ LIKES = {
     ),
     "other axes": (
         abstract(dense(), [dataclasses.replace(RULES[0], axes="d l n h -> l | d n | h"), RULES[1]]),
-        r"q has matrix shape \(8, 8\), in like \(16, 4\)",
+        r"q has matrix shape \(16, 16\), in like \(32, 8\)",
     ),
 }
 
@@ -264,8 +267,8 @@ def one_code(fields):
     entry = fields["matrices"]["up"]
     entry.update(shape=[2**16, 2**16], num_codes=1, index_bits=0, bits_per_weight=16 / 2**32)
     entry["host"]["shape"] = [2**16, 2**16]
-    bits = fields["matrices"]["q"]["bits_per_weight"] * 192 + 16
-    fields["totals"].update(matrix_weights=2**32 + 192, matrix_bits=round(bits), bits_per_weight=bits / (2**32 + 192))
+    bits = fields["matrices"]["q"]["bits_per_weight"] * 768 + 16
+    fields["totals"].update(matrix_weights=2**32 + 768, matrix_bits=round(bits), bits_per_weight=bits / (2**32 + 768))
 
 
 FILE = {"size": 1, "sha256": "0" * 64}
@@ -280,7 +283,7 @@ FORGERIES = {
     "a stack": (lambda f: f["matrices"]["q"].update(stack=[0]), "at least 1"),
     "an order": (lambda f: f["matrices"]["q"]["host"].update(order=[0, 1, 1]), "are no axes of"),
     "a stack too far": (lambda f: f["matrices"]["q"]["host"].update(stack_at=3), "are no axes of"),
-    "a host of another shape": (lambda f: f["matrices"]["q"]["host"].update(shape=[8, 2, 5]), "the host's axes make"),
+    "a host of another shape": (lambda f: f["matrices"]["q"]["host"].update(shape=[16, 2, 9]), "the host's axes make"),
     "a host's dtype": (lambda f: f["matrices"]["q"]["host"].update(dtype="int8"), "dtype is 'int8'"),
     "a dtype": (lambda f: f["tensors"]["norm"].update(dtype="object"), "dtype is 'object'"),
     "a file outside": (

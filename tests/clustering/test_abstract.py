@@ -1,5 +1,7 @@
 """abstract: the shapes of what cluster_tree gives."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ RULES = [
 
 def tree():
     random = np.random.default_rng(0)
-    return {"a": [random.standard_normal(shape).astype(np.float32) for shape in ((8, 2, 3, 4), (9, 8))], "b": 3}
+    return {"a": [random.standard_normal(shape).astype(np.float32) for shape in ((64, 2, 4, 8), (9, 8))], "b": 3}
 
 
 def test_it_has_the_structure_shapes_and_dtypes_of_the_clustered_tree():
@@ -34,7 +36,7 @@ def test_shardings_of_dense_arrays_and_the_dtype_of_codebooks_are_kept():
     sharding = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("x",)), PartitionSpec())
     shapes = {"w": np.ones((8, 4), np.float32), "b": jax.ShapeDtypeStruct((3,), np.float32, sharding=sharding)}
     settings = ClusterConfig(codebook_dtype="bfloat16")
-    found = abstract(shapes, [CompressionRule(pattern="w")], settings=settings)
+    found = abstract(shapes, [CompressionRule(pattern="w", num_codes=4)], settings=settings)
     assert found["b"].sharding == sharding
     assert found["w"].codebook.dtype.name == "bfloat16"
 
@@ -42,6 +44,7 @@ def test_shardings_of_dense_arrays_and_the_dtype_of_codebooks_are_kept():
 @pytest.mark.parametrize(
     ("change", "rules", "message"),
     [
+        ({}, [dataclasses.replace(RULES[0], num_codes=3000)], "more than the 16 of a dense matrix"),
         ({}, [CompressionRule(pattern="c")], "decides over no leaf"),
         ({"b": np.ones((4, 4), np.int8)}, [CompressionRule(pattern="b")], "b is int8"),
         ({"b": np.ones((0, 4), np.float32)}, [CompressionRule(pattern="b")], "is empty"),

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cluscomp_jax.checkpoint.reader import load_checkpoint, save_checkpoint
+    from cluscomp_jax.checkpoint.saved_trees import load, save
     from cluscomp_jax.clustering.host_hessians import collect_hessians
     from cluscomp_jax.clustering.matrix import SizeReport, decompress, size_report
-    from cluscomp_jax.clustering.tree import cluster_tree
+    from cluscomp_jax.clustering.tree import abstract, cluster_tree
     from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
     from cluscomp_jax.config.data import CalibrationConfig, DataConfig
     from cluscomp_jax.config.finetune import FinetuneConfig, load_finetune_config
@@ -52,6 +53,7 @@ _HOMES = {
     "SizeReport": "clustering.matrix",
     "TokenRows": "text.token_rows",
     "TrainingConfig": "config.training",
+    "abstract": "clustering.tree",
     "calibration_samples": "text.text",
     "cluster_tree": "clustering.tree",
     "collect_hessians": "clustering.host_hessians",
@@ -65,6 +67,7 @@ _HOMES = {
     "fit_codebook": "kmeans",
     "generate": "inference.decoder",
     "linear": "core.linear",
+    "load": "checkpoint.saved_trees",
     "load_checkpoint": "checkpoint.reader",
     "load_config": "config.run",
     "load_finetune_config": "config.finetune",
@@ -73,6 +76,7 @@ _HOMES = {
     "partition": "core.masters",
     "perplexity": "evaluation.perplexity",
     "rounded": "core.masters",
+    "save": "checkpoint.saved_trees",
     "save_checkpoint": "checkpoint.reader",
     "size_report": "clustering.matrix",
     "stack": "core.stacking",
@@ -96,6 +100,7 @@ __all__ = [
     "SizeReport",
     "TokenRows",
     "TrainingConfig",
+    "abstract",
     "calibration_samples",
     "cluster_tree",
     "collect_hessians",
@@ -111,6 +116,7 @@ __all__ = [
     "layouts",
     "linear",
     "llama",
+    "load",
     "load_checkpoint",
     "load_config",
     "load_finetune_config",
@@ -119,6 +125,7 @@ __all__ = [
     "partition",
     "perplexity",
     "rounded",
+    "save",
     "save_checkpoint",
     "size_report",
     "stack",

@@ -1,6 +1,6 @@
 """How one parameter is stored: its entry in the manifest, and the conversion to and from plain arrays.
 
-A CodebookArray at path P becomes P/codebook [n, g] and P/index, the packed index uint8 [bytes] (absent for one
+A CodebookArray at path P becomes P/codebook [*stack, n, g] and P/index, the packed index uint8 [bytes] (absent for one
 code, which needs no bits); where its codebook is another kernel's, only that one stores it. Any other array is stored
 as it is. Paths are those within an item. Knows nothing of folders, files or models.
 """
@@ -10,16 +10,29 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from cluscomp_jax.checkpoint import bitpack
-from cluscomp_jax.core import codebook
+from cluscomp_jax.core import codebook, pytrees
 from cluscomp_jax.core.codebook import Axis, CodebookArray
+from cluscomp_jax.core.host_axes import HostAxes
 from cluscomp_jax.errors import InputError
 
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("bfloat16", "float16", "float32")}
 """The dtypes that weights and codebooks may have on disk, by the name the manifest gives them."""
+
+TREE_DTYPES = DTYPES | {
+    name: np.dtype(getattr(ml_dtypes, name, name))
+    for name in (
+        "bool", "int4", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float64",
+        "complex64", "complex128", "float8_e3m4", "float8_e4m3b11fnuz", "float8_e4m3fn", "float8_e4m3fnuz",
+        "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "float4_e2m1fn",
+    )
+}  # fmt: skip
+"""The dtypes that the dense arrays of any tree may have on disk; those of a model are DTYPES."""
 
 ArraySpec = tuple[tuple[int, ...], np.dtype[Any]]
 """The shape and dtype of an array."""
@@ -27,15 +40,17 @@ ArraySpec = tuple[tuple[int, ...], np.dtype[Any]]
 
 @dataclasses.dataclass(frozen=True)
 class MatrixEntry:
-    """What the manifest says of a compressed matrix.
+    """What the manifest says of a compressed matrix, or of a stack of them.
 
     Attributes:
-      shape: (d_in, d_out).
+      shape: (d_in, d_out), of one matrix.
       axis: the axis that is cut, "out" or "in".
       group_size: weights per code, 1 to 32.
       num_codes: 1 to 65536.
       codebook_dtype: a key of DTYPES.
-      tied_to: path of the kernel that stores the codebook; None: this one.
+      tied_to: path of the kernel that stores the codebook, relative to a block around both; None: this one.
+      stack: the sizes of the stacked axes; () for one matrix.
+      host: the axes that the host has for one matrix; None: [d_in, d_out].
     """
 
     shape: tuple[int, int]
@@ -44,6 +59,13 @@ class MatrixEntry:
     num_codes: int
     codebook_dtype: str
     tied_to: str | None = None
+    stack: tuple[int, ...] = ()
+    host: HostAxes | None = None
+
+    @property
+    def num_weights(self) -> int:
+        """The weights of all matrices."""
+        return math.prod(self.stack) * math.prod(self.shape)
 
     @property
     def index_bits(self) -> int:
@@ -51,19 +73,19 @@ class MatrixEntry:
         return codebook.index_bits(self.num_codes)
 
     @property
-    def index_shape(self) -> tuple[int, int]:
-        """The shape of the unpacked index."""
-        return codebook.index_shape(self.shape, self.group_size, self.axis)
+    def index_shape(self) -> tuple[int, ...]:
+        """The shape of the unpacked index, stacked axes in front."""
+        return *self.stack, *codebook.index_shape(self.shape, self.group_size, self.axis)
 
     @property
     def codebook_spec(self) -> ArraySpec:
-        """The codebook's shape and dtype, wherever it is stored."""
-        return (self.num_codes, self.group_size), DTYPES[self.codebook_dtype]
+        """The codebook's shape, stacked axes in front, and dtype, wherever it is stored."""
+        return (*self.stack, self.num_codes, self.group_size), DTYPES[self.codebook_dtype]
 
     @property
     def stored_bits(self) -> int:
         """The bits of the index and of the codebook, where it is stored here (`codebook.stored_bits`)."""
-        return codebook.stored_bits(
+        return math.prod(self.stack) * codebook.stored_bits(
             self.shape,
             g=self.group_size,
             num_codes=self.num_codes,
@@ -75,27 +97,38 @@ class MatrixEntry:
     @property
     def loaded_bytes(self) -> int:
         """The bytes in memory of the unpacked index and of the codebook, where it is stored here."""
-        (codes, group), dtype = self.codebook_spec
-        own = codes * group * dtype.itemsize if self.tied_to is None else 0
+        shape, dtype = self.codebook_spec
+        own = math.prod(shape) * dtype.itemsize if self.tied_to is None else 0
         return math.prod(self.index_shape) * (1 if self.index_bits <= 8 else 2) + own
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form; `bits_per_weight` and `index_bits` are there to be read by people and other tools."""
-        fields = {
+        fields: dict[str, Any] = {
             "shape": list(self.shape),
             "axis": self.axis,
             "group_size": self.group_size,
             "num_codes": self.num_codes,
             "index_bits": self.index_bits,
             "codebook_dtype": self.codebook_dtype,
-            "bits_per_weight": self.stored_bits / math.prod(self.shape),
+            "bits_per_weight": self.stored_bits / self.num_weights,
         }
-        return fields if self.tied_to is None else {**fields, "codebook_of": self.tied_to}
+        if self.tied_to is not None:
+            fields["codebook_of"] = self.tied_to
+        if self.stack:
+            fields["stack"] = list(self.stack)
+        if self.host is not None:
+            host = dataclasses.asdict(self.host)
+            fields["host"] = {name: list(value) if isinstance(value, tuple) else value for name, value in host.items()}
+        return fields
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorEntry:
-    """What the manifest says of an array stored as it is: its shape, each size at least 1, and a key of DTYPES."""
+    """What the manifest says of an array stored as it is: its shape and a key of TREE_DTYPES.
+
+    Where the manifest is a model's, each size is at least 1 and the dtype one of DTYPES. An array without numbers has
+    no other trace than its entry.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -103,7 +136,7 @@ class TensorEntry:
     @property
     def num_bytes(self) -> int:
         """The bytes of the array."""
-        return DTYPES[self.dtype].itemsize * math.prod(self.shape)
+        return TREE_DTYPES[self.dtype].itemsize * math.prod(self.shape)
 
     @property
     def loaded_bytes(self) -> int:
@@ -118,40 +151,98 @@ class TensorEntry:
 Entry = MatrixEntry | TensorEntry
 
 
-def _dtype_name(dtype: Any, where: str) -> str:
-    name = np.dtype(dtype).name
-    if name not in DTYPES:
-        raise InputError(f"{where}: dtype {name} cannot be stored; convert it to one of {', '.join(DTYPES)}")
-    return name
-
-
 def encode(path: str, leaf: Any) -> tuple[Entry, dict[str, np.ndarray[Any, Any]]]:
-    """Returns the entry of a parameter and {path: host array} of what is written for it.
+    """Returns the entry of a model's parameter and {path: host array} of what is written for it.
 
     Raises:
-      InputError: a CodebookArray whose parts do not fit each other, an empty array, or a dtype outside DTYPES.
+      InputError: a CodebookArray whose parts do not fit each other or which is no plain matrix, an empty array, or a
+        dtype outside DTYPES.
     """
     if not isinstance(leaf, CodebookArray):
         array = np.asarray(leaf)
         if array.size == 0:
             raise InputError(f"{path}: shape {array.shape} is empty; there is nothing to store")
         return TensorEntry(array.shape, _dtype_name(array.dtype, path)), {path: array}
+    host = leaf.host
+    if leaf.stack or (host is not None and (host.order != (0, 1) or host.num_in != 1)):
+        raise InputError(
+            f"{path}: {leaf!r} is no plain matrix [d_in, d_out], as a model's checkpoint has them; cluscomp_jax.save "
+            "stores it as it is"
+        )
+    return _encode_matrix(path, dataclasses.replace(leaf, host=None))
+
+
+def encode_any(path: str, leaf: Any) -> tuple[Entry, dict[str, np.ndarray[Any, Any]]]:
+    """Returns what `encode` does, of a leaf of any tree: stacked matrices in the host's axes, arrays of TREE_DTYPES.
+
+    Raises:
+      InputError: a leaf that is no array or has no numbers, another dtype, or a CodebookArray whose parts do not fit.
+    """
+    if not isinstance(leaf, CodebookArray):
+        array = _numbers(path, leaf)
+        name = _dtype_name(array.dtype, path, TREE_DTYPES)
+        if array.size == 0:
+            return TensorEntry(array.shape, name), {}
+        return TensorEntry(array.shape, name), {path: array.astype(TREE_DTYPES[name], copy=False)}
+    if leaf.host is not None and leaf.host.dtype is not None:
+        _dtype_name(leaf.host.dtype, path, TREE_DTYPES)
+    codes, index = _numbers(f"{path}/codebook", leaf.codebook), _numbers(f"{path}/index", leaf.index)
+    return _encode_matrix(path, dataclasses.replace(leaf, codebook=codes, index=index))
+
+
+def _encode_matrix(path: str, leaf: CodebookArray) -> tuple[MatrixEntry, dict[str, np.ndarray[Any, Any]]]:
+    if 0 in leaf.index.shape:
+        raise InputError(f"{path}: {leaf!r} is empty; there is nothing to store")
     codebook.validate(leaf, path)
-    codes = np.asarray(leaf.codebook)
+    codes, index = (_in_front(part, leaf) for part in (leaf.codebook, leaf.index))
     d_in, d_out = leaf.matrix_shape
-    dtype = _dtype_name(codes.dtype, path)
-    shape, owner = (int(d_in), int(d_out)), leaf.tied_to
-    entry = MatrixEntry(shape, leaf.axis, leaf.group_size, leaf.num_codes, dtype, owner)
-    arrays = {f"{path}/codebook": codes} if owner is None else {}
+    entry = MatrixEntry(
+        shape=(int(d_in), int(d_out)),
+        axis=leaf.axis,
+        group_size=leaf.group_size,
+        num_codes=leaf.num_codes,
+        codebook_dtype=_dtype_name(codes.dtype, path),
+        tied_to=leaf.tied_to,
+        stack=leaf.stack,
+        host=leaf.host,
+    )
+    arrays = {f"{path}/codebook": codes} if leaf.tied_to is None else {}
     if entry.index_bits:
-        arrays[f"{path}/index"] = bitpack.pack(np.asarray(leaf.index), entry.index_bits)
+        arrays[f"{path}/index"] = bitpack.pack(index, entry.index_bits)
     return entry, arrays
 
 
+def _dtype_name(dtype: Any, where: str, names: Mapping[str, Any] = DTYPES) -> str:
+    name = np.dtype(dtype).name
+    if name not in names:
+        raise InputError(f"{where}: dtype {name} cannot be stored; convert it to one of {', '.join(names)}")
+    return name
+
+
+def _numbers(path: str, leaf: Any) -> np.ndarray[Any, Any]:
+    """Returns a leaf as an array of the host.
+
+    Raises:
+      InputError: it has no numbers here, or is no array.
+    """
+    kind = type(leaf).__name__
+    if isinstance(leaf, jax.core.Tracer):
+        raise InputError(f"{path} is traced; save outside of jit")
+    if isinstance(leaf, jax.Array):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            raise InputError(f"{path} is {leaf.dtype}, no array of numbers; store jax.random.key_data of a key")
+        if not leaf.is_fully_addressable:
+            raise InputError(f"{path} is spread over processes; gather it first (multihost_utils.process_allgather)")
+    elif not isinstance(leaf, np.ndarray | np.generic | bool | int | float | complex):
+        what = "which has no numbers" if isinstance(leaf, jax.ShapeDtypeStruct) else "no array"
+        raise InputError(f"{path} is a {kind}, {what}; part the tree from it first (jax.tree.map, eqx.filter)")
+    return np.asarray(leaf)
+
+
 def stored_arrays(path: str, entry: Entry) -> dict[str, ArraySpec]:
-    """Returns {path: (shape, dtype)} of what `encode` writes for a parameter of that entry."""
+    """Returns {path: (shape, dtype)} of what is written for a parameter of that entry."""
     if isinstance(entry, TensorEntry):
-        return {path: (entry.shape, DTYPES[entry.dtype])}
+        return {path: (entry.shape, TREE_DTYPES[entry.dtype])} if 0 not in entry.shape else {}
     stored = {f"{path}/codebook": entry.codebook_spec} if entry.tied_to is None else {}
     if entry.index_bits:
         size = bitpack.packed_bytes(math.prod(entry.index_shape), entry.index_bits)
@@ -159,27 +250,31 @@ def stored_arrays(path: str, entry: Entry) -> dict[str, ArraySpec]:
     return stored
 
 
-def decode(path: str, entry: Entry, arrays: Mapping[str, np.ndarray[Any, Any]]) -> Any:
-    """Returns the parameter that `encode` turned into `arrays`, a NumPy array or a CodebookArray of NumPy arrays.
+def decode(path: str, entry: Entry, arrays: Mapping[str, np.ndarray[Any, Any]], owner: str | None = None) -> Any:
+    """Returns the parameter that was encoded as `arrays`, a NumPy array or a CodebookArray of NumPy arrays.
 
     Args:
       path: names the parameter and its arrays.
       entry: its entry.
       arrays: at least what `stored_arrays` names for this entry and for the one whose codebook it has, in those
         shapes and dtypes.
+      owner: path of the parameter whose codebook it has; None: as the entry says.
 
     Raises:
       InputError: the index names a code that the codebook does not have.
     """
     if isinstance(entry, TensorEntry):
-        return arrays[path]
+        return arrays[path] if 0 not in entry.shape else np.zeros(entry.shape, TREE_DTYPES[entry.dtype])
     count = math.prod(entry.index_shape)
     if entry.index_bits:
         index = bitpack.unpack(arrays[f"{path}/index"], entry.index_bits, count)
     else:
         index = np.zeros(count, np.uint8)
-    owner, index = entry.tied_to, index.reshape(entry.index_shape)
-    matrix = CodebookArray(arrays[f"{owner or path}/codebook"], index, entry.shape, entry.axis, owner)
+    index, codes = index.reshape(entry.index_shape), arrays[f"{owner or entry.tied_to or path}/codebook"]
+    if entry.host is not None and entry.stack:
+        front = range(len(entry.stack))
+        index, codes = (np.moveaxis(leaf, front, [entry.host.stack_at + k for k in front]) for leaf in (index, codes))
+    matrix = CodebookArray(codes, index, entry.shape, entry.axis, entry.tied_to, entry.host)
     return codebook.validate(matrix, path)
 
 
@@ -192,7 +287,7 @@ def check_owners(entries: Mapping[str, Entry], where: Any) -> None:
     for path, entry in entries.items():
         if isinstance(entry, TensorEntry) or entry.tied_to is None:
             continue
-        owner = entries.get(entry.tied_to)
+        owner = entries.get(_owner(path, entry.tied_to, entries))
         stored = owner.codebook_spec if isinstance(owner, MatrixEntry) and owner.tied_to is None else None
         if stored != entry.codebook_spec:
             raise InputError(
@@ -209,10 +304,29 @@ def check_shared(leaves: Mapping[str, Any], where: Any) -> None:
     """
     for path, leaf in leaves.items():
         if isinstance(leaf, CodebookArray) and leaf.tied_to is not None:
-            owner = leaves.get(leaf.tied_to)
-            own = owner.codebook if isinstance(owner, CodebookArray) and owner.tied_to is None else None
-            if own is None or np.asarray(own).tobytes() != np.asarray(leaf.codebook).tobytes():
+            owner = leaves.get(_owner(path, leaf.tied_to, leaves))
+            own = owner if isinstance(owner, CodebookArray) and owner.tied_to is None else None
+            if own is None or _code_bytes(own) != _code_bytes(leaf):
                 raise InputError(
                     f"{where}: the codebook of {path} is not that of {leaf.tied_to}, whose it is said to be; "
                     "change both, or set tied_to to None"
                 )
+
+
+def _owner(path: str, tied_to: str, leaves: Mapping[str, Any]) -> str:
+    """Returns the path of the kernel that `tied_to` means, or `tied_to` where there is none."""
+    try:
+        return pytrees.owner_path(path, tied_to, leaves)
+    except InputError:
+        return tied_to
+
+
+def _code_bytes(leaf: CodebookArray) -> bytes:
+    return _in_front(leaf.codebook, leaf).tobytes()
+
+
+def _in_front(part: Any, leaf: CodebookArray) -> np.ndarray[Any, Any]:
+    """Returns the codebook or the index of `leaf` on the host, stacked axes in front."""
+    front = range(len(leaf.stack))
+    at = 0 if leaf.host is None else leaf.host.stack_at
+    return np.moveaxis(np.asarray(part), [at + k for k in front], front)

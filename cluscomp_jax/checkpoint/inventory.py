@@ -4,11 +4,12 @@ Used on finished checkpoints and, by the writer, on the finished items of an unf
 """
 
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cluscomp_jax.checkpoint import orbax_items
 from cluscomp_jax.checkpoint.entries import check_owners, decode, stored_arrays
+from cluscomp_jax.checkpoint.fields import FileEntry
 from cluscomp_jax.checkpoint.manifest import CONTENT_FOLDERS, Contents
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.trees import Params
@@ -86,13 +87,26 @@ def split(contents: Contents, model: Model, where: Path) -> dict[str, Contents]:
     return parts
 
 
-def check_files(root: Path, contents: Contents) -> None:
+def list_files(folder: Path, name: str) -> dict[str, FileEntry]:
+    """Returns {path: entry} of all files of `folder`, which is `name` in the checkpoint; reads each once."""
+    return {
+        f"{name}/{file}": FileEntry((folder / file).stat().st_size, atomic.file_sha256(folder / file))
+        for file in atomic.files_below(folder)
+    }
+
+
+def check_files(root: Path, contents: Contents, folders: Sequence[str] = CONTENT_FOLDERS) -> None:
     """Returns if the content folders below `root` hold exactly the listed files, each of its size; reads none.
+
+    Args:
+      root: the checkpoint.
+      contents: its files are those listed.
+      folders: in `root`, which hold nothing else.
 
     Raises:
       InputError: a file is missing, unlisted, of another size, or not a regular file.
     """
-    found = {name for name in atomic.files_below(root) if name.split("/")[0] in CONTENT_FOLDERS}
+    found = {name for name in atomic.files_below(root) if name.split("/")[0] in folders}
     if extra := sorted(found - contents.files.keys()):
         link = " and is a link, which is not followed" if (root / extra[0]).is_symlink() else ""
         raise InputError(f"{root}: {extra[0]} is not in the manifest{link}; remove it, or take the checkpoint anew")

@@ -10,12 +10,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from cluscomp_jax.checkpoint.manifest import MANIFEST_NAME
+from cluscomp_jax.checkpoint.manifest import MANIFEST_NAME, TREE_NAME
 from cluscomp_jax.checkpoint.run_folder import RUN_NAME
 from cluscomp_jax.errors import InputError, RunError
 from cluscomp_jax.runtime import atomic
 
-_OF_A_CHECKPOINT = (MANIFEST_NAME, RUN_NAME)
+_OF_A_CHECKPOINT = (MANIFEST_NAME, RUN_NAME, TREE_NAME)
 
 
 def require_free(final: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from cluscomp_jax.checkpoint import inventory
 from cluscomp_jax.checkpoint.inventory import REST, TOKENIZER, block_folder
-from cluscomp_jax.checkpoint.manifest import MANIFEST_NAME, Contents, Manifest, read_manifest
+from cluscomp_jax.checkpoint.manifest import MANIFEST_NAME, TREE_NAME, Contents, Manifest, read_manifest
 from cluscomp_jax.checkpoint.orbax_items import TIME_STAMPED
 from cluscomp_jax.checkpoint.run_folder import RUN_NAME
 from cluscomp_jax.checkpoint.writer import CheckpointWriter
@@ -164,6 +164,8 @@ def _open(root: Path) -> tuple[Manifest, Model, dict[str, Contents]]:
     if not (root / MANIFEST_NAME).exists():
         if (root / RUN_NAME).exists():
             raise InputError(f"{root}: an unfinished run; repeat the command that began it, which resumes")
+        if (root / TREE_NAME).exists():
+            raise InputError(f"{root}: a tree that cluscomp_jax.save wrote, no model; read it with cluscomp_jax.load")
         raise InputError(
             f"{root}: has no {MANIFEST_NAME}; it is not a compressed checkpoint; give the output folder of compress"
         )

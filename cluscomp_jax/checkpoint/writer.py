@@ -13,7 +13,7 @@ from typing import Any
 from cluscomp_jax.checkpoint import inventory, orbax_items
 from cluscomp_jax.checkpoint.entries import Entry, check_shared, encode
 from cluscomp_jax.checkpoint.inventory import BLOCKS, REST, TOKENIZER, block_folder
-from cluscomp_jax.checkpoint.manifest import Contents, FileEntry, Manifest, package_version, parse_contents
+from cluscomp_jax.checkpoint.manifest import Contents, Manifest, package_version, parse_contents
 from cluscomp_jax.checkpoint.run_folder import WORK_NAME, Identity, RunFolder
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.trees import Params
@@ -258,11 +258,7 @@ class CheckpointWriter:
         """Syncs the item in work/, records it, and renames it to its place."""
         aside, final, record = self._folder.work / "items" / folder, self.path / folder, self._record(folder)
         atomic.sync_tree(aside)
-        files = {
-            f"{folder}/{name}": FileEntry((aside / name).stat().st_size, atomic.file_sha256(aside / name))
-            for name in atomic.files_below(aside)
-        }
-        part = Contents(entries, files)
+        part = Contents(entries, inventory.list_files(aside, folder))
         record.parent.mkdir(parents=True, exist_ok=True)
         self._folder.write(record, json_files.dumps(part.to_dict()))
         final.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""`cluscomp inspect`: the records of a compressed folder."""
+"""`cluscomp inspect`: the records of a compressed folder, or the matrices of a tree that `cluscomp_jax.save` wrote."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from cluscomp_jax.checkpoint.evaluations import read_evaluations
 from cluscomp_jax.checkpoint.reader import describe, open_checkpoint
 from cluscomp_jax.checkpoint.recorded import recorded
+from cluscomp_jax.checkpoint.saved_trees import describe_tree, verify_tree
 from cluscomp_jax.cli.arguments import InspectArguments
 from cluscomp_jax.cli.outcome import Result
 from cluscomp_jax.reporting.tables import MATRIX_HEADER, format_bytes, format_table, matrix_rows
@@ -13,7 +14,10 @@ from cluscomp_jax.runtime.reporter import to_json
 
 
 def run(arguments: InspectArguments) -> Result:
-    """Returns the checkpoint's manifest; with --verify every file has been read and compared first."""
+    """Returns the checkpoint's manifest, or tree.json; with --verify every file has been read and compared first."""
+    tree = describe_tree(arguments.model)
+    if tree is not None:
+        return _run_tree(arguments, tree)
     if arguments.verify:
         open_checkpoint(arguments.model, verify=True)
     manifest = describe(arguments.model)
@@ -29,6 +33,34 @@ def run(arguments: InspectArguments) -> Result:
     if arguments.verify:
         lines.append(f"verified:   {len(manifest['files'])} files have the sizes and checksums of the manifest")
     return Result("\n".join(lines), manifest)
+
+
+def _run_tree(arguments: InspectArguments, tree: dict[str, Any]) -> Result:
+    totals, bits = tree["totals"], tree["totals"]["bits_per_weight"]
+    rows = [
+        (
+            path,
+            "x".join(map(str, m["shape"])),
+            "x".join(map(str, m.get("stack", []))),
+            m["group_size"],
+            m["num_codes"],
+            m["axis"],
+            f"{m['bits_per_weight']:.3f}",
+        )
+        for path, m in tree["matrices"].items()
+    ]
+    lines = [
+        f"size:       {format_bytes(totals['file_bytes'])} on disk",
+        f"kernels:    {totals['matrices']} of {totals['matrix_weights']:,} weights"
+        + (f" at {bits:.3f} bits per weight, codebooks included" if bits is not None else ""),
+        f"other:      {totals['tensors']} arrays, {format_bytes(totals['tensor_bytes'])}",
+        "",
+        format_table(("kernel", "matrix", "stack", "g", "codes", "axis", "bits/weight"), rows),
+    ]
+    if arguments.verify:
+        verify_tree(arguments.model)
+        lines.append(f"verified:   {len(tree['files'])} files have the sizes and checksums of tree.json")
+    return Result("\n".join(lines), tree)
 
 
 def _records(manifest: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,5 +1,7 @@
 """cluster_tree: any pytree of arrays with its matched leaves clustered, whatever their rank and stacked axes.
 
+`abstract` has the shapes of its result.
+
 Knows no model: activations come in as Hessians, if at all. `compress` and `compress_blocks` collect them themselves.
 """
 
@@ -18,7 +20,7 @@ from cluscomp_jax.clustering.resolve import refuse_growth
 from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
 from cluscomp_jax.core import pytrees
 from cluscomp_jax.core.caller_mesh import on_one_device, without_mesh
-from cluscomp_jax.core.codebook import CodebookArray, stored_bits
+from cluscomp_jax.core.codebook import CodebookArray, index_dtype, index_shape, stored_bits
 from cluscomp_jax.core.host_axes import HostAxes, parse_axes
 from cluscomp_jax.errors import InputError
 
@@ -68,6 +70,59 @@ def cluster_tree(
         return pytrees.map_by_path(one, tree)
 
 
+def abstract(shapes: Any, rules: Sequence[CompressionRule], *, settings: ClusterConfig | None = None) -> Any:
+    """Returns the tree that `cluster_tree` gives, with jax.ShapeDtypeStructs for arrays; nothing is computed.
+
+    For plans, shardings and what a checkpoint is restored into. A codebook has the dtype of the settings here;
+    `cluster_tree` gives one bfloat16 where float16 does not hold its codes.
+
+    Args:
+      shapes: as the tree of `cluster_tree`; ShapeDtypeStructs will do (`jax.eval_shape`).
+      rules: as of `cluster_tree`.
+      settings: as of `cluster_tree`.
+
+    Raises:
+      InputError: rules that match nothing, or a matched leaf that cannot be clustered, by its path.
+    """
+    rules, settings = _checked_rules(rules), settings or ClusterConfig()
+    leaves = pytrees.iterate(shapes)
+    chosen = {path: _rule_of(path, rules) for path, _ in leaves}
+    _refuse_unused(rules, chosen, leaves)
+
+    def one(path: str, leaf: Any) -> Any:
+        rule = chosen[path]
+        if rule is not None:
+            return _abstract_leaf(path, leaf, rule, settings)
+        if isinstance(leaf, CodebookArray) or not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            return leaf
+        return _struct(tuple(leaf.shape), leaf.dtype, getattr(leaf, "sharding", None))
+
+    tree = pytrees.map_by_path(one, shapes)
+    refuse_growth(_bits_per_weight(leaves, chosen))
+    return tree
+
+
+def _abstract_leaf(path: str, leaf: Any, rule: CompressionRule, settings: ClusterConfig) -> CodebookArray:
+    _check_kind(path, leaf)
+    host, stacked = parse_axes(rule.axes, tuple(leaf.shape), leaf.dtype, path)
+    if 0 in leaf.shape:
+        raise InputError(f"{path}, {tuple(leaf.shape)}, is empty; only weights have codes")
+    at, n, g = host.stack_at, rule.num_codes, rule.group_size
+    stack, pieces = tuple(leaf.shape[at : at + stacked]), index_shape(host.matrix_shape, g, rule.axis)
+    codebook, index = ((*one[:at], *stack, *one[at:]) for one in ((n, g), pieces))
+    return CodebookArray(
+        codebook=_struct(codebook, jnp.dtype(settings.codebook_dtype)),
+        index=_struct(index, index_dtype(n)),
+        matrix_shape=host.matrix_shape,
+        axis=rule.axis,
+        host=host,
+    )
+
+
+def _struct(shape: tuple[int, ...], dtype: Any, sharding: Any = None) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)  # type: ignore[no-untyped-call]
+
+
 def _checked_rules(rules: Any) -> tuple[CompressionRule, ...]:
     if isinstance(rules, CompressionRule):
         raise InputError("rules is one CompressionRule; give a list of rules, [rule]")
@@ -97,10 +152,17 @@ def _refuse_unused(
 
 def _check_leaf(path: str, leaf: Any) -> None:
     """Raises InputError unless the leaf is an array of finite weights."""
-    if isinstance(leaf, CodebookArray):
-        raise InputError(f"{path} is clustered already; begin with the original tree")
     if isinstance(leaf, jax.ShapeDtypeStruct):
         raise InputError(f"{path} is a ShapeDtypeStruct without numbers; load the parameters first")
+    _check_kind(path, leaf)
+    if 0 in leaf.shape or not bool(jnp.isfinite(jnp.asarray(leaf)).all()):
+        raise InputError(f"{path}, {tuple(leaf.shape)}, is empty or holds NaN or Inf; only finite weights have codes")
+
+
+def _check_kind(path: str, leaf: Any) -> None:
+    """Raises InputError unless the leaf is a floating array, or the shape of one."""
+    if isinstance(leaf, CodebookArray):
+        raise InputError(f"{path} is clustered already; begin with the original tree")
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         raise InputError(f"{path} is a {type(leaf).__name__}, no array; let no rule match it")
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -108,8 +170,6 @@ def _check_leaf(path: str, leaf: Any) -> None:
             f"{path} is {leaf.dtype}; only floating weights can be clustered: multiply quantised ones by their scale "
             "first"
         )
-    if 0 in leaf.shape or not bool(jnp.isfinite(jnp.asarray(leaf)).all()):
-        raise InputError(f"{path}, {tuple(leaf.shape)}, is empty or holds NaN or Inf; only finite weights have codes")
 
 
 def _bits_per_weight(leaves: Sequence[tuple[str, Any]], chosen: Mapping[str, CompressionRule | None]) -> float:

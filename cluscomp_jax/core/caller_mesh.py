@@ -53,6 +53,12 @@ def spec_of(array: Any, axis: int) -> Any:
     return spec[axis] if axis < len(spec) else None
 
 
+def split_of_type(aval: Any) -> tuple[Any, ...]:
+    """Returns what each axis of an array of a type is split over: a mesh axis, several, or None."""
+    spec = tuple(getattr(getattr(aval, "sharding", None), "spec", None) or ())
+    return (*spec, *(None,) * (len(aval.shape) - len(spec)))
+
+
 def partitioned(function: Callable[..., jax.Array], arguments: tuple[Any, ...], out: tuple[Any, ...]) -> jax.Array:
     """Returns function(*arguments), its axes Auto inside where those of the arguments' mesh are Explicit.
 

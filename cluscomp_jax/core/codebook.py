@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -10,9 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cluscomp_jax.core import flax_state
+from cluscomp_jax.core.caller_mesh import explicit_mesh, partitioned, spec_of
 from cluscomp_jax.core.host_axes import HostAxes
+from cluscomp_jax.core.host_splits import Splits
 from cluscomp_jax.errors import InputError
-from pallas_kernels.codebook_matmul import decode as _decode
+from pallas_kernels.codebook_matmul import decode as _decode_one
 
 Axis = Literal["out", "in"]
 MAX_CODES = 65536
@@ -55,6 +58,9 @@ class CodebookArray:
     axis: Axis = "out"
     tied_to: str | None = None
     host: HostAxes | None = None
+
+    def __post_init__(self) -> None:
+        flax_state.register(CodebookArray)
 
     @property
     def num_codes(self) -> int:
@@ -231,18 +237,44 @@ def keeps_codes(exact: jax.Array, rounded: jax.Array, axis: tuple[int, ...] | No
 def decode(w: CodebookArray) -> jax.Array:
     """Returns the decoded array, in the host's shape and dtype.
 
-    Without a host it is [*stack, d_in, d_out] in the codebook's dtype.
+    Without a host it is [*stack, d_in, d_out] in the codebook's dtype. On a mesh with Explicit axes its type has the
+    splits of the index (`decoded_split`).
     """
+    return partitioned(_decode_host, (w,), decoded_split(w))
+
+
+def decoded_split(w: CodebookArray) -> tuple[Any, ...]:
+    """Returns what each axis of the decoded array is split over by its type, on a mesh with Explicit axes.
+
+    That of the index, as far as every device has the same number of whole vectors; None for other axes and meshes.
+    """
+    mesh = explicit_mesh(w)
+    if mesh is None:
+        return (None,) * w.ndim
+    return splits(w, mesh.shape).of_host([spec_of(w.index, axis) for axis in range(w.index.ndim)])
+
+
+def splits(w: CodebookArray, mesh: Mapping[str, int]) -> Splits:
+    """Returns how the axes of the host's array and those of the index are split over a mesh {axis: size}."""
+    pieces = index_shape(w.matrix_shape, w.group_size, w.axis)
+    cut = ("in", "out").index(w.axis)
+    last = bool(w.matrix_shape[cut] % w.group_size)
+    padded = (last and cut == 0, last and cut == 1)
+    host = w.host or HostAxes(w.matrix_shape, (0, 1), 1)
+    return Splits(host, len(w.stack), pieces, padded, mesh)
+
+
+def _decode_host(w: CodebookArray) -> jax.Array:
     if not w.stack:
         codebook, index = jnp.asarray(w.codebook), jnp.asarray(w.index)
         matrix: jax.Array = decode_arrays(codebook, index, shape=w.matrix_shape, axis=w.axis)
         return matrix if w.host is None else w.host.from_matrix(matrix)
     at = 0 if w.host is None else w.host.stack_at
-    decoded: jax.Array = jax.vmap(decode, in_axes=at, out_axes=at)(w)
+    decoded: jax.Array = jax.vmap(_decode_host, in_axes=at, out_axes=at)(w)
     return decoded
 
 
-decode_arrays = partial(jax.jit, static_argnames=("shape", "axis"), inline=True)(_decode)
+decode_arrays = partial(jax.jit, static_argnames=("shape", "axis"), inline=True)(_decode_one)
 """`decode` of a codebook and an index, as one program."""
 
 

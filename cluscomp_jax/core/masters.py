@@ -61,7 +61,7 @@ def partition(tree: Any, trainable: Sequence[str] = (".*/codebook", "codebook"))
             if not trains(path, leaf):
                 return None, leaf
             return _master(leaf), Trained(np.dtype(leaf.dtype).name)
-        owner = _owner(path, leaf, paths)
+        owner = pytrees.owner_path(path, leaf.tied_to, paths)
         if not trains(f"{owner}/codebook", leaf.codebook):
             return dataclasses.replace(leaf, codebook=None, index=None), leaf
         master = _master(leaf.codebook) if owner == path else None
@@ -90,7 +90,7 @@ def combine(trainable: Any, frozen: Any) -> Any:
         if isinstance(leaf, Trained):
             return masters[path].astype(leaf.dtype)
         if isinstance(leaf, CodebookArray) and isinstance(leaf.codebook, Trained):
-            return dataclasses.replace(leaf, codebook=masters[_owner(path, leaf, paths)].codebook)
+            return dataclasses.replace(leaf, codebook=masters[pytrees.owner_path(path, leaf.tied_to, paths)].codebook)
         return leaf
 
     return jax.tree_util.tree_map_with_path(join, frozen, is_leaf=_is_frozen_leaf)
@@ -118,15 +118,3 @@ def _is_frozen_leaf(leaf: Any) -> bool:
 def _iterate_frozen(frozen: Any) -> list[tuple[str, Any]]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(frozen, is_leaf=_is_frozen_leaf)
     return [(pytrees.key_path(keys), leaf) for keys, leaf in leaves]
-
-
-def _owner(path: str, leaf: CodebookArray, paths: set[str]) -> str:
-    """Returns the whole path of the kernel that stores the codebook: `tied_to` is relative to a block around both."""
-    if leaf.tied_to is None:
-        return path
-    parents = path.split("/")[:-1]
-    for depth in range(len(parents), -1, -1):
-        owner = "/".join((*parents[:depth], leaf.tied_to))
-        if owner in paths:
-            return owner
-    raise InputError(f"{path} has the codebook of {leaf.tied_to!r}, which is not in the tree; keep them together")

@@ -4,12 +4,13 @@ A path is the "/"-joined string of a leaf's keys, without the "value" of the box
 that holds it. A CodebookArray is a leaf. Nested dicts that hold nothing else have `trees`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import jax
 
 from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.errors import InputError
 
 
 def is_codebook_array(leaf: Any) -> bool:
@@ -36,3 +37,24 @@ def map_by_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda keys, leaf: function(key_path(keys), leaf), tree, is_leaf=is_codebook_array
     )
+
+
+def owner_path(path: str, tied_to: str | None, paths: Container[str]) -> str:
+    """Returns the whole path of the kernel that stores the codebook of the one at `path`.
+
+    Args:
+      path: whole.
+      tied_to: relative to a block around both kernels, the innermost that has it; None: the codebook is its own.
+      paths: of all kernels of the tree.
+
+    Raises:
+      InputError: no such kernel is in the tree.
+    """
+    if tied_to is None:
+        return path
+    parents = path.split("/")[:-1]
+    for depth in range(len(parents), -1, -1):
+        owner = "/".join((*parents[:depth], tied_to))
+        if owner in paths:
+            return owner
+    raise InputError(f"{path} has the codebook of {tied_to!r}, which is not in the tree; keep them together")

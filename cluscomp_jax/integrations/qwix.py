@@ -14,11 +14,14 @@ import flax.linen.dtypes
 import flax.nnx.nn.dtypes
 import jax
 import jax.numpy as jnp
-import qwix
 
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.core.host_axes import HostAxes
+from cluscomp_jax.runtime.extras import needed_for
 from cluscomp_jax.tracing.with_codebooks import with_codebooks
+
+with needed_for("ClusterProvider", "qwix"):
+    import qwix
 
 _PRODUCTS: dict[str, Callable[..., Any]] = {
     "jax.lax.dot_general": jax.lax.dot_general,

@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from cluscomp_jax.tracing.contraction import hindrance, multiply, read_contraction
+from cluscomp_jax.core.caller_mesh import explicit_mesh, partitioned, split_of_type
+from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.tracing.contraction import Contraction, hindrance, multiply, read_contraction
 from cluscomp_jax.tracing.kernel import NamedMatrix, TracedKernel
 from cluscomp_jax.tracing.lookup import look_up
 from cluscomp_jax.tracing.products import ProductTrace
@@ -82,9 +84,16 @@ def evaluate(
     return outs, state.records
 
 
-def dense(value: Any) -> Any:
-    """Returns the array of a TracedKernel, and anything else as it is."""
-    return value.dense() if isinstance(value, TracedKernel) else value
+def dense(value: Any, var: Any = None) -> Any:
+    """Returns the array of a TracedKernel, split over an Explicit mesh as `var` is, and anything else as it is."""
+    if not isinstance(value, TracedKernel):
+        return value
+    return value.dense(None if var is None else split_of_type(var.aval))
+
+
+def dense_each(values: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+    """Returns `dense` of each value and its variable."""
+    return [dense(value, var) for value, var in zip(values, variables, strict=True)]
 
 
 @dataclasses.dataclass
@@ -121,7 +130,7 @@ class _Evaluation:
             moved = _MOVES[name](values[0], values[1:], eqn.params)
             if moved is not None:
                 return [moved]
-        if name == "gather" and isinstance(values[0], TracedKernel):
+        if name == "gather" and isinstance(values[0], TracedKernel) and explicit_mesh(*values) is None:
             found = look_up(values[0], dense(values[1]), eqn.params)
             if found is not None:
                 count_product(served=True)
@@ -135,22 +144,25 @@ class _Evaluation:
             return self._checkpoint(eqn, values) if self.trace is None else self.run(eqn.params["jaxpr"], (), values)
         if name not in _MOVES:
             count_product(served=False, why=f"{name} is no product")
-        return self._bind(eqn, [dense(value) for value in values])
+        return self._bind(eqn, dense_each(values, eqn.invars))
 
     def _dot_general(self, eqn: Any, values: list[Any]) -> Sequence[Any]:
         first = isinstance(values[0], TracedKernel)
         kernel, x = values if first else values[::-1]
-        c, x = read_contraction(eqn.params["dimension_numbers"], first), dense(x)
+        c, x = read_contraction(eqn.params["dimension_numbers"], first), dense(x, eqn.invars[1 if first else 0])
         why = hindrance(kernel, x, c)
         if why is not None:
             count_product(served=False, why=why)
-            return self._bind(eqn, [dense(value) for value in values])
+            return self._bind(eqn, dense_each(values, eqn.invars))
         count_product(served=True)
+        out = eqn.outvars[0].aval
         with jax.numpy_dtype_promotion("standard"):
-            out_dtype, common = eqn.outvars[0].aval.dtype, jnp.promote_types(x.dtype, kernel.dtype)
+            common = jnp.promote_types(x.dtype, kernel.dtype)
         kernel, x = kernel.cast(common), jnp.asarray(x).astype(common)
         with _precision(eqn.params["precision"]):
-            y, *noted = multiply(kernel, x, c, out_dtype, self._product)
+            if explicit_mesh(kernel, x) is not None and isinstance(kernel.payload, CodebookArray):
+                return [_multiply_on_mesh(kernel, x, c, out)]
+            y, *noted = multiply(kernel, x, c, out.dtype, self._product)
         if isinstance(kernel.payload, NamedMatrix):
             if self.observer is not None:
                 self._record(kernel.payload.name, noted.pop())
@@ -193,7 +205,8 @@ class _Evaluation:
     def _scan(self, eqn: Any, values: list[Any]) -> Sequence[Any]:
         params = eqn.params
         consts, start, xs = _compat.scan_inputs(params, values)
-        carry, scanned = [dense(value) for value in start], [_leading(value) for value in xs]
+        carry = dense_each(start, params["jaxpr"].jaxpr.invars[len(consts) : len(consts) + len(start)])
+        scanned = [_leading(value) for value in xs]
         kept = {
             value.payload.name
             for value in scanned
@@ -204,7 +217,7 @@ class _Evaluation:
             outs, records = evaluate(
                 params["jaxpr"].jaxpr, params["jaxpr"].consts, (*consts, *carry, *xs), self.observer
             )
-            outs = [dense(out) for out in outs]
+            outs = dense_each(outs, params["jaxpr"].jaxpr.outvars)
             return tuple(outs[: len(start)]), (outs[len(start) :], records)
 
         options = {name: params[name] for name in ("length", "reverse", "unroll")}
@@ -216,6 +229,16 @@ class _Evaluation:
             }
         )
         return [*carry, *ys]
+
+
+def _multiply_on_mesh(kernel: TracedKernel, x: jax.Array, c: Contraction, out: Any) -> jax.Array:
+    """Returns the product with the sharding of its type `out`, on a mesh with Explicit axes."""
+
+    def product(kernel: TracedKernel, x: jax.Array) -> jax.Array:
+        y: jax.Array = multiply(kernel, x, c, out.dtype, lambda kernel, x, dtype: (kernel.product(x, dtype),))[0]
+        return y
+
+    return partitioned(product, (kernel, x), split_of_type(out))
 
 
 def _leading(value: Any) -> Any:

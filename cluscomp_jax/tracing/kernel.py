@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from cluscomp_jax.core.caller_mesh import partitioned
 from cluscomp_jax.core.codebook import CodebookArray, decode
 from cluscomp_jax.core.host_axes import HostAxes
 from cluscomp_jax.core.linear import linear
@@ -87,8 +88,15 @@ class TracedKernel:
         """The stacked atoms, in the order of the payload's axes."""
         return tuple(sorted((a for dim in self.dims for a in dim if a.side == "stack"), key=lambda a: a.place))
 
-    def dense(self) -> jax.Array:
-        """Returns the array that the program sees."""
+    def dense(self, split: tuple[Any, ...] | None = None) -> jax.Array:
+        """Returns the array that the program sees.
+
+        Args:
+          split: what its axes are split over on a mesh with Explicit axes; None: over nothing.
+        """
+        return partitioned(TracedKernel._dense, (self,), split or (None,) * len(self.dims))
+
+    def _dense(self) -> jax.Array:
         payload = self.payload
         matrices = decode(payload) if isinstance(payload, CodebookArray) else jnp.asarray(payload.array)
         atoms = [atom for dim in self.dims for atom in dim]

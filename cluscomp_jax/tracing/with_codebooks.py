@@ -10,10 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from cluscomp_jax.core import pytrees
-from cluscomp_jax.core.codebook import CodebookArray
-from cluscomp_jax.tracing.evaluate import dense, evaluate
+from cluscomp_jax.core.caller_mesh import explicit_mesh
+from cluscomp_jax.core.codebook import CodebookArray, decoded_split
+from cluscomp_jax.core.sharded_kernel import spec
+from cluscomp_jax.tracing.evaluate import dense_each, evaluate
 from cluscomp_jax.tracing.kernel import TracedKernel
 
 
@@ -52,7 +55,7 @@ def with_codebooks(function: Callable[..., Any]) -> Callable[..., Any]:
         closed = jax.make_jaxpr(flat)(*(_abstract(leaves[k]) for k in traced))
         values = [TracedKernel.of(leaf) if isinstance(leaf, CodebookArray) else leaf for leaf in _of(leaves, traced)]
         outs, _ = evaluate(closed.jaxpr, closed.consts, values)
-        return jax.tree.unflatten(out_structure[-1], [dense(out) for out in outs])
+        return jax.tree.unflatten(out_structure[-1], dense_each(outs, closed.jaxpr.outvars))
 
     return served
 
@@ -67,5 +70,7 @@ def _is_traced(leaf: Any) -> bool:
 
 def _abstract(leaf: Any) -> Any:
     if isinstance(leaf, CodebookArray):
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype))  # type: ignore[no-untyped-call]
+        mesh = explicit_mesh(leaf)
+        sharding = None if mesh is None else NamedSharding(mesh, spec(*decoded_split(leaf)))
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype), sharding=sharding)  # type: ignore[no-untyped-call]
     return leaf

@@ -11,7 +11,8 @@ from forgery import forge
 from cluscomp_jax import CompressConfig, llama
 from cluscomp_jax.checkpoint import inventory, orbax_items
 from cluscomp_jax.checkpoint.entries import MatrixEntry
-from cluscomp_jax.checkpoint.manifest import Contents, FileEntry
+from cluscomp_jax.checkpoint.fields import FileEntry
+from cluscomp_jax.checkpoint.manifest import Contents
 from cluscomp_jax.checkpoint.reader import describe, load_checkpoint, open_checkpoint, save_checkpoint
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.runtime.atomic import file_sha256

@@ -9,10 +9,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cli_models import write_model, write_text
 
-from cluscomp_jax import pipeline
+from cluscomp_jax import CompressionRule, cluster_tree, pipeline, save
 from cluscomp_jax.checkpoint import orbax_items
 from cluscomp_jax.checkpoint.manifest import FORMAT_VERSION
 from cluscomp_jax.checkpoint.reader import open_checkpoint
@@ -266,3 +267,18 @@ def test_a_model_that_has_learnt_english_continues_it(capsys: pytest.CaptureFixt
     assert fields["new_tokens"] == 8
     letters = sum(character.isalpha() or character.isspace() for character in fields["completion"])
     assert letters > 0.7 * len(fields["completion"]) > 0
+
+
+def test_inspect_shows_the_kernels_of_a_saved_tree(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    weights = np.random.default_rng(0).standard_normal((3, 8, 12)).astype(np.float32)
+    rules = [CompressionRule(pattern="mlp/up", num_codes=16, axes="l d f -> l | d | f")]
+    save(tmp_path / "tree", cluster_tree({"mlp": {"up": weights}, "norm": np.ones(8, np.float32)}, rules))
+    assert main(["inspect", str(tmp_path / "tree"), "--verify", "--json"]) == 0
+    *text, last = capsys.readouterr().out.splitlines()
+    (row,) = [line for line in text if "mlp/up" in line]
+    bits = 4 * 8 * 3 + 16 * 16 * 4
+    assert row.split() == ["mlp/up", "8x12", "3", "4", "16", "out", f"{bits / 96:.3f}"]
+    assert json.loads(last)["totals"]["matrix_bits"] == 3 * bits
+    assert "verified" in "\n".join(text)
+    (tmp_path / "tree/arrays/tree.norm/0").write_bytes(bytes(32))
+    fail(capsys, ["inspect", str(tmp_path / "tree"), "--verify"], 2)

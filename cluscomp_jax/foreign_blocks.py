@@ -6,7 +6,7 @@ A user of the same pipeline as `compress`. Embedding, head and everything betwee
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cluscomp_jax.clustering.resolve import bits_per_weight, refuse_growth, rules_by_block
 from cluscomp_jax.clustering.summary import CompressionSummary
+from cluscomp_jax.clustering.tree import check_leaf, checked_rules, rule_of
 from cluscomp_jax.config.clustering import CompressionRule
 from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.core import pytrees
@@ -23,7 +25,7 @@ from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.core.host_axes import HostAxes, parse_axes
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.models.foreign import Apply, ForeignModel, check_products, read_form, shape_dtype
+from cluscomp_jax.models.foreign import Apply, ForeignModel, check_products, is_parameter, read_form, shape_dtype
 from cluscomp_jax.models.source import DictSink, DictSource
 from cluscomp_jax.pipeline import compress_stream
 from cluscomp_jax.plan.host import scratch_bytes
@@ -64,7 +66,7 @@ def compress_blocks(
     cfg = cfg or CompressConfig()
     blocks = _checked_blocks(blocks)
     x = _checked_inputs(inputs)
-    rules = _checked_rules(rules)
+    rules = checked_rules(rules)
     model = ForeignModel(
         apply=apply,
         form=read_form(blocks[0], kernel_axes(blocks[0], rules)),
@@ -74,10 +76,11 @@ def compress_blocks(
     )
     _check_program(model)
     check_products(model)
-    within = tuple(dataclasses.replace(r, pattern=rf"blocks/\d+/(?:{r.pattern})", axes=None) for r in rules)
+    within = tuple(_within(rule, rules, model.form.kernels) for rule in rules)
     if cfg.cluster.uneven:
         raise InputError("mixed_precision measures a model's loss, which a stack of blocks has not; use 'none'")
     cfg = dataclasses.replace(cfg, model=model, cluster=dataclasses.replace(cfg.cluster, rules=within))
+    refuse_growth(bits_per_weight(model, cfg, rules_by_block(model, cfg)))
     params = {"blocks": {str(i): model.form.to_params(jax.tree.map(on_one_device, b)) for i, b in enumerate(blocks)}}
     shape = (x.shape[0], math.prod(x.shape[1:-1]))
     sink = DictSink()
@@ -94,20 +97,26 @@ def compress_blocks(
     return [_to_host(model, sink.load_block(i), blocks[i]) for i in range(len(blocks))], summary
 
 
+def _within(rule: CompressionRule, rules: Sequence[CompressionRule], kernels: Iterable[str]) -> CompressionRule:
+    """Returns the rule for the paths of the pipeline's blocks."""
+    paths = [re.escape(path) for path in kernels if rule_of(path, rules) is rule]
+    if not paths:
+        raise InputError(f"rule {rule.pattern!r} decides over no leaf of a block; the first rule that matches decides")
+    return dataclasses.replace(rule, pattern=rf"blocks/\d+/(?:{'|'.join(paths)})", axes=None)
+
+
 def _to_host(model: ForeignModel, block: Params, original: Any) -> Any:
     """Returns the block in the host's form, its arrays NumPy's or JAX's as the host's first one is."""
     first = next(leaf for leaf in jax.tree.leaves(original) if hasattr(leaf, "dtype"))
     put = jnp.asarray if isinstance(first, jax.Array) else np.asarray
-    return jax.tree.map(lambda leaf: put(leaf) if hasattr(leaf, "dtype") else leaf, model.form.to_host(block))
+    own = dict(pytrees.iterate(original))  # leaves that are no parameters, keys for example, are the block's own
 
+    def leaf_of(path: str, leaf: Any) -> Any:
+        if not isinstance(leaf, CodebookArray) and not is_parameter(leaf):
+            return own[path]
+        return jax.tree.map(put, leaf)
 
-def _checked_rules(rules: Any) -> tuple[CompressionRule, ...]:
-    if isinstance(rules, CompressionRule):
-        raise InputError("rules is one CompressionRule; give a list of rules, [rule]")
-    rules = tuple(rules)
-    if not rules or not all(isinstance(rule, CompressionRule) for rule in rules):
-        raise InputError(f"rules must be a non-empty list of CompressionRule, not {rules!r:.80}")
-    return rules
+    return pytrees.map_by_path(leaf_of, model.form.to_host(block))
 
 
 def _checked_blocks(blocks: Any) -> list[Any]:
@@ -116,14 +125,21 @@ def _checked_blocks(blocks: Any) -> list[Any]:
             f"blocks is a {type(blocks).__name__}; it must be a list of the blocks' parameters (`unstack` takes a "
             "stacked tree apart)"
         )
-    first = {path: getattr(leaf, "shape", None) for path, leaf in pytrees.iterate(blocks[0])}
+    first = {path: _kind_of(leaf) for path, leaf in pytrees.iterate(blocks[0])}
+    if not first:
+        raise InputError("block 0 has no leaves; give the parameters of the blocks")
+    structure: Any = jax.tree.structure(blocks[0], is_leaf=pytrees.is_codebook_array)
     for i, block in enumerate(blocks):
-        found = {path: getattr(leaf, "shape", None) for path, leaf in pytrees.iterate(block)}
+        found = {path: _kind_of(leaf) for path, leaf in pytrees.iterate(block)}
         for path in sorted(first.keys() ^ found.keys()):
             raise InputError(f"block {i} differs from block 0 in {path!r}; compress blocks of another form apart")
-        for path, shape in first.items():
-            if found[path] != shape:
-                raise InputError(f"{path!r} has shape {found[path]} in block {i} and {shape} in block 0")
+        for path, kind in first.items():
+            if found[path] != kind:
+                raise InputError(
+                    f"{path!r} is {found[path]} in block {i} and {kind} in block 0; compress blocks that differ apart"
+                )
+        if jax.tree.structure(block, is_leaf=pytrees.is_codebook_array) != structure:
+            raise InputError(f"block {i} has other static fields than block 0; compress blocks that differ apart")
         for path, leaf in pytrees.iterate(block):
             if isinstance(leaf, CodebookArray):
                 raise InputError(f"{path!r} of block {i} is clustered already; begin with the original blocks")
@@ -132,6 +148,11 @@ def _checked_blocks(blocks: Any) -> list[Any]:
                     f"{path!r} of block {i} is a ShapeDtypeStruct without numbers; load the parameters first"
                 )
     return list(blocks)
+
+
+def _kind_of(leaf: Any) -> Any:
+    """Returns what must be equal in two blocks: shape and dtype of an array, and any other leaf itself."""
+    return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else leaf
 
 
 def _checked_inputs(inputs: Any) -> np.ndarray:
@@ -157,12 +178,10 @@ def kernel_axes(block: Any, rules: Sequence[CompressionRule]) -> dict[str, HostA
     """
     kernels: dict[str, HostAxes] = {}
     for path, leaf in pytrees.iterate(block):
-        rule = next((rule for rule in rules if re.fullmatch(rule.pattern, path)), None)
+        rule = rule_of(path, rules)
         if rule is None:
             continue
-        if not hasattr(leaf, "shape") or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            what = getattr(leaf, "dtype", type(leaf).__name__)
-            raise InputError(f"{path} is {what}; only floating weights can be clustered")
+        check_leaf(path, leaf)
         kernels[path], stacked = parse_axes(rule.axes, tuple(leaf.shape), leaf.dtype, path)
         if stacked:
             raise InputError(f"{path}: axes {rule.axes!r} stack matrices within a block; `cluster_tree` clusters these")

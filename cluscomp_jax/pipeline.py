@@ -92,6 +92,10 @@ def compress(
         check_stacked(model, cfg, calibration)
     if check is not None:
         layouts.check_forward(params, opened, check)
+    rules = rules_by_block(model, cfg)
+    if calibration is not None:
+        check_calibration(model, cfg, calibration, rules)
+    refuse_growth(bits_per_weight(model, cfg, rules))
     sink = DictSink()
     needed = 0 if calibration is None or calibration.ndim != 2 else scratch_bytes(model, cfg, calibration.shape)
     with scratch_folder(work_dir, needed) as folder, without_mesh():
@@ -200,7 +204,6 @@ def prepare(
         check_calibration(model, cfg, calibration, rules)
     elif inputs is not None:
         check_samples(cfg, len(inputs), rules)
-    refuse_growth(bits_per_weight(model, cfg, rules))
     if given is None:
         return Run(model, cfg, rules, None, None, sharding, timer, reporter)
     shape = given.shape[:2]

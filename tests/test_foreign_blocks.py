@@ -193,7 +193,7 @@ def test_stack_undoes_unstack(axis):
     blocks, inputs = blocks_and_inputs()
     config = dataclasses.replace(CONFIG, tuning=None)
     found, _ = compress_blocks(blocks, apply, inputs, config, rules=RULES)
-    with pytest.raises(InputError, match="along axis 1"):
+    with pytest.raises(InputError, match="has no axis 1"):
         unstack(blocks[0], 1)
     kernels = [{"k": block["q"]["kernel"], "d": block["up"]["kernel"], "n": normal(4, 4)} for block in found]
     joined = stack(kernels, axis)
@@ -211,7 +211,26 @@ def changed(**leaves):
 REFUSED = {
     "a tree in place of a list": ({"blocks": blocks_and_inputs()[0][0]}, "must be a list of the blocks' parameters"),
     "another form": ({"blocks": changed(ln1={})}, "block 1 differs from block 0 in 'ln1/bias'"),
-    "another shape": ({"blocks": changed(up={"kernel": normal(3, 3), "bias": normal(3)})}, "in block 1 and (3,"),
+    "another shape": (
+        {"blocks": changed(up={"kernel": normal(3, 3), "bias": normal(3)})},
+        "'up/bias' is float32[40] in block 1",
+    ),
+    "another dtype": (
+        {"blocks": changed(ln1={n: normal(WIDTH).astype(jnp.bfloat16) for n in ("scale", "bias")})},
+        "ln1",
+    ),
+    "another constant": ({"blocks": [{"w": normal(4, 4), "scale": scale} for scale in (1.0, 2.0)]}, "'scale' is 2.0"),
+    "no leaves": ({"blocks": [{}]}, "block 0 has no leaves"),
+    "a rule too many": ({"rules": [*RULES, CompressionRule(pattern="q/kernel")]}, "decides over no leaf of a block"),
+    "a function matched": ({"blocks": [{"f": jnp.tanh}], "rules": [CompressionRule(pattern="f")]}, "no array"),
+    "used twice": (
+        {
+            "blocks": [{"w": normal(WIDTH, WIDTH)}],
+            "apply": lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"],
+            "rules": [CompressionRule(pattern="w", num_codes=24)],
+        },
+        "multiplied more than once",
+    ),
     "one rule": ({"rules": RULES[0]}, "one CompressionRule; give a list"),
     "no kernel matched": ({"rules": [CompressionRule(pattern="x")]}, "no rule matches a leaf of a block"),
     "axes missing": ({"rules": [CompressionRule(pattern="q/kernel")]}, "say which are stacked"),
@@ -239,3 +258,128 @@ def test_refused_in_one_line_before_any_work(name):
         compress_blocks(given["blocks"], given["apply"], given["inputs"], given["cfg"], rules=given["rules"])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def model_of(apply, block, item_shape, axes=None):
+    rules = [CompressionRule(pattern=path, axes=text) for path, text in (axes or dict.fromkeys(block)).items()]
+    form = read_form(block, kernel_axes(block, rules))
+    return ForeignModel(apply=apply, form=form, item_shape=item_shape, dtype="float32", depth=1)
+
+
+def residuals(model, block, x):
+    found = {}
+    model.block(
+        model.form.to_params(block), x, layer_type=None, observer=lambda group, x, r: found.setdefault(group, (x, r))
+    )
+    return found
+
+
+def test_a_residual_whose_rows_are_in_another_order_is_none():
+    block = {"w": jnp.asarray(normal(6, 6))}
+    x = jnp.asarray(normal(3, 6, 6))
+
+    def swapped(p, x):
+        return x + jnp.swapaxes(jnp.tanh(jnp.swapaxes(x, 1, 2)) @ p["w"], 1, 2)
+
+    assert residuals(model_of(swapped, block, (6, 6)), block, x)["w"][1] is None
+    plain = residuals(model_of(lambda p, x: x + jnp.tanh(x) @ p["w"], block, (6, 6)), block, x)["w"]
+    np.testing.assert_array_equal(plain[1], x)
+    mapped = residuals(
+        model_of(lambda p, x: x + jax.vmap(jax.vmap(lambda v: p["w"].T @ v))(jnp.tanh(x)), block, (6, 6)), block, x
+    )["w"]
+    np.testing.assert_array_equal(mapped[1], x)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_a_bias_is_no_residual(samples):
+    block = {"w": jnp.asarray(normal(6, 6)), "b": jnp.ones(6)}
+    x = jnp.asarray(normal(samples, 1, 6))
+    model = model_of(lambda p, x: x + (x @ p["w"] + p["b"]), block, (1, 6), {"w": None})
+    np.testing.assert_array_equal(residuals(model, block, x)["w"][1], x)
+
+
+def test_kernels_that_read_an_array_in_two_ways_are_two_groups():
+    block = {"a": jnp.asarray(normal(2, 8, 6)), "b": jnp.asarray(normal(8, 2, 6))}
+
+    def apply(p, x):
+        heads = x.reshape(*x.shape[:2], 2, 8)
+        y = jnp.einsum("btnh,nhd->btd", heads, p["a"]) + jnp.einsum("btnh,hnd->btd", heads, p["b"])
+        return jnp.concatenate([y, y, y[..., :4]], -1)
+
+    axes = {"a": "n h d -> | n h | d", "b": "h n d -> | h n | d"}
+    assert len(model_of(apply, block, (5, 16), axes).input_groups) == 2
+
+
+def test_keys_in_a_block_stay_its_own():
+    blocks = [{"w": jnp.asarray(normal(WIDTH, WIDTH)), "key": jax.random.key(i)} for i in range(2)]
+    rules = [CompressionRule(pattern="w", num_codes=24)]
+    config = dataclasses.replace(CONFIG, tuning=None)
+    found, _ = compress_blocks(blocks, lambda p, x: x + x @ p["w"], normal(8, 5, WIDTH), config, rules=rules)
+    assert [jax.random.key_data(block["key"]).tolist() for block in found] == [
+        jax.random.key_data(block["key"]).tolist() for block in blocks
+    ]
+
+
+def test_equal_forms_share_their_programs():
+    blocks, _ = blocks_and_inputs()
+    one, other = (model_of(apply, block, (6, WIDTH), {"up/kernel": None}) for block in blocks)
+    assert one == other
+    assert hash(one) == hash(other)
+
+
+def test_hessians_of_two_stacked_axes_come_in_the_kernels_order():
+    w, x = normal(2, 2, WIDTH, WIDTH), normal(20, WIDTH)
+
+    def model(params, x):
+        def outer(h, ws):
+            return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, ws)[0], None
+
+        return jax.lax.scan(outer, x, jnp.swapaxes(params["w"], 0, 1))[0]
+
+    rules = [CompressionRule(pattern="w", axes="l e i o -> l e | i | o", num_codes=24)]
+    found = collect_hessians(model, {"w": jnp.asarray(w)}, [x], rules)["w"]
+    h = x.astype(np.float64)
+    for e in range(2):
+        for layer in range(2):
+            np.testing.assert_allclose(found[layer, e], h.T @ h / 20, rtol=1e-3, atol=1e-3)
+            h = np.tanh(h @ w[layer, e])
+
+
+STACK_RULE = [CompressionRule(pattern="w", axes="l i o -> l | i | o", num_codes=24)]
+
+
+@pytest.mark.parametrize(
+    ("apply", "batches", "rules", "message"),
+    [
+        (lambda p, x: x @ p["w"][0] @ p["w"][1], [normal(4, 6)], STACK_RULE, "takes single matrices out of the stack"),
+        (lambda p, x: x.sum(), [normal(4, 6)], STACK_RULE, "no product x @ W of the model reads it"),
+        (lambda p, x: x, [], STACK_RULE, "batches is empty"),
+        (lambda p, x: x, normal(4, 6), STACK_RULE, "batches is one array"),
+        (lambda p, x: x, [normal(4, 6)], STACK_RULE[0], "one CompressionRule; give a list"),
+        (lambda p, x: x, [normal(4, 6)], [CompressionRule(pattern="v")], "rule 'v' decides over no leaf"),
+    ],
+)
+def test_hessians_that_cannot_be_had(apply, batches, rules, message):
+    with pytest.raises(InputError) as error:
+        collect_hessians(apply, {"w": jnp.asarray(normal(2, 6, 6))}, batches, rules)
+    assert message in str(error.value)
+
+
+def test_what_cannot_be_stacked():
+    w = normal(16, 16)
+    plain, turned = (
+        cluster_tree({"w": w}, [CompressionRule(pattern="w", num_codes=8, axes=axes)])
+        for axes in (None, "o i -> | i | o")
+    )
+    for blocks, message in (
+        ([plain, turned], "w differs in block 1"),
+        ([], "at least one block"),
+        ([{"a": 1.0}], "a is a float"),
+        ([plain, {"v": w}], "block 1 has other paths"),
+    ):
+        with pytest.raises(InputError, match=message):
+            stack(blocks)
+    with pytest.raises(InputError, match="axis is -1"):
+        unstack(plain, -1)
+    with pytest.raises(InputError, match="w is not stacked"):
+        unstack(plain)

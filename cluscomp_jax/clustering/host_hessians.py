@@ -3,7 +3,6 @@
 By tracing: the model is a function of parameters and a batch, of whatever framework.
 """
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cluscomp_jax.clustering.tree import check_leaf, checked_rules, refuse_unused, rule_of
 from cluscomp_jax.config.clustering import CompressionRule
 from cluscomp_jax.core import pytrees
 from cluscomp_jax.core.caller_mesh import partitioned
 from cluscomp_jax.core.host_axes import HostAxes, parse_axes
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.tracing.evaluate import evaluate
+from cluscomp_jax.tracing.evaluate import Record, evaluate
 from cluscomp_jax.tracing.kernel import TracedKernel
 
 
@@ -36,13 +36,18 @@ def collect_hessians(
     Raises:
       InputError: a kernel that no product reads as x @ W, or no batch.
     """
+    rules = checked_rules(rules)
+    if hasattr(batches, "shape"):
+        raise InputError("batches is one array; give a list of batches, [batch]")
     leaves, structure = jax.tree.flatten(params, is_leaf=pytrees.is_codebook_array)
     paths = [path for path, _ in pytrees.iterate(params)]
     kernels: dict[int, HostAxes] = {}
     for k, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
-        rule = next((rule for rule in rules if re.fullmatch(rule.pattern, path)), None)
+        rule = rule_of(path, rules)
         if rule is not None:
+            check_leaf(path, leaf)
             kernels[k], _ = parse_axes(rule.axes, tuple(leaf.shape), leaf.dtype, path)
+    refuse_unused(rules, {path: rule_of(path, rules) for path in paths}, list(zip(paths, leaves, strict=True)))
     traced = [k for k, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)]
 
     def whole(arrays: Sequence[Any], batch: Any) -> Any:
@@ -52,7 +57,7 @@ def collect_hessians(
         return jax.tree.leaves(apply(jax.tree.unflatten(structure, filled), batch))
 
     @jax.jit
-    def sums(arrays: Sequence[Any], batch: Any) -> dict[str, Any]:
+    def sums(arrays: Sequence[Any], batch: Any) -> dict[str, Record]:
         closed = jax.make_jaxpr(whole)(arrays, batch)
         values = [
             TracedKernel.of_matrix(array, kernels[k], paths[k]) if k in kernels else array
@@ -61,7 +66,7 @@ def collect_hessians(
         _, records = evaluate(closed.jaxpr, closed.consts, [*values, *jax.tree.leaves(batch)], _products_of)
         return records
 
-    total: dict[str, Any] | None = None
+    total: dict[str, Record] | None = None
     for batch in batches:
         found = sums([leaves[k] for k in traced], batch)
         total = found if total is None else jax.tree.map(jnp.add, total, found)
@@ -73,7 +78,7 @@ def collect_hessians(
                 f"{paths[k]}: no product x @ W of the model reads it with these axes; let no rule match it, or correct "
                 "the rule's axes"
             )
-    return {path: _mean(*total[path]) for path in (paths[k] for k in kernels)}
+    return {paths[k]: _mean(paths[k], total[paths[k]], leaves[k].ndim - len(kernels[k].shape)) for k in kernels}
 
 
 def _products_of(name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -86,6 +91,13 @@ def _products_of(name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return partitioned(product, (x,), (None, None)), jnp.float32(x.size // x.shape[-1])
 
 
-def _mean(total: jax.Array, count: jax.Array) -> np.ndarray:
-    number = np.asarray(count)
-    return np.asarray(total) / number.reshape((*number.shape, 1, 1))
+def _mean(path: str, record: Record, stacked: int) -> np.ndarray:
+    """Returns the mean, its stacked axes in the order of the kernel's."""
+    if len(record.places) != stacked:
+        raise InputError(
+            f"{path}: the model takes single matrices out of the stack; it must run them in a scan or all together"
+        )
+    order = sorted(range(stacked), key=record.places.__getitem__)
+    total, count = (np.asarray(part) for part in record.value)
+    number = count.transpose(order)
+    return total.transpose((*order, stacked, stacked + 1)) / number.reshape((*number.shape, 1, 1))

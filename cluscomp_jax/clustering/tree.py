@@ -50,15 +50,15 @@ def cluster_tree(
     Raises:
       InputError: rules that match nothing, or a matched leaf that cannot be clustered, by its path.
     """
-    rules, settings, hessians = _checked_rules(rules), settings or ClusterConfig(), hessians or {}
+    rules, settings, hessians = checked_rules(rules), settings or ClusterConfig(), hessians or {}
     leaves = pytrees.iterate(tree)
-    chosen = {path: _rule_of(path, rules) for path, _ in leaves}
-    _refuse_unused(rules, chosen, leaves)
+    chosen = {path: rule_of(path, rules) for path, _ in leaves}
+    refuse_unused(rules, chosen, leaves)
     if unknown := hessians.keys() - {path for path, rule in chosen.items() if rule is not None}:
         raise InputError(f"hessians: {sorted(unknown)[0]!r} is no leaf that a rule matches")
     for path, leaf in leaves:
         if chosen[path] is not None:
-            _check_leaf(path, leaf)
+            check_leaf(path, leaf)
 
     refuse_growth(_bits_per_weight(leaves, chosen))
 
@@ -84,10 +84,10 @@ def abstract(shapes: Any, rules: Sequence[CompressionRule], *, settings: Cluster
     Raises:
       InputError: rules that match nothing, or a matched leaf that cannot be clustered, by its path.
     """
-    rules, settings = _checked_rules(rules), settings or ClusterConfig()
+    rules, settings = checked_rules(rules), settings or ClusterConfig()
     leaves = pytrees.iterate(shapes)
-    chosen = {path: _rule_of(path, rules) for path, _ in leaves}
-    _refuse_unused(rules, chosen, leaves)
+    chosen = {path: rule_of(path, rules) for path, _ in leaves}
+    refuse_unused(rules, chosen, leaves)
 
     def one(path: str, leaf: Any) -> Any:
         rule = chosen[path]
@@ -123,7 +123,8 @@ def _struct(shape: tuple[int, ...], dtype: Any, sharding: Any = None) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)  # type: ignore[no-untyped-call]
 
 
-def _checked_rules(rules: Any) -> tuple[CompressionRule, ...]:
+def checked_rules(rules: Any) -> tuple[CompressionRule, ...]:
+    """Returns the rules as a tuple. Raises InputError where they are no list of rules, or none."""
     if isinstance(rules, CompressionRule):
         raise InputError("rules is one CompressionRule; give a list of rules, [rule]")
     rules = tuple(rules)
@@ -132,13 +133,15 @@ def _checked_rules(rules: Any) -> tuple[CompressionRule, ...]:
     return rules
 
 
-def _rule_of(path: str, rules: Sequence[CompressionRule]) -> CompressionRule | None:
+def rule_of(path: str, rules: Sequence[CompressionRule]) -> CompressionRule | None:
+    """Returns the first rule whose pattern matches the whole path."""
     return next((rule for rule in rules if re.fullmatch(rule.pattern, path)), None)
 
 
-def _refuse_unused(
+def refuse_unused(
     rules: Sequence[CompressionRule], chosen: Mapping[str, Any], leaves: Sequence[tuple[str, Any]]
 ) -> None:
+    """Raises InputError where a rule decides over no leaf; `chosen` is the rule of each path."""
     unused = [rule.pattern for rule in rules if not any(rule is used for used in chosen.values())]
     if unused:
         kernels = [path for path, leaf in leaves if len(getattr(leaf, "shape", ())) >= 2]
@@ -150,7 +153,7 @@ def _refuse_unused(
         )
 
 
-def _check_leaf(path: str, leaf: Any) -> None:
+def check_leaf(path: str, leaf: Any) -> None:
     """Raises InputError unless the leaf is an array of finite weights."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         raise InputError(f"{path} is a ShapeDtypeStruct without numbers; load the parameters first")

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+import re
 from typing import Literal
 
 from cluscomp_jax.config.checks import require, require_finite
 from cluscomp_jax.core.codebook import MAX_CODES, MAX_GROUP, Axis
 from cluscomp_jax.core.host_axes import check_axes
+from cluscomp_jax.errors import InputError
 
 TieCodebooks = Literal["none", "input", "block"]
 DECODER_KERNELS = r"model/layers/\d+/(self_attn/[qkvo]_proj|mlp/(gate|up|down)_proj)/kernel"
@@ -33,6 +35,10 @@ class CompressionRule:
     axes: str | None = None
 
     def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise InputError(f"rule pattern {self.pattern!r} is not a regular expression: {error}") from error
         require(1 <= self.group_size <= MAX_GROUP, "group_size", self.group_size, f"1 to {MAX_GROUP}")
         require(2 <= self.num_codes <= MAX_CODES, "num_codes", self.num_codes, f"2 to {MAX_CODES}")
         require(self.axis in ("out", "in"), "axis", self.axis, "'out' or 'in'")

@@ -69,6 +69,9 @@ class CompressConfig:
         """Returns the settings as plain JSON values, less the model."""
         fields = dataclasses.asdict(dataclasses.replace(self, model=None))
         del fields["model"]
+        for rule in fields["cluster"]["rules"]:
+            if rule["axes"] is None:  # a decoder's kernels need none
+                del rule["axes"]
         return fields
 
 

@@ -8,7 +8,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from cluscomp_jax.errors import InputError
@@ -71,7 +70,7 @@ def parse_axes(axes: str | None, shape: tuple[int, ...], dtype: Any, where: str)
     Raises:
       InputError: a text that cannot be read, or that does not fit the shape.
     """
-    name = np.dtype(dtype).name if dtype != jnp.bfloat16 else "bfloat16"
+    name = jax.dtypes.canonicalize_dtype(dtype).name
     if axes is None:
         if len(shape) != 2:
             raise InputError(

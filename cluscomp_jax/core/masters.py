@@ -32,7 +32,11 @@ class Trained:
     dtype: str
 
 
-def partition(tree: Any, trainable: Sequence[str] = (".*/codebook", "codebook")) -> tuple[Any, Any]:
+CODEBOOKS = (".*/codebook", "codebook")
+"""What `partition` trains unless told otherwise: every codebook."""
+
+
+def partition(tree: Any, trainable: Sequence[str] = CODEBOOKS) -> tuple[Any, Any]:
     """Returns (trainable, frozen), two trees of the structure of `tree`; `combine` joins them.
 
     In `trainable` what trains is float32 and all else is None. A codebook that several kernels have is there once.
@@ -45,7 +49,7 @@ def partition(tree: Any, trainable: Sequence[str] = (".*/codebook", "codebook"))
     Raises:
       InputError: an expression matches no floating array, or a codebook's owner is not in the tree.
     """
-    patterns = {text: re.compile(text) for text in trainable}
+    patterns = _compiled(trainable)
     used: set[str] = set()
     paths = {path for path, _ in pytrees.iterate(tree)}
 
@@ -69,7 +73,9 @@ def partition(tree: Any, trainable: Sequence[str] = (".*/codebook", "codebook"))
         return dataclasses.replace(leaf, codebook=master, index=None), dataclasses.replace(leaf, codebook=mark)
 
     parts = {path: part(path, leaf) for path, leaf in pytrees.iterate(tree)}
-    for text in patterns.keys() - used - ({".*/codebook", "codebook"} if used else set()):
+    if tuple(trainable) == CODEBOOKS and not used:
+        raise InputError("the tree has no codebooks to train; cluster it first, or say what trains: trainable=('.*',)")
+    for text in sorted(patterns.keys() - used - set(CODEBOOKS)):
         raise InputError(
             f"trainable {text!r} matches no floating array of the tree; the path of a codebook is its kernel's and "
             "'/codebook'"
@@ -83,17 +89,21 @@ def partition(tree: Any, trainable: Sequence[str] = (".*/codebook", "codebook"))
 def combine(trainable: Any, frozen: Any) -> Any:
     """Returns the tree that `partition` parted: codebooks float32, other trained arrays in the dtype they came in."""
     masters = dict(pytrees.iterate(trainable))
-    paths = {path for path, _ in _iterate_frozen(frozen)}
+    leaves = pytrees.iterate(frozen, _is_frozen_leaf)
+    paths = {path for path, _ in leaves}
+    if not any(isinstance(getattr(leaf, "codebook", leaf), Trained) for _, leaf in leaves):
+        raise InputError("frozen marks nothing that trains; give combine(trainable, frozen) as partition returned them")
+    if masters.keys() - paths:
+        raise InputError(f"trainable has {sorted(masters.keys() - paths)[0]!r}, frozen has not: they are of two trees")
 
-    def join(keys: Any, leaf: Any) -> Any:
-        path = pytrees.key_path(keys)
+    def join(path: str, leaf: Any) -> Any:
         if isinstance(leaf, Trained):
             return masters[path].astype(leaf.dtype)
         if isinstance(leaf, CodebookArray) and isinstance(leaf.codebook, Trained):
             return dataclasses.replace(leaf, codebook=masters[pytrees.owner_path(path, leaf.tied_to, paths)].codebook)
         return leaf
 
-    return jax.tree_util.tree_map_with_path(join, frozen, is_leaf=_is_frozen_leaf)
+    return pytrees.map_by_path(join, frozen, _is_frozen_leaf)
 
 
 def rounded(tree: Any, dtype: Any = "float16") -> Any:
@@ -107,14 +117,21 @@ def rounded(tree: Any, dtype: Any = "float16") -> Any:
     return jax.tree.map(one, tree, is_leaf=pytrees.is_codebook_array)
 
 
+def _compiled(trainable: Sequence[str]) -> dict[str, re.Pattern[str]]:
+    if isinstance(trainable, str):
+        raise InputError(f"trainable is {trainable!r}; give a list of expressions, [{trainable!r}]")
+    found = {}
+    for text in trainable:
+        try:
+            found[text] = re.compile(text)
+        except re.error as error:
+            raise InputError(f"trainable {text!r} is not a regular expression: {error}") from error
+    return found
+
+
 def _master(array: Any) -> jax.Array:
     return jnp.asarray(array).astype(jnp.float32)
 
 
 def _is_frozen_leaf(leaf: Any) -> bool:
     return isinstance(leaf, CodebookArray | Trained)
-
-
-def _iterate_frozen(frozen: Any) -> list[tuple[str, Any]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(frozen, is_leaf=_is_frozen_leaf)
-    return [(pytrees.key_path(keys), leaf) for keys, leaf in leaves]

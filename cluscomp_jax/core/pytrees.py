@@ -1,7 +1,7 @@
 """Any pytree by path: dicts, lists, registered dataclasses, equinox modules, nnx modules and states, linen boxes.
 
 A path is the "/"-joined string of a leaf's keys, without the "value" of the box (an nnx.Variable, an nn.Partitioned)
-that holds it. A CodebookArray is a leaf. Nested dicts that hold nothing else have `trees`.
+that holds it, where there is one. A CodebookArray is a leaf. Nested dicts that hold nothing else have `trees`.
 """
 
 from collections.abc import Callable, Container, Sequence
@@ -18,24 +18,43 @@ def is_codebook_array(leaf: Any) -> bool:
     return isinstance(leaf, CodebookArray)
 
 
-def key_path(keys: Sequence[Any]) -> str:
-    """Returns the path of the keys of `jax.tree_util.tree_flatten_with_path`."""
-    names = [(name, getattr(key, name)) for key in keys for name in ("key", "name", "idx") if hasattr(key, name)]
-    if len(names) > 1 and names[-1] == ("name", "value"):
-        names.pop()
-    return "/".join(str(name) for _, name in names)
+def iterate(tree: Any, is_leaf: Callable[[Any], bool] = is_codebook_array) -> list[tuple[str, Any]]:
+    """Returns [(path, leaf)] of the tree, in its order.
+
+    Raises:
+      InputError: two leaves have the same path.
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    outside, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: is_leaf(node) or _is_box(node))
+    boxes = {tuple(keys) for keys, node in outside if _is_box(node)}
+    found = [(_path(keys, boxes), leaf) for keys, leaf in leaves]
+    seen: set[str] = set()
+    for path, _ in found:
+        if path in seen:
+            raise InputError(f"two leaves of the tree have the path {path!r}; rename one of them")
+        seen.add(path)
+    return found
 
 
-def iterate(tree: Any) -> list[tuple[str, Any]]:
-    """Returns [(path, leaf)] of the tree, in its order."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_codebook_array)
-    return [(key_path(keys), leaf) for keys, leaf in leaves]
-
-
-def map_by_path(function: Callable[[str, Any], Any], tree: Any) -> Any:
+def map_by_path(
+    function: Callable[[str, Any], Any], tree: Any, is_leaf: Callable[[Any], bool] = is_codebook_array
+) -> Any:
     """Returns the tree with every leaf replaced by `function(path, leaf)`."""
-    return jax.tree_util.tree_map_with_path(
-        lambda keys, leaf: function(key_path(keys), leaf), tree, is_leaf=is_codebook_array
+    structure = jax.tree.structure(tree, is_leaf=is_leaf)
+    return jax.tree.unflatten(structure, [function(path, leaf) for path, leaf in iterate(tree, is_leaf)])
+
+
+def _path(keys: Sequence[Any], boxes: Container[tuple[Any, ...]]) -> str:
+    if keys and tuple(keys[:-1]) in boxes:
+        keys = keys[:-1]
+    return "/".join(str(getattr(key, name)) for key in keys for name in ("key", "name", "idx") if hasattr(key, name))
+
+
+def _is_box(node: Any) -> bool:
+    """Returns whether a node is an nnx.Variable or a box of linen; flax need not be imported for it."""
+    return any(
+        kind.__name__ in ("Variable", "AxisMetadata") and kind.__module__.startswith("flax.")
+        for kind in type(node).__mro__
     )
 
 

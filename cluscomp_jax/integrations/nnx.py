@@ -5,7 +5,6 @@ Knows nnx's graph of a module, not what the module computes.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -24,11 +23,15 @@ class Index(nnx.Variable):  # type: ignore[misc]
     """The index of a kernel, which does not train."""
 
 
-class _Kernel(nnx.Module):  # type: ignore[misc]
-    """A CodebookArray as two Variables."""
+class Replaced(nnx.Variable):  # type: ignore[misc]
+    """A Variable of the host whose kernel is elsewhere; its own number means nothing."""
 
-    def __init__(self, array: CodebookArray):
-        self.codebook = Codebook(jnp.asarray(array.codebook).astype(jnp.float32))
+
+class _Kernel(nnx.Module):  # type: ignore[misc]
+    """A CodebookArray as two Variables; one Codebook serves all kernels that share it."""
+
+    def __init__(self, array: CodebookArray, codebook: Codebook):
+        self.codebook = codebook
         self.index = Index(jnp.asarray(array.index))
         self.static = (array.matrix_shape, array.axis, array.tied_to, array.host)
 
@@ -40,40 +43,62 @@ class _Kernel(nnx.Module):  # type: ignore[misc]
 class ClusteredModule(nnx.Module):  # type: ignore[misc]
     """An nnx module with CodebookArrays for kernels: `module(*args)` is the host's own forward pass.
 
-    Made by `convert`. What the host's Variables change in a call (statistics, caches, counts of keys) is kept.
+    Made by `convert`. What the host's Variables change in a call (statistics, caches, counts of keys) is kept, and
+    `eval()` and `train()` reach the host. Methods other than `__call__` are those of `module()`, by `with_codebooks`.
     """
 
     def __init__(self, module: Any):
-        graph, state = nnx.split(module)
-        leaves, structure = jax.tree.flatten(state, is_leaf=pytrees.is_codebook_array)
-        self._graph, self._structure = graph, structure
-        self.kernels = nnx.List([_Kernel(leaf) for leaf in leaves if isinstance(leaf, CodebookArray)])
-        self.host = nnx.List(_variables(state, leaves))
-        self._is_kernel = tuple(isinstance(leaf, CodebookArray) for leaf in leaves)
+        state = nnx.to_flat_state(nnx.state(module))
+        arrays = {path: variable[...] for path, variable in state}
+        kernels = {path: array for path, array in arrays.items() if isinstance(array, CodebookArray)}
+        names = {"/".join(map(str, path)): path for path in kernels}
+        self._paths, self._kinds = tuple(kernels), tuple(type(v) for path, v in state if path in kernels)
+        codebooks: dict[str, Codebook] = {}
+        found = []
+        for name, path in names.items():
+            owner = pytrees.owner_path(name, kernels[path].tied_to, names)
+            if owner not in codebooks:
+                codebooks[owner] = Codebook(jnp.asarray(kernels[names[owner]].codebook).astype(jnp.float32))
+            found.append(_Kernel(kernels[path], codebooks[owner]))
+        self.kernels = nnx.List(found)
+        self.host = nnx.clone(module)
+        for path in kernels:
+            _put(self.host, path, Replaced(jnp.zeros(())))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns what the host's `__call__` does with these arguments."""
+        """Returns what the host's `__call__` does with these arguments.
 
-        def call(leaves: list[Any], *args: Any, **kwargs: Any) -> Any:
-            module = nnx.merge(self._graph, jax.tree.unflatten(self._structure, leaves))
+        Raises:
+          InputError: the call adds Variables to the host, as `sow` does.
+        """
+        graph, state = nnx.split(self.host)
+        before = {path for path, _ in nnx.to_flat_state(state)}
+
+        def call(arrays: dict[Any, Any], *args: Any, **kwargs: Any) -> Any:
+            flat = [(path, variable.replace(arrays[path])) for path, variable in nnx.to_flat_state(state)]
+            module = nnx.merge(graph, nnx.from_flat_state(flat))
             result = module(*args, **kwargs)
-            after = jax.tree.leaves(nnx.state(module))
-            return result, [leaf for leaf, kernel in zip(after, self._is_kernel, strict=True) if not kernel]
+            after = dict(nnx.to_flat_state(nnx.state(module)))
+            for path in after.keys() - before:
+                raise InputError(
+                    f"the call adds {'/'.join(map(str, path))!r} to the module; use module() for such calls"
+                )
+            return result, {path: after[path][...] for path in before - set(self._paths)}
 
-        result, after = with_codebooks(call)(self._leaves(), *args, **kwargs)
-        for variable, value in zip(self.host, after, strict=True):
-            if not isinstance(variable, nnx.Param):
-                variable[...] = value
+        arrays = {path: variable[...] for path, variable in nnx.to_flat_state(state)}
+        arrays |= {path: kernel.array() for path, kernel in zip(self._paths, self.kernels, strict=True)}
+        result, after = with_codebooks(call)(arrays, *args, **kwargs)
+        for path, variable in nnx.to_flat_state(nnx.state(self.host)):
+            if path in after and not isinstance(variable, nnx.Param):
+                _at(self.host, path)[...] = after[path]
         return result
 
     def module(self) -> Any:
         """Returns the host's module, its kernels CodebookArrays in 16 bit; `save` takes it."""
-        state = jax.tree.unflatten(self._structure, self._leaves())
-        return nnx.merge(self._graph, rounded(state))
-
-    def _leaves(self) -> list[Any]:
-        kernels, host = iter(self.kernels), iter(self.host)
-        return [next(kernels).array() if kernel else next(host)[...] for kernel in self._is_kernel]
+        module = nnx.clone(self.host)
+        for path, kind, kernel in zip(self._paths, self._kinds, self.kernels, strict=True):
+            _put(module, path, kind(rounded(kernel.array())))
+        return module
 
 
 def convert(module: Any) -> ClusteredModule:
@@ -93,7 +118,17 @@ def convert(module: Any) -> ClusteredModule:
     return ClusteredModule(module)
 
 
-def _variables(state: Any, leaves: list[Any]) -> list[Any]:
-    """Returns a Variable of the host's own type for each leaf that is no CodebookArray."""
-    boxes = jax.tree.leaves(state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
-    return [type(box)(leaf) for box, leaf in zip(boxes, leaves, strict=True) if not isinstance(leaf, CodebookArray)]
+def _at(module: Any, path: tuple[Any, ...]) -> Any:
+    """Returns what the module has at a path of its state: attributes, and numbers or keys of what holds them."""
+    for name in path:
+        module = getattr(module, name) if isinstance(name, str) and hasattr(module, name) else module[name]
+    return module
+
+
+def _put(module: Any, path: tuple[Any, ...], value: Any) -> None:
+    """Puts a Variable in the place of that path."""
+    parent, name = _at(module, path[:-1]), path[-1]
+    if isinstance(name, str) and hasattr(parent, name):
+        setattr(parent, name, value)
+    else:
+        parent[name] = value

@@ -32,7 +32,7 @@ _TRACED_SAMPLES = 11
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BlockForm:
-    """How the host has the parameters of a block; compared by identity.
+    """How the host has the parameters of a block; equal forms share compiled programs.
 
     Attributes:
       structure: of the tree, CodebookArrays being leaves.
@@ -44,9 +44,20 @@ class BlockForm:
     leaves: Mapping[str, Any]
     kernels: Mapping[str, HostAxes]
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BlockForm) and self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    @cached_property
+    def _identity(self) -> tuple[Any, ...]:
+        leaves = (leaf if is_parameter(leaf) else id(leaf) for leaf in self.leaves.values())
+        return self.structure, tuple(self.leaves), tuple(leaves), tuple(self.kernels.items())
+
     def to_params(self, block: Any) -> Params:
         """Returns the arrays of a block by path, its kernels as matrices [d_in, d_out]."""
-        flat = {path: leaf for path, leaf in pytrees.iterate(block) if _is_array(leaf)}
+        flat = {path: leaf for path, leaf in pytrees.iterate(block) if is_parameter(leaf)}
         return trees.unflatten({p: self.kernels[p].to_matrix(a) if p in self.kernels else a for p, a in flat.items()})
 
     def to_host(self, params: Params) -> Any:
@@ -56,7 +67,7 @@ class BlockForm:
 
     def _leaf(self, path: str, value: Any) -> Any:
         wanted = self.leaves[path]
-        if not _is_array(wanted):
+        if not is_parameter(wanted):
             return wanted
         if isinstance(value, CodebookArray):
             return dataclasses.replace(value, host=self.kernels[path])
@@ -110,7 +121,7 @@ class ForeignModel:
 
     def block_shapes(self, i: int) -> dict[str, tuple[int, ...]]:
         """{path: shape} of a block's parameters, its kernels as matrices."""
-        arrays = {path: leaf for path, leaf in self.form.leaves.items() if _is_array(leaf)}
+        arrays = {path: leaf for path, leaf in self.form.leaves.items() if is_parameter(leaf)}
         kernels = self.form.kernels
         return {path: kernels[path].matrix_shape if path in kernels else leaf.shape for path, leaf in arrays.items()}
 
@@ -178,7 +189,7 @@ class ForeignModel:
     def _run(self, params: Params, x: jax.Array, trace: ProductTrace | None) -> jax.Array:
         """Returns y; the products by kernels are computed as x @ W, and noted where there is a trace."""
         flat = trees.flatten(params)
-        paths = [path for path, leaf in self.form.leaves.items() if _is_array(leaf)]
+        paths = [path for path, leaf in self.form.leaves.items() if is_parameter(leaf)]
 
         def function(arrays: dict[str, Any], x: jax.Array) -> jax.Array:
             leaves = [arrays.get(path, leaf) for path, leaf in self.form.leaves.items()]
@@ -210,7 +221,8 @@ def read_form(block: Any, kernels: Mapping[str, HostAxes]) -> BlockForm:
 
 def check_products(model: ForeignModel) -> None:
     """Raises InputError unless a product of the block reads each kernel, once for every position."""
-    products = {product.name: product for product in _first_of_each(model._traced())}
+    found = model._traced()
+    products = {product.name: product for product in found}
     rows = math.prod((_TRACED_SAMPLES, *model.item_shape[:-1]))
     for path in model.form.kernels:
         if path not in products:
@@ -218,6 +230,8 @@ def check_products(model: ForeignModel) -> None:
                 f"{path}: no product x @ W of the block reads it with these axes; let no rule match it, or correct the "
                 "rule's axes"
             )
+        if sum(product.name == path for product in found) > 1:
+            raise InputError(f"{path} is multiplied more than once in a block; let no rule match it")
         shape = products[path].x.shape
         if math.prod(shape[:-1]) != rows or (len(shape) > 1 and shape[0] not in (_TRACED_SAMPLES, rows)):
             raise InputError(
@@ -239,8 +253,11 @@ def shape_dtype(shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def _shape_of(leaf: Any) -> Any:
-    return shape_dtype(leaf.shape, leaf.dtype) if _is_array(leaf) else leaf
+    return shape_dtype(leaf.shape, leaf.dtype) if is_parameter(leaf) else leaf
 
 
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, CodebookArray | jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+def is_parameter(leaf: Any) -> bool:
+    """Returns whether a leaf is an array of numbers; keys, flags and functions are none."""
+    if not isinstance(leaf, CodebookArray | jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+        return False
+    return not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)

@@ -18,6 +18,7 @@ from jax.extend import core
 
 from cluscomp_jax.core.caller_mesh import explicit_mesh, partitioned, split_of_type
 from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.errors import InputError
 from cluscomp_jax.tracing.contraction import Contraction, hindrance, multiply, read_contraction
 from cluscomp_jax.tracing.kernel import NamedMatrix, TracedKernel
 from cluscomp_jax.tracing.lookup import look_up
@@ -25,9 +26,36 @@ from cluscomp_jax.tracing.products import ProductTrace
 from pallas_kernels import _compat
 
 _LOG = logging.getLogger(__name__)
-Records = dict[str, Any]
 Observer = Callable[[str, jax.Array], Any]
 """Called as observer(name, x [..., d_in]) before a product by a NamedMatrix; its results are added up by name."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["places"])
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What an observer made of the inputs of one kernel.
+
+    Attributes:
+      places: the stacked axes of the kernel that `value` has in front, by their places.
+      value: pytree of arrays.
+    """
+
+    places: tuple[tuple[int, ...], ...]
+    value: Any
+
+    def scanned(self, place: tuple[int, ...] | None) -> "Record":
+        """Returns the record of a whole scan, whose iterations are the first axis.
+
+        Args:
+          place: of the stacked axis that the scan takes apart; None: it uses the same matrices in every iteration, and
+            what was observed is added up.
+        """
+        if place is None:
+            return Record(self.places, jax.tree.map(partial(jnp.sum, axis=0), self.value))
+        return Record((place, *self.places), self.value)
+
+
+Records = dict[str, Record]
 
 
 @dataclasses.dataclass
@@ -130,6 +158,7 @@ class _Evaluation:
             moved = _MOVES[name](values[0], values[1:], eqn.params)
             if moved is not None:
                 return [moved]
+            count_product(served=False, why=f"{name} cuts or repeats its matrices")
         if name == "gather" and isinstance(values[0], TracedKernel) and explicit_mesh(*values) is None:
             found = look_up(values[0], dense(values[1]), eqn.params)
             if found is not None:
@@ -142,7 +171,7 @@ class _Evaluation:
             return self._scan(eqn, values)
         if name in ("remat2", "checkpoint"):
             return self._checkpoint(eqn, values) if self.trace is None else self.run(eqn.params["jaxpr"], (), values)
-        if name not in _MOVES:
+        if name not in _MOVES or not isinstance(values[0], TracedKernel):
             count_product(served=False, why=f"{name} is no product")
         return self._bind(eqn, dense_each(values, eqn.invars))
 
@@ -165,9 +194,9 @@ class _Evaluation:
             y, *noted = multiply(kernel, x, c, out.dtype, self._product)
         if isinstance(kernel.payload, NamedMatrix):
             if self.observer is not None:
-                self._record(kernel.payload.name, noted.pop())
+                self._record(kernel.payload.name, Record(tuple(a.place for a in kernel.stack), noted.pop()))
             if self.trace is not None and noted:
-                self.trace.note_product(kernel.payload.name, noted[0], x, y)
+                self.trace.note_product(kernel, c, noted[0], x, y)
         return [y]
 
     def _product(self, kernel: TracedKernel, x: jax.Array, out_dtype: Any) -> tuple[Any, ...]:
@@ -185,9 +214,14 @@ class _Evaluation:
             self.trace.note_equation(eqn, values, outs)
         return outs
 
-    def _record(self, name: str, value: Any) -> None:
-        before = self.records.get(name)
-        self.records[name] = value if before is None else jax.tree.map(jnp.add, before, value)
+    def _record(self, name: str, found: Record) -> None:
+        before = self.records.get(name, found)
+        if before.places != found.places:
+            raise InputError(
+                f"{name} is multiplied in parts, along different stacked axes; its inputs cannot be added up"
+            )
+        value = found.value if before is found else jax.tree.map(jnp.add, before.value, found.value)
+        self.records[name] = Record(found.places, value)
 
     def _merge(self, records: Records) -> None:
         for name, value in records.items():
@@ -207,10 +241,10 @@ class _Evaluation:
         consts, start, xs = _compat.scan_inputs(params, values)
         carry = dense_each(start, params["jaxpr"].jaxpr.invars[len(consts) : len(consts) + len(start)])
         scanned = [_leading(value) for value in xs]
-        kept = {
-            value.payload.name
-            for value in scanned
-            if isinstance(value, TracedKernel) and isinstance(value.payload, NamedMatrix)
+        along = {
+            kernel.payload.name: kernel.dims[0][0].place
+            for kernel, value in zip(xs, scanned, strict=True)
+            if isinstance(value, TracedKernel) and isinstance(kernel.payload, NamedMatrix)
         }
 
         def body(carry: Any, xs: Any) -> Any:
@@ -222,12 +256,7 @@ class _Evaluation:
 
         options = {name: params[name] for name in ("length", "reverse", "unroll")}
         carry, (ys, records) = jax.lax.scan(body, tuple(carry), tuple(scanned), **options)  # type: ignore[arg-type]
-        self._merge(
-            {
-                name: value if name in kept else jax.tree.map(partial(jnp.sum, axis=0), value)
-                for name, value in records.items()
-            }
-        )
+        self._merge({name: record.scanned(along.get(name)) for name, record in records.items()})
         return [*carry, *ys]
 
 
@@ -279,7 +308,8 @@ def _dynamic_slice(kernel: TracedKernel, starts: Sequence[Any], params: Any) -> 
     moved: TracedKernel | None = kernel
     for axis, size in enumerate(params["slice_sizes"]):
         if moved is not None and size != kernel.shape[axis]:
-            moved = moved.sliced(axis, jnp.asarray(starts[axis]), size)
+            start = jnp.clip(jnp.asarray(starts[axis]), 0, kernel.shape[axis] - size)
+            moved = moved.sliced(axis, start, size)
     return moved
 
 

@@ -9,6 +9,9 @@ from typing import Any
 
 import jax
 
+from cluscomp_jax.tracing.contraction import Contraction
+from cluscomp_jax.tracing.kernel import NamedMatrix, TracedKernel
+
 _MOVES = frozenset({"convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim", "copy", "copy_p"})
 """Primitives of one array that keep its numbers."""
 
@@ -37,15 +40,19 @@ class ProductTrace:
         self.products: list[TracedProduct] = []
         self._kept: list[Any] = []  # an id is that of one value as long as the value is alive
         self._source: dict[int, Hashable] = {}
-        self._result_of: dict[int, TracedProduct] = {}
+        # A result, moved or not, and how many axes of the kernel are before those of x.
+        self._result_of: dict[int, tuple[TracedProduct, int]] = {}
         self._spread: set[int] = set()
 
-    def note_product(self, name: str, x: jax.Array, read: Any, result: Any) -> None:
-        """Notes the product of `name`: x as it is multiplied, `read` as the program has it, and the result."""
+    def note_product(self, kernel: TracedKernel, c: Contraction, x: jax.Array, read: Any, result: Any) -> None:
+        """Notes a product by a NamedMatrix: x as it is multiplied, `read` as the program has it, and the result."""
+        assert isinstance(kernel.payload, NamedMatrix)
         self._kept += [read, result]
-        product = TracedProduct(name, x, self._source_of(read))
+        inner = tuple(atom.place for axis in c.w_axes for atom in kernel.dims[axis])
+        product = TracedProduct(kernel.payload.name, x, (self._source_of(read), c.x_axes, c.x_batch, inner))
         self.products.append(product)
-        self._result_of[id(result)] = product
+        free = len(kernel.dims) - len(c.w_axes) - len(c.w_batch)
+        self._result_of[id(result)] = product, free if c.kernel_first else 0
 
     def note_equation(self, eqn: Any, values: Sequence[Any], outs: Sequence[Any]) -> None:
         """Notes an equation without kernels."""
@@ -61,18 +68,27 @@ class ProductTrace:
         how = str(sorted((key, str(param)) for key, param in eqn.params.items()))
         self._source[id(out)] = (eqn.primitive.name, how, self._source_of(value))
         if id(value) in self._result_of:
-            self._result_of[id(out)] = self._result_of[id(value)]
-        if getattr(out, "size", 0) > getattr(value, "size", 0) or id(value) in self._spread:
+            self._note_moved_result(eqn, value, out)
+        if eqn.primitive.name == "broadcast_in_dim" or id(value) in self._spread:
             self._spread.add(id(out))
 
+    def _note_moved_result(self, eqn: Any, value: Any, out: Any) -> None:
+        """Follows a result whose rows keep their order; their axes may come to the front."""
+        product, before = self._result_of[id(value)]
+        if eqn.primitive.name == "transpose":
+            if tuple(eqn.params["permutation"]) == (*range(before, value.ndim), *range(before)):
+                self._result_of[id(out)] = product, 0
+        elif before == 0 or eqn.primitive.name == "convert_element_type":
+            self._result_of[id(out)] = product, before
+
     def _note_sum(self, one: Any, other: Any, out: Any) -> None:
-        product = self._result_of.get(id(one))
+        product, before = self._result_of.get(id(one), (None, 0))
         if product is None or id(other) in self._result_of:
             return
         self._kept += [one, other, out]
         if id(other) in self._spread or getattr(other, "shape", ()) != one.shape:
-            self._result_of[id(out)] = product  # a bias
-        elif product.residual is None:
+            self._result_of[id(out)] = product, before  # a bias
+        elif product.residual is None and before == 0:
             product.residual = other
 
     def _source_of(self, value: Any) -> Hashable:

@@ -27,11 +27,12 @@ def with_codebooks(function: Callable[..., Any]) -> Callable[..., Any]:
     with. Its products x @ W are then computed from codebook and index (`linear`), those inside `lax.scan`,
     `jit` and `jax.checkpoint` too. Where it does anything else with a kernel, that kernel is decoded first;
     `count_products` counts both. The result differs from that of decoded kernels by rounding only. It is differentiable
-    in codebooks, and is to be jitted as a whole: without `jax.jit` every call traces the function anew.
+    in codebooks, in reverse mode, and is to be jitted as a whole: without `jax.jit` every call traces the function
+    anew. A product of 16-bit numbers is rounded to 16 bit before it becomes float32, where the host asks for that.
 
     Args:
-      function: of pytrees. Arrays, numbers and keys in its arguments are traced; other leaves, such as a flag or a
-        name, are constants. It must not have side effects.
+      function: of pytrees. Arrays and keys in its arguments are traced; other leaves, such as a number, a flag or a
+        name, are constants. It must not have side effects. CodebookArrays that it closes over are decoded.
 
     Raises:
       TypeError: a result that is neither an array nor a number.
@@ -65,7 +66,7 @@ def _of(leaves: list[Any], where: list[int]) -> list[Any]:
 
 
 def _is_traced(leaf: Any) -> bool:
-    return isinstance(leaf, CodebookArray | jax.Array | np.ndarray | np.generic)
+    return isinstance(leaf, CodebookArray | jax.Array | np.ndarray)
 
 
 def _abstract(leaf: Any) -> Any:

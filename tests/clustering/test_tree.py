@@ -206,3 +206,26 @@ def test_hessians_that_do_not_fit(hessians, message):
 def test_axes_that_cannot_be_read(axes):
     with pytest.raises(InputError, match="axes"):
         rule("w", axes=axes)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["query", "value"], meta_fields=[])
+@dataclasses.dataclass
+class Attention:
+    query: jax.Array
+    value: jax.Array
+
+
+def test_a_field_called_value_is_not_a_box():
+    got = cluster_tree({"a": Attention(normal(8, 12), normal(8, 12))}, [rule("a/(query|value)")])
+    assert isinstance(got["a"].query, CodebookArray)
+    assert isinstance(got["a"].value, CodebookArray)
+
+
+def test_two_leaves_of_one_path_are_refused():
+    with pytest.raises(InputError, match="two leaves of the tree have the path 'a/b'"):
+        cluster_tree({"a/b": normal(8, 12), "a": {"b": normal(8, 12)}}, [rule("a/b")])
+
+
+def test_a_pattern_that_is_no_expression_is_refused():
+    with pytest.raises(InputError, match="is not a regular expression"):
+        rule("w(")

@@ -204,7 +204,7 @@ def test_what_cannot_be_stored_is_one_line_and_leaves_nothing(tmp_path, name):
 
 def test_paths_that_cannot_be_told_apart_are_refused(tmp_path):
     for bad, message in (
-        ({"a": {"b": np.ones(2)}, "a/b": np.ones(2)}, "two leaves of the path 'a/b'"),
+        ({"a": {"b": np.ones(2)}, "a/b": np.ones(2)}, "two leaves of the tree have the path 'a/b'"),
         ({"w": tree()["up"], "w/index": np.ones(2)}, "w/index"),
         ({}, "has no array"),
         ({"a" * 250: np.ones(2)}, "too long"),

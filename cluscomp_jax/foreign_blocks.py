@@ -47,7 +47,8 @@ def compress_blocks(
 
     Blocks are clustered by the Hessians of what their kernels read, corrected for drift and tuned one after another, as
     `compress` does it with a decoder's. Which kernels read one array, and what their products are added to, is found in
-    the program of `apply`. What it returns runs in the host's own block by `with_codebooks(apply)`.
+    the program of `apply`. Tuning moves the floating leaves of one axis too, norms and biases, where `cfg.tuning.norms`
+    says so. What it returns runs in the host's own block by `with_codebooks(apply)`.
 
     Args:
       blocks: pytrees of one structure, in the order of computation; a stacked tree is taken apart by `unstack`.

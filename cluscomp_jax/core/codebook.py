@@ -32,11 +32,12 @@ class CodebookArray:
     """A matrix W [d_in, d_out] of g-vectors drawn from n codes (paper section 3), or a stack of such matrices.
 
     What is static describes one matrix. Stacked matrices have stacked leaves: how many there are is read off the rank
-    of the leaves, so that indexing, `lax.scan` and `vmap` give the matrices one by one.
+    of the leaves, so that indexing, `lax.scan` and `vmap` give the matrices one by one; the axis they run over must be
+    that at which the stacked axes begin.
 
-    It can take the place of an array: `shape`, `dtype` and indexing are those of the host's array, and whatever JAX
-    does with it decodes it first. `linear` and `with_codebooks` multiply without decoding. Equality and hash are those
-    of the object.
+    It can take the place of an array: `shape`, `dtype` and indexing are those of the host's array, and functions of JAX
+    that convert their arguments decode it first. `linear` and `with_codebooks` multiply without decoding. Equality and
+    hash are those of the object; it has no arithmetic of its own.
 
     Attributes:
       codebook: [*stack, n, g], floating; the part that trains.

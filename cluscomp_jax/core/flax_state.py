@@ -1,7 +1,7 @@
 """CodebookArrays for flax.serialization, without importing flax.
 
 flax asks the type of a leaf for its state, in a table of its own. It is entered there when a CodebookArray is made and
-flax has been imported, so neither has to be imported first.
+flax has been imported. Where the arrays were made first, the next one enters it: any `jax.tree.map` makes one.
 """
 
 import dataclasses

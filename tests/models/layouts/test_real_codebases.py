@@ -21,7 +21,7 @@ from cluscomp_jax.core.codebook import CodebookArray
 VOCAB, WIDTH, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 32, 16, 24, 4, 2, 8, 3
 BATCH, LENGTH = 2, 16
 SIZES = {"num_layers": LAYERS, "vocab_size": VOCAB, "num_heads": HEADS, "head_dim": HEAD_DIM, "num_kv_heads": KV_HEADS}
-CLUSTER = ClusterConfig(rules=(CompressionRule(group_size=2, num_codes=200),), iterations=3)
+CLUSTER = ClusterConfig(rules=(CompressionRule(group_size=2, num_codes=120),), iterations=3)
 
 pytestmark = pytest.mark.filterwarnings("default")
 

@@ -16,7 +16,7 @@ from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.model import Model, check_tokens, parameter_shapes
 
 Rules = dict[str, CompressionRule]
-_DENSE_BITS = 16
+_LARGEST_DENSE_BITS = 32
 
 
 def rules_by_block(model: Model, cfg: CompressConfig, sensitivities: Mapping[str, float] | None = None) -> list[Rules]:
@@ -78,10 +78,10 @@ def bits_per_weight(model: Model, cfg: CompressConfig, by_block: list[Rules]) ->
 
 
 def refuse_growth(bits: float) -> None:
-    """Raises InputError where matrices take more than the 16 bits per weight that they have uncompressed."""
-    if bits > _DENSE_BITS:
+    """Raises InputError where matrices take more than the 32 bits per weight of float32."""
+    if bits > _LARGEST_DENSE_BITS:
         raise InputError(
-            f"the rules store {bits:,.1f} bits per weight, more than the {_DENSE_BITS} of a dense matrix: codebooks "
+            f"the rules store {bits:,.1f} bits per weight, more than the {_LARGEST_DENSE_BITS} of float32: codebooks "
             "are larger than what they replace; lower num_codes, or give a budget in bits"
         )
 

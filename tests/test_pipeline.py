@@ -405,10 +405,3 @@ def test_codes_that_float16_no_longer_holds_are_named_in_one_warning(params, mon
     assert {compressed[name].dtype for name in named} == {np.dtype("bfloat16" if scale < 1 else "float16")}
     start = "stored in bfloat16 after tuning, because float16 holds their codes worse: "
     assert warnings == ([start + name for name in named] if scale < 1 else [])
-
-
-def test_codebooks_larger_than_what_they_replace_are_refused(params):
-    with pytest.raises(
-        InputError, match=r"15,287\.3 bits per weight, more than the 32 of float32: codebooks are larger"
-    ):
-        compress(params, dataclasses.replace(RUN, cluster=ClusterConfig()))

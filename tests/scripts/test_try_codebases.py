@@ -27,6 +27,19 @@ def test_a_llama_of_our_own(name: str) -> None:
     assert result.bits == pytest.approx(1 + 7 * 16 * 16 * 4 / weights)
 
 
+@pytest.mark.parametrize("name", ["equinox", "tunix-llama3", "tunix-qwen3", "keras-hub-llama3", "gemma3", "maxtext"])
+@pytest.mark.filterwarnings("ignore")  # theirs
+def test_a_codebase_of_others_where_it_is_installed(name: str) -> None:
+    (codebase,) = (codebase for codebase in CODEBASES if codebase.name == name)
+    if not codebase.installed:
+        pytest.skip(f"needs {codebase.install}")
+    with jax.numpy_dtype_promotion("standard"):
+        result = try_codebases.attempt(codebase)
+    assert result.problem is None
+    assert not result.failed
+    assert result.decoded == 0
+
+
 def test_eleven_codebases_of_different_names() -> None:
     assert len({codebase.name for codebase in CODEBASES}) == len(CODEBASES) == 11
 

@@ -1,9 +1,9 @@
 """What is refused before any work: results that are larger than what they replace."""
 
 import pytest
+from small_llamas import WINDOWED, random_params
 
 from cluscomp_jax import CompressConfig, InputError, compress
-from small_llamas import WINDOWED, random_params
 
 
 def test_codebooks_larger_than_what_they_replace_are_refused():

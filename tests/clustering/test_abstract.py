@@ -44,7 +44,7 @@ def test_shardings_of_dense_arrays_and_the_dtype_of_codebooks_are_kept():
 @pytest.mark.parametrize(
     ("change", "rules", "message"),
     [
-        ({}, [dataclasses.replace(RULES[0], num_codes=3000)], "more than the 16 of a dense matrix"),
+        ({}, [dataclasses.replace(RULES[0], num_codes=3000)], "more than the 32 of float32"),
         ({}, [CompressionRule(pattern="c")], "decides over no leaf"),
         ({"b": np.ones((4, 4), np.int8)}, [CompressionRule(pattern="b")], "b is int8"),
         ({"b": np.ones((0, 4), np.float32)}, [CompressionRule(pattern="b")], "is empty"),

@@ -25,7 +25,7 @@ from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.core.host_axes import HostAxes, parse_axes
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.models.foreign import Apply, ForeignModel, check_products, is_parameter, read_form, shape_dtype
+from cluscomp_jax.models.foreign import Apply, ForeignModel, check_products, is_parameter, read_form
 from cluscomp_jax.models.source import DictSink, DictSource
 from cluscomp_jax.pipeline import compress_stream
 from cluscomp_jax.plan.host import scratch_bytes
@@ -203,7 +203,7 @@ def _check_program(model: ForeignModel) -> None:
             filled[k] = array
         return model.apply(jax.tree.unflatten(model.form.structure, filled), x)
 
-    y = jax.eval_shape(function, [leaves[k] for k in traced], shape_dtype(shape, model.dtype))
+    y = jax.eval_shape(function, [leaves[k] for k in traced], pytrees.shape_struct(shape, model.dtype))
     if getattr(y, "shape", None) != shape:
         found = getattr(y, "shape", type(y).__name__)
         raise InputError(f"apply gives {found} of an input {shape}; a block must give one array of its input's shape")

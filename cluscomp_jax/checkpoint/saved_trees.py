@@ -15,7 +15,7 @@ from cluscomp_jax.checkpoint.reader import load_checkpoint, open_checkpoint
 from cluscomp_jax.checkpoint.tree_manifest import ITEM, expected_arrays, item_path
 from cluscomp_jax.checkpoint.tree_template import NUMBERS, Template, cast, shardings
 from cluscomp_jax.core import pytrees, trees
-from cluscomp_jax.core.placement import place, sharding_of
+from cluscomp_jax.core.placement import place, shardings_by_path
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.runtime import atomic, json_files
 
@@ -34,7 +34,7 @@ def save(path: str | Path, tree: Any) -> None:
     """
     root = Path(path)
     require_free(root)
-    leaves = _by_path(tree, "the tree")
+    leaves = dict(pytrees.iterate(tree))
     entries: dict[str, Entry] = {}
     arrays: dict[str, Any] = {}
     for name, leaf in leaves.items():
@@ -76,13 +76,13 @@ def load(path: str | Path, *, like: Any = None, sharding: Any = None, dtype: Any
     """
     root = Path(path)
     entries, read = _open(root)
-    wanted = None if like is None else _by_path(like, "like")
+    wanted = None if like is None else dict(pytrees.iterate(like))
     template = Template(root, entries, dtype)
     if wanted is not None:
         template.check(wanted)
     if sharding is None and wanted is not None:
         sharding = shardings(wanted).get
-    where = {name: sharding_of(name, sharding) for name in entries}
+    where = shardings_by_path(entries, sharding)
     leaves = {}
     for name, leaf in read().items():
         leaves[name] = place(name, cast(name, leaf, template.dtype), where[name])
@@ -142,12 +142,3 @@ def _read(root: Path, contents: Contents) -> dict[str, Any]:
 
 def _like(leaf: Any, loaded: Any) -> Any:
     return type(leaf)(loaded[()]) if isinstance(leaf, NUMBERS) else loaded
-
-
-def _by_path(tree: Any, what: str) -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for path, leaf in pytrees.iterate(tree):
-        if path in leaves:
-            raise InputError(f"{what} has two leaves of the path {path!r}; rename one")
-        leaves[path] = leaf
-    return leaves

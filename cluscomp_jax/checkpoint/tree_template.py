@@ -10,7 +10,7 @@ import numpy as np
 
 from cluscomp_jax.checkpoint.entries import DTYPES, TREE_DTYPES, Entry, MatrixEntry
 from cluscomp_jax.core.codebook import CodebookArray
-from cluscomp_jax.core.host_axes import HostAxes
+from cluscomp_jax.core.host_axes import HostAxes, with_stack
 from cluscomp_jax.errors import InputError
 
 NUMBERS = (bool, int, float, complex)
@@ -134,8 +134,7 @@ def _shape(entry: Entry) -> tuple[int, ...]:
         return entry.shape
     if entry.host is None:
         return (*entry.stack, *entry.shape)
-    at = entry.host.stack_at
-    return (*entry.host.shape[:at], *entry.stack, *entry.host.shape[at:])
+    return with_stack(entry.host.shape, entry.stack, entry.host.stack_at)
 
 
 def _axes(host: HostAxes) -> tuple[Any, ...]:

@@ -181,7 +181,7 @@ def check_stacked(model: Model, cfg: CompressConfig, calibration: np.ndarray | N
 
 
 def tokens_of(calibration: Any) -> np.ndarray:
-    """Returns calibration as an array, wherever it lies.
+    """Returns calibration as an array of the host.
 
     Raises:
       InputError: texts, or lists of unequal lengths.

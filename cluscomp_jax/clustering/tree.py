@@ -21,7 +21,9 @@ from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
 from cluscomp_jax.core import pytrees
 from cluscomp_jax.core.caller_mesh import on_one_device, without_mesh
 from cluscomp_jax.core.codebook import CodebookArray, index_dtype, index_shape, stored_bits
-from cluscomp_jax.core.host_axes import HostAxes, parse_axes
+from cluscomp_jax.core.host_axes import parse_axes, with_stack
+from cluscomp_jax.core.pytrees import shape_struct
+from cluscomp_jax.core.stacking import join
 from cluscomp_jax.errors import InputError
 
 _SHOWN = 8
@@ -95,7 +97,7 @@ def abstract(shapes: Any, rules: Sequence[CompressionRule], *, settings: Cluster
             return _abstract_leaf(path, leaf, rule, settings)
         if isinstance(leaf, CodebookArray) or not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             return leaf
-        return _struct(tuple(leaf.shape), leaf.dtype, getattr(leaf, "sharding", None))
+        return shape_struct(leaf.shape, leaf.dtype, getattr(leaf, "sharding", None))
 
     tree = pytrees.map_by_path(one, shapes)
     refuse_growth(_bits_per_weight(leaves, chosen))
@@ -109,18 +111,13 @@ def _abstract_leaf(path: str, leaf: Any, rule: CompressionRule, settings: Cluste
         raise InputError(f"{path}, {tuple(leaf.shape)}, is empty; only weights have codes")
     at, n, g = host.stack_at, rule.num_codes, rule.group_size
     stack, pieces = tuple(leaf.shape[at : at + stacked]), index_shape(host.matrix_shape, g, rule.axis)
-    codebook, index = ((*one[:at], *stack, *one[at:]) for one in ((n, g), pieces))
     return CodebookArray(
-        codebook=_struct(codebook, jnp.dtype(settings.codebook_dtype)),
-        index=_struct(index, index_dtype(n)),
+        codebook=shape_struct(with_stack((n, g), stack, at), settings.codebook_dtype),
+        index=shape_struct(with_stack(pieces, stack, at), index_dtype(n)),
         matrix_shape=host.matrix_shape,
         axis=rule.axis,
         host=host,
     )
-
-
-def _struct(shape: tuple[int, ...], dtype: Any, sharding: Any = None) -> Any:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)  # type: ignore[no-untyped-call]
 
 
 def checked_rules(rules: Any) -> tuple[CompressionRule, ...]:
@@ -204,7 +201,7 @@ def _cluster_leaf(
             arrays.append(jax.device_get(_cluster_one(one, rule, squares, settings, matrix_key(seed, name))))
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
-    return _joined(arrays, stack, host, np.asarray if on_host else jnp.asarray)
+    return join(arrays, host, stack, np if on_host else jnp)
 
 
 def _cluster_one(
@@ -228,23 +225,3 @@ def _checked_hessian(path: str, hessian: Any, shape: tuple[int, ...]) -> np.ndar
     if not np.isfinite(found).all():
         raise InputError(f"hessians: that of {path} holds NaN or Inf")
     return found
-
-
-def _joined(arrays: Sequence[CodebookArray], stack: tuple[int, ...], host: HostAxes, put: Any) -> CodebookArray:
-    """Returns the matrices as one CodebookArray of the host's axes; one codebook in bfloat16 makes all so."""
-    dtype = arrays[0].codebook.dtype
-    if any(array.codebook.dtype != dtype for array in arrays):
-        dtype = np.dtype(jnp.bfloat16)
-
-    def stacked(leaves: list[np.ndarray]) -> Any:
-        joined = np.stack(leaves).reshape(*stack, *leaves[0].shape)
-        at = range(host.stack_at, host.stack_at + len(stack))
-        return put(np.ascontiguousarray(np.moveaxis(joined, range(len(stack)), at)))
-
-    return CodebookArray(
-        codebook=stacked([array.codebook.astype(dtype) for array in arrays]),
-        index=stacked([array.index for array in arrays]),
-        matrix_shape=host.matrix_shape,
-        axis=arrays[0].axis,
-        host=host,
-    )

@@ -12,7 +12,7 @@ import numpy as np
 
 from cluscomp_jax.core import flax_state
 from cluscomp_jax.core.caller_mesh import explicit_mesh, partitioned, spec_of
-from cluscomp_jax.core.host_axes import HostAxes
+from cluscomp_jax.core.host_axes import HostAxes, with_stack
 from cluscomp_jax.core.host_splits import Splits
 from cluscomp_jax.errors import InputError
 from pallas_kernels.codebook_matmul import decode as _decode_one
@@ -84,8 +84,7 @@ class CodebookArray:
         """The shape of the host's array: that of one matrix with the stacked axes put in."""
         if self.host is None:
             return (*self.stack, *self.matrix_shape)
-        at = self.host.stack_at
-        return (*self.host.shape[:at], *self.stack, *self.host.shape[at:])
+        return with_stack(self.host.shape, self.stack, self.host.stack_at)
 
     @property
     def dtype(self) -> Any:
@@ -131,10 +130,6 @@ class CodebookArray:
         front = [jnp.moveaxis(leaf, axes, range(len(axes))) for leaf in (self.codebook, self.index)]
         return dataclasses.replace(self, codebook=front[0], index=front[1], host=host)
 
-    @property
-    def _leaves(self) -> tuple[Any, Any]:
-        return self.codebook, self.index
-
     def _front(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Returns the sizes of a leaf, those of the stacked axes in front."""
         at = 0 if self.host is None else self.host.stack_at
@@ -164,12 +159,9 @@ class CodebookArray:
         return np.asarray(decode(self), dtype)
 
     def __repr__(self) -> str:
-        if not (
-            hasattr(self.codebook, "shape") and hasattr(self.index, "shape")
-        ):  # parted, or a tree of something else
-            parts = (
-                f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else str(leaf) for leaf in self._leaves
-            )
+        leaves = (self.codebook, self.index)
+        if not all(hasattr(leaf, "shape") for leaf in leaves):  # parted, or a tree of something else
+            parts = (f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else str(leaf) for leaf in leaves)
             return f"CodebookArray({', '.join(parts)})"
         n, g = self.num_codes, self.group_size
         return f"CodebookArray({self.dtype}{list(self.shape)}, {n} codes of {g}, axis={self.axis!r})"
@@ -293,8 +285,7 @@ def validate(w: CodebookArray, where: str = "CodebookArray") -> CodebookArray:
     if not 1 <= n <= MAX_CODES or not 1 <= g <= MAX_GROUP:
         raise InputError(f"{where}: codebook is [{n}, {g}]; codes must be 1 to {MAX_CODES}, group 1 to {MAX_GROUP}")
     at = 0 if w.host is None else w.host.stack_at
-    one = index_shape(w.matrix_shape, g, w.axis)
-    expected = (*one[:at], *w.stack, *one[at:])
+    expected = with_stack(index_shape(w.matrix_shape, g, w.axis), w.stack, at)
     if tuple(w.index.shape) != expected:
         raise InputError(
             f"{where}: index has shape {tuple(w.index.shape)}; "

@@ -5,12 +5,18 @@ Knows shapes and axes, not codes.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from cluscomp_jax.errors import InputError
+
+
+def with_stack(shape: Sequence[int], stack: Sequence[int], at: int) -> tuple[int, ...]:
+    """Returns the shape of one matrix, or of its codebook or index, with the stacked axes put in at `at`."""
+    return (*shape[:at], *stack, *shape[at:])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -16,25 +17,31 @@ from cluscomp_jax.errors import InputError
 _LOG = logging.getLogger(__name__)
 
 
-def sharding_of(path: str, sharding: Any) -> Any:
-    """Returns what `sharding` says of the leaf at `path`: a Sharding, a CodebookArray of two, or None.
+def shardings_by_path(paths: Iterable[str], sharding: Any) -> dict[str, Any]:
+    """Returns {path: what `sharding` says of the leaf there}: a Sharding, a CodebookArray of two, or None.
 
     Args:
-      path: of the leaf.
+      paths: of the leaves.
       sharding: one Sharding, a function path -> Sharding, or a pytree of them with the tree's paths; None.
 
     Raises:
-      InputError: it says nothing of the path, or something that is no Sharding.
+      InputError: it says nothing of a path, or something that is no Sharding.
     """
     if sharding is None or isinstance(sharding, Sharding):
-        return sharding
+        return dict.fromkeys(paths, sharding)
     if callable(sharding):
-        found = sharding(path)
-    else:
-        leaves = dict(pytrees.iterate(sharding))
-        if path not in leaves:
-            raise InputError(f"sharding has no {path!r}; give a tree of the same paths")
-        found = leaves[path]
+        return {path: _checked(path, sharding(path)) for path in paths}
+    leaves = dict(pytrees.iterate(sharding))
+    return {path: _checked(path, _said(leaves, path)) for path in paths}
+
+
+def _said(leaves: Mapping[str, Any], path: str) -> Any:
+    if path not in leaves:
+        raise InputError(f"sharding has no {path!r}; give a tree of the same paths")
+    return leaves[path]
+
+
+def _checked(path: str, found: Any) -> Any:
     parts = (found.codebook, found.index) if isinstance(found, CodebookArray) else (found,)
     if found is not None and not all(isinstance(part, Sharding) for part in parts):
         raise InputError(f"sharding of {path} is a {type(found).__name__}, no jax.sharding.Sharding")
@@ -70,7 +77,7 @@ def codebook_shardings(w: CodebookArray, sharding: Sharding, path: str = "Codebo
 
 
 def place(path: str, leaf: Any, sharding: Any) -> Any:
-    """Returns a leaf of host arrays where `sharding` says, as `sharding_of` gives it; None: on the host.
+    """Returns a leaf of host arrays where `sharding` says, as `shardings_by_path` gives it; None: on the host.
 
     Raises:
       InputError: the sharding does not fit the array, or the devices have no such dtype.

@@ -8,6 +8,7 @@ from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.errors import InputError
@@ -16,6 +17,11 @@ from cluscomp_jax.errors import InputError
 def is_codebook_array(leaf: Any) -> bool:
     """Returns whether `leaf` is a CodebookArray; the `is_leaf` of this package's trees."""
     return isinstance(leaf, CodebookArray)
+
+
+def shape_struct(shape: Sequence[int], dtype: Any, sharding: Any = None) -> Any:
+    """Returns the jax.ShapeDtypeStruct of a shape and a dtype."""
+    return jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=sharding)  # type: ignore[no-untyped-call]
 
 
 def iterate(tree: Any, is_leaf: Callable[[Any], bool] = is_codebook_array) -> list[tuple[str, Any]]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from cluscomp_jax.core import pytrees
 from cluscomp_jax.core.codebook import CodebookArray
-from cluscomp_jax.core.host_axes import HostAxes
+from cluscomp_jax.core.host_axes import HostAxes, with_stack
 from cluscomp_jax.errors import InputError
 
 
@@ -66,18 +66,38 @@ def stack(blocks: Sequence[Any], axis: int = 0) -> Any:
 
     def joined(path: str, _: Any) -> Any:
         leaves = [block[path] for block in flat]
-        return _stacked(leaves, axis) if isinstance(leaves[0], CodebookArray) else jnp.stack(leaves, axis)
+        if not isinstance(leaves[0], CodebookArray):
+            return jnp.stack(leaves, axis)
+        host = leaves[0].host or HostAxes(leaves[0].matrix_shape, (0, 1), 1)
+        return join(leaves, dataclasses.replace(host, stack_at=axis), (len(leaves),), jnp)
 
     return pytrees.map_by_path(joined, blocks[0])
 
 
-def _stacked(leaves: Sequence[CodebookArray], axis: int) -> CodebookArray:
-    one, same = leaves[0], {jnp.dtype(w.codebook.dtype) for w in leaves}
+def join(parts: Sequence[CodebookArray], host: HostAxes, stack: tuple[int, ...], numpy: Any) -> CodebookArray:
+    """Returns CodebookArrays as one; one codebook in another dtype makes all bfloat16.
+
+    Args:
+      parts: equal in all that is static; the first says what `host` does not.
+      host: of the result, whose stacked axes begin at its `stack_at`.
+      stack: their sizes, of the product len(parts); (): of one part, which is not stacked.
+      numpy: the module, numpy or jax.numpy, whose arrays the result has.
+    """
+    same = {jnp.dtype(part.codebook.dtype) for part in parts}
     dtype = same.pop() if len(same) == 1 else jnp.bfloat16
-    host = one.host or HostAxes(one.matrix_shape, (0, 1), 1)
-    codebook = jnp.stack([jnp.asarray(w.codebook).astype(dtype) for w in leaves], axis)
-    index = jnp.stack([jnp.asarray(w.index) for w in leaves], axis)
-    return dataclasses.replace(one, codebook=codebook, index=index, host=dataclasses.replace(host, stack_at=axis))
+
+    def joined(leaves: list[Any]) -> Any:
+        if not stack:
+            return leaves[0]
+        whole = numpy.stack(leaves, host.stack_at)
+        return whole.reshape(with_stack(leaves[0].shape, stack, host.stack_at))
+
+    return dataclasses.replace(
+        parts[0],
+        codebook=joined([numpy.asarray(part.codebook).astype(dtype) for part in parts]),
+        index=joined([numpy.asarray(part.index) for part in parts]),
+        host=host,
+    )
 
 
 def _check_axis(axis: int) -> None:

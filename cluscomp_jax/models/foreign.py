@@ -169,8 +169,8 @@ class ForeignModel:
 
     def _traced(self) -> list[TracedProduct]:
         """Returns the products of a block, by shapes alone; `x` and `residual` mean nothing after it."""
-        shapes = {path: shape_dtype(shape, jnp.float32) for path, shape in self.block_shapes(0).items()}
-        x = shape_dtype((_TRACED_SAMPLES, *self.item_shape), self.dtype)
+        shapes = {path: pytrees.shape_struct(shape, jnp.float32) for path, shape in self.block_shapes(0).items()}
+        x = pytrees.shape_struct((_TRACED_SAMPLES, *self.item_shape), self.dtype)
         products: list[TracedProduct] = []
 
         def traced(params: Params, x: jax.Array) -> jax.Array:
@@ -247,13 +247,8 @@ def _first_of_each(products: Sequence[TracedProduct]) -> list[TracedProduct]:
     return list(first.values())
 
 
-def shape_dtype(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Returns the jax.ShapeDtypeStruct of a shape and a dtype."""
-    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))  # type: ignore[no-untyped-call]
-
-
 def _shape_of(leaf: Any) -> Any:
-    return shape_dtype(leaf.shape, leaf.dtype) if is_parameter(leaf) else leaf
+    return pytrees.shape_struct(leaf.shape, leaf.dtype) if is_parameter(leaf) else leaf
 
 
 def is_parameter(leaf: Any) -> bool:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
@@ -73,5 +72,5 @@ def _abstract(leaf: Any) -> Any:
     if isinstance(leaf, CodebookArray):
         mesh = explicit_mesh(leaf)
         sharding = None if mesh is None else NamedSharding(mesh, spec(*decoded_split(leaf)))
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(leaf.dtype), sharding=sharding)  # type: ignore[no-untyped-call]
+        return pytrees.shape_struct(leaf.shape, leaf.dtype, sharding)
     return leaf

@@ -139,7 +139,7 @@ def nnx_case(
 def randomized(params: Any) -> Any:
     """Returns the tree with every floating leaf of two or more axes drawn from a normal distribution.
 
-    Kernels that a codebase initialises with zeros would hide a difference behind them.
+    Kernels that a codebase initialises with zeros would hide a difference.
     """
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(0), len(leaves))

@@ -11,11 +11,15 @@ from paths import HELPERS
 from virtual_devices import run_on_devices
 
 from cluscomp_jax import CodebookArray, InputError
-from cluscomp_jax.core.placement import codebook_shardings, place, sharding_of
+from cluscomp_jax.core.placement import codebook_shardings, place, shardings_by_path
 
 W = CodebookArray(np.ones((5, 4), np.float16), np.zeros((8, 3), np.uint8), (8, 12))
 MESH = Mesh(np.array(jax.devices()[:1]), ("x",))
 HERE = SingleDeviceSharding(jax.devices()[0])
+
+
+def sharding_of(path, sharding):
+    return shardings_by_path([path], sharding)[path]
 
 
 def on(*axes):

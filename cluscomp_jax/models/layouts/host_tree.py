@@ -12,7 +12,8 @@ import numpy as np
 from cluscomp_jax.core import pytrees, trees
 from cluscomp_jax.core.caller_mesh import on_one_device
 from cluscomp_jax.core.codebook import CodebookArray
-from cluscomp_jax.core.host_axes import HostAxes
+from cluscomp_jax.core.host_axes import with_stack
+from cluscomp_jax.core.stacking import join
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.layouts.layout import Layout, Role, find_roles, host_axes, host_shape, is_kernel
@@ -127,7 +128,7 @@ class HostTree:
                     f"{self._where()}: {host!r} has {found[at]} blocks along axis {at}, the model config says "
                     f"{self.model.num_blocks}"
                 )
-            wanted = (*wanted[:at], self.model.num_blocks, *wanted[at:])
+            wanted = with_stack(wanted, (self.model.num_blocks,), at)
         if found != wanted:
             turned = "; is it [out, in]?" if is_kernel(role.axes) and found == wanted[::-1] else ""
             raise InputError(f"{self._where()}: {host!r} has shape {found}; the model config says {wanted}{turned}")
@@ -158,8 +159,8 @@ class HostTree:
         if isinstance(parts[0], CodebookArray):
             shape = leaf.shape if at is None else (*leaf.shape[:at], *leaf.shape[at + 1 :])
             axes = host_axes(role.axes, shape, leaf.dtype, self.layout)
-            put = jnp.asarray if isinstance(leaf, jax.Array) else np.asarray
-            return _joined(parts, axes, put, at is not None, self._owner(parts[0], role))
+            joined = join(parts, axes, () if at is None else (len(parts),), jnp if isinstance(leaf, jax.Array) else np)
+            return dataclasses.replace(joined, tied_to=self._owner(parts[0], role))
         if is_kernel(role.axes):
             return leaf
         return self._changed(leaf, role, parts, list(blocks))
@@ -189,22 +190,3 @@ def is_floating(leaf: Any) -> bool:
     if isinstance(leaf, CodebookArray):
         return True
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def _joined(
-    parts: Sequence[CodebookArray], axes: HostAxes, put: Any, stacked: bool, owner: str | None
-) -> CodebookArray:
-    """Returns the arrays of all blocks as one of the host's axes; one codebook in bfloat16 makes all so."""
-    narrow = any(part.codebook.dtype != parts[0].codebook.dtype for part in parts)
-    dtype = np.dtype(jnp.bfloat16) if narrow else parts[0].codebook.dtype
-
-    def join(leaves: list[np.ndarray]) -> Any:
-        return put(np.ascontiguousarray(np.stack(leaves, axis=axes.stack_at)) if stacked else leaves[0])
-
-    return dataclasses.replace(
-        parts[0],
-        codebook=join([np.asarray(part.codebook).astype(dtype) for part in parts]),
-        index=join([np.asarray(part.index) for part in parts]),
-        tied_to=owner,
-        host=axes,
-    )

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cluscomp_jax.clustering.resolve import bits_per_weight, refuse_growth, rules_by_block
 from cluscomp_jax.clustering.summary import CompressionSummary
 from cluscomp_jax.clustering.tree import check_leaf, checked_rules, rule_of
 from cluscomp_jax.config.clustering import CompressionRule
@@ -81,7 +80,6 @@ def compress_blocks(
     if cfg.cluster.uneven:
         raise InputError("mixed_precision measures a model's loss, which a stack of blocks has not; use 'none'")
     cfg = dataclasses.replace(cfg, model=model, cluster=dataclasses.replace(cfg.cluster, rules=within))
-    refuse_growth(bits_per_weight(model, cfg, rules_by_block(model, cfg)))
     params = {"blocks": {str(i): model.form.to_params(jax.tree.map(on_one_device, b)) for i, b in enumerate(blocks)}}
     shape = (x.shape[0], math.prod(x.shape[1:-1]))
     sink = DictSink()
@@ -94,6 +92,7 @@ def compress_blocks(
             work_dir=folder,
             reporter=reporter,
             inputs=x.reshape(*shape, x.shape[-1]),
+            may_grow=False,
         )
     return [_to_host(model, sink.load_block(i), blocks[i]) for i in range(len(blocks))], summary
 
@@ -194,16 +193,9 @@ def kernel_axes(block: Any, rules: Sequence[CompressionRule]) -> dict[str, HostA
 
 def _check_program(model: ForeignModel) -> None:
     """Raises InputError unless a block keeps the shape of its input."""
-    shape, leaves = (2, *model.item_shape), list(model.form.leaves.values())
-    traced = [k for k, leaf in enumerate(leaves) if isinstance(leaf, jax.ShapeDtypeStruct)]
-
-    def function(arrays: list[Any], x: jax.Array) -> Any:
-        filled = list(leaves)
-        for k, array in zip(traced, arrays, strict=True):
-            filled[k] = array
-        return model.apply(jax.tree.unflatten(model.form.structure, filled), x)
-
-    y = jax.eval_shape(function, [leaves[k] for k in traced], pytrees.shape_struct(shape, model.dtype))
+    shape = (2, *model.item_shape)
+    function, arrays = model.by_arrays(pytrees.shape_struct(shape, model.dtype))
+    y = jax.eval_shape(function, *arrays)
     if getattr(y, "shape", None) != shape:
         found = getattr(y, "shape", type(y).__name__)
         raise InputError(f"apply gives {found} of an input {shape}; a block must give one array of its input's shape")

@@ -92,14 +92,12 @@ def compress(
         check_stacked(model, cfg, calibration)
     if check is not None:
         layouts.check_forward(params, opened, check)
-    rules = rules_by_block(model, cfg)
-    if calibration is not None:
-        check_calibration(model, cfg, calibration, rules)
-    refuse_growth(bits_per_weight(model, cfg, rules))
     sink = DictSink()
     needed = 0 if calibration is None or calibration.ndim != 2 else scratch_bytes(model, cfg, calibration.shape)
     with scratch_folder(work_dir, needed) as folder, without_mesh():
-        compress_stream(opened.source, sink, cfg, calibration=calibration, work_dir=folder, reporter=reporter)
+        compress_stream(
+            opened.source, sink, cfg, calibration=calibration, work_dir=folder, reporter=reporter, may_grow=False
+        )
     return opened.put_back(sink.params(model))
 
 
@@ -114,6 +112,7 @@ def compress_stream(
     finished_blocks: int = 0,
     owns_process: bool = False,
     inputs: np.ndarray | None = None,
+    may_grow: bool = True,
 ) -> CompressionSummary:
     """Compresses block after block from `source` into `sink` and returns what was done.
 
@@ -125,13 +124,14 @@ def compress_stream(
         so that an interrupted run gives the bytes of an uninterrupted one.
       owns_process: as for StageTimer: whether freed memory may be given back and the peak of each stage measured.
       inputs: the first block's inputs [samples, t, d] in place of calibration tokens, where the model has no embedding.
+      may_grow: whether codebooks may be larger than the matrices that they replace; the command line warns of it.
 
     Raises:
       InputError: whatever does not fit, before any long work.
     """
     timer = StageTimer(owns_process=owns_process)
     records = RunRecords(work_dir / "records")
-    run = prepare(source, cfg, calibration, work_dir, records, timer, reporter or SilentReporter(), inputs)
+    run = prepare(source, cfg, calibration, work_dir, records, timer, reporter or SilentReporter(), inputs, may_grow)
     blocks = _compress_blocks(run, source, sink, records, finished_blocks)
     if run.streams is not None:
         run.streams.delete()
@@ -191,6 +191,7 @@ def prepare(
     timer: StageTimer,
     reporter: Reporter,
     inputs: np.ndarray | None = None,
+    may_grow: bool = True,
 ) -> Run:
     """Returns the run at its first block: settings resolved and checked, sensitivities measured, tokens embedded.
 
@@ -204,6 +205,8 @@ def prepare(
         check_calibration(model, cfg, calibration, rules)
     elif inputs is not None:
         check_samples(cfg, len(inputs), rules)
+    if not may_grow:
+        refuse_growth(bits_per_weight(model, cfg, rules))
     if given is None:
         return Run(model, cfg, rules, None, None, sharding, timer, reporter)
     shape = given.shape[:2]

@@ -39,46 +39,49 @@ def collect_hessians(
     rules = checked_rules(rules)
     if hasattr(batches, "shape"):
         raise InputError("batches is one array; give a list of batches, [batch]")
-    leaves, structure = jax.tree.flatten(params, is_leaf=pytrees.is_codebook_array)
-    paths = [path for path, _ in pytrees.iterate(params)]
-    kernels: dict[int, HostAxes] = {}
-    for k, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
-        rule = rule_of(path, rules)
+    leaves = pytrees.iterate(params)
+    chosen = {path: rule_of(path, rules) for path, _ in leaves}
+    kernels: dict[str, HostAxes] = {}
+    stacked: dict[str, int] = {}
+    for path, leaf in leaves:
+        rule = chosen[path]
         if rule is not None:
             check_leaf(path, leaf)
-            kernels[k], _ = parse_axes(rule.axes, tuple(leaf.shape), leaf.dtype, path)
-    refuse_unused(rules, {path: rule_of(path, rules) for path in paths}, list(zip(paths, leaves, strict=True)))
-    traced = [k for k, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)]
+            kernels[path], stacked[path] = parse_axes(rule.axes, tuple(leaf.shape), leaf.dtype, path)
+    refuse_unused(rules, chosen, leaves)
+    filled, arrays = pytrees.by_arrays(lambda params: params, (params,), _is_array)
+    paths = [path for path, leaf in leaves if _is_array(leaf)]
 
     def whole(arrays: Sequence[Any], batch: Any) -> Any:
-        filled = list(leaves)
-        for k, array in zip(traced, arrays, strict=True):
-            filled[k] = array
-        return jax.tree.leaves(apply(jax.tree.unflatten(structure, filled), batch))
+        return jax.tree.leaves(apply(filled(*arrays), batch))
 
     @jax.jit
     def sums(arrays: Sequence[Any], batch: Any) -> dict[str, Record]:
         closed = jax.make_jaxpr(whole)(arrays, batch)
         values = [
-            TracedKernel.of_matrix(array, kernels[k], paths[k]) if k in kernels else array
-            for k, array in zip(traced, arrays, strict=True)
+            TracedKernel.of_matrix(array, kernels[path], path) if path in kernels else array
+            for path, array in zip(paths, arrays, strict=True)
         ]
         _, records = evaluate(closed.jaxpr, closed.consts, [*values, *jax.tree.leaves(batch)], _products_of)
         return records
 
     total: dict[str, Record] | None = None
     for batch in batches:
-        found = sums([leaves[k] for k in traced], batch)
+        found = sums(arrays, batch)
         total = found if total is None else jax.tree.map(jnp.add, total, found)
     if total is None:
         raise InputError("batches is empty; at least one is needed")
-    for k in kernels:
-        if paths[k] not in total:
+    for path in kernels:
+        if path not in total:
             raise InputError(
-                f"{paths[k]}: no product x @ W of the model reads it with these axes; let no rule match it, or correct "
+                f"{path}: no product x @ W of the model reads it with these axes; let no rule match it, or correct "
                 "the rule's axes"
             )
-    return {paths[k]: _mean(paths[k], total[paths[k]], leaves[k].ndim - len(kernels[k].shape)) for k in kernels}
+    return {path: _mean(path, total[path], stacked[path]) for path in kernels}
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray)
 
 
 def _products_of(name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -24,6 +24,28 @@ def shape_struct(shape: Sequence[int], dtype: Any, sharding: Any = None) -> Any:
     return jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=sharding)  # type: ignore[no-untyped-call]
 
 
+def by_arrays(
+    function: Callable[..., Any], arguments: Any, is_array: Callable[[Any], bool]
+) -> tuple[Callable[..., Any], list[Any]]:
+    """Returns (a function of the arrays among the leaves of `arguments`, those arrays); all other leaves are constants.
+
+    Args:
+      function: called as function(*arguments).
+      arguments: a tuple of pytrees.
+      is_array: whether a leaf is one of the arrays.
+    """
+    leaves, structure = jax.tree.flatten(arguments, is_leaf=is_codebook_array)
+    where = [k for k, leaf in enumerate(leaves) if is_array(leaf)]
+
+    def of_arrays(*arrays: Any) -> Any:
+        filled = list(leaves)
+        for k, array in zip(where, arrays, strict=True):
+            filled[k] = array
+        return function(*jax.tree.unflatten(structure, filled))
+
+    return of_arrays, [leaves[k] for k in where]
+
+
 def iterate(tree: Any, is_leaf: Callable[[Any], bool] = is_codebook_array) -> list[tuple[str, Any]]:
     """Returns [(path, leaf)] of the tree, in its order.
 

@@ -63,9 +63,10 @@ class BlockForm:
     def to_host(self, params: Params) -> Any:
         """Returns the host's tree of `params`, its arrays in the host's shapes and dtypes."""
         flat = trees.flatten(params)
-        return jax.tree.unflatten(self.structure, [self._leaf(path, flat.get(path)) for path in self.leaves])
+        return jax.tree.unflatten(self.structure, [self.leaf(path, flat.get(path)) for path in self.leaves])
 
-    def _leaf(self, path: str, value: Any) -> Any:
+    def leaf(self, path: str, value: Any) -> Any:
+        """Returns the host's leaf at `path`, of the array that `to_params` gives for it."""
         wanted = self.leaves[path]
         if not is_parameter(wanted):
             return wanted
@@ -111,7 +112,7 @@ class ForeignModel:
     def input_groups(self) -> Mapping[str, tuple[str, ...]]:
         """{input group, named by its first kernel: kernels that read one array}, in the order of their products."""
         groups: dict[Hashable, list[str]] = {}
-        for product in _first_of_each(self._traced()):
+        for product in _first_of_each(self.traced_products()):
             groups.setdefault(product.source, []).append(product.name)
         return {paths[0]: tuple(paths) for paths in groups.values()}
 
@@ -167,7 +168,7 @@ class ForeignModel:
         residual = product.residual if len(paths) == 1 else None
         return observer(group, product.x, residual)
 
-    def _traced(self) -> list[TracedProduct]:
+    def traced_products(self) -> list[TracedProduct]:
         """Returns the products of a block, by shapes alone; `x` and `residual` mean nothing after it."""
         shapes = {path: pytrees.shape_struct(shape, jnp.float32) for path, shape in self.block_shapes(0).items()}
         x = pytrees.shape_struct((_TRACED_SAMPLES, *self.item_shape), self.dtype)
@@ -188,20 +189,18 @@ class ForeignModel:
 
     def _run(self, params: Params, x: jax.Array, trace: ProductTrace | None) -> jax.Array:
         """Returns y; the products by kernels are computed as x @ W, and noted where there is a trace."""
-        flat = trees.flatten(params)
+        function, arrays = self.by_arrays(x)
+        closed, flat = jax.make_jaxpr(function)(*arrays), trees.flatten(params)
         paths = [path for path, leaf in self.form.leaves.items() if is_parameter(leaf)]
-
-        def function(arrays: dict[str, Any], x: jax.Array) -> jax.Array:
-            leaves = [arrays.get(path, leaf) for path, leaf in self.form.leaves.items()]
-            return self.apply(jax.tree.unflatten(self.form.structure, leaves), x)
-
-        closed = jax.make_jaxpr(function)({path: self.form.leaves[path] for path in paths}, x)
-        values = {path: self._value(path, flat[path], trace is not None) for path in paths}
-        # In the order in which JAX flattens a dict.
-        args = [values[path] for path in sorted(paths)]
-        (y,), _ = evaluate(closed.jaxpr, closed.consts, [*args, x], trace=trace)
+        values = [self._value(path, flat[path], trace is not None) for path in paths]
+        (y,), _ = evaluate(closed.jaxpr, closed.consts, [*values, x], trace=trace)
         result: jax.Array = dense(y)
         return result
+
+    def by_arrays(self, x: Any) -> tuple[Callable[..., Any], list[Any]]:
+        """Returns (the host's block as a function of its parameters, one after another, and x; their shapes and x)."""
+        block = jax.tree.unflatten(self.form.structure, list(self.form.leaves.values()))
+        return pytrees.by_arrays(self.apply, (block, x), is_parameter)
 
     def _value(self, path: str, leaf: Any, traced: bool) -> Any:
         host = self.form.kernels.get(path)
@@ -209,7 +208,7 @@ class ForeignModel:
             return TracedKernel.of(dataclasses.replace(leaf, host=host))
         if host is not None and traced:
             return TracedKernel.of_matrix(host.from_matrix(leaf), host, path)
-        return self.form._leaf(path, leaf)
+        return self.form.leaf(path, leaf)
 
 
 def read_form(block: Any, kernels: Mapping[str, HostAxes]) -> BlockForm:
@@ -221,7 +220,7 @@ def read_form(block: Any, kernels: Mapping[str, HostAxes]) -> BlockForm:
 
 def check_products(model: ForeignModel) -> None:
     """Raises InputError unless a product of the block reads each kernel, once for every position."""
-    found = model._traced()
+    found = model.traced_products()
     products = {product.name: product for product in found}
     rows = math.prod((_TRACED_SAMPLES, *model.item_shape[:-1]))
     for path in model.form.kernels:

@@ -39,29 +39,20 @@ def with_codebooks(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def served(*args: Any, **kwargs: Any) -> Any:
-        leaves, structure = jax.tree.flatten((args, kwargs), is_leaf=pytrees.is_codebook_array)
-        traced = [k for k, leaf in enumerate(leaves) if _is_traced(leaf)]
         out_structure: list[Any] = []
 
-        def flat(*values: Any) -> list[Any]:
-            filled = list(leaves)
-            for k, value in zip(traced, values, strict=True):
-                filled[k] = value
-            args, kwargs = jax.tree.unflatten(structure, filled)
+        def flat(args: Any, kwargs: Any) -> list[Any]:
             outs, out_tree = jax.tree.flatten(function(*args, **kwargs))
             out_structure.append(out_tree)
             return outs
 
-        closed = jax.make_jaxpr(flat)(*(_abstract(leaves[k]) for k in traced))
-        values = [TracedKernel.of(leaf) if isinstance(leaf, CodebookArray) else leaf for leaf in _of(leaves, traced)]
+        of_arrays, arrays = pytrees.by_arrays(flat, (args, kwargs), _is_traced)
+        closed = jax.make_jaxpr(of_arrays)(*map(_abstract, arrays))
+        values = [TracedKernel.of(leaf) if isinstance(leaf, CodebookArray) else leaf for leaf in arrays]
         outs, _ = evaluate(closed.jaxpr, closed.consts, values)
         return jax.tree.unflatten(out_structure[-1], dense_each(outs, closed.jaxpr.outvars))
 
     return served
-
-
-def _of(leaves: list[Any], where: list[int]) -> list[Any]:
-    return [leaves[k] for k in where]
 
 
 def _is_traced(leaf: Any) -> bool:

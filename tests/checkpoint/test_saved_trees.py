@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import hypothesis
@@ -16,10 +15,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from flax import linen as nn
 from flax import nnx
 from hypothesis import strategies as st
 from random_trees import codebook_arrays, same
+from small_trees import Layer, Net, linen_variables
 from toy_checkpoint import ToyConfig, ToyRun, toy_params
 
 from cluscomp_jax import CodebookArray, CompressionRule, InputError, abstract, cluster_tree, load, save, save_checkpoint
@@ -83,24 +82,6 @@ def test_dense_arrays_of_every_dtype_come_back(tmp_path):
     assert_same({**found, "python": {}}, tree)
     like = load(tmp_path / "out", like={**tree, "python": [False, 0, 0.0]})["python"]
     assert [(type(value), value) for value in like] == [(bool, True), (int, 3), (float, 2.5)]
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["w", "b"], meta_fields=["name"])
-@dataclasses.dataclass
-class Layer:
-    w: jax.Array
-    b: jax.Array
-    name: str
-
-
-class Net(nnx.Module):
-    def __init__(self):
-        self.layers = nnx.List([nnx.Linear(8, 12, rngs=nnx.Rngs(i)) for i in range(2)])
-
-
-def linen_variables():
-    kernel_init = nn.with_partitioning(nn.initializers.normal(), ("in", "out"))
-    return nn.Dense(12, kernel_init=kernel_init).init(jax.random.key(0), jnp.ones((1, 8)))
 
 
 TREES = {

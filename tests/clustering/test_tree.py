@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen as nn
 from flax import nnx
+from small_trees import Layer, Net, linen_variables
 
 from cluscomp_jax import CodebookArray, CompressionRule, InputError, cluster_tree, decompress, size_report
 from cluscomp_jax.clustering.matrix import cluster_matrix, matrix_key
@@ -21,24 +21,6 @@ def normal(*shape, dtype=np.float32):
 
 def rule(pattern, **settings):
     return CompressionRule(pattern=pattern, **{"num_codes": 16, **settings})
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["w", "b"], meta_fields=["name"])
-@dataclasses.dataclass
-class Layer:
-    w: jax.Array
-    b: jax.Array
-    name: str
-
-
-class Net(nnx.Module):
-    def __init__(self):
-        self.layers = nnx.List([nnx.Linear(8, 12, rngs=nnx.Rngs(i)) for i in range(2)])
-
-
-def linen_variables():
-    kernel_init = nn.with_partitioning(nn.initializers.normal(), ("in", "out"))
-    return nn.Dense(12, kernel_init=kernel_init).init(jax.random.key(0), jnp.ones((1, 8)))
 
 
 TREES = {

@@ -1,8 +1,8 @@
 """How many packages this project brings, and which packages of others it can be installed next to.
 
-    python scripts/resolve_beside.py                                      # Python of this interpreter, the core
-    python scripts/resolve_beside.py --python-version 3.12 --extra hf     # another Python, with an extra
-    python scripts/resolve_beside.py "maxtext[cuda12]"                    # other packages than those listed below
+    python scripts/resolve_next_to.py                                      # Python of this interpreter, the core
+    python scripts/resolve_next_to.py --python-version 3.12 --extra hf     # another Python, with an extra
+    python scripts/resolve_next_to.py "maxtext[cuda12]"                    # other packages than those listed below
 
 Nothing is installed. Needs uv (`pip install uv`) and a package index, which is that of pip. Each package is held to
 its newest version that the index has for this Python, since a resolver would else go back to a version of years ago.
@@ -98,7 +98,7 @@ def resolve(
     return Resolution({}, done.stderr) if done.returncode else Resolution(pinned(done.stdout))
 
 
-def beside(name: str, alone: Resolution, together: Resolution) -> str:
+def next_to(name: str, alone: Resolution, together: Resolution) -> str:
     """Returns the line of a package: how many packages resolve, or what clashes."""
     if alone.error:
         return f"{name}: does not resolve by itself; {clash(alone.error)}"
@@ -134,7 +134,7 @@ def main() -> None:
         if not alone.error:
             held = f"{name}=={alone.versions[canonical(name)]}"
             together = resolve([held, ours], options.python_version, uv, environment)
-        print(beside(name, alone, together), flush=True)
+        print(next_to(name, alone, together), flush=True)
 
 
 if __name__ == "__main__":

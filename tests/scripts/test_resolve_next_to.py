@@ -1,9 +1,9 @@
-"""`scripts/resolve_beside.py` without a package index: what it makes of a resolver's answers."""
+"""`scripts/resolve_next_to.py` without a package index: what it makes of a resolver's answers."""
 
 import pytest
 from script_modules import load_script
 
-script = load_script("resolve_beside")
+script = load_script("resolve_next_to")
 
 NO_SOLUTION = """error: No solution found when resolving dependencies
   cause: Because ejkernel==0.0.78 depends on jax>=0.9.0,<0.10.dev0 and easydel>=0.3.0 depends on ejkernel==0.0.78, we can conclude that easydel>=0.3.0 depends on jax>=0.9.0,<0.10.dev0.
@@ -44,18 +44,18 @@ def test_a_clash_is_one_line(message: str, line: str) -> None:
 def test_the_line_of_a_package() -> None:
     alone = script.Resolution({"keras-hub": "1.2", "numpy": "2.0"})
     together = script.Resolution({"keras-hub": "1.2", "numpy": "2.0", "jax": "0.12.0", "cluscomp-jax": ""})
-    assert script.beside("keras_hub", alone, together) == (
+    assert script.next_to("keras_hub", alone, together) == (
         "keras_hub 1.2: 4 packages (2 without this project; jax 0.12.0)"
     )
     refused = script.Resolution({}, OTHERS)
-    assert script.beside("keras-hub", alone, refused) == (
+    assert script.next_to("keras-hub", alone, refused) == (
         "keras-hub 1.2: does not resolve; b: a==1 needs >=2, c==1 needs <2"
     )
-    assert script.beside("keras-hub", refused, refused) == (
+    assert script.next_to("keras-hub", refused, refused) == (
         "keras-hub: does not resolve by itself; b: a==1 needs >=2, c==1 needs <2"
     )
 
 
 def test_a_package_with_extras_is_found_by_its_name() -> None:
     alone = script.Resolution({"maxtext": "0.2.5"})
-    assert script.beside("maxtext[cuda12]", alone, alone).startswith("maxtext[cuda12] 0.2.5: 1 packages")
+    assert script.next_to("maxtext[cuda12]", alone, alone).startswith("maxtext[cuda12] 0.2.5: 1 packages")

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from cluscomp_jax.core import trees
-from cluscomp_jax.core.codebook import CodebookArray, index_dtype, index_shape
+from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.core.coding import index_dtype, index_shape
 from cluscomp_jax.models.llama.model import LlamaModel
 from cluscomp_jax.plan import compiling_for, find_target, placement, preset_config
 from cluscomp_jax.tuning.blockwise import join_trainable, split_trainable

@@ -19,7 +19,8 @@ import numpy as np
 from cluscomp_jax import data
 from cluscomp_jax.checkpoint.reader import open_checkpoint
 from cluscomp_jax.checkpoint.writer import CheckpointWriter
-from cluscomp_jax.core.codebook import CodebookArray, index_shape
+from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.core.coding import index_shape
 from cluscomp_jax.core.trees import unflatten
 from cluscomp_jax.evaluation.perplexity import perplexity
 from cluscomp_jax.export import ExportFormat, export_checkpoint

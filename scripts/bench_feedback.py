@@ -20,9 +20,11 @@ import numpy as np
 import cluscomp_jax
 from cluscomp_jax import data, kmeans
 from cluscomp_jax.cli.demo_model import find_model
+from cluscomp_jax.clustering.code_search import NearestCodes
+from cluscomp_jax.clustering.coders import to_vectors
 from cluscomp_jax.clustering.error_feedback import HessianFactor, assign_with_error_feedback, factor_hessian
 from cluscomp_jax.clustering.hessian import collect_hessians
-from cluscomp_jax.clustering.matrix import matrix_key, to_vectors
+from cluscomp_jax.clustering.matrix import matrix_key
 from cluscomp_jax.clustering.refine import refine
 from cluscomp_jax.config.clustering import ClusterConfig
 from cluscomp_jax.core import trees
@@ -77,11 +79,9 @@ def main() -> None:
             factor: HessianFactor = factor_hessian(hessians[group])
             for path in paths:
                 weight, key = kernels[path], matrix_key(0, path)
-                code_index = kmeans.build_code_index(codes[path], key)
-                index = assign_with_error_feedback(weight, codes[path], factor, g=options.g, code_index=code_index)
-                refined = refine(
-                    weight, codes[path], index, factor, rounds=options.refine_rounds, code_index=code_index, key=key
-                )
+                search = NearestCodes().for_codebook(codes[path], key)
+                index = assign_with_error_feedback(weight, codes[path], factor, search)
+                refined = refine(weight, codes[path], index, factor, search, rounds=options.refine_rounds, key=key)
                 jax.block_until_ready(refined)
 
     codes = cluster()

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cluscomp_jax.cli.demo_model import find_model
-from cluscomp_jax.clustering.matrix import to_vectors
+from cluscomp_jax.clustering.coders import to_vectors
 from cluscomp_jax.core import trees
 from cluscomp_jax.io.open import open_model
 from cluscomp_jax.kmeans import KMeansStats, fit_codebook

@@ -18,7 +18,8 @@ import numpy as np
 from cluscomp_jax.checkpoint.reader import save_checkpoint
 from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.core import trees
-from cluscomp_jax.core.codebook import Axis, CodebookArray, index_dtype, index_shape
+from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.core.coding import Axis, index_dtype, index_shape
 from cluscomp_jax.models.llama import LlamaConfig, LlamaModel
 
 CONFIG = LlamaConfig(

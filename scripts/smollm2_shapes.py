@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from cluscomp_jax.core.codebook import CodebookArray, index_dtype, index_shape
+from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.core.coding import index_dtype, index_shape
 
 SMOLLM2_135M = {
     "model_type": "llama",

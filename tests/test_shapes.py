@@ -10,6 +10,7 @@ import pytest
 import shapes
 from jaxtyping import Array, Float, TypeCheckError
 
+from cluscomp_jax.clustering.code_search import NearestCodes
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.kmeans import build_code_index
 
@@ -29,7 +30,7 @@ FACTOR = (jnp.arange(6, dtype=jnp.int32), jnp.sqrt(HESSIAN))
 """6 input channels; the weights of these tests are [6, 10] in vectors of 4, so that the last vector is padded."""
 KERNEL = CodebookArray(normal(4, 4), whole(6, 3, dtype=jnp.uint8), (6, 10))
 FIT = {"num_codes": 3, "key": KEY, "iterations": 2}
-REFINE = {"rounds": 1, "code_index": None, "key": KEY}
+REFINE = {"rounds": 1, "search": NearestCodes(), "key": KEY}
 
 RIGHT = [
     *(
@@ -54,7 +55,11 @@ RIGHT = [
     (shapes.nearest_code, (normal(9, 4), normal(5, 4), None), {}),
     (shapes.nearest_code, (normal(9, 1), normal(1100, 1), build_code_index(normal(1100, 1), KEY), whole(9)), {}),
     (shapes.factor_hessian, (HESSIAN,), {}),
-    (shapes.assign_with_error_feedback, (normal(6, 10, dtype=jnp.bfloat16), normal(5, 4), FACTOR), {"g": 4}),
+    (
+        shapes.assign_with_error_feedback,
+        (normal(6, 10, dtype=jnp.bfloat16), normal(5, 4), FACTOR),
+        {"search": NearestCodes()},
+    ),
     (shapes.refine, (normal(6, 10), normal(5, 4, dtype=jnp.bfloat16), whole(6, 3), FACTOR), REFINE),
 ]
 
@@ -76,8 +81,7 @@ WRONG = [
     (shapes.fit_codebook, (normal(9, 4),), {**FIT, "weights": jnp.ones(8)}),
     (shapes.nearest_code, (normal(9, 4), normal(5, 4), None, whole(8)), {}),
     (shapes.factor_hessian, (normal(6, 5),), {}),
-    (shapes.assign_with_error_feedback, (normal(7, 10), normal(5, 4), FACTOR), {"g": 4}),
-    (shapes.assign_with_error_feedback, (normal(6, 10), normal(5, 4), FACTOR), {"g": 2}),
+    (shapes.assign_with_error_feedback, (normal(7, 10), normal(5, 4), FACTOR), {"search": NearestCodes()}),
     (shapes.refine, (normal(6, 10), normal(5, 4), whole(5, 3), FACTOR), REFINE),
 ]
 

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from cluscomp_jax.checkpoint import bitpack
 from cluscomp_jax.core import codebook, pytrees
-from cluscomp_jax.core.codebook import Axis, CodebookArray
+from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.core.coding import PLAIN, Axis, Coding, Form, code_bits, stored_bits
 from cluscomp_jax.core.host_axes import HostAxes
 from cluscomp_jax.errors import InputError
 
@@ -51,6 +51,7 @@ class MatrixEntry:
       tied_to: path of the kernel that stores the codebook, relative to a block around both; None: this one.
       stack: the sizes of the stacked axes; () for one matrix.
       host: the axes that the host has for one matrix; None: [d_in, d_out].
+      coding: of the index.
     """
 
     shape: tuple[int, int]
@@ -61,6 +62,12 @@ class MatrixEntry:
     tied_to: str | None = None
     stack: tuple[int, ...] = ()
     host: HostAxes | None = None
+    coding: Coding = PLAIN
+
+    @property
+    def form(self) -> Form:
+        """What is static of one matrix and its codebook."""
+        return Form(self.shape, self.num_codes, self.group_size, self.axis)
 
     @property
     def num_weights(self) -> int:
@@ -69,13 +76,14 @@ class MatrixEntry:
 
     @property
     def index_bits(self) -> int:
-        """The bits of one packed index entry."""
-        return codebook.index_bits(self.num_codes)
+        """The bits of all indices in storage."""
+        return math.prod(self.stack) * self.coding.index_bits(self.form)
 
     @property
-    def index_shape(self) -> tuple[int, ...]:
-        """The shape of the unpacked index, stacked axes in front."""
-        return *self.stack, *codebook.index_shape(self.shape, self.group_size, self.axis)
+    def index_spec(self) -> ArraySpec:
+        """The shape of the index in memory, stacked axes in front, and its dtype."""
+        shape, dtype = self.coding.index_spec(self.form)
+        return (*self.stack, *shape), dtype
 
     @property
     def codebook_spec(self) -> ArraySpec:
@@ -84,31 +92,27 @@ class MatrixEntry:
 
     @property
     def stored_bits(self) -> int:
-        """The bits of the index and of the codebook, where it is stored here (`codebook.stored_bits`)."""
-        return math.prod(self.stack) * codebook.stored_bits(
-            self.shape,
-            g=self.group_size,
-            num_codes=self.num_codes,
-            axis=self.axis,
-            own=self.tied_to is None,
-            codebook_bits=8 * DTYPES[self.codebook_dtype].itemsize,
-        )
+        """The bits of the index and of the codebook, where it is stored here (`coding.stored_bits`)."""
+        own, codebook_bits = self.tied_to is None, 8 * DTYPES[self.codebook_dtype].itemsize
+        return math.prod(self.stack) * stored_bits(self.form, self.coding, own=own, codebook_bits=codebook_bits)
 
     @property
     def loaded_bytes(self) -> int:
-        """The bytes in memory of the unpacked index and of the codebook, where it is stored here."""
-        shape, dtype = self.codebook_spec
-        own = math.prod(shape) * dtype.itemsize if self.tied_to is None else 0
-        return math.prod(self.index_shape) * (1 if self.index_bits <= 8 else 2) + own
+        """The bytes in memory of the index and of the codebook, where it is stored here."""
+        parts = [self.index_spec] + ([self.codebook_spec] if self.tied_to is None else [])
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON form; `bits_per_weight` and `index_bits` are there to be read by people and other tools."""
+        coding: dict[str, Any] = {"index_bits": code_bits(self.num_codes)}
+        if self.coding != PLAIN:
+            coding = {"coding": self.coding.name, **self.coding.settings()}
         fields: dict[str, Any] = {
             "shape": list(self.shape),
             "axis": self.axis,
             "group_size": self.group_size,
             "num_codes": self.num_codes,
-            "index_bits": self.index_bits,
+            **coding,
             "codebook_dtype": self.codebook_dtype,
             "bits_per_weight": self.stored_bits / self.num_weights,
         }
@@ -205,10 +209,11 @@ def _encode_matrix(path: str, leaf: CodebookArray) -> tuple[MatrixEntry, dict[st
         tied_to=leaf.tied_to,
         stack=leaf.stack,
         host=leaf.host,
+        coding=leaf.coding,
     )
     arrays = {f"{path}/codebook": codes} if leaf.tied_to is None else {}
     if entry.index_bits:
-        arrays[f"{path}/index"] = bitpack.pack(index, entry.index_bits)
+        arrays[f"{path}/index"] = entry.coding.pack(entry.form, index)
     return entry, arrays
 
 
@@ -245,8 +250,7 @@ def stored_arrays(path: str, entry: Entry) -> dict[str, ArraySpec]:
         return {path: (entry.shape, TREE_DTYPES[entry.dtype])} if 0 not in entry.shape else {}
     stored = {f"{path}/codebook": entry.codebook_spec} if entry.tied_to is None else {}
     if entry.index_bits:
-        size = bitpack.packed_bytes(math.prod(entry.index_shape), entry.index_bits)
-        stored[f"{path}/index"] = ((size,), np.dtype(np.uint8))
+        stored[f"{path}/index"] = ((-(-entry.index_bits // 8),), np.dtype(np.uint8))
     return stored
 
 
@@ -261,20 +265,17 @@ def decode(path: str, entry: Entry, arrays: Mapping[str, np.ndarray[Any, Any]], 
       owner: path of the parameter whose codebook it has; None: as the entry says.
 
     Raises:
-      InputError: the index names a code that the codebook does not have.
+      InputError: the index names a code that the codebook does not have, or has bits after its end.
     """
     if isinstance(entry, TensorEntry):
         return arrays[path] if 0 not in entry.shape else np.zeros(entry.shape, TREE_DTYPES[entry.dtype])
-    count = math.prod(entry.index_shape)
-    if entry.index_bits:
-        index = bitpack.unpack(arrays[f"{path}/index"], entry.index_bits, count)
-    else:
-        index = np.zeros(count, np.uint8)
-    index, codes = index.reshape(entry.index_shape), arrays[f"{owner or entry.tied_to or path}/codebook"]
+    stored = arrays[f"{path}/index"] if entry.index_bits else np.zeros(0, np.uint8)
+    index = entry.coding.unpack(entry.form, stored, math.prod(entry.stack)).reshape(entry.index_spec[0])
+    codes = arrays[f"{owner or entry.tied_to or path}/codebook"]
     if entry.host is not None and entry.stack:
         front = range(len(entry.stack))
         index, codes = (np.moveaxis(leaf, front, [entry.host.stack_at + k for k in front]) for leaf in (index, codes))
-    matrix = CodebookArray(codes, index, entry.shape, entry.axis, entry.tied_to, entry.host)
+    matrix = CodebookArray(codes, index, entry.shape, entry.axis, entry.tied_to, entry.host, entry.coding)
     return codebook.validate(matrix, path)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cluscomp_jax.checkpoint.entries import DTYPES, MatrixEntry
-from cluscomp_jax.core.codebook import MAX_CODES, MAX_GROUP
+from cluscomp_jax.core.coding import MAX_CODES, MAX_GROUP, PLAIN, Coding, coding_of, coding_settings
 from cluscomp_jax.errors import InputError
 
 _MOST_AXES = 28
@@ -87,14 +87,24 @@ def matrix_entry(fields: Any, where: str) -> MatrixEntry:
     shape = read_shape(fields, where)
     if len(shape) != 2:
         raise InputError(f"{where}: shape is {list(shape)}; a matrix has two sizes")
-    return MatrixEntry(
+    entry = MatrixEntry(
         shape=(shape[0], shape[1]),
         axis=choice(fields, "axis", ("out", "in"), where),
         group_size=count(fields, "group_size", MAX_GROUP, where),
         num_codes=count(fields, "num_codes", MAX_CODES, where),
         codebook_dtype=choice(fields, "codebook_dtype", tuple(DTYPES), where),
         tied_to=field(fields, "codebook_of", str, where) if "codebook_of" in fields else None,
+        coding=_coding(fields, where),
     )
+    entry.coding.check(entry.form, where)
+    return entry
+
+
+def _coding(fields: Any, where: str) -> Coding:
+    if "coding" not in fields:
+        return PLAIN
+    settings = {name: fields[name] for name in coding_settings(field(fields, "coding", str, where)) if name in fields}
+    return coding_of(fields["coding"], settings, where)
 
 
 def file_entry(name: str, fields: Any, folders: Sequence[str], where: Path) -> FileEntry:

@@ -12,10 +12,11 @@ from typing import Any
 
 from cluscomp_jax.checkpoint.entries import DTYPES, Entry, MatrixEntry, TensorEntry
 from cluscomp_jax.checkpoint.fields import FileEntry, choice, field, file_entry, matrix_entry, read_shape
+from cluscomp_jax.core.coding import PLAIN
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.runtime import json_files
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """The newest; what has no shared codebook is still written in version 1."""
 MANIFEST_NAME = "manifest.json"
 TREE_NAME = "tree.json"
@@ -46,8 +47,11 @@ class Contents:
 
     @property
     def format_version(self) -> int:
-        """The lowest version that can say it: 2 where a codebook is another matrix's."""
-        return 2 if any(isinstance(e, MatrixEntry) and e.tied_to for e in self.entries.values()) else 1
+        """The lowest version that can say it: 2 where a codebook is another matrix's, 3 where an index is not plain."""
+        matrices = [e for e in self.entries.values() if isinstance(e, MatrixEntry)]
+        if any(e.coding != PLAIN for e in matrices):
+            return 3
+        return 2 if any(e.tied_to for e in matrices) else 1
 
     @property
     def totals(self) -> dict[str, Any]:

@@ -62,6 +62,7 @@ _MATRIX = _record(
     g=_is_whole,
     num_codes=_is_whole,
     bits=_is_number,
+    step_bits=_absent_or(_is_whole),
     bits_per_weight=_is_number,
     relative_error=_absent_or(_is_number),
 )

@@ -28,7 +28,7 @@ from cluscomp_jax.core.host_axes import HostAxes
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.runtime import json_files
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ITEM = "arrays"
 """The folder of the one orbax item."""
 
@@ -70,7 +70,7 @@ def owners(entries: Mapping[str, Entry]) -> dict[str, str]:
 def to_dict(contents: Contents) -> dict[str, Any]:
     """Returns the JSON form, with the totals and, last, the digest of all the rest."""
     fields = {
-        "format_version": FORMAT_VERSION,
+        "format_version": 2 if contents.format_version > 2 else 1,  # 2: an index that is not plain
         "package_version": package_version(),
         "totals": contents.totals,
         **contents.to_dict(),

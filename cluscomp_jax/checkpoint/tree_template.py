@@ -72,11 +72,11 @@ class Template:
         plain = HostAxes(entry.shape, (0, 1), 1)
         found = {
             "stack": entry.stack, "matrix shape": entry.shape, "axis": entry.axis, "codes": entry.num_codes,
-            "group size": entry.group_size, "axes of the host": _axes(entry.host or plain),
+            "group size": entry.group_size, "coding": entry.coding, "axes of the host": _axes(entry.host or plain),
         }  # fmt: skip
         expected = {
             "stack": leaf.stack, "matrix shape": tuple(leaf.matrix_shape), "axis": leaf.axis, "codes": leaf.num_codes,
-            "group size": leaf.group_size, "axes of the host": _axes(leaf.host or plain),
+            "group size": leaf.group_size, "coding": leaf.coding, "axes of the host": _axes(leaf.host or plain),
         }  # fmt: skip
         for name, value in found.items():
             if value != expected[name]:

@@ -86,6 +86,8 @@ class CompressArguments(Common):
     """weights per code, 1 to 32, for every rule"""
     num_codes: Annotated[int | None, _recipe(65500, "INT")] = None
     """codes per codebook, 2 to 65536, for every rule"""
+    step_bits: Annotated[int | None, _recipe("plain index", "INT")] = None
+    """bits per code of a trellis index, for every rule; the number of codes is a power of two"""
     axis: Annotated[Literal["out", "in"] | None, _recipe("out")] = None
     """axis of the kernel that is cut into vectors, for every rule"""
     unweighted: Annotated[bool, FlagCreatePairsOff, _recipe(False)] = False

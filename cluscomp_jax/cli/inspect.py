@@ -9,7 +9,7 @@ from cluscomp_jax.checkpoint.recorded import recorded
 from cluscomp_jax.checkpoint.saved_trees import describe_tree, verify_tree
 from cluscomp_jax.cli.arguments import InspectArguments
 from cluscomp_jax.cli.outcome import Result
-from cluscomp_jax.reporting.tables import MATRIX_HEADER, format_bytes, format_table, matrix_rows
+from cluscomp_jax.reporting.tables import MATRIX_HEADER, format_bytes, format_codes, format_table, matrix_rows
 from cluscomp_jax.runtime.reporter import to_json
 
 
@@ -43,7 +43,7 @@ def _run_tree(arguments: InspectArguments, tree: dict[str, Any]) -> Result:
             "x".join(map(str, m["shape"])),
             "x".join(map(str, m.get("stack", []))),
             m["group_size"],
-            m["num_codes"],
+            format_codes(m),
             m["axis"],
             f"{m['bits_per_weight']:.3f}",
         )
@@ -95,7 +95,7 @@ def _matrices(manifest: dict[str, Any]) -> str:
     if records := _records(manifest):
         return format_table(MATRIX_HEADER, matrix_rows(records))
     rows = [
-        (path, "x".join(map(str, m["shape"])), m["group_size"], m["num_codes"], m["axis"])
+        (path, "x".join(map(str, m["shape"])), m["group_size"], format_codes(m), m["axis"])
         for path, m in manifest["matrices"].items()
     ]
     return format_table(MATRIX_HEADER[:5], rows)

@@ -16,6 +16,7 @@ _NEEDED_BY = {
     "calibration": ("samples", "length", "sample_offsets", "epochs", "learning_rate", "unweighted"),
     "evaluate": ("context", "tokens"),
 }
+_CODES = ("g", "num_codes", "step_bits")
 _NEED_TUNING = ("epochs", "learning_rate")
 
 
@@ -67,10 +68,10 @@ def run_config(arguments: CompressArguments) -> CompressConfig:
 
 
 def _refuse_contradictions(arguments: CompressArguments) -> None:
-    for name in ("g", "num_codes"):
+    for name in _CODES:
         if arguments.bits is not None and getattr(arguments, name) is not None:
             raise InputError(
-                f"{_given(arguments, name)} and --bits {arguments.bits}: the budget chooses both; leave one out"
+                f"{_given(arguments, name)} and --bits {arguments.bits}: the budget chooses it; leave one out"
             )
     if arguments.mixed_precision not in (None, "none") and arguments.unweighted:
         raise InputError(
@@ -97,7 +98,7 @@ def _given(arguments: CompressArguments, name: str) -> str:
 
 
 def _cluster(arguments: CompressArguments, settings: ClusterConfig) -> ClusterConfig:
-    rules = tuple(_replaced(rule, arguments, "num_codes", "axis") for rule in settings.rules)
+    rules = tuple(_replaced(rule, arguments, "num_codes", "step_bits", "axis") for rule in settings.rules)
     if arguments.g is not None:
         rules = tuple(dataclasses.replace(rule, group_size=arguments.g) for rule in rules)
     names = ("mixed_precision", "tie_codebooks", "export")
@@ -106,7 +107,7 @@ def _cluster(arguments: CompressArguments, settings: ClusterConfig) -> ClusterCo
         alone |= {"weighted": False, "error_feedback": False, "mixed_precision": "none"}
     if arguments.bits is not None:
         alone["bits"] = arguments.bits
-    elif arguments.g is not None or arguments.num_codes is not None:
+    elif any(getattr(arguments, name) is not None for name in _CODES):
         alone = {"mixed_precision": "none", **alone, "bits": None}
     return dataclasses.replace(settings, rules=rules, **alone)
 

@@ -10,7 +10,7 @@ from scipy.sparse import csr_array, eye_array, hstack, kron
 
 from cluscomp_jax.clustering.rules import predicted_distortion
 from cluscomp_jax.config.clustering import CompressionRule
-from cluscomp_jax.core.codebook import Axis, stored_bits
+from cluscomp_jax.core.coding import Axis, Form, stored_bits
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.runtime.suppress_output import silenced
 
@@ -199,4 +199,4 @@ def _predicted_loss(
 
 def _index_bits(problem: _Problem, paths: Sequence[str], g: int, num_codes: int) -> int:
     shapes = [problem.matrices[path] for path in paths]
-    return sum(stored_bits((s[0], s[1]), g=g, num_codes=num_codes, axis=problem.axis, own=False) for s in shapes)
+    return sum(stored_bits(Form((s[0], s[1]), num_codes, g, problem.axis), own=False) for s in shapes)

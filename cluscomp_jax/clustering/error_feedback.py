@@ -13,14 +13,13 @@ Here no inverse is computed (the equivalence is that of Babai's nearest plane: C
 Letters: i input channels, o outputs, n codes, g weights per code, c = ceil(o/g) codes per channel.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from cluscomp_jax.clustering.code_search import CodeSearch
 from cluscomp_jax.core.cholesky import DAMPING_RETRIES, blocked_cholesky
-from cluscomp_jax.kmeans import CodeIndex, nearest_code
 
 _BLOCK_SIZE = 128
 """Channels whose errors are added to the channels after them in one product of matrices, instead of many sums."""
@@ -85,20 +84,19 @@ def factor_damped(hessian: jax.Array, damping: jax.Array) -> HessianFactor:
     return HessianFactor(order, blocked_cholesky(damped))
 
 
-@partial(jax.jit, static_argnames="g")
+@jax.jit
 def assign_with_error_feedback(
-    weight: jax.Array, codebook: jax.Array, factor: HessianFactor, *, g: int, code_index: CodeIndex | None = None
+    weight: jax.Array, codebook: jax.Array, factor: HessianFactor, search: CodeSearch
 ) -> jax.Array:
-    """Returns the index int32 [i, c] of the codes that error feedback chooses.
+    """Returns the codes int32 [i, c] that error feedback chooses.
 
     Args:
       weight: W [i, o], floating; computed in float32.
       codebook: [n, g], floating, as it will be stored; computed in float32.
       factor: act_order int32 [i] and root float32 [i, i] of the Hessian of the inputs.
-      g: weights per code.
-      code_index: search trees over the codes (`build_code_index`). None: every vector is compared with all codes.
+      search: for the codes of one channel.
     """
-    channels, outputs = weight.shape
+    (channels, outputs), g = weight.shape, codebook.shape[1]
     codebook = codebook.astype(jnp.float32)
     rows = min(_BLOCK_SIZE, channels)
     spare = -channels % rows
@@ -117,7 +115,7 @@ def assign_with_error_feedback(
 
         def code_row(own: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
             target = block[i] + (before[i] + jnp.dot(within[:, i], own, precision="highest")) / scale[i]
-            index = nearest_to_row(target, codebook, code_index, outputs=outputs)
+            index = search.choose(target, codebook, outputs=outputs)
             error = jnp.where(real, block[i] - codebook[index].reshape(-1), 0.0)
             return own.at[i].set(error), index
 
@@ -127,30 +125,3 @@ def assign_with_error_feedback(
     firsts = jnp.arange(0, spare + channels, rows)
     _, index = jax.lax.scan(code_rows, jnp.zeros_like(ordered), firsts, reverse=True)
     return index.reshape(spare + channels, -1)[jnp.argsort(factor.act_order) + spare]
-
-
-def nearest_to_row(
-    target: jax.Array,
-    codebook: jax.Array,
-    code_index: CodeIndex | None,
-    previous: jax.Array | None = None,
-    *,
-    outputs: int,
-) -> jax.Array:
-    """Returns the index int32 [c] of the codes nearest to one channel's target.
-
-    Args:
-      target: float32 [c * g], of which the first `outputs` count.
-      codebook: float32 [n, g].
-      code_index: search trees over the codes. None: every vector is compared with all codes.
-      previous: int32 [c], a code for each vector that is kept unless a nearer one is found. None: there is none.
-      outputs: o, the output channels. A last vector that extends past them is compared with all codes, by its first
-        o mod g weights alone.
-    """
-    g = codebook.shape[1]
-    index = nearest_code(target.reshape(-1, g), codebook, code_index, previous)
-    within = outputs % g
-    if not within:
-        return index
-    distances = jnp.sum(jnp.square(codebook[:, :within] - target[-g:][:within]), axis=1)
-    return index.at[-1].set(jnp.argmin(distances).astype(index.dtype))

@@ -7,42 +7,28 @@ import dataclasses
 import math
 import time
 import zlib
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cluscomp_jax import kmeans
+from cluscomp_jax.clustering.code_search import CodeSearch
+from cluscomp_jax.clustering.coders import coder_of, search_of
 from cluscomp_jax.clustering.error_feedback import HessianFactor, assign_with_error_feedback
 from cluscomp_jax.clustering.refine import refine
 from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
 from cluscomp_jax.core import codebook as cb
 from cluscomp_jax.core import pytrees
 from cluscomp_jax.core.caller_mesh import on_one_device
-from cluscomp_jax.core.codebook import Axis, CodebookArray
+from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.core.coding import Axis, stored_bits
 from cluscomp_jax.errors import InputError
 
 NOT_IN = (
     "axis 'in' takes neither activation weights nor error feedback: its vectors span input channels of different "
     "weight; set weighted = false and error_feedback = false (--unweighted), or axis = 'out'"
 )
-
-
-@partial(jax.jit, static_argnames=("g", "axis"))
-def to_vectors(weight: jax.Array, *, g: int, axis: Axis) -> jax.Array:
-    """Returns the vectors [m, g] float32 of a kernel [d_in, d_out], zero-padded past the end of the cut axis.
-
-    The order is that of the flattened index: row-major over [d_in, ceil(d_out/g)] for axis "out", over
-    [ceil(d_in/g), d_out] for axis "in".
-    """
-    d_in, d_out = weight.shape
-    weight = weight.astype(jnp.float32)
-    if axis == "out":
-        return jnp.pad(weight, ((0, 0), (0, -d_out % g))).reshape(-1, g)
-    padded = jnp.pad(weight, ((0, -d_in % g), (0, 0)))
-    return padded.reshape(-1, g, d_out).swapaxes(1, 2).reshape(-1, g)
 
 
 class SharedStart(NamedTuple):
@@ -91,7 +77,7 @@ def cluster_matrix(
     Args:
       weight: [d_in, d_out], finite. Arrays of the host, weight or factor, are on the device only while they are used:
         k-means, which needs the most memory, then has the device to itself.
-      rule: gives g, num_codes and axis; its pattern is not read.
+      rule: gives g, num_codes, axis and coding; its pattern is not read.
       settings: iterations, codebook_dtype and, with error feedback, refine_rounds are used.
       key: same key, same bytes.
       channel_weights: [d_in] >= 0, weight of each input channel's error (E[x_i^2]); axis "out" only.
@@ -100,35 +86,30 @@ def cluster_matrix(
       shared: the codebook of several kernels, which stays unchanged. None: k-means of this kernel's vectors makes one.
 
     Raises:
-      InputError: weights that are not finite, or channel weights or a factor for axis "in".
+      InputError: weights that are not finite, channel weights or a factor for axis "in", or a factor for a coding that
+        has no error feedback.
     """
-    d_in, d_out = weight.shape
     if rule.axis != "out" and (factor is not None or channel_weights is not None):
         raise InputError(NOT_IN)
     began, owner = time.monotonic(), None
     weight, channel_weights = on_one_device(weight), on_one_device(channel_weights)
     if shared is None:
-        # No name here refers to the vectors and their weights, so that k-means can free them.
-        codes, index, _ = kmeans.fit_codebook(
-            to_vectors(jax.device_put(weight), g=rule.group_size, axis=rule.axis),
-            num_codes=rule.num_codes,
-            key=key,
-            weights=None
-            if channel_weights is None
-            else vector_weights(jnp.asarray(channel_weights), d_out=d_out, g=rule.group_size),
-            iterations=settings.iterations,
+        exact, codes = coder_of(rule).fit(
+            weight, rule, channel_weights, key=key, iterations=settings.iterations, codes=factor is None
         )
-        rounded = cb.round_codebook(codes, settings.codebook_dtype)
-        del codes
+        rounded = cb.round_codebook(exact, settings.codebook_dtype)
+        del exact
     else:
         began -= shared.seconds
-        owner, rounded, index = shared.owner, jnp.asarray(shared.codebook), jnp.asarray(shared.codes)
+        owner, rounded, codes = shared.owner, jnp.asarray(shared.codebook), jnp.asarray(shared.codes)
     if factor is not None:
-        del index  # all codes are chosen anew
-        rounded, index = _with_error_feedback(weight, rounded, factor, rule, settings, key, shared is None)
-    shape = (d_in, d_out)
-    packed = index.reshape(cb.index_shape(shape, rule.group_size, rule.axis)).astype(cb.index_dtype(rule.num_codes))
-    array = CodebookArray(codebook=rounded, index=packed, matrix_shape=shape, axis=rule.axis, tied_to=owner)
+        del codes  # all are chosen anew
+        solve = shared is None
+        rounded, codes = _with_error_feedback(weight, rounded, factor, search_of(rule), settings, key, solve)
+    form = rule.form((weight.shape[0], weight.shape[1]))
+    assert codes is not None
+    index = rule.coding.index_of(form, codes.reshape(form.along(form.vectors)))
+    array = CodebookArray(rounded, index, form.matrix_shape, rule.axis, owner, coding=rule.coding)
     plain, weighted = relative_errors(jax.device_put(weight), array, channel_weights)
     return array, ClusterStats(plain, weighted, time.monotonic() - began)
 
@@ -137,48 +118,26 @@ def _with_error_feedback(
     weight: jax.Array | np.ndarray,
     codebook: jax.Array,
     factor: HessianFactor,
-    rule: CompressionRule,
+    search: CodeSearch,
     settings: ClusterConfig,
     key: jax.Array,
     solve: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (codebook, rounded; index) of error feedback and refine rounds; `solve`: of the codebook too."""
+    """Returns (codebook, rounded; codes) of error feedback and refine rounds; `solve`: of the codebook too."""
     on_device: jax.Array = jax.device_put(weight)
     factor = jax.device_put(factor)
-    code_index = kmeans.build_code_index(codebook, key)
-    codes, index = refine(
+    search = search.for_codebook(codebook, key)
+    refined, codes = refine(
         on_device,
         codebook,
-        assign_with_error_feedback(on_device, codebook, factor, g=rule.group_size, code_index=code_index),
+        assign_with_error_feedback(on_device, codebook, factor, search),
         factor,
+        search,
         rounds=settings.refine_rounds,
-        code_index=code_index,
         key=key,
         solve=solve,
     )
-    return cb.round_codebook(codes, settings.codebook_dtype), index
-
-
-@partial(jax.jit, static_argnames=("d_out", "g"))
-def vector_weights(channel_weights: jax.Array, *, d_out: int, g: int) -> jax.Array:
-    """Returns float32 [m], the weight of every vector of axis "out", of its channel's weight [d_in] >= 0.
-
-    Scaled as `channel_mass` has it.
-    """
-    return jnp.repeat(channel_mass(channel_weights), -(-d_out // g))
-
-
-def channel_mass(weights: jax.Array) -> jax.Array:
-    """Returns float32 [d_in], weights of mean 1, all 1 where all channels are dead (weight 0).
-
-    A dead channel among others gets a millionth, so that its vectors keep codes.
-
-    Args:
-      weights: [d_in] >= 0.
-    """
-    weights = weights.astype(jnp.float32)
-    mean = jnp.mean(weights)
-    return jnp.where(mean > 0, jnp.maximum(weights / jnp.where(mean > 0, mean, 1.0), 1e-6), jnp.ones_like(weights))
+    return cb.round_codebook(refined, settings.codebook_dtype), codes
 
 
 def relative_errors(weight: jax.Array, array: CodebookArray, channel_weights: Any = None) -> tuple[float, float | None]:
@@ -219,6 +178,7 @@ class MatrixSize:
       shape: the host's; (d_in, d_out) of a plain matrix.
       axis, g, num_codes: of every matrix.
       bits: of all of them.
+      step_bits: of a trellis index; None: of other indices.
     """
 
     path: str
@@ -227,6 +187,7 @@ class MatrixSize:
     g: int
     num_codes: int
     bits: int
+    step_bits: int | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -265,10 +226,9 @@ class SizeReport:
 
 def matrix_size(path: str, array: CodebookArray) -> MatrixSize:
     """Returns the stored size of one CodebookArray; a codebook counts where the array has its own."""
-    own, n = array.tied_to is None, array.num_codes
-    bits = cb.stored_bits(array.matrix_shape, g=array.group_size, num_codes=n, axis=array.axis, own=own)
-    bits *= math.prod(array.stack)
-    return MatrixSize(path, array.shape, array.axis, array.group_size, n, bits)
+    bits = math.prod(array.stack) * stored_bits(array.form, array.coding, own=array.tied_to is None)
+    sizes = (array.group_size, array.num_codes, bits)
+    return MatrixSize(path, array.shape, array.axis, *sizes, getattr(array.coding, "step_bits", None))
 
 
 def size_report(tree: Any) -> SizeReport:

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from cluscomp_jax.clustering.error_feedback import HessianFactor, nearest_to_row
-from cluscomp_jax.kmeans import CodeIndex, build_code_index
+from cluscomp_jax.clustering.code_search import CodeSearch
+from cluscomp_jax.clustering.error_feedback import HessianFactor
 
 _ROWS = 128
 """Channels whose changes are added to the others in one product of matrices."""
@@ -56,9 +56,9 @@ def refine(
     codebook: jax.Array,
     index: jax.Array,
     factor: HessianFactor,
+    search: CodeSearch,
     *,
     rounds: int,
-    code_index: CodeIndex | None,
     key: jax.Array,
     solve: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
@@ -69,9 +69,9 @@ def refine(
       codebook: [n, g], floating; computed in float32.
       index: integer [i, c], the codes so far.
       factor: act_order int32 [i] and root float32 [i, i] of the Hessian of the inputs.
+      search: for the codes of one channel among those of `codebook`.
       rounds: >= 0; the first lowers the output error most.
-      code_index: search trees over `codebook`. None: every vector is compared with all codes.
-      key: seed of the search trees of later codebooks (`build_code_index`).
+      key: seed of the search among later codebooks.
       solve: False leaves the codebook unchanged, where other kernels share it.
     """
     codebook = codebook.astype(jnp.float32)
@@ -80,22 +80,16 @@ def refine(
     curvature = curvature_of(factor)
     for turn in range(rounds):
         if turn and solve:
-            code_index = build_code_index(codebook, key)
-        index = reassign_codes(weight, codebook, index, curvature, g=codebook.shape[1], code_index=code_index)
+            search = search.for_codebook(codebook, key)
+        index = reassign_codes(weight, codebook, index, curvature, search)
         if solve:
             codebook = update_codebook(weight, codebook, index, curvature)
     return codebook, index
 
 
-@partial(jax.jit, static_argnames="g")
+@jax.jit
 def reassign_codes(
-    weight: jax.Array,
-    codebook: jax.Array,
-    index: jax.Array,
-    curvature: Curvature,
-    *,
-    g: int,
-    code_index: CodeIndex | None = None,
+    weight: jax.Array, codebook: jax.Array, index: jax.Array, curvature: Curvature, search: CodeSearch
 ) -> jax.Array:
     """Returns the index int32 [i, c] after one pass of coordinate descent, channels in the order of error feedback.
 
@@ -106,10 +100,9 @@ def reassign_codes(
       codebook: [n, g], floating; computed in float32.
       index: integer [i, c], the codes so far.
       curvature: order int32 [i] and Hessian float32 [i, i].
-      g: weights per code.
-      code_index: search trees over the codes. None: every vector is compared with all codes.
+      search: for the codes of one channel.
     """
-    channels, outputs = weight.shape
+    (channels, outputs), g = weight.shape, codebook.shape[1]
     rows = min(_ROWS, channels)
     spare = -channels % rows
     codebook = codebook.astype(jnp.float32)
@@ -131,7 +124,7 @@ def reassign_codes(
         def choose_row(now: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
             slope = slopes[i] + jnp.dot(within[i], now - before, precision="highest")
             target = jnp.where(used[i], block[i] - before[i] + slope / own[i], 0.0)
-            chosen = nearest_to_row(target, codebook, code_index, held[i], outputs=outputs)
+            chosen = search.choose(target, codebook, held[i], outputs=outputs)
             return now.at[i].set(jnp.where(used[i], block[i] - codebook[chosen].reshape(-1), 0.0)), chosen
 
         now, chosen = jax.lax.scan(choose_row, before, jnp.arange(rows), reverse=True)

@@ -11,7 +11,7 @@ from cluscomp_jax.clustering.matrix import NOT_IN
 from cluscomp_jax.clustering.tied_codebooks import sharing_groups
 from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule, TieCodebooks
 from cluscomp_jax.config.run import CompressConfig
-from cluscomp_jax.core.codebook import stored_bits
+from cluscomp_jax.core.coding import stored_bits
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.model import Model, check_tokens, parameter_shapes
 
@@ -70,9 +70,7 @@ def bits_per_weight(model: Model, cfg: CompressConfig, by_block: list[Rules]) ->
         }
         for path, rule in rules.items():
             shape = (shapes[path][0], shapes[path][1])
-            bits += stored_bits(
-                shape, g=rule.group_size, num_codes=rule.num_codes, axis=rule.axis, own=path not in shared
-            )
+            bits += stored_bits(rule.form(shape), rule.coding, own=path not in shared)
             weights += shape[0] * shape[1]
     return bits / weights
 

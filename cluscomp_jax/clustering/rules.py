@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from cluscomp_jax.config.clustering import CompressionRule
-from cluscomp_jax.core.codebook import MAX_CODES, MAX_GROUP, Axis, index_bits, stored_bits
+from cluscomp_jax.core.coding import MAX_CODES, MAX_GROUP, Axis, Form, code_bits, stored_bits
 from cluscomp_jax.errors import InputError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -52,7 +52,7 @@ def total_bits_per_weight(
     Args:
       codebooks: how many there are for all of them; None: one each.
     """
-    bits = sum(stored_bits((s[0], s[1]), g=g, num_codes=num_codes, axis=axis, own=False) for s in matrices.values())
+    bits = sum(stored_bits(Form((s[0], s[1]), num_codes, g, axis), own=False) for s in matrices.values())
     bits += 16 * g * num_codes * (len(matrices) if codebooks is None else codebooks)
     return bits / sum(s[0] * s[1] for s in matrices.values())
 
@@ -153,5 +153,8 @@ def predicted_distortion(g: int, num_codes: int) -> float:
 
 
 def describe(rule: CompressionRule) -> str:
-    """Returns "g=4, n=1024 (10-bit index)"."""
-    return f"g={rule.group_size}, n={rule.num_codes} ({index_bits(rule.num_codes)}-bit index)"
+    """Returns "g=4, n=1024 (10-bit index)" or "g=2, n=1024 (trellis, 4 bits per code)"."""
+    index = f"{code_bits(rule.num_codes)}-bit index"
+    if rule.step_bits is not None:
+        index = f"trellis, {rule.step_bits} bits per code"
+    return f"g={rule.group_size}, n={rule.num_codes} ({index})"

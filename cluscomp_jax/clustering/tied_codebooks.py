@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cluscomp_jax import kmeans
-from cluscomp_jax.clustering.matrix import SharedStart, channel_mass, to_vectors
+from cluscomp_jax.clustering.coders import channel_mass, to_vectors
+from cluscomp_jax.clustering.matrix import SharedStart
 from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule, TieCodebooks
 from cluscomp_jax.core import codebook as cb
 

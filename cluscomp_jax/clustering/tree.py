@@ -20,7 +20,8 @@ from cluscomp_jax.clustering.resolve import refuse_growth
 from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
 from cluscomp_jax.core import pytrees
 from cluscomp_jax.core.caller_mesh import on_one_device, without_mesh
-from cluscomp_jax.core.codebook import CodebookArray, index_dtype, index_shape, stored_bits
+from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.core.coding import stored_bits
 from cluscomp_jax.core.host_axes import parse_axes, with_stack
 from cluscomp_jax.core.pytrees import shape_struct
 from cluscomp_jax.core.stacking import join
@@ -110,13 +111,17 @@ def _abstract_leaf(path: str, leaf: Any, rule: CompressionRule, settings: Cluste
     if 0 in leaf.shape:
         raise InputError(f"{path}, {tuple(leaf.shape)}, is empty; only weights have codes")
     at, n, g = host.stack_at, rule.num_codes, rule.group_size
-    stack, pieces = tuple(leaf.shape[at : at + stacked]), index_shape(host.matrix_shape, g, rule.axis)
+    stack, (index_shape, index_dtype) = (
+        tuple(leaf.shape[at : at + stacked]),
+        rule.coding.index_spec(rule.form(host.matrix_shape)),
+    )
     return CodebookArray(
         codebook=shape_struct(with_stack((n, g), stack, at), settings.codebook_dtype),
-        index=shape_struct(with_stack(pieces, stack, at), index_dtype(n)),
+        index=shape_struct(with_stack(index_shape, stack, at), index_dtype),
         matrix_shape=host.matrix_shape,
         axis=rule.axis,
         host=host,
+        coding=rule.coding,
     )
 
 
@@ -178,7 +183,7 @@ def _bits_per_weight(leaves: Sequence[tuple[str, Any]], chosen: Mapping[str, Com
         rule = chosen[path]
         if rule is not None:
             host, _ = parse_axes(rule.axes, tuple(leaf.shape), leaf.dtype, path)
-            one = stored_bits(host.matrix_shape, g=rule.group_size, num_codes=rule.num_codes, axis=rule.axis)
+            one = stored_bits(rule.form(host.matrix_shape), rule.coding)
             bits += one * (math.prod(leaf.shape) // math.prod(host.shape))
             weights += math.prod(leaf.shape)
     return bits / weights

@@ -6,7 +6,7 @@ import re
 from typing import Literal
 
 from cluscomp_jax.config.checks import require, require_finite
-from cluscomp_jax.core.codebook import MAX_CODES, MAX_GROUP, Axis
+from cluscomp_jax.core.coding import MAX_CODES, MAX_GROUP, PLAIN, Axis, Coding, Form, TrellisCoding
 from cluscomp_jax.core.host_axes import check_axes
 from cluscomp_jax.errors import InputError
 
@@ -24,6 +24,9 @@ class CompressionRule:
       group_size: weights per code, g of the paper, 1 to 32.
       num_codes: codes per codebook, 2 to 65536.
       axis: the axis of the kernel [d_in, d_out] that is cut.
+      step_bits: bits of the index that a code takes: codes are overlapping windows of a stream of bits, of log2
+        num_codes bits each, 1 to log2 num_codes (a trellis; num_codes is a power of two). None: every code has an
+        entry of its own in the index, of ceil(log2 num_codes) bits.
       axes: for `cluster_tree` and `compress_blocks`: "names -> stacked | inputs | outputs" of the axes of the host's
         array, for example "l d n h -> l | d | n h". None: [d_in, d_out].
     """
@@ -32,6 +35,7 @@ class CompressionRule:
     group_size: int = 4
     num_codes: int = 65500
     axis: Axis = "out"
+    step_bits: int | None = None
     axes: str | None = None
 
     def __post_init__(self) -> None:
@@ -42,8 +46,21 @@ class CompressionRule:
         require(1 <= self.group_size <= MAX_GROUP, "group_size", self.group_size, f"1 to {MAX_GROUP}")
         require(2 <= self.num_codes <= MAX_CODES, "num_codes", self.num_codes, f"2 to {MAX_CODES}")
         require(self.axis in ("out", "in"), "axis", self.axis, "'out' or 'in'")
+        if self.step_bits is not None:
+            n, window = self.num_codes, self.num_codes.bit_length() - 1
+            require(n == 1 << window, "num_codes", n, "a power of two where step_bits is given")
+            require(1 <= self.step_bits <= window, "step_bits", self.step_bits, f"1 to {window} for {n} codes")
         if self.axes is not None:
             check_axes(self.axes)
+
+    @property
+    def coding(self) -> Coding:
+        """How the index names the codes."""
+        return PLAIN if self.step_bits is None else TrellisCoding(self.step_bits)
+
+    def form(self, matrix_shape: tuple[int, int]) -> Form:
+        """Returns what is static of a matrix of that shape and its codebook."""
+        return Form(matrix_shape, self.num_codes, self.group_size, self.axis)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +128,10 @@ class ClusterConfig:
             self.tie_codebooks,
             "'none', 'input' or 'block'",
         )
+        if any(rule.step_bits is not None for rule in self.rules):
+            wanted = "where a rule has step_bits"
+            require(self.tie_codebooks == "none", "tie_codebooks", self.tie_codebooks, f"'none' {wanted}")
+            require(self.export == "any", "export", self.export, f"'any' {wanted}")
         require(self.export in ("any", "aqlm"), "export", self.export, "'any' or 'aqlm'")
         if self.mixed_precision != "none":
             require(

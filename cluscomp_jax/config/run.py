@@ -114,7 +114,8 @@ def load_config(path: str | Path, *, recipe: Recipe | None = None) -> CompressCo
 
     Raises:
       InputError: no such file, not TOML, a key nobody reads, a value of the wrong type or range, or a recipe in the
-        file that is not the one asked for, or a bit budget together with the g or num_codes that it would replace.
+        file that is not the one asked for, or a bit budget together with the g, num_codes or step_bits that it would
+        replace.
     """
     fields = read_toml(path)
     try:
@@ -132,11 +133,11 @@ def load_config(path: str | Path, *, recipe: Recipe | None = None) -> CompressCo
 def _refuse_codes_beside_budget(cluster: Mapping[str, Any]) -> None:
     """Not in `from_dict`: settings of a run name every value, those that a budget replaces too."""
     for i, rule in enumerate(cluster.get("rules", ())):
-        own = [name for name in ("group_size", "num_codes") if name in rule]
+        own = [name for name in ("group_size", "num_codes", "step_bits") if name in rule]
         if own and "bits" in cluster:
             raise InputError(
                 f"'cluster.rules[{i}].{own[0]}' is {rule[own[0]]}, but the budget 'cluster.bits' = {cluster['bits']} "
-                "chooses g and num_codes; leave one of them out"
+                "chooses g, num_codes and step_bits; leave one of them out"
             )
 
 

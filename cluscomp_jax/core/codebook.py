@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +12,16 @@ import numpy as np
 
 from cluscomp_jax.core import flax_state
 from cluscomp_jax.core.caller_mesh import explicit_mesh, partitioned, spec_of
+from cluscomp_jax.core.coding import PLAIN, Axis, Coding, Form
 from cluscomp_jax.core.host_axes import HostAxes, with_stack
 from cluscomp_jax.core.host_splits import Splits
 from cluscomp_jax.errors import InputError
-from pallas_kernels.codebook_matmul import decode as _decode_one
-
-Axis = Literal["out", "in"]
-MAX_CODES = 65536
-MAX_GROUP = 32
 
 
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["codebook", "index"],
-    meta_fields=["matrix_shape", "axis", "tied_to", "host"],
+    meta_fields=["matrix_shape", "axis", "tied_to", "host", "coding"],
 )
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class CodebookArray:
@@ -41,16 +37,18 @@ class CodebookArray:
 
     Attributes:
       codebook: [*stack, n, g], floating; the part that trains.
-      index: uint8 if n <= 256, else uint16; [*stack, d_in, ceil(d_out/g)] for axis "out", [*stack, ceil(d_in/g),
-        d_out] for "in". The stacked axes begin at `host.stack_at`, in front without a host, in codebook and index.
+      index: integers, two axes as the coding has them. Plain: uint8 if n <= 256, else uint16; [*stack, d_in,
+        ceil(d_out/g)] for axis "out", [*stack, ceil(d_in/g), d_out] for "in". The stacked axes begin at
+        `host.stack_at`, in front without a host, in codebook and index.
       matrix_shape: (d_in, d_out).
-      axis: the axis that is cut: "out": W[i, j*g+t] = codebook[index[i, j], t];
-        "in": W[j*g+t, o] = codebook[index[j, o], t].
+      axis: the axis that is cut: "out": W[i, j*g+t] = codebook[code[i, j], t];
+        "in": W[j*g+t, o] = codebook[code[j, o], t].
       tied_to: path, within the block, of the kernel whose codebook this one is; it is stored once and trains as
         one. None: its own.
       host: the axes and the dtype that the host has for a matrix; None: [d_in, d_out] in the codebook's dtype.
+      coding: how the index names the codes (`core.coding`); plain: by their numbers.
 
-    Invariant: decode(w).shape == w.shape; index.max() < n. Padding is only past the end of the cut axis.
+    Invariant: decode(w).shape == w.shape; every code is < n. Padding is only past the end of the cut axis.
     """
 
     codebook: Any
@@ -59,6 +57,7 @@ class CodebookArray:
     axis: Axis = "out"
     tied_to: str | None = None
     host: HostAxes | None = None
+    coding: Coding = PLAIN
 
     def __post_init__(self) -> None:
         flax_state.register(CodebookArray)
@@ -72,6 +71,11 @@ class CodebookArray:
     def group_size(self) -> int:
         """g, the weights per code."""
         return int(self._front(self.codebook.shape)[-1])
+
+    @property
+    def form(self) -> Form:
+        """What is static of one matrix and its codebook."""
+        return Form(self.matrix_shape, self.num_codes, self.group_size, self.axis)
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -164,40 +168,8 @@ class CodebookArray:
             parts = (f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else str(leaf) for leaf in leaves)
             return f"CodebookArray({', '.join(parts)})"
         n, g = self.num_codes, self.group_size
-        return f"CodebookArray({self.dtype}{list(self.shape)}, {n} codes of {g}, axis={self.axis!r})"
-
-
-def index_dtype(num_codes: int) -> Any:
-    """Returns the dtype of an index into `num_codes` codes: uint8 up to 256, else uint16."""
-    return jnp.uint8 if num_codes <= 256 else jnp.uint16
-
-
-def index_bits(num_codes: int) -> int:
-    """Returns the bits one index entry takes in storage: ceil(log2 n)."""
-    return max(num_codes - 1, 0).bit_length()
-
-
-def index_shape(shape: tuple[int, int], g: int, axis: Axis) -> tuple[int, int]:
-    """Returns the shape of the index of a [d_in, d_out] matrix cut into g-vectors along `axis`."""
-    d_in, d_out = shape
-    return (d_in, -(-d_out // g)) if axis == "out" else (-(-d_in // g), d_out)
-
-
-def stored_bits(
-    shape: tuple[int, int], *, g: int, num_codes: int, axis: Axis, own: bool = True, codebook_bits: int = 16
-) -> int:
-    """Returns the bits a matrix takes in storage: the index (its last byte not rounded up) and a codebook of its own.
-
-    Args:
-      shape: (d_in, d_out).
-      g: weights per code.
-      num_codes: of the codebook.
-      axis: the axis that is cut.
-      own: False where another kernel stores the codebook.
-      codebook_bits: of one number of the codebook.
-    """
-    codes = codebook_bits * g * num_codes if own else 0
-    return index_bits(num_codes) * math.prod(index_shape(shape, g, axis)) + codes
+        coding = "" if self.coding == PLAIN else f", {self.coding}"
+        return f"CodebookArray({self.dtype}{list(self.shape)}, {n} codes of {g}, axis={self.axis!r}{coding})"
 
 
 def round_codebook(codebook: jax.Array, dtype: Any) -> jax.Array:
@@ -249,9 +221,9 @@ def decoded_split(w: CodebookArray) -> tuple[Any, ...]:
 
 def splits(w: CodebookArray, mesh: Mapping[str, int]) -> Splits:
     """Returns how the axes of the host's array and those of the index are split over a mesh {axis: size}."""
-    pieces = index_shape(w.matrix_shape, w.group_size, w.axis)
+    pieces, _ = w.coding.index_spec(w.form)
     cut = ("in", "out").index(w.axis)
-    last = bool(w.matrix_shape[cut] % w.group_size)
+    last = bool(w.matrix_shape[cut] % w.group_size) or not w.coding.splits_lines
     padded = (last and cut == 0, last and cut == 1)
     host = w.host or HostAxes(w.matrix_shape, (0, 1), 1)
     return Splits(host, len(w.stack), pieces, padded, mesh)
@@ -259,16 +231,17 @@ def splits(w: CodebookArray, mesh: Mapping[str, int]) -> Splits:
 
 def _decode_host(w: CodebookArray) -> jax.Array:
     if not w.stack:
-        codebook, index = jnp.asarray(w.codebook), jnp.asarray(w.index)
-        matrix: jax.Array = decode_arrays(codebook, index, shape=w.matrix_shape, axis=w.axis)
+        matrix: jax.Array = decode_arrays(jnp.asarray(w.codebook), jnp.asarray(w.index), form=w.form, coding=w.coding)
         return matrix if w.host is None else w.host.from_matrix(matrix)
     at = 0 if w.host is None else w.host.stack_at
     decoded: jax.Array = jax.vmap(_decode_host, in_axes=at, out_axes=at)(w)
     return decoded
 
 
-decode_arrays = partial(jax.jit, static_argnames=("shape", "axis"), inline=True)(_decode_one)
-"""`decode` of a codebook and an index, as one program."""
+@partial(jax.jit, static_argnames=("form", "coding"), inline=True)
+def decode_arrays(codebook: jax.Array, index: jax.Array, *, form: Form, coding: Coding) -> jax.Array:
+    """Returns `decode` of a codebook and an index, as one program."""
+    return coding.decode(form, codebook, index)
 
 
 def validate(w: CodebookArray, where: str = "CodebookArray") -> CodebookArray:
@@ -282,10 +255,10 @@ def validate(w: CodebookArray, where: str = "CodebookArray") -> CodebookArray:
     if len(w.codebook.shape) < 2:
         raise InputError(f"{where}: codebook has shape {tuple(w.codebook.shape)}; it must be [codes, group]")
     n, g = w.num_codes, w.group_size
-    if not 1 <= n <= MAX_CODES or not 1 <= g <= MAX_GROUP:
-        raise InputError(f"{where}: codebook is [{n}, {g}]; codes must be 1 to {MAX_CODES}, group 1 to {MAX_GROUP}")
+    w.coding.check(w.form, where)
     at = 0 if w.host is None else w.host.stack_at
-    expected = with_stack(index_shape(w.matrix_shape, g, w.axis), w.stack, at)
+    one, dtype = w.coding.index_spec(w.form)
+    expected = with_stack(one, w.stack, at)
     if tuple(w.index.shape) != expected:
         raise InputError(
             f"{where}: index has shape {tuple(w.index.shape)}; "
@@ -293,9 +266,8 @@ def validate(w: CodebookArray, where: str = "CodebookArray") -> CodebookArray:
         )
     if w.host is not None and w.host.matrix_shape != tuple(w.matrix_shape):
         raise InputError(f"{where}: the host's axes make {w.host.matrix_shape}, the matrix is {w.matrix_shape}")
-    if np.dtype(w.index.dtype) != np.dtype(index_dtype(n)):
-        raise InputError(f"{where}: index is {w.index.dtype}; {n} codes need {np.dtype(index_dtype(n))}")
-    highest = int(np.max(np.asarray(w.index)))
-    if highest >= n:
-        raise InputError(f"{where}: index names code {highest}, the codebook has {n}")
+    if np.dtype(w.index.dtype) != dtype:
+        raise InputError(f"{where}: index is {w.index.dtype}; {n} codes need {dtype}")
+    stacked = range(len(w.stack))
+    w.coding.check_index(w.form, np.moveaxis(np.asarray(w.index), [at + k for k in stacked], stacked), where)
     return w

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from cluscomp_jax.core.caller_mesh import partitioned, spec_of
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.core.sharded_kernel import ShardedKernel
-from pallas_kernels.codebook_matmul import codebook_matmul
 
 
 def linear(x: jax.Array, kernel: Any, bias: jax.Array | None = None, *, out_dtype: Any = None) -> jax.Array:
@@ -28,21 +27,20 @@ def linear(x: jax.Array, kernel: Any, bias: jax.Array | None = None, *, out_dtyp
 
 
 def _output_split(kernel: Any) -> Any:
-    """Returns the axes of an Explicit mesh that the kernel's outputs are split over; None where it has padding."""
+    """Returns the axes of an Explicit mesh that the kernel's outputs are split over; None where it cannot be split."""
     if isinstance(kernel, ShardedKernel):
         return None
     if not isinstance(kernel, CodebookArray):
         return spec_of(kernel, 1)
-    padded = kernel.axis == "out" and kernel.matrix_shape[1] % kernel.group_size
-    return None if padded else spec_of(kernel.index, 1)
+    cut = kernel.axis == "out"
+    whole = cut and (kernel.matrix_shape[1] % kernel.group_size or not kernel.coding.splits_lines)
+    return None if whole else spec_of(kernel.index, 1)
 
 
 def _linear(x: jax.Array, kernel: Any, bias: jax.Array | None = None, *, out_dtype: Any) -> jax.Array:
     if isinstance(kernel, CodebookArray):
-        y = codebook_matmul(
-            x, jnp.asarray(kernel.codebook), jnp.asarray(kernel.index), shape=kernel.matrix_shape, axis=kernel.axis
-        )
-        y = y.astype(out_dtype)
+        codebook, index = jnp.asarray(kernel.codebook), jnp.asarray(kernel.index)
+        y = kernel.coding.matmul(kernel.form, x, codebook, index).astype(out_dtype)
     elif isinstance(kernel, ShardedKernel):
         y = kernel.matmul(x).astype(out_dtype)
     else:

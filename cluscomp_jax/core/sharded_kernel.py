@@ -13,7 +13,6 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from cluscomp_jax.core.codebook import CodebookArray
-from pallas_kernels.codebook_matmul import codebook_matmul
 
 Side = Literal["in", "out"]
 
@@ -33,8 +32,8 @@ class ShardedKernel:
       mesh: of the devices.
       rows: the mesh axes that the first axis of x is split over; their product divides it.
       columns: the mesh axis that W is split over.
-      side: the side of W that is split, None for neither. A split cut side has no padding, and the size of `columns`
-        divides side and index.
+      side: the side of W that is split, None for neither. A split cut side has no padding, the coding splits its
+        lines, and the size of `columns` divides side and index.
     """
 
     array: CodebookArray
@@ -53,9 +52,10 @@ class ShardedKernel:
         parts = self.mesh.shape[self.columns]
         d_in, d_out = self.array.matrix_shape
         shape = (d_in // parts if inner else d_in, d_out // parts if outer else d_out)
+        form = dataclasses.replace(self.array.form, matrix_shape=shape)
 
         def product(x: jax.Array, codebook: jax.Array, index: jax.Array) -> jax.Array:
-            y = codebook_matmul(x, codebook, index, shape=shape, axis=self.array.axis)
+            y = self.array.coding.matmul(form, x, codebook, index)
             return y[None] if inner else y
 
         whole = spec(self.rows, *between, outer)

@@ -134,4 +134,4 @@ def _kind(path: str, leaf: Any, axis: int) -> tuple[Any, ...]:
             f"{path} is stacked at axis {at} already; its stacked axes must be neighbours, so use axis={at}"
         )
     host = None if leaf.host is None else dataclasses.replace(leaf.host, stack_at=0)
-    return leaf.matrix_shape, leaf.num_codes, leaf.group_size, leaf.axis, leaf.tied_to, leaf.stack, host
+    return leaf.matrix_shape, leaf.num_codes, leaf.group_size, leaf.axis, leaf.tied_to, leaf.stack, host, leaf.coding

@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from cluscomp_jax.checkpoint import bitpack
 from cluscomp_jax.checkpoint.entries import DTYPES, Entry, MatrixEntry
-from cluscomp_jax.core.codebook import MAX_GROUP, Axis, CodebookArray
+from cluscomp_jax.core import bitpack
+from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.core.coding import MAX_GROUP, PLAIN, Axis, code_bits
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.hf.safetensors_writer import TensorSpec
 from cluscomp_jax.models.tensor_names import TensorNames
@@ -110,7 +111,12 @@ def scheme_of(entries: Mapping[str, Entry], names: TensorNames, *, bits: int | N
     matrices = {path: e for path, e in entries.items() if isinstance(e, MatrixEntry)}
     if not matrices:
         raise InputError("an AQLM checkpoint needs compressed matrices, and there is none; export it as dense")
-    for path in matrices:
+    for path, entry in matrices.items():
+        if entry.coding != PLAIN:
+            raise InputError(
+                f"{path} has an index of the coding {entry.coding.name!r}, and AQLM holds plain ones only: compress "
+                "with --for aqlm, or export as dense"
+            )
         if not path.startswith(f"{names.blocks_path}/"):
             raise InputError(f"{path} is compressed, and AQLM holds kernels of decoder blocks only; export it as dense")
     first_path, first = next(iter(matrices.items()))
@@ -121,7 +127,7 @@ def scheme_of(entries: Mapping[str, Entry], names: TensorNames, *, bits: int | N
                 f"{first.axis!r}; AQLM has one g and axis for all: compress with --for aqlm, or export as dense"
             )
     _require_division(matrices)
-    needed = max(1, *(entry.index_bits for entry in matrices.values()))
+    needed = max(1, *(code_bits(entry.num_codes) for entry in matrices.values()))
     if bits is None:
         bits = needed + (needed == _BROKEN_BITS)
     if not needed <= bits <= bitpack.MAX_BITS or bits == _BROKEN_BITS:

@@ -135,5 +135,4 @@ def _dense_bytes(entry: Entry, dtype: np.dtype[Any] | None) -> int:
 def _codebook_bytes(entry: Entry) -> int:
     if not isinstance(entry, MatrixEntry):
         return entry.num_bytes
-    codes = entry.num_codes * entry.group_size * DTYPES[entry.codebook_dtype].itemsize
-    return codes + math.prod(entry.index_shape) * (1 if entry.num_codes <= 256 else 2)
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in (entry.codebook_spec, entry.index_spec))

@@ -33,7 +33,7 @@ class _Kernel(nnx.Module):  # type: ignore[misc]
     def __init__(self, array: CodebookArray, codebook: Codebook):
         self.codebook = codebook
         self.index = Index(jnp.asarray(array.index))
-        self.static = (array.matrix_shape, array.axis, array.tied_to, array.host)
+        self.static = (array.matrix_shape, array.axis, array.tied_to, array.host, array.coding)
 
     def array(self) -> CodebookArray:
         """Returns the CodebookArray, its codebook float32."""

@@ -130,8 +130,8 @@ class Sharding:
         side: Side = "in" if path in self.row_parallel else "out"
         place = 0 if side == "in" else 1
         pieces, size = w.index.shape[place], w.matrix_shape[place]
-        padded = w.axis == side and pieces * w.group_size != size
-        return None if padded or not self._divides(TENSOR, pieces) else side
+        whole = w.axis == side and (size % w.group_size != 0 or not w.coding.splits_lines)
+        return None if whole or not self._divides(TENSOR, pieces) else side
 
 
 def make_sharding(settings: MeshConfig, model: Model) -> Sharding | None:

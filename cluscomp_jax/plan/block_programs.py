@@ -32,7 +32,7 @@ def decoding(setting: BlockSpec, stage: str, live: int) -> Iterator[Program]:
     """Yields the decoding of a block's kernels one by one, with `live` bytes held."""
     for _, leaf in sorted(trees.flatten(setting.compressed()).items()):
         if isinstance(leaf, CodebookArray):
-            traced = decode_arrays.trace(leaf.codebook, leaf.index, shape=leaf.matrix_shape, axis=leaf.axis)
+            traced = decode_arrays.trace(leaf.codebook, leaf.index, form=leaf.form, coding=leaf.coding)
             yield Program(stage, "decode", traced, live + nbytes(leaf), setting.blocks)
             live += nbytes(setting.place.like(traced.out_info))
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import jax
 
-from cluscomp_jax.clustering import drift_correction, error_feedback, hessian, matrix, refine
+from cluscomp_jax.clustering import coders, drift_correction, error_feedback, hessian, matrix, refine
 from cluscomp_jax.clustering.drift_correction import LayerStatistics
 from cluscomp_jax.clustering.error_feedback import HessianFactor
+from cluscomp_jax.config.clustering import CompressionRule
 from cluscomp_jax.core import trees
-from cluscomp_jax.core.codebook import CodebookArray, decode_arrays, index_shape
-from cluscomp_jax.kmeans import build_code_index
+from cluscomp_jax.core.codebook import CodebookArray, decode_arrays
+from cluscomp_jax.core.coding import index_shape
 from cluscomp_jax.kmeans.code_index import grow_code_index
 from cluscomp_jax.models.model import run_block
 from cluscomp_jax.models.streams import Batch, weigh_tokens
@@ -23,6 +24,7 @@ from cluscomp_jax.plan.kmeans_programs import STAGE, fit_programs
 from cluscomp_jax.plan.program import Program
 from cluscomp_jax.plan.setting import STORED, BlockSpec
 from cluscomp_jax.plan.shapes import nbytes
+from cluscomp_jax.trellis import fit as trellis_fit
 
 
 def clustering(setting: BlockSpec) -> Iterator[Program]:
@@ -54,7 +56,7 @@ def clustering(setting: BlockSpec) -> Iterator[Program]:
             weight = setting.place.array(*setting.shapes[path], dtype="float32" if settings.corrects else STORED)
             array = yield from _matrix(setting, path, weight, factor)
             if settings.true_sequential and now:
-                traced = decode_arrays.trace(array.codebook, array.index, shape=array.matrix_shape, axis=array.axis)
+                traced = decode_arrays.trace(array.codebook, array.index, form=array.form, coding=array.coding)
                 yield Program(STAGE, "decode", traced, nbytes(array), setting.blocks)
                 now[path] = setting.place.like(traced.out_info)
 
@@ -96,7 +98,7 @@ def _shared_fits(setting: BlockSpec, *, measured: bool = False) -> Iterator[Prog
         rule, m = setting.rules[group[0]], 0
         for path in group:
             weight = trees.flatten(setting.dense())[path]
-            traced = matrix.to_vectors.trace(weight, g=rule.group_size, axis=rule.axis)
+            traced = coders.to_vectors.trace(weight, g=rule.group_size, axis=rule.axis)
             yield Program(STAGE, "vectors", traced, nbytes(weight), setting.blocks)
             m += traced.out_info.shape[0]
         yield from fit_programs(
@@ -152,37 +154,55 @@ def _matrix(setting: BlockSpec, path: str, weight: Any, factor: HessianFactor | 
     g, n = rule.group_size, rule.num_codes
     m = math.prod(index_shape((d_in, d_out), g, rule.axis))
     shared = any(path in group for group in setting.sharing)
-    if not shared:
+    if not shared and rule.step_bits is not None:
+        yield from _trellis(setting, rule, weight)
+    elif not shared:
         weighted = settings.weighted and rule.axis == "out"
-        traced = matrix.to_vectors.trace(weight, g=g, axis=rule.axis)
+        traced = coders.to_vectors.trace(weight, g=g, axis=rule.axis)
         yield Program(STAGE, "vectors", traced, nbytes(weight), calls)
         if weighted:
             vectors = place.like(traced.out_info)
-            traced = matrix.vector_weights.trace(place.array(d_in), d_out=d_out, g=g)
+            traced = coders.vector_weights.trace(place.array(d_in), d_out=d_out, g=g)
             yield Program(STAGE, "vector weights", traced, nbytes(vectors), calls)
         yield from fit_programs(place, m, g, n, weighted=weighted, iterations=settings.iterations, calls=calls)
     array = place.compressed((d_in, d_out), rule, settings.codebook_dtype)
     if factor is not None:
-        yield from _assigned(setting, weight, array, factor, shared)
-    index, mass = place.array(m, dtype="int32"), place.array(d_in)
+        yield from _assigned(setting, rule, weight, array, factor, shared)
+    index, mass = place.array(m, dtype="int32"), place.array(d_in)  # the codes, before they are an index
     traced = matrix.channel_energies.trace(weight, array, mass)
     yield Program(STAGE, "error", traced, nbytes((index, weight, array, mass)), calls)
     return array
 
 
+def _trellis(setting: BlockSpec, rule: CompressionRule, weight: Any) -> Iterator[Program]:
+    """Yields the programs that fit the codebook of a trellis."""
+    place, calls, trellis = setting.place, setting.blocks, coders.trellis_of(rule)
+    traced = coders.to_lines.trace(weight, g=rule.group_size, axis=rule.axis)
+    yield Program(STAGE, "vectors", traced, nbytes(weight), calls)
+    lines = place.like(traced.out_info)
+    mass, codebook = place.array(lines.shape[0]), place.array(rule.num_codes, rule.group_size)
+    live = nbytes((lines, mass, codebook, codebook))
+    traced = trellis_fit.draw.trace(lines, mass, place.key(), num_codes=rule.num_codes)
+    yield Program(STAGE, "start", traced, nbytes((lines, mass)), calls)
+    arguments = (lines, mass, codebook, codebook, place.key(), place.array())
+    traced = trellis_fit.improve.trace(*arguments, trellis=trellis)
+    yield Program(STAGE, "round", traced, live, calls * setting.cfg.cluster.iterations)
+
+
 def _assigned(
-    setting: BlockSpec, weight: Any, array: CodebookArray, factor: HessianFactor, shared: bool
+    setting: BlockSpec, rule: CompressionRule, weight: Any, array: CodebookArray, factor: HessianFactor, shared: bool
 ) -> Iterator[Program]:
     """Yields the choice of codes with error feedback and its refine_rounds; a shared codebook is not solved for."""
-    refine_rounds, g, place = setting.cfg.cluster.refine_rounds, array.group_size, setting.place
+    refine_rounds, place = setting.cfg.cluster.refine_rounds, setting.place
     live = nbytes((weight, array.codebook, factor))
     stored, codes = array.codebook, place.array(*array.codebook.shape)
-    search: dict[str, Any] = {"g": g, "code_index": place.like(jax.eval_shape(build_code_index, stored, place.key()))}
-    if search["code_index"] is not None:
+    search: Any = coders.search_of(rule)
+    search = place.like(jax.eval_shape(search.for_codebook, stored, place.key()))
+    if nbytes(search):
         traced = grow_code_index.trace(codes, place.key())
         yield Program("assign", "code index", traced, live + nbytes(codes), setting.blocks * max(1, refine_rounds))
-    live += nbytes(search["code_index"])
-    traced = error_feedback.assign_with_error_feedback.trace(weight, stored, factor, **search)
+    live += nbytes(search)
+    traced = error_feedback.assign_with_error_feedback.trace(weight, stored, factor, search)
     yield Program("assign", "codes", traced, live, setting.blocks)
     chosen = place.like(traced.out_info)
     if refine_rounds:
@@ -191,7 +211,7 @@ def _assigned(
         yield Program("assign", "curvature", traced, live, setting.blocks)
         curvature = place.like(traced.out_info)
         live += nbytes(curvature.hessian)
-        traced = refine.reassign_codes.trace(weight, codes, chosen, curvature, **search)
+        traced = refine.reassign_codes.trace(weight, codes, chosen, curvature, search)
         yield Program("assign", "new codes", traced, live, setting.blocks * refine_rounds)
         if not shared:
             traced = refine.update_codebook.trace(weight, codes, chosen, curvature)

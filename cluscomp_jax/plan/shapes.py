@@ -11,7 +11,7 @@ import numpy as np
 
 from cluscomp_jax.config.clustering import CompressionRule
 from cluscomp_jax.core import trees
-from cluscomp_jax.core.codebook import CodebookArray, index_dtype, index_shape
+from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.core.trees import Params
 
 _shape_only: Any = jax.ShapeDtypeStruct
@@ -45,9 +45,10 @@ class AbstractDevice:
 
     def compressed(self, shape: tuple[int, int], rule: CompressionRule, dtype: Any) -> CodebookArray:
         """Returns what a kernel [d_in, d_out] becomes under a rule, codebook in `dtype`."""
-        index = self.array(*index_shape(shape, rule.group_size, rule.axis), dtype=index_dtype(rule.num_codes))
+        index_shape, index_dtype = rule.coding.index_spec(rule.form(shape))
+        index = self.array(*index_shape, dtype=index_dtype)
         codebook = self.array(rule.num_codes, rule.group_size, dtype=dtype)
-        return CodebookArray(codebook=codebook, index=index, matrix_shape=shape, axis=rule.axis)
+        return CodebookArray(codebook, index, shape, rule.axis, coding=rule.coding)
 
 
 def with_shardings(tree: Any, places: Any) -> Any:

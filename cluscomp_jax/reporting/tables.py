@@ -37,6 +37,12 @@ def stage_rows(stages: Mapping[str, Record]) -> list[tuple[str, str, str]]:
     return [(name, f"{stages[name]['seconds']:.1f}", peak) for name, peak in zip(stages, words, strict=True)]
 
 
+def format_codes(matrix: Mapping[str, Any]) -> str:
+    """Returns the codes of a matrix record: "1024", of a trellis "1024, 4 bits each"."""
+    step_bits = matrix.get("step_bits")
+    return f"{matrix['num_codes']}" + ("" if step_bits is None else f", {step_bits} bits each")
+
+
 def matrix_rows(matrices: Sequence[Record]) -> list[tuple[str, ...]]:
     """Returns (path, shape, g, codes, axis, bits per weight, relative error) of matrix records."""
     return [
@@ -44,7 +50,7 @@ def matrix_rows(matrices: Sequence[Record]) -> list[tuple[str, ...]]:
             matrix["path"],
             "x".join(str(side) for side in matrix["shape"]),
             str(matrix["g"]),
-            str(matrix["num_codes"]),
+            format_codes(matrix),
             matrix["axis"],
             f"{matrix['bits_per_weight']:.3f}",
             f"{matrix['relative_error']:.5f}",

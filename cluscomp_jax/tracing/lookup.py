@@ -3,6 +3,7 @@
 Letters: n codes of g weights; a row is a row or a column of the matrix, whichever the program looks up.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -47,8 +48,14 @@ def _is_lookup(kernel: TracedKernel, ids: jax.Array, params: Any) -> bool:
 def _rows(w: CodebookArray, rows: jax.Array, of_inputs: bool) -> jax.Array:
     """Returns W[rows] where the rows are `of_inputs`, else W[:, rows] with its axes swapped; [*rows.shape, size]."""
     codebook, index = jnp.asarray(w.codebook), jnp.asarray(w.index)
-    index, size = (index, w.matrix_shape[1]) if of_inputs else (index.T, w.matrix_shape[0])
-    if of_inputs == (w.axis == "out"):  # a row is a row of codes
-        return codebook[index[rows].astype(jnp.int32)].reshape(*rows.shape, -1)[..., :size]
+    size = w.matrix_shape[1 if of_inputs else 0]
+    if of_inputs == (w.axis == "out"):  # a row is a line of the index
+        lines, flat = (index if of_inputs else index.T), rows.reshape(-1)
+        taken = lines[flat] if of_inputs else lines[flat].T
+        shape = (flat.size, size) if of_inputs else (size, flat.size)
+        matrix = w.coding.decode(dataclasses.replace(w.form, matrix_shape=shape), codebook, taken)
+        return (matrix if of_inputs else matrix.T).reshape(*rows.shape, size)
+    codes = w.coding.codes(w.form, index)
+    codes = codes if of_inputs else codes.T
     within = (rows % w.group_size)[..., None]  # a row is one weight of each code
-    return codebook[index[rows // w.group_size].astype(jnp.int32), within]
+    return codebook[codes[rows // w.group_size].astype(jnp.int32), within]

@@ -1,6 +1,14 @@
 """x @ W where W is stored as a codebook and an index."""
 
 from pallas_kernels.codebook_matmul.api import ATOMIC_GRADIENTS, IMPLEMENTATION, codebook_matmul
-from pallas_kernels.codebook_matmul.definition import decode
+from pallas_kernels.codebook_matmul.definition import codes_of, decode, stream_words, streams_of
 
-__all__ = ["ATOMIC_GRADIENTS", "IMPLEMENTATION", "codebook_matmul", "decode"]
+__all__ = [
+    "ATOMIC_GRADIENTS",
+    "IMPLEMENTATION",
+    "codebook_matmul",
+    "codes_of",
+    "decode",
+    "stream_words",
+    "streams_of",
+]

@@ -34,6 +34,7 @@ class _Op:
 
     shape: tuple[int, int]
     axis: Axis
+    step_bits: int | None
     implementation: Implementation | None
     atomic_gradients: bool
 
@@ -45,6 +46,7 @@ def codebook_matmul(
     *,
     shape: tuple[int, int],
     axis: Axis,
+    step_bits: int | None = None,
     implementation: Implementation | None = None,
     atomic_gradients: bool | None = None,
 ) -> jax.Array:
@@ -54,9 +56,11 @@ def codebook_matmul(
       x: [..., d_in], floating.
       codebook: [n, g], floating, n <= 65536, g <= 32; cast to the dtype of x before the product, as a dense kernel is.
       index: uint8 or uint16, [d_in, ceil(d_out/g)] for axis "out", [ceil(d_in/g), d_out] for "in"; entries < n,
-        which is not checked.
+        which is not checked. With `step_bits`: uint32, [d_in, words] for axis "out", [words, d_out] for "in".
       shape: (d_in, d_out).
       axis: the axis of W that the codes run along.
+      step_bits: b of a trellis index, 1 to L where n = 2^L: the codes are windows of a stream of bits
+        (`definition.codes_of`). None: the index has the codes themselves.
       implementation: "definition" decodes W, then multiplies. "triton" are the GPU kernels, which never hold W;
         "interpret" runs the same GPU kernels step by step on any device, for tests. None: as `IMPLEMENTATION` says; if
         that says None, the GPU kernels where the program is compiled for a CUDA device and they can serve it, else the
@@ -72,15 +76,17 @@ def codebook_matmul(
       NotImplementedError: the GPU kernels were asked for by name and cannot serve this; the text says why.
     """
     implementation = IMPLEMENTATION.value if implementation is None else implementation
-    _check(x, codebook, index, shape, axis, implementation)
+    fast = ATOMIC_GRADIENTS.value if atomic_gradients is None else atomic_gradients
+    op = _Op(shape, axis, step_bits, implementation, fast)
+    _check(op, x, codebook, index)
     if implementation == "triton" and (reason := _hindrance(x)):
         raise NotImplementedError(f"codebook_matmul: no GPU kernel: {reason}")
-    fast = ATOMIC_GRADIENTS.value if atomic_gradients is None else atomic_gradients
-    return _matmul(_Op(shape, axis, implementation, fast), x, codebook, index)
+    return _matmul(op, x, codebook, index)
 
 
-def _check(x: Any, codebook: Any, index: Any, shape: tuple[int, int], axis: str, implementation: str | None) -> None:
+def _check(op: _Op, x: Any, codebook: Any, index: Any) -> None:
     """Raises ValueError unless the arguments fit each other."""
+    shape, axis, implementation, step_bits = op.shape, op.axis, op.implementation, op.step_bits
 
     def require(holds: bool, text: str) -> None:
         if not holds:
@@ -91,13 +97,20 @@ def _check(x: Any, codebook: Any, index: Any, shape: tuple[int, int], axis: str,
     require(implementation in known, f"implementation is {implementation!r}; it must be one of {known}")
     for name, array in (("x", x), ("codebook", codebook)):
         require(jnp.issubdtype(array.dtype, jnp.floating), f"{name} is {array.dtype}; it must be floating")
-    require(index.dtype in (jnp.uint8, jnp.uint16), f"the index is {index.dtype}; it must be uint8 or uint16")
+    dtypes, names = ((jnp.uint8, jnp.uint16), "uint8 or uint16") if step_bits is None else ((jnp.uint32,), "uint32")
+    require(index.dtype in dtypes, f"the index is {index.dtype}; it must be {names}")
     require(codebook.ndim == 2, f"the codebook has shape {codebook.shape}; it must be [codes, group]")
     n, g = codebook.shape
     legal = 1 <= n <= MAX_CODES and 1 <= g <= MAX_GROUP
     require(legal, f"the codebook is [{n}, {g}]; codes must be 1 to {MAX_CODES}, group 1 to {MAX_GROUP}")
     require(x.ndim >= 1 and x.shape[-1] == shape[0], f"x has shape {x.shape}, the matrix takes {shape[0]} channels")
     pieces = (shape[0], -(-shape[1] // g)) if axis == "out" else (-(-shape[0] // g), shape[1])
+    if step_bits is not None:
+        window = n.bit_length() - 1
+        require(n == 1 << window, f"the codebook has {n} codes; a trellis index takes a power of two")
+        require(1 <= step_bits <= window, f"step_bits is {step_bits}; windows of {window} bits take 1 to {window}")
+        words = definition.stream_words(pieces[1 if axis == "out" else 0], n, step_bits)
+        pieces = (shape[0], words) if axis == "out" else (words, shape[1])
     fits = tuple(index.shape) == pieces
     require(fits, f"the index has shape {tuple(index.shape)}, {shape} cut by {g} along {axis!r} needs {pieces}")
 
@@ -160,12 +173,13 @@ def _product(op: _Op, a: jax.Array, codebook: jax.Array, index: jax.Array, *, tr
     (n, g), m = codebook.shape, math.prod(a.shape[:-1])
 
     def plain(a: jax.Array, codebook: jax.Array, index: jax.Array) -> jax.Array:
-        weight = definition.decode(codebook.astype(a.dtype), index, shape=op.shape, axis=op.axis)
+        codebook = codebook.astype(a.dtype)
+        weight = definition.decode(codebook, index, shape=op.shape, axis=op.axis, step_bits=op.step_bits)
         return a @ (weight.T if transposed else weight)
 
     def kernels(a: jax.Array, codebook: jax.Array, index: jax.Array) -> jax.Array:
         tile = tile_of((m, depth, width, g, n, a.dtype.itemsize))
-        fixed = {"shape": op.shape, "axis": op.axis, "transposed": transposed, "tile": tile}
+        fixed = {"shape": op.shape, "axis": op.axis, "step_bits": op.step_bits, "transposed": transposed, "tile": tile}
         interpret = op.implementation == "interpret"
         y: jax.Array = _kernels().gemm(a.reshape(m, depth), codebook, index, **fixed, interpret=interpret)
         return y.reshape(*a.shape[:-1], width)
@@ -176,22 +190,22 @@ def _product(op: _Op, a: jax.Array, codebook: jax.Array, index: jax.Array, *, tr
 def _codebook_gradient(op: _Op, x: jax.Array, dy: jax.Array, codebook: jax.Array, index: jax.Array) -> jax.Array:
     """Returns the gradient [n, g], float32, of the codebook."""
     n, g = codebook.shape
+    cut: dict[str, Any] = {"num_codes": n, "g": g, "axis": op.axis, "step_bits": op.step_bits}
 
     def plain(x: jax.Array, dy: jax.Array, index: jax.Array) -> jax.Array:
         d_weight = jnp.matmul(x.T, dy, preferred_element_type=jnp.float32)
-        return definition.codebook_gradient(d_weight, index, num_codes=n, g=g, axis=op.axis)
+        codes = definition.codes_of(index, shape=op.shape, **cut)
+        return definition.codebook_gradient(d_weight, codes, num_codes=n, g=g, axis=op.axis)
 
     def kernels(x: jax.Array, dy: jax.Array, index: jax.Array) -> jax.Array:
         module, interpret = _kernels(), op.implementation == "interpret"
         total: jax.Array
         if op.atomic_gradients:
             tile = config.scatter_config(x.dtype.itemsize)
-            total = module.scatter_gradient(
-                x, dy, index, num_codes=n, g=g, axis=op.axis, tile=tile, interpret=interpret
-            )
+            total = module.scatter_gradient(x, dy, index, **cut, tile=tile, interpret=interpret)
             return total
         segment_sum = functools.partial(module.segment_sum, tile=config.segment_config(n, g), interpret=interpret)
-        return ordered_gradient(x, dy, index, segment_sum, num_codes=n, g=g, axis=op.axis)
+        return ordered_gradient(x, dy, index, segment_sum, **cut)
 
     x, dy = x.reshape(-1, op.shape[0]), dy.reshape(-1, op.shape[1])
     return _choose(op, x, plain, kernels, x, dy, index)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.codebook_matmul.definition import Axis
+from pallas_kernels.codebook_matmul.definition import Axis, codes_of
 
 STRIP_BYTES = 2**26
 """The largest strip of a dense float32 gradient; changes speed and memory, and the order of additions."""
@@ -19,7 +19,15 @@ SegmentSum = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def ordered_gradient(
-    x: jax.Array, dy: jax.Array, index: jax.Array, segment_sum: SegmentSum, *, num_codes: int, g: int, axis: Axis
+    x: jax.Array,
+    dy: jax.Array,
+    index: jax.Array,
+    segment_sum: SegmentSum,
+    *,
+    num_codes: int,
+    g: int,
+    axis: Axis,
+    step_bits: int | None = None,
 ) -> jax.Array:
     """Returns the gradient [n, g], float32, of the codebook of W in y = x @ W.
 
@@ -32,12 +40,16 @@ def ordered_gradient(
     """
     rows_of, weights_of = (x, dy) if axis == "out" else (dy, x)
     index = index if axis == "out" else index.T
-    rows, groups = index.shape
+    rows, groups = len(index), -(-weights_of.shape[1] // g)
     weights_of = jnp.pad(weights_of, ((0, 0), (0, groups * g - weights_of.shape[1])))
     strip = max(1, min(rows, STRIP_BYTES // (4 * groups * g)))
 
     def strip_gradient(start: jax.Array | int, size: int) -> jax.Array:
-        codes = jax.lax.dynamic_slice_in_dim(index, start, size).reshape(-1)
+        codes = jax.lax.dynamic_slice_in_dim(index, start, size)
+        strip_shape = (size, weights_of.shape[1])
+        codes = codes_of(codes, shape=strip_shape, num_codes=num_codes, g=g, axis="out", step_bits=step_bits).reshape(
+            -1
+        )
         part = jax.lax.dynamic_slice_in_dim(rows_of, start, size, axis=1)
         precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
         dense = jnp.matmul(part.T, weights_of, preferred_element_type=jnp.float32, precision=precision)

@@ -40,12 +40,16 @@ class _Cut:
       rows: the side that is not cut.
       weights: the side that is cut into groups of g.
       swapped: the index is [groups, rows], not [rows, groups].
+      window: bits of a code that is a window of a stream; 0: the index has the codes themselves.
+      step_bits: bits between two windows.
     """
 
     rows: int
     weights: int
     g: int
     swapped: bool
+    window: int = 0
+    step_bits: int = 0
 
     @property
     def lanes(self) -> int:
@@ -56,8 +60,9 @@ class _Cut:
         return pl.cdiv(self.weights, self.g)
 
 
-def _cut(shape: tuple[int, int], g: int, axis: Axis) -> _Cut:
-    return _Cut(shape[0], shape[1], g, False) if axis == "out" else _Cut(shape[1], shape[0], g, True)
+def _cut(shape: tuple[int, int], num_codes: int, g: int, axis: Axis, step_bits: int | None) -> _Cut:
+    bits = (0, 0) if step_bits is None else (num_codes.bit_length() - 1, step_bits)
+    return _Cut(shape[0], shape[1], g, False, *bits) if axis == "out" else _Cut(shape[1], shape[0], g, True, *bits)
 
 
 def _launcher(
@@ -130,10 +135,27 @@ def _load_groups(ref: Ref, starts: Pair, shape: tuple[int, int], limits: Pair, c
 
 
 def _load_codes(ref: Ref, starts: Pair, shape: tuple[int, int], limits: Pair, cut: _Cut) -> jax.Array:
-    """Returns codes [rows, groups], 0 past the limits."""
+    """Returns codes [rows, groups]; past the limits any that exist."""
+    if cut.window:
+        return _load_windows(ref, starts, shape, limits, cut)
     if cut.swapped:
         return _load(ref, starts[::-1], shape[::-1], limits[::-1]).T.astype(jnp.int32)
     return _load(ref, starts, shape, limits).astype(jnp.int32)
+
+
+def _load_windows(ref: Ref, starts: Pair, shape: tuple[int, int], limits: Pair, cut: _Cut) -> jax.Array:
+    """Returns codes [rows, groups] of streams of 32-bit words; each is read from the two words it may lie in."""
+    row = starts[0] + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    bit = (starts[1] + jax.lax.broadcasted_iota(jnp.int32, shape, 1)) * cut.step_bits
+    if limits[0] is not None:
+        row = jnp.minimum(row, cut.rows - 1)
+    word, shift = bit >> 5, (bit & 31).astype(jnp.uint32)
+    # Past the last word the window has no bits, or is past the limits.
+    last = ref.shape[0 if cut.swapped else 1] - 1
+    low, high = (jnp.minimum(place, last) for place in (word, word + 1))
+    low, high = (ref[place, row] if cut.swapped else ref[row, place] for place in (low, high))
+    bits = (low >> shift) | ((high << 1) << (31 - shift))
+    return (bits & jnp.uint32((1 << cut.window) - 1)).astype(jnp.int32)
 
 
 def _gather(ref: Ref, codes: jax.Array, cut: _Cut) -> jax.Array:
@@ -196,10 +218,11 @@ def gemm(
     axis: Axis,
     transposed: bool,
     tile: GemmConfig,
+    step_bits: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Returns a @ W [m, d_out], or a @ W.T [m, d_in] if `transposed`, in the dtype of a; sums are float32."""
-    cut, m = _cut(shape, codebook.shape[1], axis), a.shape[0]
+    cut, m = _cut(shape, len(codebook), codebook.shape[1], axis, step_bits), a.shape[0]
     wide = (axis == "out") != transposed
     width = shape[0] if transposed else shape[1]
     codebook = codebook.astype(a.dtype)
@@ -250,10 +273,11 @@ def scatter_gradient(
     g: int,
     axis: Axis,
     tile: ScatterConfig,
+    step_bits: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """Returns the gradient [n, g], float32, of a codebook; atomic additions, so the order of a sum is not fixed."""
-    cut = _cut((x.shape[1], dy.shape[1]), g, axis)
+    cut = _cut((x.shape[1], dy.shape[1]), num_codes, g, axis, step_bits)
     _compat.relax_atomics(_SCATTER)  # the order between the additions of one launch means nothing
     rows, weights = (dy, x) if cut.swapped else (x, dy)
     zeros = jnp.zeros((num_codes, cut.lanes), jnp.float32)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from check_card.step import Step
 from cluscomp_jax import kmeans
+from cluscomp_jax.clustering.code_search import NearestCodes
 from cluscomp_jax.clustering.error_feedback import HessianFactor, assign_with_error_feedback, factor_hessian
 from cluscomp_jax.clustering.refine import curvature_of, reassign_codes, update_codebook
 
@@ -100,14 +101,15 @@ def _feed_back(
         step.fact(name, **times, **({} if rows == channels else scaled), **sizes)
 
     arguments = (weight, codebook, factor)
-    assign, first = seconds_of_compiling(assign_with_error_feedback.lower(*arguments, g=G, code_index=code_index))
-    index, took = seconds_of(lambda: assign(*arguments, code_index=code_index))
+    search = NearestCodes(code_index)
+    assign, first = seconds_of_compiling(assign_with_error_feedback.lower(*arguments, search))
+    index, took = seconds_of(lambda: assign(*arguments, search))
     report("error feedback", took, first)
     curvature = curvature_of(factor)
     chosen = (weight, codebook, index, curvature)
-    improve, second = seconds_of_compiling(reassign_codes.lower(*chosen, g=G, code_index=code_index))
+    improve, second = seconds_of_compiling(reassign_codes.lower(*chosen, search))
     solve, third = seconds_of_compiling(update_codebook.lower(*chosen))
-    _, codes_took = seconds_of(lambda: improve(*chosen, code_index=code_index))
+    _, codes_took = seconds_of(lambda: improve(*chosen, search))
     _, codebook_took = seconds_of(lambda: solve(*chosen))
     step.fact("of one refine round", new_codes_seconds=codes_took, new_codebook_seconds=codebook_took, **sizes)
     report("one refine round", codes_took + codebook_took, second + third)

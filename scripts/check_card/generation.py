@@ -11,7 +11,8 @@ import numpy as np
 
 from check_card.step import Step
 from cluscomp_jax.core import trees
-from cluscomp_jax.core.codebook import CodebookArray, index_dtype, index_shape, stored_bits
+from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.core.coding import Form, index_dtype, index_shape, stored_bits
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.inference.decoder import Decoder
 from cluscomp_jax.inference.sampling import Sampling
@@ -76,7 +77,7 @@ class RandomSource:
         """Stored bits per weight of the matrices of a block."""
         shapes = self.model.block_shapes(0)
         matrices = [shapes[path] for paths in self.model.input_groups.values() for path in paths]
-        stored = sum(stored_bits((a, b), g=self.g, num_codes=self.num_codes, axis="out") for a, b in matrices)
+        stored = sum(stored_bits(Form((a, b), self.num_codes, self.g)) for a, b in matrices)
         return stored / sum(a * b for a, b in matrices)
 
 

@@ -254,7 +254,7 @@ def one_code(fields):
 
 FILE = {"size": 1, "sha256": "0" * 64}
 FORGERIES = {
-    "a version": (lambda f: f.update(format_version=2), "format version 2 is newer"),
+    "a version": (lambda f: f.update(format_version=3), "format version 3 is newer"),
     "a version of text": (lambda f: f.update(format_version="1"), "this is no tree"),
     "a large matrix": (one_code, r"would take [\d,]+ bytes of memory"),
     "a large array": (lambda f: f["tensors"]["norm"].update(shape=[2**34]), "do not follow"),

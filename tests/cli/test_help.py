@@ -37,6 +37,7 @@ RECIPE: dict[str, Any] = {
     "export": CLUSTER.export,
     "g": RULE.group_size,
     "num_codes": RULE.num_codes,
+    "step_bits": RULE.step_bits,
     "axis": RULE.axis,
     "unweighted": not CLUSTER.weighted,
     "no_tuning": RUN.tuning is None,
@@ -67,6 +68,7 @@ STATED |= {("finetune", name): f"{value}, or from --config" for name, value in C
 IN_WORDS = {
     ("compress", "sample_offsets"): "drawn by --seed, from the recipe",
     ("compress", "bits"): "no budget, from the recipe",
+    ("compress", "step_bits"): "plain index, from the recipe",
     ("finetune", "evaluate_every"): "none but before and after, or from --config",
 }
 """What a setting of None means."""

@@ -11,7 +11,7 @@ from cluscomp_jax.clustering import bit_allocation
 from cluscomp_jax.clustering.bit_allocation import allocate_unevenly, check_reachable, tempered
 from cluscomp_jax.clustering.rules import allocate, predicted_distortion
 from cluscomp_jax.config.clustering import CompressionRule
-from cluscomp_jax.core.codebook import stored_bits
+from cluscomp_jax.core.coding import stored_bits
 from cluscomp_jax.errors import InputError
 
 SHAPES = {
@@ -32,8 +32,7 @@ def spent(shapes, rules, pools=None):
     bits, seen = 0, set()
     for path, rule in rules.items():
         codebook = (path if pools is None else pools[path], rule.group_size, rule.num_codes)
-        cut = {"g": rule.group_size, "num_codes": rule.num_codes, "axis": rule.axis}
-        bits += stored_bits(shapes[path], **cut, own=codebook not in seen)
+        bits += stored_bits(rule.form(shapes[path]), own=codebook not in seen)
         seen.add(codebook)
     return bits / sum(math.prod(shape) for shape in shapes.values())
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cluscomp_jax.clustering.code_search import NearestCodes
 from cluscomp_jax.clustering.error_feedback import assign_with_error_feedback, factor_hessian
 from cluscomp_jax.kmeans import assign
 
@@ -48,7 +49,7 @@ def brain_quantise(weight: np.ndarray, codes: np.ndarray, moments: np.ndarray, o
 def test_codes_are_those_of_optimal_brain_quantisation(i: int, o: int, g: int) -> None:
     weight, codes, moments = problem(i, o, g, 32)
     factor = factor_hessian(jnp.asarray(moments))
-    index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), factor, g=g)
+    index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), factor, NearestCodes())
     order = np.asarray(factor.act_order)
     assert np.all(np.diff(np.diag(moments)[order]) >= 0)
     expected = brain_quantise(weight, codes, moments, order[::-1], g)
@@ -60,7 +61,7 @@ def test_codes_are_those_of_optimal_brain_quantisation(i: int, o: int, g: int) -
 def test_the_output_error_falls() -> None:
     weight, codes, moments = problem(100, 64, 4, 64)
     factor = factor_hessian(jnp.asarray(moments))
-    index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), factor, g=4)
+    index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), factor, NearestCodes())
     nearest, _ = assign(jnp.asarray(weight.reshape(-1, 4)), jnp.asarray(codes))
     fed, blind = (output_error(weight, decode(codes, ix, 64), moments) for ix in (index, nearest.reshape(100, -1)))
     assert fed < 0.6 * blind
@@ -69,7 +70,7 @@ def test_the_output_error_falls() -> None:
 def test_moments_without_correlation_give_the_nearest_codes() -> None:
     weight, codes, _ = problem(30, 16, 4, 20)
     factor = factor_hessian(jnp.diag(jnp.arange(1.0, 31.0)))
-    index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), factor, g=4)
+    index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), factor, NearestCodes())
     nearest, _ = assign(jnp.asarray(weight.reshape(-1, 4)), jnp.asarray(codes))
     np.testing.assert_array_equal(index, nearest.reshape(30, -1))
 
@@ -78,12 +79,12 @@ def test_channels_that_are_never_active_change_nothing() -> None:
     weight, codes, moments = problem(30, 16, 4, 20)
     moments[5] = moments[:, 5] = 0
     index = assign_with_error_feedback(
-        jnp.asarray(weight), jnp.asarray(codes), factor_hessian(jnp.asarray(moments)), g=4
+        jnp.asarray(weight), jnp.asarray(codes), factor_hessian(jnp.asarray(moments)), NearestCodes()
     )
     nearest, _ = assign(jnp.asarray(weight[5].reshape(-1, 4)), jnp.asarray(codes))
     np.testing.assert_array_equal(index[5], nearest)
     all_dead = factor_hessian(jnp.zeros((30, 30)))
-    index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), all_dead, g=4)
+    index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), all_dead, NearestCodes())
     nearest, _ = assign(jnp.asarray(weight.reshape(-1, 4)), jnp.asarray(codes))
     np.testing.assert_array_equal(index, nearest.reshape(30, -1))
 

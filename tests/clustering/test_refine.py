@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cluscomp_jax.clustering import refine as refit_module
+from cluscomp_jax.clustering.code_search import NearestCodes
 from cluscomp_jax.clustering.error_feedback import assign_with_error_feedback, factor_hessian
 from cluscomp_jax.clustering.refine import curvature_of, reassign_codes, refine, update_codebook
 from cluscomp_jax.kmeans import assign, build_code_index
@@ -56,9 +57,9 @@ def descend(weight: np.ndarray, codes: np.ndarray, index: np.ndarray, moments: n
 def test_a_round_is_coordinate_descent(i: int, o: int, g: int) -> None:
     weight, codes, moments = problem(i, o, g, 16)
     factor = factor_hessian(jnp.asarray(moments))
-    index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), factor, g=g)
+    index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), factor, NearestCodes())
     index, curvature = np.asarray(index), curvature_of(factor)
-    better = reassign_codes(jnp.asarray(weight), jnp.asarray(codes), jnp.asarray(index), curvature, g=g)
+    better = reassign_codes(jnp.asarray(weight), jnp.asarray(codes), jnp.asarray(index), curvature, NearestCodes())
     expected = descend(weight, codes, index, moments)
     assert better.shape == index.shape
     assert np.mean(np.asarray(better) == expected) > 0.98  # a vector between two codes may go to either
@@ -68,14 +69,14 @@ def test_a_round_is_coordinate_descent(i: int, o: int, g: int) -> None:
 def test_rounds_lower_the_output_error_until_nothing_moves(outputs: int, g: int, tie_codebooks: float) -> None:
     weight, codes, moments = problem(150, outputs, g, 64)
     factor = factor_hessian(jnp.asarray(moments))
-    index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), factor, g=g)
+    index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), factor, NearestCodes())
     codes, errors = jnp.asarray(codes), [output_error(weight, codes, index, moments)]
     for _ in range(4):
-        codes, index = refine(jnp.asarray(weight), codes, index, factor, rounds=1, code_index=None, key=KEY)
+        codes, index = refine(jnp.asarray(weight), codes, index, factor, NearestCodes(), rounds=1, key=KEY)
         errors.append(output_error(weight, np.asarray(codes), index, moments))
     assert errors[1] < tie_codebooks * errors[0]
     assert all(later < earlier for earlier, later in itertools.pairwise(errors))
-    same, kept = refine(jnp.asarray(weight), codes, index, factor, rounds=0, code_index=None, key=KEY)
+    same, kept = refine(jnp.asarray(weight), codes, index, factor, NearestCodes(), rounds=0, key=KEY)
     np.testing.assert_array_equal(same, codes)
     np.testing.assert_array_equal(kept, index)
 
@@ -109,13 +110,15 @@ def test_channels_that_are_never_active_do_no_harm() -> None:
     moments[5] = moments[:, 5] = 0
     for given in (moments, np.zeros_like(moments)):
         factor = factor_hessian(jnp.asarray(given))
-        index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), factor, g=4)
+        index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), factor, NearestCodes())
         solved, index = refine(
-            jnp.asarray(weight), jnp.asarray(codes), index, factor, rounds=2, code_index=None, key=KEY
+            jnp.asarray(weight), jnp.asarray(codes), index, factor, NearestCodes(), rounds=2, key=KEY
         )
         assert np.isfinite(solved).all()
         alone, _ = assign(jnp.asarray(weight[5].reshape(-1, 4)), jnp.asarray(codes))
-        once = reassign_codes(jnp.asarray(weight), jnp.asarray(codes), jnp.zeros_like(index), curvature_of(factor), g=4)
+        once = reassign_codes(
+            jnp.asarray(weight), jnp.asarray(codes), jnp.zeros_like(index), curvature_of(factor), NearestCodes()
+        )
         np.testing.assert_array_equal(once[5], alone)  # it answers for no other channel
 
 
@@ -127,15 +130,15 @@ def test_many_codes_are_refitted_by_their_trees() -> None:
     assert code_index is not None
     errors = []
     for trees in (code_index, None):
-        index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), factor, g=1, code_index=trees)
+        index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), factor, NearestCodes(trees))
         start = output_error(weight, codes, index, moments)
         solved, index = jnp.asarray(codes), index
         if trees is None:
             for _ in range(2):
-                index = reassign_codes(jnp.asarray(weight), solved, index, curvature_of(factor), g=1)
+                index = reassign_codes(jnp.asarray(weight), solved, index, curvature_of(factor), NearestCodes())
                 solved = update_codebook(jnp.asarray(weight), solved, index, curvature_of(factor))
         else:
-            solved, index = refine(jnp.asarray(weight), solved, index, factor, rounds=2, code_index=trees, key=KEY)
+            solved, index = refine(jnp.asarray(weight), solved, index, factor, NearestCodes(trees), rounds=2, key=KEY)
         errors.append(output_error(weight, np.asarray(solved), index, moments))
         assert errors[-1] < start
     assert errors[0] == pytest.approx(errors[1], rel=0.05)
@@ -147,6 +150,6 @@ def test_a_single_code_is_solved_for_and_stays() -> None:
         weight, codes, moments = problem(16 + seed, 24, 4, 1)
         index = jnp.zeros((16 + seed, 6), jnp.int32)
         factor = factor_hessian(jnp.asarray(moments))
-        solved, _ = refine(jnp.asarray(weight), jnp.asarray(codes), index, factor, rounds=10, code_index=None, key=KEY)
-        once, _ = refine(jnp.asarray(weight), jnp.asarray(codes), index, factor, rounds=1, code_index=None, key=KEY)
+        solved, _ = refine(jnp.asarray(weight), jnp.asarray(codes), index, factor, NearestCodes(), rounds=10, key=KEY)
+        once, _ = refine(jnp.asarray(weight), jnp.asarray(codes), index, factor, NearestCodes(), rounds=1, key=KEY)
         np.testing.assert_allclose(solved, once, atol=2e-2)

@@ -23,7 +23,8 @@ from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.config.training import TrainingConfig
 from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.core import trees
-from cluscomp_jax.core.codebook import CodebookArray, decode, index_bits, index_shape
+from cluscomp_jax.core.codebook import CodebookArray, decode
+from cluscomp_jax.core.coding import code_bits, index_shape
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.evaluation.perplexity import perplexity
 from cluscomp_jax.finetuning import finetune
@@ -117,7 +118,7 @@ def test_a_mixed_budget_counts_a_shared_codebook_once(params):
 
 
 def index_bits_of(params) -> int:
-    return sum(array.index.size * index_bits(array.num_codes) for array in coded(params).values())
+    return sum(array.index.size * code_bits(array.num_codes) for array in coded(params).values())
 
 
 @pytest.mark.parametrize(("tie_codebooks", "per_block"), [("input", 4), ("block", 1)])
@@ -144,7 +145,7 @@ def test_a_budget_counts_a_shared_codebook_once():
         rule = rules_by_block(model, sharing(RUN, tie_codebooks, bits=3.0))[0][DOWN]
         shapes = [model.block_shapes(0)[path] for path in RULES]
         entries = sum(math.prod(index_shape(shape, rule.group_size, "out")) for shape in shapes)
-        bits = index_bits(rule.num_codes) * entries + codebooks * 16 * rule.group_size * rule.num_codes
+        bits = code_bits(rule.num_codes) * entries + codebooks * 16 * rule.group_size * rule.num_codes
         assert bits / sum(map(math.prod, shapes)) <= 3.0
         errors.append(predicted_distortion(rule.group_size, rule.num_codes))
     assert errors[0] >= errors[1] >= errors[2] < errors[0]

@@ -77,7 +77,7 @@ BAD = {
     "no TOML": ("seed = ", "not valid TOML"),
     "a budget beside a group": (
         '[cluster]\nbits = 3\n[[cluster.rules]]\npattern = "a"\n[[cluster.rules]]\ngroup_size = 4',
-        r"'cluster\.rules\[1\]\.group_size' is 4, but the budget 'cluster\.bits' = 3 chooses g and num_codes",
+        r"'cluster\.rules\[1\]\.group_size' is 4, but the budget 'cluster\.bits' = 3 chooses g, num_codes and step",
     ),
     "a budget beside codes": ("[cluster]\nbits = 3\n[[cluster.rules]]\nnum_codes = 9", r"num_codes' is 9, but"),
 }

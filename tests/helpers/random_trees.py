@@ -7,7 +7,8 @@ import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
 
-from cluscomp_jax.core.codebook import CodebookArray, index_dtype, index_shape
+from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.core.coding import PLAIN, Form, TrellisCoding
 from cluscomp_jax.core.host_axes import HostAxes
 
 FLOATS = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ("float16", "bfloat16", "float32")}
@@ -25,16 +26,26 @@ def codebook_arrays(draw: Any) -> CodebookArray:
     dtype = draw(st.sampled_from([None, "float32", "bfloat16", "float16"]))
     host = HostAxes(sizes, order, num_in, at, dtype) if hosted else None
     shape = host.matrix_shape if host is not None else sizes
-    g, axis, n = draw(st.integers(1, 5)), draw(st.sampled_from(["out", "in"])), draw(st.integers(1, 300))
+    g, axis = draw(st.integers(1, 5)), draw(st.sampled_from(["out", "in"]))
     random = np.random.default_rng(draw(st.integers(0, 2**16)))
-    pieces = index_shape(shape, g, axis)
+    window = draw(st.integers(1, 9))
+    coding = draw(st.sampled_from([PLAIN, TrellisCoding(draw(st.integers(1, window)))]))
+    n = draw(st.integers(1, 300)) if coding == PLAIN else 1 << window
+    form = Form(shape, n, g, axis)
+    pieces, dtype_of_index = coding.index_spec(form)
 
     def stacked(shape: tuple[int, ...]) -> tuple[int, ...]:
         return (*shape[:at], *stack, *shape[at:])
 
     codebook = random.standard_normal(math.prod(stacked((n, g)))).reshape(stacked((n, g)))
-    index = random.integers(0, n, stacked(pieces)).astype(index_dtype(n))
-    return CodebookArray(codebook.astype(FLOATS[draw(st.sampled_from(list(FLOATS)))]), index, shape, axis, None, host)
+    index = random.integers(0, n if coding == PLAIN else 2**32, stacked(pieces)).astype(dtype_of_index)
+    if coding != PLAIN:  # a stream has no bits after its end
+        last = [slice(None)] * index.ndim
+        last[(0 if axis == "in" else 1) + (len(stack) if (0 if axis == "in" else 1) >= at else 0)] = slice(-1, None)
+        used = coding.index_bits(form) // form.lines % 32
+        index[tuple(last)] &= np.uint32(2**used - 1 if used else 2**32 - 1)
+    codebook = codebook.astype(FLOATS[draw(st.sampled_from(list(FLOATS)))])
+    return CodebookArray(codebook, index, shape, axis, None, host, coding)
 
 
 def same(found: Any, expected: Any) -> bool:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32, Key, UInt8, UInt16, jax
 from cluscomp_jax import kmeans
 from cluscomp_jax.clustering import error_feedback
 from cluscomp_jax.clustering import refine as refine_module
+from cluscomp_jax.clustering.code_search import CodeSearch
 from cluscomp_jax.core import cholesky, losses
 from cluscomp_jax.core import codebook as codebook_module
 from cluscomp_jax.core import linear as linear_module
@@ -114,13 +115,11 @@ def factor_hessian(hessian: Float32[Array, "i i"], *, damping: float = 0.01) -> 
 @checked
 def assign_with_error_feedback(
     weight: Float[Array, "i o"],
-    codebook: Float[Array, "n {g}"],
+    codebook: Float[Array, "n g"],
     factor: Factor,
-    *,
-    g: int,
-    code_index: kmeans.CodeIndex | None = None,
-) -> Int32[Array, "i {-(-weight.shape[1]//g)}"]:
-    return error_feedback.assign_with_error_feedback(weight, codebook, factor_of(factor), g=g, code_index=code_index)
+    search: CodeSearch,
+) -> Int32[Array, "i {-(-weight.shape[1]//codebook.shape[1])}"]:
+    return error_feedback.assign_with_error_feedback(weight, codebook, factor_of(factor), search)
 
 
 @checked
@@ -129,13 +128,13 @@ def refine(
     codebook: Float[Array, "n g"],
     index: Int[Array, "i c"],
     factor: Factor,
+    search: CodeSearch,
     *,
     rounds: int,
-    code_index: kmeans.CodeIndex | None,
     key: Key[Array, ""],
 ) -> tuple[Float32[Array, "n g"], Int32[Array, "i c"]]:
     found = factor_of(factor)
-    return refine_module.refine(weight, codebook, index, found, rounds=rounds, code_index=code_index, key=key)
+    return refine_module.refine(weight, codebook, index, found, search, rounds=rounds, key=key)
 
 
 def factor_of(parts: tuple[jax.Array, jax.Array]) -> error_feedback.HessianFactor:

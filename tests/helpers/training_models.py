@@ -6,7 +6,8 @@ import numpy as np
 
 from cluscomp_jax import llama
 from cluscomp_jax.core import trees
-from cluscomp_jax.core.codebook import CodebookArray, index_dtype, index_shape
+from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.core.coding import index_dtype, index_shape
 
 CONFIG = llama.LlamaConfig(
     vocab_size=23, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,

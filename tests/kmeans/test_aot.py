@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend import core
 
-from cluscomp_jax.core.codebook import index_shape
+from cluscomp_jax.core.coding import index_shape
 from cluscomp_jax.kmeans.assignment import _ROW, largest
 from cluscomp_jax.models.model import build_model
 from cluscomp_jax.plan import preset_config

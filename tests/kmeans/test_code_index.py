@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cluscomp_jax.clustering.code_search import NearestCodes
 from cluscomp_jax.clustering.error_feedback import assign_with_error_feedback, factor_hessian
 from cluscomp_jax.kmeans import build_code_index, nearest_code
 
@@ -61,7 +62,7 @@ def test_error_feedback_among_many_codes_loses_next_to_nothing() -> None:
     factor = factor_hessian(jnp.asarray(hessian))
 
     def output_error(code_index: object) -> float:
-        index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), factor, g=4, code_index=code_index)
+        index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), factor, NearestCodes(code_index))
         error = weight.astype(np.float64) - codes[np.asarray(index)].reshape(48, 64)
         return float(np.einsum("io,ij,jo->", error, hessian, error))
 

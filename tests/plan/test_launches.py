@@ -9,6 +9,7 @@ from compilers import needs_compiler
 
 from cluscomp_jax.cli.plan import _launches
 from cluscomp_jax.clustering import error_feedback
+from cluscomp_jax.clustering.code_search import NearestCodes
 from cluscomp_jax.clustering.error_feedback import HessianFactor
 from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
 from cluscomp_jax.config.data import CalibrationConfig
@@ -186,7 +187,7 @@ def test_a_program_for_the_cpu_has_no_launches() -> None:
 def feeding(place: AbstractDevice, d_in: int, d_out: int, calls: float) -> Program:
     weight, fed = place.array(d_in, d_out), HessianFactor(place.array(d_in, dtype="int32"), place.array(d_in, d_in))
     stored = place.array(16, 4, dtype="float16")
-    traced = error_feedback.assign_with_error_feedback.trace(weight, stored, fed, g=4, code_index=None)
+    traced = error_feedback.assign_with_error_feedback.trace(weight, stored, fed, NearestCodes())
     return Program("assign", "codes", traced, 0, calls)
 
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from cluscomp_jax.checkpoint import bitpack
 from cluscomp_jax.checkpoint.entries import DTYPES
-from cluscomp_jax.core import codebook, trees
-from cluscomp_jax.core.codebook import MAX_GROUP, Axis, CodebookArray
+from cluscomp_jax.core import bitpack, codebook, coding, trees
+from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.core.coding import MAX_GROUP, Axis
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.hf.safetensors_file import Entry, read_tensor
@@ -140,7 +140,7 @@ class AqlmSource:
         shape = (codes.shape[1] * groups[1], codes.shape[0] * groups[0])
         unsigned = codes.T.astype(np.int32) % 2**self._scheme.bits
         table = table[: int(unsigned.max()) + 1]  # what follows the last code in use is padding
-        index = np.ascontiguousarray(unsigned.astype(codebook.index_dtype(len(table))))
+        index = np.ascontiguousarray(unsigned.astype(coding.index_dtype(len(table))))
         if (scales == scales[0]).all():
             scaled = (
                 table if scales[0] == 1 else _cast(table.astype(np.float32) * np.float32(scales[0]), table.dtype, path)

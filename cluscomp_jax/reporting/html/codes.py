@@ -29,7 +29,9 @@ class CodeUse:
 def code_use(matrix: CodebookArray) -> CodeUse:
     """Returns the use of the codes of a matrix, computed from its codebook and the count of each code in its index."""
     table = np.asarray(matrix.codebook, np.float64)
-    counts = np.bincount(np.asarray(matrix.index).reshape(-1), minlength=len(table)).astype(np.float64)
+    counts = np.bincount(
+        np.asarray(matrix.coding.codes(matrix.form, matrix.index)).reshape(-1), minlength=len(table)
+    ).astype(np.float64)
     share = counts / counts.sum()
     entropy = -float(np.sum(share[share > 0] * np.log2(share[share > 0])))
     each = share[:, None] / table.shape[1]

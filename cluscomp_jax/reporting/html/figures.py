@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cluscomp_jax.core.codebook import index_bits, index_shape
+from cluscomp_jax.core.coding import PLAIN, Form, TrellisCoding
 from cluscomp_jax.core.losses import BLOCK_ERROR
 from cluscomp_jax.reporting.html.codes import CodeUse
 from cluscomp_jax.reporting.html.records import Record, RunRecords
@@ -173,9 +173,9 @@ def _sizes(records: RunRecords) -> Drawing:
     for matrix in records.matrices:
         held = sums.setdefault(records.projection(matrix["path"]), [0.0, 0.0, 0.0])
         # The record of a matrix with a tied codebook counts that codebook at its owner only.
-        index = index_bits(matrix["num_codes"]) * math.prod(
-            index_shape(tuple(matrix["shape"]), matrix["g"], matrix["axis"])
-        )
+        form = Form(tuple(matrix["shape"]), matrix["num_codes"], matrix["g"], matrix["axis"])
+        step_bits = matrix.get("step_bits")
+        index = (PLAIN if step_bits is None else TrellisCoding(step_bits)).index_bits(form)
         for part, bits in enumerate((16 * math.prod(matrix["shape"]), index, matrix["bits"] - index)):
             held[part] += bits / 8 / _MIB
     figure, axes = _new(9, 0.5 * len(sums) + 1.7)

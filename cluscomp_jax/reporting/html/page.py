@@ -24,7 +24,7 @@ from cluscomp_jax.reporting.html.comparison import (
 )
 from cluscomp_jax.reporting.html.figures import Drawing, draw_comparison, draw_run
 from cluscomp_jax.reporting.html.records import Record, RunRecords, read_records
-from cluscomp_jax.reporting.tables import format_bytes, format_table
+from cluscomp_jax.reporting.tables import format_bytes, format_codes, format_table
 from cluscomp_jax.runtime import atomic
 from cluscomp_jax.runtime.extras import needed_for
 
@@ -199,14 +199,14 @@ def _facts(records: RunRecords) -> list[tuple[str, str]]:
 
 def _projections(records: RunRecords) -> Table:
     """Returns the settings that ran: a row for every (projection, g, codes, axis) that matrices have."""
-    groups: dict[tuple[str, int, int, str], list[Record]] = {}
+    groups: dict[tuple[str, int, str, str], list[Record]] = {}
     for matrix in records.matrices:
-        key = (records.projection(matrix["path"]), matrix["g"], matrix["num_codes"], matrix["axis"])
+        key = (records.projection(matrix["path"]), matrix["g"], format_codes(matrix), matrix["axis"])
         groups.setdefault(key, []).append(matrix)
     rows = []
     for (name, g, codes, axis), matrices in groups.items():
         bits = sum(m["bits"] for m in matrices) / sum(math.prod(m["shape"]) for m in matrices)
-        rows.append((name, str(g), str(codes), axis, str(len(matrices)), f"{bits:.3f}"))
+        rows.append((name, str(g), codes, axis, str(len(matrices)), f"{bits:.3f}"))
     header = ("projection", "g", "codes", "axis", "matrices", "bits/weight")
     return Table("Settings by projection", header, rows, open=True)
 
@@ -218,7 +218,7 @@ def _matrices(records: RunRecords) -> Table:
             matrix["path"],
             "x".join(map(str, matrix["shape"])),
             str(matrix["g"]),
-            str(matrix["num_codes"]),
+            format_codes(matrix),
             matrix["axis"],
             f"{matrix['bits_per_weight']:.3f}",
             format_bytes(2 * matrix["shape"][0] * matrix["shape"][1]),

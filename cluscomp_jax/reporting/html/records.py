@@ -110,10 +110,13 @@ class RunRecords:
 
 
 def _resolved(rule: Record, matrices: Sequence[Record]) -> list[dict[str, Any]]:
-    """Returns the rule once for each (g, num_codes) that its matrices have, most matrices first."""
-    kept = {key: value for key, value in rule.items() if key not in ("group_size", "g", "num_codes")}
-    counts = Counter((matrix["g"], matrix["num_codes"]) for matrix in matrices)
-    found = [{**kept, "group_size": g, "num_codes": n, "matrices": count} for (g, n), count in counts.most_common()]
+    """Returns the rule once for each (g, num_codes, step_bits) that its matrices have, most matrices first."""
+    kept = {key: value for key, value in rule.items() if key not in ("group_size", "g", "num_codes", "step_bits")}
+    counts = Counter((matrix["g"], matrix["num_codes"], matrix.get("step_bits")) for matrix in matrices)
+    found = []
+    for (g, n, step_bits), count in counts.most_common():
+        trellis = {} if step_bits is None else {"step_bits": step_bits}
+        found.append({**kept, "group_size": g, "num_codes": n, **trellis, "matrices": count})
     return found or [kept]
 
 
@@ -182,6 +185,7 @@ def _of_manifest(name: str, matrix: Record) -> dict[str, Any]:
         "axis": matrix["axis"],
         "g": matrix["group_size"],
         "num_codes": matrix["num_codes"],
+        "step_bits": matrix.get("step_bits"),
         "bits": round(matrix["bits_per_weight"] * math.prod(matrix["shape"])),
         "bits_per_weight": matrix["bits_per_weight"],
     }

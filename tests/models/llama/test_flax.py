@@ -8,7 +8,8 @@ import pytest
 from flax import linen, nnx
 
 from cluscomp_jax.core import trees
-from cluscomp_jax.core.codebook import CodebookArray, decode, index_dtype, index_shape
+from cluscomp_jax.core.codebook import CodebookArray, decode
+from cluscomp_jax.core.coding import index_dtype, index_shape
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.integrations.linen import apply
 from cluscomp_jax.models.llama import LlamaConfig, build, forward, init_params

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluscomp_jax.checkpoint import bitpack
-from cluscomp_jax.checkpoint.bitpack import pack, packed_bytes, unpack
+from cluscomp_jax.core import bitpack
+from cluscomp_jax.core.bitpack import pack, packed_bytes, unpack
 from cluscomp_jax.errors import InputError
 
 

@@ -108,3 +108,49 @@ def _unpack_groups(packed: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[Any]
             word |= columns[byte + k] << np.uint32(8 * k)
         lane[:] = (word >> np.uint32(shift)) & np.uint32(2**bits - 1)
     return np.ascontiguousarray(lanes.T).reshape(-1)
+
+
+def pack_lines(words: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
+    """Returns the first `bits` bits of every line, laid end to end in the order of `pack`: uint8 [ceil(lines*bits/8)].
+
+    Args:
+      words: uint32 [lines, words], the least significant bit of the first word first.
+      bits: 1 to 32 * words.
+    """
+    lines = np.ascontiguousarray(words.astype("<u4", copy=False)).view(np.uint8)
+    packed = np.zeros(packed_bytes(len(lines), bits), np.uint8)
+    for start, step in _line_steps(len(lines), bits):
+        ordered = np.unpackbits(lines[start : start + step], axis=1, count=bits, bitorder="little")
+        part = np.packbits(ordered.reshape(-1), bitorder="little")
+        packed[start * bits // 8 : start * bits // 8 + part.size] = part
+    return packed
+
+
+def unpack_lines(packed: npt.NDArray[np.uint8], bits: int, lines: int) -> npt.NDArray[np.uint32]:
+    """Returns the lines that `pack_lines` packed: uint32 [lines, ceil(bits/32)], 0 after the last bit.
+
+    Raises:
+      InputError: `packed` has another length or dtype than these lines take, or bits after the last line.
+    """
+    expected = packed_bytes(lines, bits)
+    if packed.dtype != np.uint8 or packed.shape != (expected,):
+        raise InputError(
+            f"packed index is {packed.dtype} {list(packed.shape)}; {lines} streams of {bits} bits are uint8 "
+            f"[{expected}]"
+        )
+    spare = -lines * bits % 8
+    if spare and packed[-1] >> (8 - spare):
+        raise InputError(f"packed index has bits after its {lines} streams of {bits} bits")
+    words = np.zeros((lines, -(-bits // 32) * 4), np.uint8)
+    for start, step in _line_steps(lines, bits):
+        part = packed[start * bits // 8 : packed_bytes(start + step, bits)]
+        ordered = np.unpackbits(part, count=step * bits, bitorder="little").reshape(step, bits)
+        filled = np.packbits(ordered, axis=1, bitorder="little")
+        words[start : start + step, : filled.shape[1]] = filled
+    return words.view("<u4").astype(np.uint32, copy=False)
+
+
+def _line_steps(lines: int, bits: int) -> list[tuple[int, int]]:
+    """Returns (first, count) of lines that are treated at a time; all but the last end on a whole byte."""
+    step = max(_LANES, (_GROUPS_PER_STEP * _LANES // bits) // _LANES * _LANES)
+    return [(start, min(step, lines - start)) for start in range(0, lines, step)]

@@ -1,0 +1,97 @@
+"""How codes are found for one input channel at a time: what error feedback and refinement ask of a coding.
+
+Letters: o outputs, g weights per code, c = ceil(o/g) codes of a channel, n codes.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Protocol, Self, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from cluscomp_jax.kmeans import CodeIndex, build_code_index, nearest_code
+from cluscomp_jax.trellis.viterbi import LANES, Trellis, best_path
+
+_SEGMENT = 64
+"""The fewest steps of a segment of a channel that is searched in segments."""
+
+
+@runtime_checkable
+class CodeSearch(Protocol):
+    """The search for the codes of one channel; a pytree, so that it may hold arrays."""
+
+    def for_codebook(self, codebook: jax.Array, key: jax.Array) -> Self:
+        """Returns the search among other codes [n, g]; `key` seeds what is random in it."""
+
+    def choose(
+        self, target: jax.Array, codebook: jax.Array, previous: jax.Array | None = None, *, outputs: int
+    ) -> jax.Array:
+        """Returns the codes int32 [c] nearest to one channel's target, as near as the search finds them.
+
+        Args:
+          target: float32 [c * g], of which the first `outputs` count.
+          codebook: float32 [n, g].
+          previous: int32 [c], codes that are kept unless nearer ones are found. None: there are none.
+          outputs: o.
+        """
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["code_index"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class NearestCodes:
+    """Every vector takes the code nearest to it.
+
+    Attributes:
+      code_index: search trees over the codes (`build_code_index`). None: every vector is compared with all codes.
+    """
+
+    code_index: CodeIndex | None = None
+
+    def for_codebook(self, codebook: jax.Array, key: jax.Array) -> "NearestCodes":
+        """As `CodeSearch`."""
+        return NearestCodes(build_code_index(codebook, key))
+
+    def choose(
+        self, target: jax.Array, codebook: jax.Array, previous: jax.Array | None = None, *, outputs: int
+    ) -> jax.Array:
+        """As `CodeSearch`. A last vector that extends past the outputs is compared with all codes, by what counts."""
+        g = codebook.shape[1]
+        index = nearest_code(target.reshape(-1, g), codebook, self.code_index, previous)
+        within = outputs % g
+        if not within:
+            return index
+        distances = jnp.sum(jnp.square(codebook[:, :within] - target[-g:][:within]), axis=1)
+        return index.at[-1].set(jnp.argmin(distances).astype(index.dtype))
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["trellis"])
+@dataclasses.dataclass(frozen=True)
+class NearestPath:
+    """The codes of a channel are the windows of one stream of bits, that of nearly the least error.
+
+    Attributes:
+      trellis: L and b.
+    """
+
+    trellis: Trellis
+
+    def for_codebook(self, codebook: jax.Array, key: jax.Array) -> "NearestPath":
+        """As `CodeSearch`: nothing depends on the codes."""
+        return self
+
+    def choose(
+        self, target: jax.Array, codebook: jax.Array, previous: jax.Array | None = None, *, outputs: int
+    ) -> jax.Array:
+        """As `CodeSearch`, by Viterbi's algorithm in segments; the previous codes are kept as a whole or not at all."""
+        c = target.shape[0] // codebook.shape[1]
+        lanes = max(z for z in (1, LANES // 2, LANES) if z == 1 or c >= z * _SEGMENT)
+        found = best_path(target, codebook, self.trellis, outputs=outputs, lanes=lanes)
+        if previous is None:
+            return found
+        counts = jnp.arange(target.shape[0]) < outputs
+
+        def error(codes: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.where(counts, jnp.square(target - codebook[codes].reshape(-1)), 0.0))
+
+        return jnp.where(error(found) < error(previous), found, previous)

@@ -93,6 +93,7 @@ def compress_blocks(
             reporter=reporter,
             inputs=x.reshape(*shape, x.shape[-1]),
             may_grow=False,
+            alike=True,  # so that the caller can stack them again
         )
     return [_to_host(model, sink.load_block(i), blocks[i]) for i in range(len(blocks))], summary
 

@@ -96,7 +96,14 @@ def compress(
     needed = 0 if calibration is None or calibration.ndim != 2 else scratch_bytes(model, cfg, calibration.shape)
     with scratch_folder(work_dir, needed) as folder, without_mesh():
         compress_stream(
-            opened.source, sink, cfg, calibration=calibration, work_dir=folder, reporter=reporter, may_grow=False
+            opened.source,
+            sink,
+            cfg,
+            calibration=calibration,
+            work_dir=folder,
+            reporter=reporter,
+            may_grow=False,
+            alike=opened.stacked,
         )
     return opened.put_back(sink.params(model))
 
@@ -113,6 +120,7 @@ def compress_stream(
     owns_process: bool = False,
     inputs: np.ndarray | None = None,
     may_grow: bool = True,
+    alike: bool = False,
 ) -> CompressionSummary:
     """Compresses block after block from `source` into `sink` and returns what was done.
 
@@ -125,13 +133,16 @@ def compress_stream(
       owns_process: as for StageTimer: whether freed memory may be given back and the peak of each stage measured.
       inputs: the first block's inputs [samples, t, d] in place of calibration tokens, where the model has no embedding.
       may_grow: whether codebooks may be larger than the matrices that they replace; the command line warns of it.
+      alike: whether a bit budget gives all blocks the same settings, because they are stacked in arrays.
 
     Raises:
       InputError: whatever does not fit, before any long work.
     """
     timer = StageTimer(owns_process=owns_process)
     records = RunRecords(work_dir / "records")
-    run = prepare(source, cfg, calibration, work_dir, records, timer, reporter or SilentReporter(), inputs, may_grow)
+    run = prepare(
+        source, cfg, calibration, work_dir, records, timer, reporter or SilentReporter(), inputs, may_grow, alike
+    )
     blocks = _compress_blocks(run, source, sink, records, finished_blocks)
     if run.streams is not None:
         run.streams.delete()
@@ -192,6 +203,7 @@ def prepare(
     reporter: Reporter,
     inputs: np.ndarray | None = None,
     may_grow: bool = True,
+    alike: bool = False,
 ) -> Run:
     """Returns the run at its first block: settings resolved and checked, sensitivities measured, tokens embedded.
 
@@ -199,7 +211,7 @@ def prepare(
       InputError: whatever does not fit.
     """
     model = build_model(cfg.model)
-    rules = rules_by_block(model, cfg)
+    rules = rules_by_block(model, cfg, alike=alike)
     sharding, given = make_sharding(cfg.mesh, model), inputs if calibration is None else calibration
     if calibration is not None:
         check_calibration(model, cfg, calibration, rules)

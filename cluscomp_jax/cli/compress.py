@@ -1,6 +1,7 @@
 """`cluscomp compress`: checks everything, then compresses one model into one folder."""
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,13 @@ def _describe_rules(cfg: CompressConfig, by_block: list[Rules], calibration: np.
     """Returns how finely matrices are cut, in one phrase."""
     if mixes(cfg, calibration):
         return f"{cfg.cluster.bits} bits per weight, spent on each matrix by its sensitivity"
-    return ", ".join(sorted({describe_rule(rule) for rules in by_block for rule in rules.values()}))
+    counts = Counter(describe_rule(rule) for rules in by_block for rule in rules.values())
+    if cfg.cluster.bits is None or len(counts) == 1:
+        return ", ".join(sorted(counts))
+    most, count = counts.most_common(1)[0]
+    return (
+        f"{cfg.cluster.bits} bits per weight: {len(counts)} settings, {most} for {count} of {counts.total()} matrices"
+    )
 
 
 def _describe_stages(cfg: CompressConfig, calibration: np.ndarray | None) -> str:

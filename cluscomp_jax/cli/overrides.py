@@ -101,14 +101,14 @@ def _cluster(arguments: CompressArguments, settings: ClusterConfig) -> ClusterCo
     rules = tuple(_replaced(rule, arguments, "num_codes", "step_bits", "axis") for rule in settings.rules)
     if arguments.g is not None:
         rules = tuple(dataclasses.replace(rule, group_size=arguments.g) for rule in rules)
-    names = ("mixed_precision", "tie_codebooks", "export")
+    names = ("mixed_precision", "coding", "tie_codebooks", "export")
     alone: dict[str, Any] = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if arguments.unweighted:
         alone |= {"weighted": False, "error_feedback": False, "mixed_precision": "none"}
     if arguments.bits is not None:
         alone["bits"] = arguments.bits
     elif any(getattr(arguments, name) is not None for name in _CODES):
-        alone = {"mixed_precision": "none", **alone, "bits": None}
+        alone = {"mixed_precision": "none", "coding": "plain", **alone, "bits": None}
     return dataclasses.replace(settings, rules=rules, **alone)
 
 

@@ -1,12 +1,14 @@
 """Checks before any long work: which rule compresses which kernel, and whether the calibration fits."""
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from cluscomp_jax.clustering import rules as rules_of
 from cluscomp_jax.clustering.bit_allocation import allocate_unevenly, check_reachable, tempered
+from cluscomp_jax.clustering.even_allocation import allocate_evenly
 from cluscomp_jax.clustering.matrix import NOT_IN
 from cluscomp_jax.clustering.tied_codebooks import sharing_groups
 from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule, TieCodebooks
@@ -19,13 +21,16 @@ Rules = dict[str, CompressionRule]
 _LARGEST_DENSE_BITS = 32
 
 
-def rules_by_block(model: Model, cfg: CompressConfig, sensitivities: Mapping[str, float] | None = None) -> list[Rules]:
+def rules_by_block(
+    model: Model, cfg: CompressConfig, sensitivities: Mapping[str, float] | None = None, *, alike: bool = False
+) -> list[Rules]:
     """Returns, per block, {block-relative kernel path: rule}, a bit budget already turned into rules.
 
     Args:
       model: the decoder.
       cfg: the run.
       sensitivities: {path: what an error of that kernel costs} for a budget that is spent unevenly; None: evenly.
+      alike: a budget gives all blocks the same, because they are stacked in arrays.
 
     Raises:
       InputError: a rule matches nothing or something that is no kernel of a block, or the budget cannot be met.
@@ -47,9 +52,8 @@ def rules_by_block(model: Model, cfg: CompressConfig, sensitivities: Mapping[str
         for rule in rules:
             own = {path: shapes[path] for path, first in matched.items() if first is rule}
             if own:
-                chosen |= _within_budget(
-                    own, rule, cfg.cluster, sensitivities, _pools(model, own, cfg.cluster.tie_codebooks)
-                )
+                pools = _pools(model, own, cfg.cluster.tie_codebooks)
+                chosen |= _within_budget(own, rule, cfg.cluster, sensitivities, pools, model.blocks_path, alike)
         matched = chosen
     if cfg.cluster.export == "aqlm":
         _check_aqlm(matched, shapes)
@@ -95,6 +99,8 @@ def _within_budget(
     settings: ClusterConfig,
     sensitivities: Mapping[str, float] | None,
     pools: Mapping[str, str],
+    blocks_path: str,
+    alike: bool,
 ) -> Rules:
     assert settings.bits is not None
     if settings.uneven and sensitivities is None:
@@ -102,10 +108,18 @@ def _within_budget(
     if sensitivities is not None:
         costs = tempered(sensitivities, shapes)
         return allocate_unevenly(shapes, costs, settings.bits, like=rule, pools=pools)
-    groups = rules_of.groups_for_aqlm(shapes, axis=rule.axis) if settings.export == "aqlm" else rules_of.ALL_GROUPS
-    codebooks = len(set(pools.values()))
-    one = rules_of.allocate(shapes, settings.bits, like=rule, groups=groups, codebooks=codebooks)
-    return dict.fromkeys(shapes, one)
+    if settings.coding == "plain":
+        groups = rules_of.groups_for_aqlm(shapes, axis=rule.axis) if settings.export == "aqlm" else rules_of.ALL_GROUPS
+        codebooks = len(set(pools.values()))
+        one = rules_of.allocate(shapes, settings.bits, like=rule, groups=groups, codebooks=codebooks)
+        return dict.fromkeys(shapes, one)
+    even = partial(allocate_evenly, shapes, settings.bits, like=rule, coding=settings.coding)
+    return even(projection=partial(_projection, blocks_path), alike=alike)
+
+
+def _projection(blocks_path: str, path: str) -> str:
+    """Returns a path within its block."""
+    return path.removeprefix(f"{blocks_path}/").partition("/")[2]
 
 
 def _pools(model: Model, paths: Collection[str], tie_codebooks: TieCodebooks) -> dict[str, str]:
@@ -168,7 +182,7 @@ def check_stacked(model: Model, cfg: CompressConfig, calibration: np.ndarray | N
             "cluster.mixed_precision gives every kernel codes of its own, but the blocks are stacked in arrays; set it "
             'to "none", or unstack the blocks'
         )
-    first, *others = rules_by_block(model, cfg)
+    first, *others = rules_by_block(model, cfg, alike=True)
     for i, rules in enumerate(others, start=1):
         for path in first.keys() | rules.keys():
             if first.get(path) != rules.get(path):

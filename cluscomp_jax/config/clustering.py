@@ -71,9 +71,11 @@ class ClusterConfig:
       rules: the first rule whose pattern matches decides; what no rule matches stays dense.
       bits: a budget in stored bits per weight instead of g and num_codes: every rule keeps its pattern and axis,
         and (g, num_codes) are chosen to meet the budget. None: the rules are used as they are.
-      mixed_precision: how a budget is spent where calibration is given: "none": one (group_size, num_codes) for all;
-        "per_matrix": one for every matrix, by the measured sensitivity of the model's loss; every block is compiled
-        anew.
+      mixed_precision: how a budget is spent: "none": evenly; "per_matrix": plain codes by the measured sensitivity of
+        the model's loss to each matrix, where calibration is given; every block is compiled anew.
+      coding: what a budget chooses, spent evenly: "plain": plain codes of one (group_size, num_codes) for all;
+        "trellis": trellis codes, some matrices getting the next setting until the budget is spent; "auto": the same, of
+        plain and trellis codes, whichever has less error. Tied codebooks, per_matrix and AQLM have plain codes only.
       tie_codebooks: which projections of a block have one codebook: "none"; "input": those that read one input (q, k
         and v; gate and up); "block": all; as far as their rules give them one (g, num_codes, axis). Worth its while
         where codebooks are large compared with their matrices (docs/experiments.md).
@@ -101,6 +103,7 @@ class ClusterConfig:
     rules: tuple[CompressionRule, ...] = (CompressionRule(),)
     bits: float | None = None
     mixed_precision: Literal["none", "per_matrix"] = "none"
+    coding: Literal["auto", "plain", "trellis"] = "plain"
     tie_codebooks: TieCodebooks = "none"
     export: Literal["any", "aqlm"] = "any"
     iterations: int = 20
@@ -128,6 +131,13 @@ class ClusterConfig:
             self.tie_codebooks,
             "'none', 'input' or 'block'",
         )
+        require(self.coding in ("auto", "plain", "trellis"), "coding", self.coding, "'auto', 'plain' or 'trellis'")
+        if self.coding != "plain":
+            wanted = f"where coding is {self.coding!r}"
+            require(self.bits is not None, "coding", self.coding, "'plain' without a budget; a rule has step_bits")
+            require(self.mixed_precision == "none", "mixed_precision", self.mixed_precision, f"'none' {wanted}")
+            require(self.tie_codebooks == "none", "tie_codebooks", self.tie_codebooks, f"'none' {wanted}")
+            require(self.export == "any", "export", self.export, f"'any' {wanted}")
         if any(rule.step_bits is not None for rule in self.rules):
             wanted = "where a rule has step_bits"
             require(self.tie_codebooks == "none", "tie_codebooks", self.tie_codebooks, f"'none' {wanted}")

@@ -244,6 +244,12 @@ def decode_arrays(codebook: jax.Array, index: jax.Array, *, form: Form, coding: 
     return coding.decode(form, codebook, index)
 
 
+@partial(jax.jit, static_argnames=("form", "coding"))
+def index_arrays(codes: jax.Array, *, form: Form, coding: Coding) -> jax.Array:
+    """Returns the index of the codes of all vectors, as one program."""
+    return coding.index_of(form, codes)
+
+
 def validate(w: CodebookArray, where: str = "CodebookArray") -> CodebookArray:
     """Returns w if its parts fit each other.
 

@@ -15,7 +15,7 @@ from cluscomp_jax.clustering.drift_correction import LayerStatistics
 from cluscomp_jax.clustering.error_feedback import HessianFactor
 from cluscomp_jax.config.clustering import CompressionRule
 from cluscomp_jax.core import trees
-from cluscomp_jax.core.codebook import CodebookArray, decode_arrays
+from cluscomp_jax.core.codebook import CodebookArray, decode_arrays, index_arrays
 from cluscomp_jax.core.coding import index_shape
 from cluscomp_jax.kmeans.code_index import grow_code_index
 from cluscomp_jax.models.model import run_block
@@ -155,7 +155,7 @@ def _matrix(setting: BlockSpec, path: str, weight: Any, factor: HessianFactor | 
     m = math.prod(index_shape((d_in, d_out), g, rule.axis))
     shared = any(path in group for group in setting.sharing)
     if not shared and rule.step_bits is not None:
-        yield from _trellis(setting, rule, weight)
+        yield from _trellis(setting, rule, weight, every_code=factor is None)
     elif not shared:
         weighted = settings.weighted and rule.axis == "out"
         traced = coders.to_vectors.trace(weight, g=g, axis=rule.axis)
@@ -168,14 +168,17 @@ def _matrix(setting: BlockSpec, path: str, weight: Any, factor: HessianFactor | 
     array = place.compressed((d_in, d_out), rule, settings.codebook_dtype)
     if factor is not None:
         yield from _assigned(setting, rule, weight, array, factor, shared)
-    index, mass = place.array(m, dtype="int32"), place.array(d_in)  # the codes, before they are an index
+    form = rule.form((d_in, d_out))
+    index, mass = place.array(*form.along(form.vectors), dtype="int32"), place.array(d_in)
+    traced = index_arrays.trace(index, form=form, coding=rule.coding)
+    yield Program(STAGE, "index", traced, nbytes((index, array.codebook)), calls)
     traced = matrix.channel_energies.trace(weight, array, mass)
     yield Program(STAGE, "error", traced, nbytes((index, weight, array, mass)), calls)
     return array
 
 
-def _trellis(setting: BlockSpec, rule: CompressionRule, weight: Any) -> Iterator[Program]:
-    """Yields the programs that fit the codebook of a trellis."""
+def _trellis(setting: BlockSpec, rule: CompressionRule, weight: Any, *, every_code: bool) -> Iterator[Program]:
+    """Yields the programs that fit the codebook of a trellis; `every_code`: and those that choose all codes by it."""
     place, calls, trellis = setting.place, setting.blocks, coders.trellis_of(rule)
     traced = coders.to_lines.trace(weight, g=rule.group_size, axis=rule.axis)
     yield Program(STAGE, "vectors", traced, nbytes(weight), calls)
@@ -187,6 +190,9 @@ def _trellis(setting: BlockSpec, rule: CompressionRule, weight: Any) -> Iterator
     arguments = (lines, mass, codebook, codebook, place.key(), place.array())
     traced = trellis_fit.improve.trace(*arguments, trellis=trellis)
     yield Program(STAGE, "round", traced, live, calls * setting.cfg.cluster.iterations)
+    if every_code:
+        traced = trellis_fit.best_codes.trace(lines, codebook, trellis=trellis)
+        yield Program(STAGE, "codes", traced, nbytes((lines, codebook)), calls)
 
 
 def _assigned(

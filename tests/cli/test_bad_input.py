@@ -104,6 +104,12 @@ def test_a_broken_model(capsys: pytest.CaptureFixture[str], tmp_path: Path, make
 OPTIONS: dict[str, tuple[str, list[str]]] = {
     "no codes": ("--num-codes 0", ["num_codes is 0", "65536"]),
     "too many codes": ("--num-codes 65537", ["num_codes is 65537", "65536"]),
+    "windows of no whole bits": ("--num-codes 1000 --step-bits 4", ["num_codes is 1000", "power of two"]),
+    "a step beyond the window": ("--num-codes 256 --step-bits 9", ["step_bits is 9", "1 to 8 for 256"]),
+    "a step of the default codes": ("--step-bits 4", ["num_codes is 65500", "power of two"]),
+    "a step and a budget": ("--step-bits 4 --bits 2", ["--step-bits 4", "--bits 2"]),
+    "trellises for AQLM": ("--bits 2 --coding trellis --for aqlm", ["export is 'aqlm'", "trellis"]),
+    "trellises without a budget": ("--coding trellis", ["coding is 'trellis'", "budget"]),
     "no group": ("--g 0", ["group_size is 0", "32"]),
     "too large a group": ("--g 33", ["group_size is 33", "32"]),
     "unreachable bits": ("--bits 0.01", ["0.01", "least"]),

@@ -33,6 +33,7 @@ RECIPE: dict[str, Any] = {
     "sample_offsets": RUN.calibration.sample_offsets,
     "bits": CLUSTER.bits,
     "mixed_precision": CLUSTER.mixed_precision,
+    "coding": CLUSTER.coding,
     "tie_codebooks": CLUSTER.tie_codebooks,
     "export": CLUSTER.export,
     "g": RULE.group_size,

@@ -56,6 +56,13 @@ PAPER = CompressConfig(
     calibration=CALIBRATION,
     tuning=TUNING,
 )
+TRELLIS = dataclasses.replace(
+    DEFAULT,
+    cluster=ClusterConfig(rules=(CompressionRule(group_size=2, num_codes=256, step_bits=4),), iterations=2),
+)
+TRELLIS_BLIND = dataclasses.replace(
+    TRELLIS, cluster=dataclasses.replace(TRELLIS.cluster, weighted=False, error_feedback=False)
+)
 TOKENS = np.random.default_rng(0).integers(0, 67, (2, 24))
 AFTERWARDS = ("finetune", "evaluate", "generate")
 """Stages that no compression runs."""
@@ -129,6 +136,8 @@ def contains(whole: list[str], part: list[str]) -> bool:
         pytest.param(DEFAULT, id="default"),
         pytest.param(UNCORRECTED, id="uncorrected", marks=pytest.mark.long),
         pytest.param(PAPER, id="paper", marks=pytest.mark.long),
+        pytest.param(TRELLIS, id="trellis", marks=pytest.mark.long),
+        pytest.param(TRELLIS_BLIND, id="trellis, blind", marks=pytest.mark.long),
         pytest.param(SHARED, id="shared", marks=pytest.mark.long),
         pytest.param(SHARED_BLINDLY, id="shared blindly", marks=pytest.mark.long),
     ],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.codebook_matmul import config, strips
-from pallas_kernels.codebook_matmul.definition import Axis
+from pallas_kernels.codebook_matmul.definition import Axis, stream_words
 
 Kernel = Literal["forward", "dx", "scatter", "segment"]
 GROUPS = (1, 2, 4, 5, 6, 8, 9, 16, 18, 32)
@@ -32,6 +33,7 @@ class Case:
       g, n: weights per code, codes.
       axis: the axis of W that the codes run along.
       dtype: of x and the codebook.
+      step_bits: b of a trellis index; None: the index has the codes themselves.
     """
 
     kernel: Kernel
@@ -41,18 +43,42 @@ class Case:
     n: int = 65536
     axis: Axis = "out"
     dtype: str = "bfloat16"
+    step_bits: int | None = None
 
     @property
     def name(self) -> str:
         """One word that distinguishes the case from all others."""
-        d_in, d_out = self.shape
-        return f"{self.kernel}-{self.axis}-{self.m}x{d_in}x{d_out}-g{self.g}-n{self.n}-{self.dtype}"
+        (d_in, d_out), trellis = self.shape, "" if self.step_bits is None else f"-b{self.step_bits}"
+        return f"{self.kernel}-{self.axis}-{self.m}x{d_in}x{d_out}-g{self.g}-n{self.n}{trellis}-{self.dtype}"
 
     @property
-    def index_entries(self) -> int:
-        """Codes in the index."""
+    def _lines(self) -> tuple[int, int]:
+        """(lines of codes, codes of a line)."""
         d_in, d_out = self.shape
-        return d_in * -(-d_out // self.g) if self.axis == "out" else -(-d_in // self.g) * d_out
+        return (d_in, -(-d_out // self.g)) if self.axis == "out" else (d_out, -(-d_in // self.g))
+
+    @property
+    def codes(self) -> int:
+        """Codes of the matrix, each of which is looked up in the codebook."""
+        return math.prod(self._lines)
+
+    @property
+    def index_shape(self) -> tuple[int, int]:
+        """The index array's: codes, or the words of the streams of a trellis index."""
+        lines, length = self._lines
+        if self.step_bits is not None:
+            length = stream_words(length, self.n, self.step_bits)
+        return (lines, length) if self.axis == "out" else (length, lines)
+
+    @property
+    def index_dtype(self) -> Any:
+        """The index array's."""
+        return jnp.uint32 if self.step_bits is not None else jnp.uint8 if self.n <= 256 else jnp.uint16
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the index array."""
+        return math.prod(self.index_shape) * int(jnp.dtype(self.index_dtype).itemsize)
 
     @property
     def itemsize(self) -> int:
@@ -78,21 +104,21 @@ class Case:
 
         d_in, d_out = self.shape
         x, dy = array((self.m, d_in), self.dtype), array((self.m, d_out), self.dtype)
-        pieces = (d_in, -(-d_out // self.g)) if self.axis == "out" else (-(-d_in // self.g), d_out)
-        index = array(pieces, jnp.uint8 if self.n <= 256 else jnp.uint16)
+        index = array(self.index_shape, self.index_dtype)
         codebook = array((self.n, self.g), self.dtype)
         if self.kernel == "segment":
-            p = min(self.index_entries, strips.STRIP_BYTES // (4 * self.g))
+            p = min(self.codes, strips.STRIP_BYTES // (4 * self.g))
             tile: Any = config.segment_config(self.n, self.g)
             vectors = array((p, self.g), jnp.float32)
             arguments = (vectors, array((p,), jnp.int32), array((self.n + 1,), jnp.int32))
             return functools.partial(triton.segment_sum, tile=tile), arguments
         if self.kernel == "scatter":
             tile = config.scatter_config(self.itemsize)
-            fixed = {"num_codes": self.n, "g": self.g, "axis": self.axis, "tile": tile}
+            fixed = {"num_codes": self.n, "g": self.g, "axis": self.axis, "step_bits": self.step_bits, "tile": tile}
             return functools.partial(triton.scatter_gradient, **fixed), (x, dy, index)
         transposed = self.kernel == "dx"
-        fixed = {"shape": self.shape, "axis": self.axis, "transposed": transposed, "tile": self.tile}
+        cut = {"shape": self.shape, "axis": self.axis, "step_bits": self.step_bits}
+        fixed = cut | {"transposed": transposed, "tile": self.tile}
         product = functools.partial(triton.gemm, **fixed)
         return product, (dy if transposed else x, codebook, index)
 

@@ -66,7 +66,7 @@ def _is_main_loop(case: Case) -> bool:
 def least_bytes(case: Case) -> int:
     """Returns the bytes that a product must move: index, activations, codebook, result and the parts of a split sum."""
     (depth, width), itemsize, splits = case.sides, case.itemsize, case.tile.splits
-    index = case.index_entries * (1 if case.n <= 256 else 2)
+    index = case.index_bytes
     parts = 2 * splits * case.m * width * 4 if splits > 1 else 0
     return index + case.m * (depth + width) * itemsize + case.n * case.g * itemsize + parts
 
@@ -82,7 +82,7 @@ def moved_bytes(case: Case, report: dict[str, Any]) -> int:
         for access in report["accesses"]
         if access["kind"] == "load" and not access["gathered"]
     )
-    index = case.index_entries * (1 if case.n <= 256 else 2)
+    index = case.index_bytes
     padding = 2 * case.n * lanes * itemsize if lanes != case.g and case.tile.pad_codebook else 0
     return least_bytes(case) - index - case.m * case.sides[0] * itemsize + loads + padding
 
@@ -98,7 +98,7 @@ def l2_bytes(case: Case) -> int:
     """Returns the bytes of the codebook's rows that a product gathers from L2: 32 for every row or part of one."""
     row = padded_group(case.g) * case.itemsize
     times = -(-case.m // case.tile.block_m)
-    return case.index_entries * times * SECTOR_BYTES * math.ceil(row / SECTOR_BYTES)
+    return case.codes * times * SECTOR_BYTES * math.ceil(row / SECTOR_BYTES)
 
 
 def row(case: Case, report: dict[str, Any], wrong: list[str]) -> str:

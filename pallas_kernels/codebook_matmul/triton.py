@@ -7,7 +7,6 @@ knows no differentiation.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,6 +22,7 @@ from pallas_kernels.codebook_matmul.config import (
     ScatterConfig,
     SegmentConfig,
     padded_group,
+    step_period,
 )
 from pallas_kernels.codebook_matmul.definition import Axis
 
@@ -151,7 +151,7 @@ def _load_windows(ref: Ref, starts: Pair, shape: tuple[int, int], limits: Pair, 
     [rows, groups / period], once for each word of a period and the one behind it, and expanded in registers. Else each
     window is read from the two words that it may lie in.
     """
-    period = 32 // math.gcd(cut.step_bits, 32)
+    period = step_period(cut.step_bits)
     if shape[1] % period:
         return _gather_windows(ref, starts, shape, limits, cut)
     words, blocks = period * cut.step_bits // 32, (shape[0], shape[1] // period)

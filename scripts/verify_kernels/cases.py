@@ -17,6 +17,8 @@ GROUPS = (1, 2, 4, 5, 6, 8, 9, 16, 18, 32)
 _MAIN_GROUPS = (4, 8, 16)
 LLAMA_2_70B = ((8192, 8192), (8192, 1024), (8192, 28672), (28672, 8192))
 _MATRIX_KERNELS: tuple[Kernel, ...] = ("forward", "dx", "scatter")
+TRELLISES = ((4096, 2), (4096, 4), (4096, 6), (4096, 8), (1024, 4))
+"""(codes, bits of a step) of the trellis indices, of two weights a code."""
 _ODD = (576, 1000)
 """Sides that no tile divides."""
 
@@ -48,7 +50,7 @@ class Case:
     @property
     def name(self) -> str:
         """One word that distinguishes the case from all others."""
-        (d_in, d_out), trellis = self.shape, "" if self.step_bits is None else f"-b{self.step_bits}"
+        (d_in, d_out), trellis = self.shape, "" if self.step_bits is None else f"-trellis{self.step_bits}"
         return f"{self.kernel}-{self.axis}-{self.m}x{d_in}x{d_out}-g{self.g}-n{self.n}{trellis}-{self.dtype}"
 
     @property
@@ -93,7 +95,25 @@ class Case:
     @property
     def tile(self) -> config.GemmConfig:
         """The tiles of a product."""
-        return config.gemm_config(self.m, *self.sides, g=self.g, n=self.n, itemsize=self.itemsize)
+        sizes: dict[str, Any] = {"g": self.g, "n": self.n, "itemsize": self.itemsize}
+        return config.gemm_config(self.m, *self.sides, **sizes, steps=self.steps)
+
+    @property
+    def wide(self) -> bool:
+        """Whether the codes run along the width of the matrix that a product multiplies by, not along its depth."""
+        return (self.axis == "out") != (self.kernel == "dx")
+
+    @property
+    def steps(self) -> config.Steps | None:
+        """The streams of a trellis index in a product."""
+        return None if self.step_bits is None else config.Steps(self.step_bits, self.wide)
+
+    @property
+    def programs(self) -> int:
+        """Programs of a product."""
+        tile = self.tile
+        covered = tile.block_n // config.padded_group(self.g) * self.g if self.wide else tile.block_n
+        return -(-self.m // tile.block_m) * tile.splits * -(-self.sides[1] // covered)
 
     def call(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Returns the kernel's function and the shapes of its arguments."""
@@ -148,3 +168,18 @@ def shipped() -> Iterator[Case]:
     for g in (1, 4, 6, 16, 32):
         for n in (16, 256, 65536):
             yield Case(kernel="segment", m=2048, shape=(8192, 8192), g=g, n=n)
+    yield from _trellises()
+
+
+def _trellises() -> Iterator[Case]:
+    """Yields the cases of trellis indices."""
+    axes: tuple[Axis, ...] = ("out", "in")
+    for axis in axes:
+        for n, step_bits in TRELLISES:
+            case = Case(kernel="forward", m=1, shape=(8192, 8192), g=2, n=n, axis=axis, step_bits=step_bits)
+            for shape in LLAMA_2_70B:
+                yield dataclasses.replace(case, shape=shape)
+            yield dataclasses.replace(case, shape=_ODD)
+            for kernel in _MATRIX_KERNELS:
+                yield dataclasses.replace(case, kernel=kernel, m=2048)
+                yield dataclasses.replace(case, kernel=kernel, m=100, shape=_ODD)

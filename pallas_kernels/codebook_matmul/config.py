@@ -139,7 +139,7 @@ def _trellis_decode_config(depth: int, width: int, *, g: int, itemsize: int, ste
     period, narrowest = lanes * step_period(steps.bits), max(128, 16 * lanes)
     if steps.wide:
         block_n = max(narrowest, min(lanes * padded_group(-(-512 // steps.bits)), 512))
-        block_k = max(16384 // (itemsize * block_n), 16)
+        block_k = max(16384 // (itemsize * block_n), lanes, 16)
         least = 4
     else:
         block_n = max(narrowest, min(256, largest // period))

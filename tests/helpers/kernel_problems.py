@@ -12,7 +12,7 @@ from pallas_kernels.codebook_matmul import codebook_matmul
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """x [m, d_in], a codebook [n, g], an index, dy [m, d_out], all drawn from `seed`. `step_bits`: of a trellis index."""
+    """x [m, d_in], a codebook [n, g], an index, dy [m, d_out], drawn from `seed`; `step_bits`: of a trellis index."""
 
     m: int
     d_in: int

@@ -31,6 +31,8 @@ Pair = tuple[Any, Any]
 _SCATTER = "codebook_scatter"
 _ITEMS = 8
 """Sorted vectors of a code that the fixed-order sum reads at a time: 32 bytes of their order."""
+_EXPANDED = 5
+"""Most words of a stream that are expanded together; ptxas spilled registers with 11."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,12 +149,12 @@ def _load_codes(ref: Ref, starts: Pair, shape: tuple[int, int], limits: Pair, cu
 def _load_windows(ref: Ref, starts: Pair, shape: tuple[int, int], limits: Pair, cut: _Cut) -> jax.Array:
     """Returns codes [rows, groups] of streams of 32-bit words.
 
-    After `period` groups a window begins with a word again. If that divides the block, its words are loaded as blocks
-    [rows, groups / period], once for each word of a period and the one behind it, and expanded in registers. Else each
-    window is read from the two words that it may lie in.
+    After `period` groups a window begins with a word again. If that divides the block and is few words, they are loaded
+    as blocks [rows, groups / period], one for each word of a period and one for that behind it, and expanded in
+    registers. Else each window is read from the two words that it may lie in.
     """
     period = step_period(cut.step_bits)
-    if shape[1] % period:
+    if shape[1] % period or period * cut.step_bits > 32 * _EXPANDED:
         return _gather_windows(ref, starts, shape, limits, cut)
     words, blocks = period * cut.step_bits // 32, (shape[0], shape[1] // period)
     first = pl.multiple_of(starts[1] * cut.step_bits // 32, blocks[1] * words)

@@ -17,8 +17,8 @@ GROUPS = (1, 2, 4, 5, 6, 8, 9, 16, 18, 32)
 _MAIN_GROUPS = (4, 8, 16)
 LLAMA_2_70B = ((8192, 8192), (8192, 1024), (8192, 28672), (28672, 8192))
 _MATRIX_KERNELS: tuple[Kernel, ...] = ("forward", "dx", "scatter")
-TRELLISES = ((4096, 2), (4096, 4), (4096, 6), (4096, 8), (1024, 4))
-"""(codes, bits of a step) of the trellis indices, of two weights a code."""
+TRELLISES = ((4096, 2), (4096, 4), (4096, 6), (4096, 7), (4096, 8), (1024, 4))
+"""(codes, bits of a step) of the trellis indices, of two weights a code; words of 7 bits are not expanded."""
 _ODD = (576, 1000)
 """Sides that no tile divides."""
 

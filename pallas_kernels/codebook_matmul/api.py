@@ -15,7 +15,7 @@ import numpy as np
 from pallas_kernels.codebook_matmul import config, definition
 from pallas_kernels.codebook_matmul.definition import Axis
 from pallas_kernels.codebook_matmul.strips import ordered_gradient
-from pallas_kernels.codebook_matmul.table import tile_of
+from pallas_kernels.codebook_matmul.table import key_of, tile_of
 
 Implementation = Literal["definition", "triton", "interpret"]
 MAX_CODES = 65536
@@ -178,7 +178,8 @@ def _product(op: _Op, a: jax.Array, codebook: jax.Array, index: jax.Array, *, tr
         return a @ (weight.T if transposed else weight)
 
     def kernels(a: jax.Array, codebook: jax.Array, index: jax.Array) -> jax.Array:
-        tile = tile_of((m, depth, width, g, n, a.dtype.itemsize))
+        steps = None if op.step_bits is None else config.Steps(op.step_bits, (op.axis == "out") != transposed)
+        tile = tile_of(key_of(m, depth, width, g=g, n=n, itemsize=a.dtype.itemsize, steps=steps))
         fixed = {"shape": op.shape, "axis": op.axis, "step_bits": op.step_bits, "transposed": transposed, "tile": tile}
         interpret = op.implementation == "interpret"
         y: jax.Array = _kernels().gemm(a.reshape(m, depth), codebook, index, **fixed, interpret=interpret)

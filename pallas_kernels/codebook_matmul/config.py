@@ -1,6 +1,7 @@
 """How the GPU kernels are cut into programs. A configuration affects speed only; knows shapes, no arrays."""
 
 import dataclasses
+import math
 
 DECODE_ROWS = 16
 """Up to this many rows of x, reading the index limits a product, not the arithmetic."""
@@ -29,6 +30,19 @@ class GemmConfig:
     pad_codebook: bool = True
     num_warps: int = 8
     num_stages: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """How the streams of a trellis index lie in a product.
+
+    Attributes:
+      bits: between two windows.
+      wide: they run along the width of the matrix that is multiplied by, not along its depth.
+    """
+
+    bits: int
+    wide: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,9 +83,25 @@ def padded_group(g: int) -> int:
     return 1 << (g - 1).bit_length()
 
 
-def gemm_config(m: int, depth: int, width: int, *, g: int, n: int, itemsize: int) -> GemmConfig:
-    """Returns the tiles of a [m, depth] @ W [depth, width], n codes of g weights, activations of `itemsize` bytes."""
+def step_period(step_bits: int) -> int:
+    """Returns after how many codes of a stream a window begins with a 32-bit word again."""
+    return 32 // math.gcd(step_bits, 32)
+
+
+def gemm_config(
+    m: int, depth: int, width: int, *, g: int, n: int, itemsize: int, steps: Steps | None = None
+) -> GemmConfig:
+    """Returns the tiles of a [m, depth] @ W [depth, width].
+
+    Args:
+      m, depth, width: the product's sides.
+      g, n: weights per code, codes.
+      itemsize: bytes of an activation.
+      steps: of a trellis index; None: the index has the codes themselves.
+    """
     if m <= DECODE_ROWS:
+        if steps is not None:
+            return _trellis_decode_config(depth, width, g=g, itemsize=itemsize, steps=steps)
         return _decode_config(depth, width, g=g, n=n, itemsize=itemsize)
     if itemsize > 2:
         return GemmConfig(block_m=64, block_n=64, block_k=32, num_stages=2)
@@ -98,6 +128,34 @@ def _decode_config(depth: int, width: int, *, g: int, n: int, itemsize: int) -> 
     )
 
 
+def _trellis_decode_config(depth: int, width: int, *, g: int, itemsize: int, steps: Steps) -> GemmConfig:
+    """Returns the tiles for a few rows and a trellis index, of at most 32 KiB.
+
+    A program reads the word behind its own of every stream too. So it has 16 words of one at least: where streams run
+    along the width in a tile, where they run along the depth in all steps together. There a tile's depth is a period of
+    codes, so that words can be expanded, and its width 256, as activations are read again for every tile.
+    """
+    lanes, largest = padded_group(g), 32768 // itemsize
+    period, narrowest = lanes * step_period(steps.bits), max(128, 16 * lanes)
+    if steps.wide:
+        block_n = max(narrowest, min(lanes * padded_group(-(-512 // steps.bits)), 512))
+        block_k = max(16384 // (itemsize * block_n), lanes, 16)
+        least = 4
+    else:
+        block_n = max(narrowest, min(256, largest // period))
+        block_k = max(16384 // (itemsize * block_n), min(period, largest // block_n), lanes, 16)
+        least = max(4, -(-16 * 32 // (block_k // lanes * steps.bits)))
+    large = block_n * block_k * itemsize > 16384
+    return GemmConfig(
+        block_m=16,
+        block_n=block_n,
+        block_k=block_k,
+        splits=_splits(-(-width // block_n), -(-depth // block_k), least),
+        num_warps=8 if large else 4,
+        num_stages=2 if large else 3,
+    )
+
+
 def scatter_config(itemsize: int) -> ScatterConfig:
     """Returns the tiles of the atomic gradient for activations of `itemsize` bytes."""
     return ScatterConfig() if itemsize == 2 else ScatterConfig(block_row=64, block_group=64, num_stages=2)
@@ -109,9 +167,9 @@ def segment_config(num_codes: int, g: int) -> SegmentConfig:
     return SegmentConfig(block_codes=block, splits=max(1, 65536 // padded_group(num_codes)))
 
 
-def _splits(tiles: int, steps: int) -> int:
-    """Returns the parts of the depth that make enough programs, a power of two, of at least four steps each."""
+def _splits(tiles: int, steps: int, least: int = 4) -> int:
+    """Returns the parts of the depth that make enough programs, a power of two, of at least `least` steps each."""
     splits = 1
-    while tiles * splits < _PROGRAMS_WANTED and steps // (2 * splits) >= 4:
+    while tiles * splits < _PROGRAMS_WANTED and steps // (2 * splits) >= least:
         splits *= 2
     return splits

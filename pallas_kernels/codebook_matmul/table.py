@@ -11,21 +11,29 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.codebook_matmul.config import GemmConfig, gemm_config, padded_group
+from pallas_kernels.codebook_matmul.config import GemmConfig, Steps, gemm_config, padded_group
 
-Key = tuple[int, int, int, int, int, int]
-"""(m, depth, width, g, n, itemsize) of a product, as in `gemm_config`."""
+Key = tuple[int, ...]
+"""(m, depth, width, g, n, itemsize) of a product, as in `gemm_config`; of a trellis index (..., step_bits, 1 if its
+streams run along the width, else 0)."""
 Table = tuple[tuple[Key, GemmConfig], ...]
 
 TUNED: Any = jax.make_user_context(())  # type: ignore[no-untyped-call]
 """The table in use; () is none."""
 
 
+def key_of(m: int, depth: int, width: int, *, g: int, n: int, itemsize: int, steps: Steps | None) -> Key:
+    """Returns the key of a product, whose arguments are those of `gemm_config`."""
+    plain = (m, depth, width, g, n, itemsize)
+    return plain if steps is None else (*plain, steps.bits, int(steps.wide))
+
+
 def tile_of(key: Key) -> GemmConfig:
     """Returns the tiles of a product: those of the table in use, else the heuristic's."""
-    m, depth, width, g, n, itemsize = key
+    m, depth, width, g, n, itemsize, *steps = key
     tuned = dict(TUNED.value).get(key)
-    return tuned or gemm_config(m, depth, width, g=g, n=n, itemsize=itemsize)
+    cut = Steps(steps[0], bool(steps[1])) if steps else None
+    return tuned or gemm_config(m, depth, width, g=g, n=n, itemsize=itemsize, steps=cut)
 
 
 def read_table(file: str | Path) -> Table:
@@ -56,8 +64,10 @@ def write_table(file: str | Path, table: Table) -> None:
 
 
 def _key(values: Any) -> Key:
-    m, depth, width, g, n, itemsize = map(int, values)
-    return m, depth, width, g, n, itemsize
+    key = tuple(map(int, values))
+    if len(key) not in (6, 8):
+        raise ValueError(f"a product has 6 numbers, of a trellis index 8, not {len(key)}")
+    return key
 
 
 def _check(tile: GemmConfig, key: Key, where: str) -> None:

@@ -22,6 +22,7 @@ from pallas_kernels.codebook_matmul.config import (
     ScatterConfig,
     SegmentConfig,
     padded_group,
+    step_period,
 )
 from pallas_kernels.codebook_matmul.definition import Axis
 
@@ -30,6 +31,8 @@ Pair = tuple[Any, Any]
 _SCATTER = "codebook_scatter"
 _ITEMS = 8
 """Sorted vectors of a code that the fixed-order sum reads at a time: 32 bytes of their order."""
+_EXPANDED = 5
+"""Most words of a stream that are expanded together; ptxas spilled registers with 11."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,16 +147,55 @@ def _load_codes(ref: Ref, starts: Pair, shape: tuple[int, int], limits: Pair, cu
 
 
 def _load_windows(ref: Ref, starts: Pair, shape: tuple[int, int], limits: Pair, cut: _Cut) -> jax.Array:
-    """Returns codes [rows, groups] of streams of 32-bit words; each is read from the two words it may lie in."""
+    """Returns codes [rows, groups] of streams of 32-bit words.
+
+    After `period` groups a window begins with a word again. If that divides the block and is few words, they are loaded
+    as blocks [rows, groups / period], one for each word of a period and one for that behind it, and expanded in
+    registers. Else each window is read from the two words that it may lie in.
+    """
+    period = step_period(cut.step_bits)
+    if shape[1] % period or period * cut.step_bits > 32 * _EXPANDED:
+        return _gather_windows(ref, starts, shape, limits, cut)
+    words, blocks = period * cut.step_bits // 32, (shape[0], shape[1] // period)
+    first = pl.multiple_of(starts[1] * cut.step_bits // 32, blocks[1] * words)
+    row, block = (jax.lax.broadcasted_iota(jnp.int32, blocks, axis) for axis in range(2))
+    row, block = starts[0] + row, first + block * words
+    read = [_load_words(ref, row, block + k, limits, cut) for k in range(words + (cut.window > cut.step_bits))]
+    expanded = (*blocks, period)
+    bit = jax.lax.broadcasted_iota(jnp.int32, expanded, 2) * cut.step_bits
+    place, shift = bit >> 5, (bit & 31).astype(jnp.uint32)
+    wide = [jax.lax.broadcast_in_dim(word, expanded, (0, 1)) for word in read]
+
+    def at(places: jax.Array, k: int) -> jax.Array:
+        found = wide[k]
+        for j in range(1, words):
+            if k + j < len(wide):
+                found = jnp.where(places == j, wide[k + j], found)
+        return found
+
+    bits = at(place, 0) >> shift
+    if cut.window > cut.step_bits or words > 1:
+        bits = bits | ((at(place, 1) << 1) << (31 - shift))
+    return (bits & jnp.uint32((1 << cut.window) - 1)).astype(jnp.int32).reshape(shape)
+
+
+def _load_words(ref: Ref, row: jax.Array, word: jax.Array, limits: Pair, cut: _Cut) -> jax.Array:
+    """Returns the words at (row, word) of the streams, 0 past the limits."""
+    mask = None if limits[0] is None else row < cut.rows
+    if limits[1] is not None:
+        inside = word < ref.shape[0 if cut.swapped else 1]
+        mask = inside if mask is None else mask & inside
+    where = ref.at[word, row] if cut.swapped else ref.at[row, word]
+    words: jax.Array = where[...] if mask is None else plgpu.load(where, mask=mask, other=0)
+    return words
+
+
+def _gather_windows(ref: Ref, starts: Pair, shape: tuple[int, int], limits: Pair, cut: _Cut) -> jax.Array:
+    """Returns codes [rows, groups] of streams; each is read from the two words that it may lie in."""
     row = starts[0] + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     bit = (starts[1] + jax.lax.broadcasted_iota(jnp.int32, shape, 1)) * cut.step_bits
-    if limits[0] is not None:
-        row = jnp.minimum(row, cut.rows - 1)
     word, shift = bit >> 5, (bit & 31).astype(jnp.uint32)
-    # Past the last word the window has no bits, or is past the limits.
-    last = ref.shape[0 if cut.swapped else 1] - 1
-    low, high = (jnp.minimum(place, last) for place in (word, word + 1))
-    low, high = (ref[place, row] if cut.swapped else ref[row, place] for place in (low, high))
+    low, high = (_load_words(ref, row, place, (limits[0], 0), cut) for place in (word, word + 1))
     bits = (low >> shift) | ((high << 1) << (31 - shift))
     return (bits & jnp.uint32((1 << cut.window) - 1)).astype(jnp.int32)
 

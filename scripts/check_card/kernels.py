@@ -82,7 +82,7 @@ def _measure(step: Step, case: Case, programs: measure.Programs | None, calls: i
         step.fact(case.name, right=False, failed=f"{type(error).__name__}: {error}"[:300])
         return
     seconds, limit = found.kernel_us / 1e6, measure.LIMITS[case.dtype]
-    index_bytes = case.index_entries * (1 if case.n <= 256 else 2)
+    index_bytes = case.index_bytes
     step.fact(
         case.name,
         right=found.error <= limit,

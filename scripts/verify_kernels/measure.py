@@ -65,7 +65,8 @@ def compile_case(case: Case, *, implementation: Any = "triton", calls: int = _CA
       calls: copies that a program of a few rows has. A single such product takes less time than its launch, and its
         index would stay in the cache from one call to the next.
     """
-    fixed: dict[str, Any] = {"shape": case.shape, "axis": case.axis, "atomic_gradients": case.kernel == "scatter"}
+    cut: dict[str, Any] = {"shape": case.shape, "axis": case.axis, "step_bits": case.step_bits}
+    fixed = cut | {"atomic_gradients": case.kernel == "scatter"}
 
     def result(x: jax.Array, codebook: jax.Array, index: jax.Array, dy: jax.Array, how: Any) -> jax.Array:
         y, pull = jax.vjp(lambda x, c: codebook_matmul(x, c, index, **fixed, implementation=how), x, codebook)
@@ -134,16 +135,18 @@ def measure(
 def _arguments(case: Case, copies: int) -> tuple[Any, ...]:
     """Returns (xs, codebook, indices, dys, weights), as `Programs` takes them."""
     d_in, d_out = case.shape
-    pieces = (d_in, -(-d_out // case.g)) if case.axis == "out" else (-(-d_in // case.g), d_out)
-    index_dtype = jnp.uint8 if case.n <= 256 else jnp.uint16
     codebook = jax.random.normal(jax.random.key(0), (case.n, case.g), case.dtype)
     xs, indices, dys, weights = [], [], [], []
     for i in range(copies):
         keys = jax.random.split(jax.random.key(1 + i), 3)
         xs.append(jax.random.normal(keys[0], (case.m, d_in), case.dtype))
         dys.append(jax.random.normal(keys[1], (case.m, d_out), case.dtype))
-        indices.append(jax.random.randint(keys[2], pieces, 0, case.n).astype(index_dtype))
-        weights.append(decode(codebook, indices[-1], shape=case.shape, axis=case.axis))
+        if case.step_bits is None:
+            codes = jax.random.randint(keys[2], case.index_shape, 0, case.n).astype(case.index_dtype)
+        else:  # any words are streams
+            codes = jax.random.bits(keys[2], case.index_shape, case.index_dtype)
+        indices.append(codes)
+        weights.append(decode(codebook, codes, shape=case.shape, axis=case.axis, step_bits=case.step_bits))
     return tuple(xs), codebook, tuple(indices), tuple(dys), tuple(weights)
 
 
@@ -162,7 +165,8 @@ def _microseconds(call: Callable[[], Any], calls: int, repeats: int = _REPEATS) 
 
 def compile_tile(case: Case, tile: GemmConfig, *, calls: int = _CALLS, interpret: bool = False) -> Any:
     """Returns the program of a product with given tiles, for `time_programs`; None where the compiler refuses them."""
-    fixed: dict[str, Any] = {"shape": case.shape, "axis": case.axis, "transposed": case.kernel == "dx", "tile": tile}
+    cut: dict[str, Any] = {"shape": case.shape, "axis": case.axis, "step_bits": case.step_bits}
+    fixed = cut | {"transposed": case.kernel == "dx", "tile": tile}
     product: Any = functools.partial(triton.gemm, **fixed, interpret=interpret)
 
     def program(xs: Any, codebook: Any, indices: Any, dys: Any, weights: Any) -> tuple[jax.Array, ...]:

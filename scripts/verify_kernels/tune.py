@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from pallas_kernels.codebook_matmul.config import DECODE_ROWS, GemmConfig, padded_group
-from pallas_kernels.codebook_matmul.table import Table
+from pallas_kernels.codebook_matmul.table import Table, key_of
 
 from .cases import Case
 
@@ -38,6 +38,7 @@ def tune(cases: Iterable[Case], time: Callable[[Case, GemmConfig], float]) -> Ta
     fastest = {}
     for case in cases:
         if case.kernel in ("forward", "dx"):
-            key = (case.m, *case.sides, case.g, case.n, case.itemsize)
+            sizes: dict[str, Any] = {"g": case.g, "n": case.n, "itemsize": case.itemsize}
+            key = key_of(case.m, *case.sides, **sizes, steps=case.steps)
             fastest[key] = min(candidates(case), key=lambda tile, case=case: time(case, tile))  # type: ignore[misc]
     return tuple(fastest.items())

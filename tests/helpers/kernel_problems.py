@@ -12,7 +12,7 @@ from pallas_kernels.codebook_matmul import codebook_matmul
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """x [m, d_in], a codebook [n, g], an index, dy [m, d_out], all drawn from `seed`."""
+    """x [m, d_in], a codebook [n, g], an index, dy [m, d_out], drawn from `seed`; `step_bits`: of a trellis index."""
 
     m: int
     d_in: int
@@ -23,19 +23,45 @@ class Problem:
     dtype: str = "float32"
     codebook_dtype: str = ""
     seed: int = 0
+    step_bits: int | None = None
+
+    @property
+    def pieces(self):
+        """The shape of the codes."""
+        return (self.d_in, -(-self.d_out // self.g)) if self.axis == "out" else (-(-self.d_in // self.g), self.d_out)
 
     def arrays(self):
         rng = np.random.default_rng(self.seed)
-        pieces = (self.d_in, -(-self.d_out // self.g)) if self.axis == "out" else (-(-self.d_in // self.g), self.d_out)
         x = jnp.asarray(rng.normal(size=(self.m, self.d_in)), self.dtype)
         codebook = jnp.asarray(rng.normal(size=(self.n, self.g)), self.codebook_dtype or self.dtype)
-        index = rng.integers(0, self.n, pieces).astype(np.uint8 if self.n <= 256 else np.uint16)
+        if self.step_bits is None:
+            index = rng.integers(0, self.n, self.pieces).astype(np.uint8 if self.n <= 256 else np.uint16)
+        else:
+            index = self.streams(rng)
         dy = jnp.asarray(rng.normal(size=(self.m, self.d_out)), self.dtype)
         return x, codebook, jnp.asarray(index), dy
 
+    def streams(self, rng):
+        """Returns words uint32 of random bits, also where a stream has no bits: nothing may depend on those."""
+        along = 1 if self.axis == "out" else 0
+        bits = int(np.log2(self.n)) + (self.pieces[along] - 1) * self.step_bits
+        shape = (self.pieces[0], -(-bits // 32)) if self.axis == "out" else (-(-bits // 32), self.pieces[1])
+        return rng.integers(0, 2**32, shape, dtype=np.uint32)
+
+    def codes(self, index):
+        """Returns the codes [pieces] of an index, NumPy; those of a stream from one Python integer a line."""
+        if self.step_bits is None:
+            return np.asarray(index)
+        lines = np.asarray(index) if self.axis == "out" else np.asarray(index).T
+        length = self.pieces[1 if self.axis == "out" else 0]
+        streams = [sum(int(word) << 32 * place for place, word in enumerate(line)) for line in lines]
+        codes = [[(stream >> self.step_bits * j) % self.n for j in range(length)] for stream in streams]
+        return np.array(codes) if self.axis == "out" else np.array(codes).T
+
     @property
     def static(self):
-        return {"shape": (self.d_in, self.d_out), "axis": self.axis}
+        trellis = {} if self.step_bits is None else {"step_bits": self.step_bits}
+        return {"shape": (self.d_in, self.d_out), "axis": self.axis} | trellis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +77,7 @@ class Oracle:
     def of(cls, problem, x, codebook, index, dy):
         p = problem
         rounded = np.asarray(codebook.astype(x.dtype), np.float64)
-        x, dy, index = np.asarray(x, np.float64), np.asarray(dy, np.float64), np.asarray(index)
+        x, dy, index = np.asarray(x, np.float64), np.asarray(dy, np.float64), p.codes(index)
         w = np.empty((p.d_in, p.d_out))
         d_codebook, terms = np.zeros((2, p.n, p.g))
         gradient, absolute = x.T @ dy, np.abs(x).T @ np.abs(dy)
@@ -107,4 +133,22 @@ def random_problem(seed):
         dtype=dtype,
         codebook_dtype=str(rng.choice([dtype, "float32", "float16"])),
         seed=seed,
+    )
+
+
+def random_trellis(seed):
+    """A problem whose index is a trellis index; its window has 1 to 12 bits."""
+    rng = np.random.default_rng(seed)
+    window, dtype = int(rng.integers(1, 13)), ("float32", "bfloat16", "float16")[seed % 3]
+    return Problem(
+        m=int(rng.choice([1, 3, 17, 70])),
+        d_in=int(rng.integers(1, 300)),
+        d_out=int(rng.integers(1, 300)),
+        n=2**window,
+        g=int(rng.integers(1, 5)),
+        axis=("out", "in")[seed // 3 % 2],
+        dtype=dtype,
+        codebook_dtype=str(rng.choice([dtype, "float32"])),
+        seed=seed,
+        step_bits=int(rng.integers(1, window + 1)),
     )

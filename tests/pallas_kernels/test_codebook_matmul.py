@@ -124,6 +124,18 @@ def test_tiles_fit_any_group_and_cover_the_depth(m, g):
     assert config.segment_config(300, g).block_codes >= 1
 
 
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("bits", range(1, 17))
+@pytest.mark.parametrize("g", [1, 2, 3, 8, 32])
+def test_the_tiles_of_a_token_hold_whole_words_of_a_stream(g, bits, wide):
+    steps = config.Steps(bits, wide)
+    tile, lanes = config.gemm_config(1, 8192, 1024, g=g, n=65536, itemsize=2, steps=steps), config.padded_group(g)
+    assert tile.block_n % lanes == tile.block_k % lanes == 0
+    assert 2 * tile.block_n * tile.block_k <= 32768
+    if g <= 2:
+        assert (tile.block_n if wide else tile.block_k) // lanes % config.step_period(bits) == 0
+
+
 def test_options_can_be_had_for_everything_traced_inside():
     problem = Problem(m=8, d_in=16, d_out=16, n=7, g=4, axis="out", dtype="bfloat16")
     x, codebook, index, dy = problem.arrays()

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from kernel_problems import Problem, check, random_problem, run
+from kernel_problems import Problem, check, random_problem, random_trellis, run
 
 pytestmark = pytest.mark.gpu
 
@@ -20,6 +20,23 @@ def test_values(seed, atomic_gradients):
     problem = random_problem(seed)
     arrays = problem.arrays()
     check(problem, arrays, run(problem, arrays, implementation="triton", atomic_gradients=atomic_gradients))
+
+
+@pytest.mark.parametrize("atomic_gradients", [False, True], ids=["ordered", "atomic"])
+@pytest.mark.parametrize("seed", range(40))
+def test_values_of_trellis_indices(seed, atomic_gradients):
+    problem = random_trellis(seed)
+    arrays = problem.arrays()
+    check(problem, arrays, run(problem, arrays, implementation="triton", atomic_gradients=atomic_gradients))
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+@pytest.mark.parametrize("step_bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("m", [1, 64, 200])
+def test_values_of_trellis_indices_at_whole_tiles(m, step_bits, axis):
+    problem = Problem(m=m, d_in=512, d_out=512, n=4096, g=2, axis=axis, dtype="bfloat16", step_bits=step_bits)
+    arrays = problem.arrays()
+    check(problem, arrays, run(problem, arrays, implementation="triton"))
 
 
 @pytest.mark.parametrize("axis", ["out", "in"])

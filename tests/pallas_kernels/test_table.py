@@ -8,7 +8,7 @@ from kernel_problems import Problem
 
 from pallas_kernels._compat import lowering_for
 from pallas_kernels.codebook_matmul import codebook_matmul, config
-from pallas_kernels.codebook_matmul.table import TUNED, read_table, tile_of, write_table
+from pallas_kernels.codebook_matmul.table import TUNED, key_of, read_table, tile_of, write_table
 from verify_kernels import __main__ as command
 from verify_kernels.cases import Case
 from verify_kernels.tune import candidates, tune
@@ -18,8 +18,9 @@ TILE = config.GemmConfig(block_m=32, block_n=32, block_k=16, num_warps=2, num_st
 
 
 def test_a_table_comes_back_as_it_was_written_and_is_never_written_over(tmp_path):
-    write_table(tmp_path / "table.json", ((KEY, TILE),))
-    assert read_table(tmp_path / "table.json") == ((KEY, TILE),)
+    table = ((KEY, TILE), ((*KEY, 3, 1), TILE))
+    write_table(tmp_path / "table.json", table)
+    assert read_table(tmp_path / "table.json") == table
     with pytest.raises(FileExistsError):
         write_table(tmp_path / "table.json", ())
 
@@ -39,11 +40,22 @@ def test_programs_traced_inside_take_their_tiles_from_the_table():
     assert "num_warps = 2" not in lowered()
 
 
+def test_a_trellis_index_has_an_entry_of_its_own():
+    steps = config.Steps(3, wide=True)
+    key = key_of(32, 64, 128, g=4, n=16, itemsize=2, steps=steps)
+    with TUNED(((key, TILE),)):
+        assert tile_of(key) == TILE
+        assert tile_of(KEY) == config.gemm_config(32, 64, 128, g=4, n=16, itemsize=2)
+        fixed = {"g": 4, "n": 16, "itemsize": 2, "steps": config.Steps(3, wide=False)}
+        assert tile_of(key_of(1, 64, 128, **fixed)) == config.gemm_config(1, 64, 128, **fixed)
+
+
 WRONG = {
     "no JSON": ("[", "JSONDecodeError"),
     "no tile": (json.dumps([{"product": KEY}]), "KeyError"),
     "unknown field": (json.dumps([{"product": KEY, "tile": {"block": 1}}]), "TypeError"),
     "short key": (json.dumps([{"product": [1, 2], "tile": {}}]), "ValueError"),
+    "half a trellis": (json.dumps([{"product": [*KEY, 3], "tile": {}}]), "of a trellis index 8, not 7"),
     "odd block": (
         json.dumps([{"product": KEY, "tile": {"block_m": 24, "block_n": 32, "block_k": 32}}]),
         "block_m is 24; it must be a power of two, 16 or more",

@@ -110,6 +110,46 @@ def test_one_token_moves_little_more_than_the_index(shape, g, axis):
     assert 1 <= judge.decode_ratio(case, report) <= judge.DECODE_RATIO
 
 
+TRELLIS = dataclasses.replace(DECODE, g=2, n=4096, step_bits=4)
+
+
+def words_touched(case):
+    """Returns the words that the windows of each program lie in, each once: as far as a tile goes, or a whole part."""
+    depth, width = case.sides
+    depth, width = (depth, -(-width // case.g)) if case.wide else (-(-depth // case.g), width)
+    tile, window = case.tile, case.n.bit_length() - 1
+    groups = tile.block_n // case.g if case.wide else depth // tile.splits
+    first_bits = range(0, (width if case.wide else depth) * case.step_bits, groups * case.step_bits)
+    spans = [(bit + (groups - 1) * case.step_bits + window - 1) // 32 - bit // 32 + 1 for bit in first_bits]
+    return sum(spans) * (depth if case.wide else width)
+
+
+@pytest.mark.parametrize("shape", [(8192, 1024), (8192, 8192)])
+@pytest.mark.parametrize("axis", ["out", "in"])
+@pytest.mark.parametrize("step_bits", [2, 4, 6, 8, 12])
+def test_a_token_reads_the_words_of_its_windows(step_bits, axis, shape):
+    case = dataclasses.replace(TRELLIS, step_bits=step_bits, axis=axis, shape=shape)
+    accesses = accesses_of(case)
+    streams = [access for access in accesses if access.argument == 1]
+    own = {6: 3, 12: 3}.get(step_bits, 1)  # words after which a window begins with a word again
+    assert sum(access.bytes for access in streams[:own]) == 4 * shape[0] * shape[1] // 2 * step_bits // 32
+    assert judge._stream_bytes(case, step_bits, streams[0].executions) == 4 * words_touched(case)
+    report = {"accesses": [dataclasses.asdict(access) for access in accesses], "archs": {}}
+    assert 1 <= judge.decode_ratio(case, report) <= judge.decode_bound(case) == 1.10
+
+
+def test_the_index_of_a_trellis_is_words():
+    assert (TRELLIS.index_shape, TRELLIS.index_bytes) == ((8192, 65), 8192 * 65 * 4)  # 512 codes, 8 bits before them
+    across = dataclasses.replace(TRELLIS, axis="in")
+    assert (across.index_shape, across.codes) == ((513, 1024), 4096 * 1024)
+    assert across.call()[1][2].dtype == "uint32"
+
+
+def test_a_codebook_that_fits_l1_is_read_from_l2_once_a_program():
+    assert judge.l2_bytes(TRELLIS) == TRELLIS.programs * 4096 * 2 * 2
+    assert judge.l2_bytes(dataclasses.replace(TRELLIS, n=8192)) == 8192 * 512 * 32
+
+
 def test_only_the_atomic_gradient_holds_atomics():
     for kernel in ("forward", "dx", "scatter", "segment"):
         case = Case(kernel=kernel, m=32, shape=(64, 64), g=4, n=256)
@@ -137,9 +177,10 @@ def test_an_unknown_case_is_a_wrong_argument(capsys):
     assert "no case has that in its name" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("n", "step_bits"), [(10, None), (16, 3)], ids=["plain", "trellis"])
 @pytest.mark.parametrize("kernel", ["forward", "dx", "scatter", "segment"])
-def test_values_and_times_are_measured(kernel):
-    case = Case(kernel=kernel, m=4, shape=(24, 16), g=4, n=10, dtype="float32")
+def test_values_and_times_are_measured(kernel, n, step_bits):
+    case = Case(kernel=kernel, m=4, shape=(24, 16), g=4, n=n, dtype="float32", step_bits=step_bits)
     found = measure.measure(case, implementation="definition", calls=1)
     assert found.error <= measure.LIMITS["float32"]
     assert min(found.kernel_us, found.decoded_us, found.dense_us) > 0

@@ -150,7 +150,7 @@ def _load_windows(ref: Ref, starts: Pair, shape: tuple[int, int], limits: Pair, 
     """Returns codes [rows, groups] of streams of 32-bit words.
 
     After `period` groups a window begins with a word again. If that divides the block and is few words, they are loaded
-    as blocks [rows, groups / period], one for each word of a period and one for that behind it, and expanded in
+    as blocks [rows, groups / period], one for each word of a period and one for that after it, and expanded in
     registers. Else each window is read from the two words that it may lie in.
     """
     period = step_period(cut.step_bits)

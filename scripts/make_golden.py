@@ -1,6 +1,8 @@
 """Writes the golden checkpoint of the current format version, and prints what its test pins.
 
-    python scripts/make_golden.py tests/fixtures/golden_v1
+    python scripts/make_golden.py tests/fixtures/golden_v3
+
+golden_v1 was made by the same program without trellises.
 
 Run once per format version: what is committed stays as it was written, because it represents the checkpoints of users.
 """
@@ -19,7 +21,7 @@ from cluscomp_jax.checkpoint.reader import save_checkpoint
 from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
-from cluscomp_jax.core.coding import Axis, index_dtype, index_shape
+from cluscomp_jax.core.coding import Axis, Form, TrellisCoding, index_dtype, index_shape
 from cluscomp_jax.models.llama import LlamaConfig, LlamaModel
 
 CONFIG = LlamaConfig(
@@ -41,6 +43,13 @@ COMPRESSED: dict[str, tuple[int, int, Axis, Any]] = {
 }
 """{kernel: (group size, codes, axis, dtype)}: both index widths, both axes, padding, one code, both dtypes."""
 
+TRELLISES: dict[str, tuple[int, int, int, Axis, Any]] = {
+    "self_attn/k_proj/kernel": (1, 64, 2, "out", np.float16),
+    "self_attn/v_proj/kernel": (3, 32, 5, "in", ml_dtypes.bfloat16),
+    "mlp/gate_proj/kernel": (2, 1024, 3, "out", np.float16),
+}
+"""{kernel: (group size, codes, step bits, axis, dtype)}: both axes, padding, windows that share bits and none."""
+
 
 def make_params() -> trees.Params:
     rng = np.random.default_rng(0)
@@ -53,8 +62,21 @@ def make_params() -> trees.Params:
             d_in, d_out = shape
             index = rng.integers(0, n, index_shape((d_in, d_out), g, axis)).astype(index_dtype(n))
             leaf = CodebookArray(rng.standard_normal((n, g)).astype(dtype), index, (d_in, d_out), axis)
+        if path in TRELLISES:
+            leaf = random_trellis(rng, (shape[0], shape[1]), *TRELLISES[path])
         flat[f"{model.blocks_path}/0/{path}"] = leaf
     return trees.unflatten(flat)
+
+
+def random_trellis(
+    rng: np.random.Generator, shape: tuple[int, int], g: int, n: int, step_bits: int, axis: Axis, dtype: Any
+) -> CodebookArray:
+    coding, form = TrellisCoding(step_bits), Form(shape, n, g, axis)
+    bits = rng.integers(0, 2, (form.lines, coding.index_bits(form) // form.lines))
+    window = n.bit_length() - 1
+    codes = np.lib.stride_tricks.sliding_window_view(bits, window, axis=1)[:, ::step_bits] @ (1 << np.arange(window))
+    index = np.asarray(coding.index_of(form, codes if axis == "out" else codes.T))
+    return CodebookArray(rng.standard_normal((n, g)).astype(dtype), index, shape, axis, coding=coding)
 
 
 def digests(params: trees.Params) -> dict[str, str]:

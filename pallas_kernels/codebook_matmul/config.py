@@ -131,7 +131,7 @@ def _decode_config(depth: int, width: int, *, g: int, n: int, itemsize: int) -> 
 def _trellis_decode_config(depth: int, width: int, *, g: int, itemsize: int, steps: Steps) -> GemmConfig:
     """Returns the tiles for a few rows and a trellis index, of at most 32 KiB.
 
-    A program reads the word behind its own of every stream too. So it has 16 words of one at least: where streams run
+    A program reads the word after its own of every stream too. So it has 16 words of one at least: where streams run
     along the width in a tile, where they run along the depth in all steps together. There a tile's depth is a period of
     codes, so that words can be expanded, and its width 256, as activations are read again for every tile.
     """

@@ -24,6 +24,8 @@ from cluscomp_jax.checkpoint.reader import open_checkpoint
 from cluscomp_jax.cli.demo_model import find_model
 from cluscomp_jax.io.open import open_model
 from cluscomp_jax.models.llama import forward
+from cluscomp_jax.models.model import build_model
+from cluscomp_jax.models.source import load_all
 from cluscomp_jax.text.text import load_tokens
 
 REPORTED, CONTEXT = 8192, 512
@@ -67,10 +69,8 @@ def rows(folders: list[Path], texts: dict[str, np.ndarray], original: Any, confi
     yield "|---" * (4 + 2 * len(judged)) + "|"
     for folder in folders:
         checkpoint = open_checkpoint(folder)
-        params = {**checkpoint.load_outer()}
-        blocks = {str(i): decompress(checkpoint.load_block(i)) for i in range(config.num_hidden_layers)}
-        params["model"] = {**params["model"], "layers": blocks}
-        found = judge(jax.tree.map(jnp.asarray, params), original, texts, config)
+        params = jax.tree.map(jnp.asarray, decompress(load_all(checkpoint, build_model(config))))
+        found = judge(params, original, texts, config)
         bits = checkpoint.manifest.contents.totals["bits_per_weight"]
         mean = float(np.mean([found[name]["divergence"] for name in judged]))
         folder.with_name(f"{folder.name}.judge.json").write_text(
@@ -90,9 +90,7 @@ def main() -> None:
     opened = open_model(find_model())
     config = opened.config
     texts = read_texts(opened.load_tokenizer(), options.second, options.tokens)
-    original = dict(opened.source.load_outer())
-    blocks = {str(i): opened.source.load_block(i) for i in range(config.num_hidden_layers)}
-    original["model"] = {**original["model"], "layers": blocks}
+    original = load_all(opened.source, opened.model)
     original = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), original)
     for line in rows(options.folders, texts, original, config):
         print(line, flush=True)

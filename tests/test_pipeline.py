@@ -9,6 +9,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from small_runs import CONFIG, TOKENS, FoldersSink
 
 import cluscomp_jax
 from cluscomp_jax import llama, pipeline
@@ -28,35 +29,17 @@ from cluscomp_jax.pipeline import compress, compress_stream, fingerprint
 from cluscomp_jax.runtime.reporter import SilentReporter
 from cluscomp_jax.tuning.blockwise import BlockTuning
 
-CONFIG = llama.LlamaConfig(
-    vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
-    num_key_value_heads=1, head_dim=8, initializer_range=0.3,
-)  # fmt: skip
 RUN = CompressConfig(
     model=CONFIG,
     cluster=ClusterConfig(rules=(CompressionRule(group_size=4, num_codes=12),), iterations=4),
     calibration=CalibrationConfig(samples=4, length=12),
     tuning=BlockTuningConfig(epochs=2, learning_rate=0.01),
 )
-TOKENS = np.random.default_rng(0).integers(0, 60, (4, 12))
 
 
 @pytest.fixture(scope="module")
 def params():
     return llama.init_params(CONFIG, jax.random.key(0))
-
-
-class FoldersSink(DictSink):
-    """A sink that hands blocks back, and can fail at one of them."""
-
-    def __init__(self, fail_at=None):
-        super().__init__()
-        self.fail_at = fail_at
-
-    def store_block(self, i, tree):
-        if i == self.fail_at:
-            raise KeyboardInterrupt
-        super().store_block(i, tree)
 
 
 def kernels(params):

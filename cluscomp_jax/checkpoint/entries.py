@@ -198,7 +198,7 @@ def _encode_matrix(path: str, leaf: CodebookArray) -> tuple[MatrixEntry, dict[st
     if 0 in leaf.index.shape:
         raise InputError(f"{path}: {leaf!r} is empty; there is nothing to store")
     codebook.validate(leaf, path)
-    codes, index = (_in_front(part, leaf) for part in (leaf.codebook, leaf.index))
+    codes, index = (codebook.stack_in_front(part, leaf) for part in (leaf.codebook, leaf.index))
     d_in, d_out = leaf.matrix_shape
     entry = MatrixEntry(
         shape=(int(d_in), int(d_out)),
@@ -323,11 +323,4 @@ def _owner(path: str, tied_to: str, leaves: Mapping[str, Any]) -> str:
 
 
 def _code_bytes(leaf: CodebookArray) -> bytes:
-    return _in_front(leaf.codebook, leaf).tobytes()
-
-
-def _in_front(part: Any, leaf: CodebookArray) -> np.ndarray[Any, Any]:
-    """Returns the codebook or the index of `leaf` on the host, stacked axes in front."""
-    front = range(len(leaf.stack))
-    at = 0 if leaf.host is None else leaf.host.stack_at
-    return np.moveaxis(np.asarray(part), [at + k for k in front], front)
+    return codebook.stack_in_front(leaf.codebook, leaf).tobytes()

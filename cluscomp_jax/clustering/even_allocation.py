@@ -13,7 +13,7 @@ from cluscomp_jax.clustering.rules import predicted_distortion
 from cluscomp_jax.config.clustering import CompressionRule
 from cluscomp_jax.core.coding import stored_bits
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.trellis.distortion import TRELLIS_DISTORTION, trellis_distortion
+from cluscomp_jax.trellis.distortion import TRELLIS_DISTORTION
 
 Shapes = Mapping[str, tuple[int, ...]]
 Offer = tuple[int, int, int | None]
@@ -22,8 +22,6 @@ Offer = tuple[int, int, int | None]
 _PLAIN_GROUPS, _PLAIN_BITS = range(1, 9), range(1, 17)
 _SINGLE = 1.02
 """The error of a trellis of single weights, times this, is compared: it takes twice the steps to find and to decode."""
-
-
 _WORDS = {"plain": "plain", "trellis": "trellis", "auto": "any"}
 
 
@@ -47,11 +45,7 @@ class _Step(NamedTuple):
 def offers(coding: str) -> list[Offer]:
     """Returns the settings of a coding: "plain", "trellis", or "auto" for both."""
     plain: list[Offer] = [(g, 2**bits, None) for g in _PLAIN_GROUPS for bits in _PLAIN_BITS]
-    trellis: list[Offer] = [
-        (g, 2 ** (first + i), step_bits)
-        for (g, step_bits, first), errors in TRELLIS_DISTORTION.items()
-        for i in range(len(errors))
-    ]
+    trellis: list[Offer] = list(TRELLIS_DISTORTION)
     return {"plain": plain, "trellis": trellis, "auto": plain + trellis}[coding]
 
 
@@ -60,7 +54,7 @@ def distortion_of(offer: Offer) -> float:
     g, n, step_bits = offer
     if step_bits is None:
         return predicted_distortion(g, n)
-    return trellis_distortion(g, n, step_bits) * (_SINGLE if g == 1 else 1.0)
+    return TRELLIS_DISTORTION[g, n, step_bits] * (_SINGLE if g == 1 else 1.0)
 
 
 def allocate_evenly(

@@ -274,6 +274,12 @@ def validate(w: CodebookArray, where: str = "CodebookArray") -> CodebookArray:
         raise InputError(f"{where}: the host's axes make {w.host.matrix_shape}, the matrix is {w.matrix_shape}")
     if np.dtype(w.index.dtype) != dtype:
         raise InputError(f"{where}: index is {w.index.dtype}; {n} codes need {dtype}")
-    stacked = range(len(w.stack))
-    w.coding.check_index(w.form, np.moveaxis(np.asarray(w.index), [at + k for k in stacked], stacked), where)
+    w.coding.check_index(w.form, stack_in_front(w.index, w), where)
     return w
+
+
+def stack_in_front(part: Any, w: CodebookArray) -> np.ndarray[Any, Any]:
+    """Returns the codebook or the index of `w` as an array of the host, its stacked axes in front."""
+    front = range(len(w.stack))
+    at = 0 if w.host is None else w.host.stack_at
+    return np.moveaxis(np.asarray(part), [at + k for k in front], front)

@@ -16,7 +16,7 @@ import numpy as np
 
 from cluscomp_jax.core import bitpack
 from cluscomp_jax.errors import InputError
-from pallas_kernels.codebook_matmul import codebook_matmul, codes_of, decode, stream_words, streams_of
+from pallas_kernels.codebook_matmul import codebook_matmul, codes_of, decode, stream_bits, stream_words, streams_of
 
 Axis = Literal["out", "in"]
 MAX_CODES = 65536
@@ -113,12 +113,37 @@ class Coding(abc.ABC):
         return self.name
 
 
+class _OfKernels(Coding):
+    """The codings that the kernels of `pallas_kernels` know.
+
+    Attributes:
+      step_bits: as the kernels take it; None: the index has the codes themselves.
+    """
+
+    step_bits: int | None
+
+    def decode(self, form: Form, codebook: jax.Array, index: jax.Array) -> jax.Array:
+        """As `Coding`."""
+        return decode(codebook, index, shape=form.matrix_shape, axis=form.axis, step_bits=self.step_bits)
+
+    def matmul(self, form: Form, x: jax.Array, codebook: jax.Array, index: jax.Array) -> jax.Array:
+        """As `Coding`."""
+        fixed: dict[str, Any] = {"shape": form.matrix_shape, "axis": form.axis, "step_bits": self.step_bits}
+        return codebook_matmul(x, codebook, index, **fixed)
+
+    def codes(self, form: Form, index: Any) -> jax.Array:
+        """As `Coding`."""
+        cut: dict[str, Any] = {"num_codes": form.num_codes, "g": form.group_size, "axis": form.axis}
+        return codes_of(jnp.asarray(index), shape=form.matrix_shape, step_bits=self.step_bits, **cut)
+
+
 @dataclasses.dataclass(frozen=True)
-class Plain(Coding):
+class Plain(_OfKernels):
     """The index has the number of every vector's code: W[i, j*g+t] = codebook[index[i, j], t] for axis "out"."""
 
     name = "plain"
     splits_lines = True
+    step_bits = None
 
     def check(self, form: Form, where: str) -> None:
         """As `Coding`."""
@@ -152,25 +177,13 @@ class Plain(Coding):
         index = bitpack.unpack(stored, bits, size) if bits else np.zeros(size, dtype)
         return index.reshape(count, *shape)
 
-    def decode(self, form: Form, codebook: jax.Array, index: jax.Array) -> jax.Array:
-        """As `Coding`."""
-        return decode(codebook, index, shape=form.matrix_shape, axis=form.axis)
-
-    def matmul(self, form: Form, x: jax.Array, codebook: jax.Array, index: jax.Array) -> jax.Array:
-        """As `Coding`."""
-        return codebook_matmul(x, codebook, index, shape=form.matrix_shape, axis=form.axis)
-
-    def codes(self, form: Form, index: Any) -> jax.Array:
-        """As `Coding`."""
-        return jnp.asarray(index)
-
     def index_of(self, form: Form, codes: Any) -> jax.Array:
         """As `Coding`."""
         return jnp.asarray(codes).astype(index_dtype(form.num_codes))
 
 
 @dataclasses.dataclass(frozen=True)
-class TrellisCoding(Coding):
+class TrellisCoding(_OfKernels):
     """The index has a stream of bits for every line; code j is the window of L bits, n = 2^L, that begins at bit j*b.
 
     Consecutive codes have L - b bits in common, so that a vector takes b bits of storage and not L (trellis-coded
@@ -223,33 +236,12 @@ class TrellisCoding(Coding):
         lines = bitpack.unpack_lines(stored, self._stream_bits(form), count * form.lines).reshape(count, form.lines, -1)
         return lines if form.axis == "out" else np.ascontiguousarray(lines.swapaxes(1, 2))
 
-    def decode(self, form: Form, codebook: jax.Array, index: jax.Array) -> jax.Array:
-        """As `Coding`."""
-        fixed: dict[str, Any] = {"shape": form.matrix_shape, "axis": form.axis, "step_bits": self.step_bits}
-        return decode(codebook, index, **fixed)
-
-    def matmul(self, form: Form, x: jax.Array, codebook: jax.Array, index: jax.Array) -> jax.Array:
-        """As `Coding`."""
-        fixed: dict[str, Any] = {"shape": form.matrix_shape, "axis": form.axis, "step_bits": self.step_bits}
-        return codebook_matmul(x, codebook, index, **fixed)
-
-    def codes(self, form: Form, index: Any) -> jax.Array:
-        """As `Coding`."""
-        return codes_of(
-            jnp.asarray(index),
-            shape=form.matrix_shape,
-            num_codes=form.num_codes,
-            g=form.group_size,
-            axis=form.axis,
-            step_bits=self.step_bits,
-        )
-
     def index_of(self, form: Form, codes: Any) -> jax.Array:
         """As `Coding`."""
         return streams_of(jnp.asarray(codes), num_codes=form.num_codes, axis=form.axis, step_bits=self.step_bits)
 
     def _stream_bits(self, form: Form) -> int:
-        return form.num_codes.bit_length() - 1 + (form.vectors - 1) * self.step_bits
+        return stream_bits(form.vectors, form.num_codes, self.step_bits)
 
     def __str__(self) -> str:
         return f"trellis, {self.step_bits} bits a step"

@@ -4,7 +4,6 @@ Statistics, drift correction and error feedback are stages of their own. For eac
 device holds in addition to the program's own memory.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +15,6 @@ from cluscomp_jax.clustering.error_feedback import HessianFactor
 from cluscomp_jax.config.clustering import CompressionRule
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray, decode_arrays, index_arrays
-from cluscomp_jax.core.coding import index_shape
 from cluscomp_jax.kmeans.code_index import grow_code_index
 from cluscomp_jax.models.model import run_block
 from cluscomp_jax.models.streams import Batch, weigh_tokens
@@ -151,8 +149,8 @@ def _matrix(setting: BlockSpec, path: str, weight: Any, factor: HessianFactor | 
     """Yields the programs of `cluster_matrix`, kernel and factor copied from the host; returns the CodebookArray."""
     settings, rule, place, calls = setting.cfg.cluster, setting.rules[path], setting.place, setting.blocks
     d_in, d_out = weight.shape
-    g, n = rule.group_size, rule.num_codes
-    m = math.prod(index_shape((d_in, d_out), g, rule.axis))
+    g, n, form = rule.group_size, rule.num_codes, rule.form((d_in, d_out))
+    m = form.lines * form.vectors
     shared = any(path in group for group in setting.sharing)
     if not shared and rule.step_bits is not None:
         yield from _trellis(setting, rule, weight, every_code=factor is None)
@@ -168,7 +166,6 @@ def _matrix(setting: BlockSpec, path: str, weight: Any, factor: HessianFactor | 
     array = place.compressed((d_in, d_out), rule, settings.codebook_dtype)
     if factor is not None:
         yield from _assigned(setting, rule, weight, array, factor, shared)
-    form = rule.form((d_in, d_out))
     index, mass = place.array(*form.along(form.vectors), dtype="int32"), place.array(d_in)
     traced = index_arrays.trace(index, form=form, coding=rule.coding)
     yield Program(STAGE, "index", traced, nbytes((index, array.codebook)), calls)

@@ -1,7 +1,7 @@
 """x @ W where W is stored as a codebook and an index."""
 
 from pallas_kernels.codebook_matmul.api import ATOMIC_GRADIENTS, IMPLEMENTATION, codebook_matmul
-from pallas_kernels.codebook_matmul.definition import codes_of, decode, stream_words, streams_of
+from pallas_kernels.codebook_matmul.definition import codes_of, decode, stream_bits, stream_words, streams_of
 
 __all__ = [
     "ATOMIC_GRADIENTS",
@@ -9,6 +9,7 @@ __all__ = [
     "codebook_matmul",
     "codes_of",
     "decode",
+    "stream_bits",
     "stream_words",
     "streams_of",
 ]

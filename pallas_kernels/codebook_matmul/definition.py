@@ -15,9 +15,14 @@ import jax.numpy as jnp
 Axis = Literal["out", "in"]
 
 
+def stream_bits(vectors: int, num_codes: int, step_bits: int) -> int:
+    """Returns the bits of the stream of a line of that many vectors: L - b, and b for each."""
+    return num_codes.bit_length() - 1 - step_bits + vectors * step_bits
+
+
 def stream_words(vectors: int, num_codes: int, step_bits: int) -> int:
-    """Returns the 32-bit words of a stream of that many vectors: L - b bits, and b for each vector."""
-    return -(-(num_codes.bit_length() - 1 - step_bits + vectors * step_bits) // 32)
+    """Returns the 32-bit words of the stream of a line of that many vectors."""
+    return -(-stream_bits(vectors, num_codes, step_bits) // 32)
 
 
 def codes_of(

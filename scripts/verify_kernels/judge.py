@@ -104,16 +104,16 @@ def _stream_bytes(case: Case, step_bits: int, executions: int) -> int:
 
     A tile of codes is loaded by several loads, of its words and of each word's next. Those overlap within a program, in
     one step or from one step to the next; the second read of a word is assumed to be served by the caches. The word
-    behind a program's own, which belongs to the next program, counts for every line.
+    after a program's own, which belongs to the next program, counts for every line.
 
     Args:
       executions: of one load of the index, by all programs together.
     """
     tile, lanes = case.tile, padded_group(case.g)
     lines, groups = (tile.block_k, tile.block_n // lanes) if case.wide else (tile.block_n, tile.block_k // lanes)
-    behind = executions if case.wide else case.programs
+    following = executions if case.wide else case.programs
     kept = case.n.bit_length() - 1 - step_bits
-    return 4 * lines * (-(-executions * groups * step_bits // 32) + behind * -(-kept // 32))
+    return 4 * lines * (-(-executions * groups * step_bits // 32) + following * -(-kept // 32))
 
 
 def decode_ratio(case: Case, report: dict[str, Any]) -> float | None:

@@ -40,8 +40,8 @@ def codebook_arrays(draw: Any) -> CodebookArray:
     codebook = random.standard_normal(math.prod(stacked((n, g)))).reshape(stacked((n, g)))
     index = random.integers(0, n if coding == PLAIN else 2**32, stacked(pieces)).astype(dtype_of_index)
     if coding != PLAIN:  # a stream has no bits after its end
-        last = [slice(None)] * index.ndim
-        last[(0 if axis == "in" else 1) + (len(stack) if (0 if axis == "in" else 1) >= at else 0)] = slice(-1, None)
+        cut, last = 0 if axis == "in" else 1, [slice(None)] * index.ndim
+        last[cut + len(stack) if cut >= at else cut] = slice(-1, None)
         used = coding.index_bits(form) // form.lines % 32
         index[tuple(last)] &= np.uint32(2**used - 1 if used else 2**32 - 1)
     codebook = codebook.astype(FLOATS[draw(st.sampled_from(list(FLOATS)))])

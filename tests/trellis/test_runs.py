@@ -8,6 +8,7 @@ import chex
 import jax
 import numpy as np
 import pytest
+from small_runs import CONFIG, TOKENS, FoldersSink
 
 import cluscomp_jax
 from cluscomp_jax import llama
@@ -19,20 +20,15 @@ from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray, decode, validate
 from cluscomp_jax.core.coding import TrellisCoding
 from cluscomp_jax.models.model import build_model
-from cluscomp_jax.models.source import DictSink, as_source
+from cluscomp_jax.models.source import as_source
 from cluscomp_jax.pipeline import compress, compress_stream
 
-CONFIG = llama.LlamaConfig(
-    vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
-    num_key_value_heads=1, head_dim=8, initializer_range=0.3,
-)  # fmt: skip
 RUN = CompressConfig(
     model=CONFIG,
     cluster=ClusterConfig(rules=(CompressionRule(group_size=2, num_codes=16, step_bits=3),), iterations=4),
     calibration=CalibrationConfig(samples=4, length=12),
     tuning=BlockTuningConfig(epochs=2, learning_rate=0.01),
 )
-TOKENS = np.random.default_rng(0).integers(0, 60, (4, 12))
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +39,6 @@ def params() -> Any:
 @pytest.fixture(scope="module")
 def compressed(params: Any) -> Any:
     return compress(params, RUN, calibration=TOKENS)
-
-
-class Sink(DictSink):
-    """Fails at one block."""
-
-    fail_at: int | None = None
-
-    def store_block(self, i: int, tree: Any) -> None:
-        if i == self.fail_at:
-            raise KeyboardInterrupt
-        super().store_block(i, tree)
 
 
 def kernels(params: Any) -> dict[str, CodebookArray]:
@@ -70,14 +55,13 @@ def test_every_kernel_is_a_valid_trellis(compressed: Any) -> None:
 def test_an_interrupted_run_resumed_gives_the_bytes_of_an_uninterrupted_one(
     params: Any, compressed: Any, tmp_path: Path
 ) -> None:
-    model, sink = build_model(CONFIG), Sink()
+    model, sink = build_model(CONFIG), FoldersSink(fail_at=2)
 
     def go(finished: int) -> None:
         compress_stream(
             as_source(params, model), sink, RUN, calibration=TOKENS, work_dir=tmp_path, finished_blocks=finished
         )
 
-    sink.fail_at = 2
     with pytest.raises(KeyboardInterrupt):
         go(0)
     sink.fail_at = None

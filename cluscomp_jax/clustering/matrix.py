@@ -108,7 +108,8 @@ def cluster_matrix(
         rounded, codes = _with_error_feedback(weight, rounded, factor, search_of(rule), settings, key, solve)
     form = rule.form((weight.shape[0], weight.shape[1]))
     assert codes is not None
-    index = cb.index_arrays(codes.reshape(form.along(form.vectors)), form=form, coding=rule.coding)
+    codes = codes.reshape(form.along(form.vectors))  # the flat ones are let go of
+    index = cb.index_arrays(codes, form=form, coding=rule.coding)
     array = CodebookArray(rounded, index, form.matrix_shape, rule.axis, owner, coding=rule.coding)
     plain, weighted = relative_errors(jax.device_put(weight), array, channel_weights)
     return array, ClusterStats(plain, weighted, time.monotonic() - began)

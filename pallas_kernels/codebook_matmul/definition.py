@@ -44,21 +44,20 @@ def codes_of(
     vectors = -(-shape[1 if axis == "out" else 0] // g)
     period = 32 // math.gcd(step_bits, 32)  # after so many vectors a window begins with a word again
     words, blocks = period * step_bits // 32, -(-vectors // period)
-    spare = blocks * words + 1 - streams.shape[1]
-    padded = jnp.pad(streams, ((0, 0), (0, max(spare, 0))))
+    padded = jnp.pad(streams, ((0, 0), (0, max(blocks * words + 1 - streams.shape[1], 0))))
 
     def word(k: int) -> jax.Array:
-        return padded[:, k : k + (blocks - 1) * words + 1 : words]
+        return padded[:, k : k + (blocks - 1) * words + 1 : words, None]
 
-    def code(place: int) -> jax.Array:
-        k, shift = divmod(place * step_bits, 32)
+    parts = []  # of a period: the windows that begin in its first word, in its second, ...
+    for k in range(words):
+        shifts = [place * step_bits - 32 * k for place in range(period) if place * step_bits // 32 == k]
+        shift = jnp.array(shifts, jnp.uint32)
         bits = word(k) >> shift
-        if shift + window > 32:
-            bits = bits | word(k + 1) << (32 - shift)
-        return bits & (num_codes - 1)
-
-    codes = jnp.stack([code(place) for place in range(period)], axis=2).astype(jnp.int32)
-    codes = codes.reshape(len(streams), blocks * period)[:, :vectors]
+        if shifts[-1] + window > 32:
+            bits = bits | (word(k + 1) << 1) << (31 - shift)  # a shift by 32 is not defined
+        parts.append((bits & (num_codes - 1)).astype(jnp.uint16 if window <= 16 else jnp.int32))
+    codes = jnp.concatenate(parts, axis=2).reshape(len(streams), blocks * period)[:, :vectors]
     return codes if axis == "out" else codes.T
 
 
@@ -100,6 +99,8 @@ def decode(
     d_in, d_out = shape
     n, g = codebook.shape
     codes = codes_of(index, shape=shape, num_codes=n, g=g, axis=axis, step_bits=step_bits)
+    if step_bits is not None:  # XLA's CPU gathers twice as fast by 16-bit codes in memory as by windows it just cut out
+        codes = jax.lax.optimization_barrier(codes)
     vectors = codebook.at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
     if axis == "out":
         return vectors.reshape(d_in, codes.shape[1] * g)[:, :d_out]

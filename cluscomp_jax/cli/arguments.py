@@ -76,10 +76,10 @@ class CompressArguments(Common):
     bits: Annotated[float | None, _recipe("no budget", "FLOAT")] = None
     """budget in stored bits per weight, codebooks included, instead of --g and --num-codes"""
     mixed_precision: Annotated[Literal["none", "per_matrix"] | None, _recipe("none")] = None
-    """with --bits: one (g, number of codes) for all matrices, or one per matrix by its sensitivity; no better so far"""
-    coding: Annotated[Literal["auto", "plain", "trellis"] | None, _recipe("plain")] = None
-    """with --bits: plain codes of one setting for all matrices; trellis codes, the budget spent to the end; or the
-    better of the two for each matrix"""
+    """with --bits: spend it evenly, or by the sensitivity of the loss to each matrix"""
+    coding: Annotated[Literal["auto", "plain", "trellis"] | None, _recipe("auto")] = None
+    """with --bits: for each matrix the better of plain and trellis codes, the budget spent to the end; trellis codes;
+    or plain codes of one setting for all matrices"""
     tie_codebooks: Annotated[Literal["none", "input", "block"] | None, _recipe("none")] = None
     """projections with one codebook: those of one input group, or all of a block; for small models at 4 bits and
     more"""

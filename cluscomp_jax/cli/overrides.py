@@ -108,7 +108,7 @@ def _cluster(arguments: CompressArguments, settings: ClusterConfig) -> ClusterCo
     if arguments.bits is not None:
         alone["bits"] = arguments.bits
     elif any(getattr(arguments, name) is not None for name in _CODES):
-        alone = {"mixed_precision": "none", "coding": "plain", **alone, "bits": None}
+        alone = {"mixed_precision": "none", "coding": "auto", **alone, "bits": None}
     return dataclasses.replace(settings, rules=rules, **alone)
 
 

@@ -17,6 +17,7 @@ from cluscomp_jax.core.coding import Axis
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.trellis.fit import best_codes, fit_codebook
 from cluscomp_jax.trellis.viterbi import Trellis
+from pallas_kernels.codebook_matmul import window_bits
 
 
 class Coder(NamedTuple):
@@ -133,7 +134,7 @@ def _fit_trellis(
 def trellis_of(rule: CompressionRule) -> Trellis:
     """Returns L and b of a rule with step_bits."""
     assert rule.step_bits is not None
-    return Trellis(rule.num_codes.bit_length() - 1, rule.step_bits)
+    return Trellis(window_bits(rule.num_codes), rule.step_bits)
 
 
 _CODERS = {

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 
 from cluscomp_jax.clustering import rules as rules_of
-from cluscomp_jax.clustering.bit_allocation import allocate_unevenly, check_reachable, tempered
-from cluscomp_jax.clustering.even_allocation import allocate_evenly
+from cluscomp_jax.clustering.bit_allocation import allocate_bits, tempered
 from cluscomp_jax.clustering.matrix import NOT_IN
 from cluscomp_jax.clustering.tied_codebooks import sharing_groups
 from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule, TieCodebooks
@@ -52,8 +51,8 @@ def rules_by_block(
         for rule in rules:
             own = {path: shapes[path] for path, first in matched.items() if first is rule}
             if own:
-                pools = _pools(model, own, cfg.cluster.tie_codebooks)
-                chosen |= _within_budget(own, rule, cfg.cluster, sensitivities, pools, model.blocks_path, alike)
+                codebooks = _codebooks(model, own, cfg.cluster.tie_codebooks)
+                chosen |= _within_budget(own, rule, cfg.cluster, sensitivities, codebooks, model.blocks_path, alike)
         matched = chosen
     if cfg.cluster.export == "aqlm":
         _check_aqlm(matched, shapes)
@@ -98,23 +97,18 @@ def _within_budget(
     rule: CompressionRule,
     settings: ClusterConfig,
     sensitivities: Mapping[str, float] | None,
-    pools: Mapping[str, str],
+    codebooks: int,
     blocks_path: str,
     alike: bool,
 ) -> Rules:
     assert settings.bits is not None
-    if settings.uneven and sensitivities is None:
-        check_reachable(shapes, settings.bits, axis=rule.axis, pools=pools)
-    if sensitivities is not None:
-        costs = tempered(sensitivities, shapes)
-        return allocate_unevenly(shapes, costs, settings.bits, like=rule, pools=pools)
-    if settings.coding == "plain":
+    if settings.plain and not settings.uneven:
         groups = rules_of.groups_for_aqlm(shapes, axis=rule.axis) if settings.export == "aqlm" else rules_of.ALL_GROUPS
-        codebooks = len(set(pools.values()))
         one = rules_of.allocate(shapes, settings.bits, like=rule, groups=groups, codebooks=codebooks)
         return dict.fromkeys(shapes, one)
-    even = partial(allocate_evenly, shapes, settings.bits, like=rule, coding=settings.coding)
-    return even(projection=partial(_projection, blocks_path), alike=alike)
+    costs = None if sensitivities is None else tempered(sensitivities, shapes)
+    spend = partial(allocate_bits, shapes, settings.bits, like=rule, coding=settings.coding, costs=costs)
+    return spend(projection=partial(_projection, blocks_path), alike=alike)
 
 
 def _projection(blocks_path: str, path: str) -> str:
@@ -122,15 +116,17 @@ def _projection(blocks_path: str, path: str) -> str:
     return path.removeprefix(f"{blocks_path}/").partition("/")[2]
 
 
-def _pools(model: Model, paths: Collection[str], tie_codebooks: TieCodebooks) -> dict[str, str]:
-    """Returns {path: pool}, the same for kernels that have one codebook in common where they are cut alike."""
-    pools = {}
-    for i in range(model.num_blocks):
-        for group, kernels in model.input_groups.items():
-            for path in (f"{model.blocks_path}/{i}/{kernel}" for kernel in kernels):
-                if path in paths:
-                    pools[path] = {"none": path, "input": f"{i}/{group}", "block": str(i)}[tie_codebooks]
-    return pools
+def _codebooks(model: Model, paths: Collection[str], tie_codebooks: TieCodebooks) -> int:
+    """Returns how many codebooks kernels have that are all cut alike."""
+    if tie_codebooks == "none":
+        return len(paths)
+    owners = {
+        (i, group if tie_codebooks == "input" else "")
+        for i in range(model.num_blocks)
+        for group, kernels in model.input_groups.items()
+        if any(f"{model.blocks_path}/{i}/{kernel}" in paths for kernel in kernels)
+    }
+    return len(owners)
 
 
 def _check_aqlm(rules: Rules, shapes: Mapping[str, tuple[int, ...]]) -> None:

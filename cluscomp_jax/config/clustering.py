@@ -71,11 +71,12 @@ class ClusterConfig:
       rules: the first rule whose pattern matches decides; what no rule matches stays dense.
       bits: a budget in stored bits per weight instead of g and num_codes: every rule keeps its pattern and axis,
         and (g, num_codes) are chosen to meet the budget. None: the rules are used as they are.
-      mixed_precision: how a budget is spent: "none": evenly; "per_matrix": plain codes by the measured sensitivity of
-        the model's loss to each matrix, where calibration is given; every block is compiled anew.
-      coding: what a budget chooses, spent evenly: "plain": plain codes of one (group_size, num_codes) for all;
-        "trellis": trellis codes, some matrices getting the next setting until the budget is spent; "auto": the same, of
-        plain and trellis codes, whichever has less error. Tied codebooks, per_matrix and AQLM have plain codes only.
+      mixed_precision: how a budget is spent: "none": evenly; "per_matrix": by the measured sensitivity of the model's
+        loss to each matrix, where calibration is given; every block may be compiled anew.
+      coding: what a budget chooses: "trellis": trellis codes; "auto": for each matrix plain or trellis codes, whichever
+        has less error; both spend a budget to the end, some matrices getting the next setting; "plain": plain codes,
+        of one (group_size, num_codes) for all unless precision is mixed. Tied codebooks and AQLM have plain codes only:
+        with them "auto" is "plain". Without a budget "auto" and "plain" change nothing.
       tie_codebooks: which projections of a block have one codebook: "none"; "input": those that read one input (q, k
         and v; gate and up); "block": all; as far as their rules give them one (g, num_codes, axis). Worth its while
         where codebooks are large compared with their matrices (docs/experiments.md).
@@ -103,7 +104,7 @@ class ClusterConfig:
     rules: tuple[CompressionRule, ...] = (CompressionRule(),)
     bits: float | None = None
     mixed_precision: Literal["none", "per_matrix"] = "none"
-    coding: Literal["auto", "plain", "trellis"] = "plain"
+    coding: Literal["auto", "plain", "trellis"] = "auto"
     tie_codebooks: TieCodebooks = "none"
     export: Literal["any", "aqlm"] = "any"
     iterations: int = 20
@@ -132,10 +133,9 @@ class ClusterConfig:
             "'none', 'input' or 'block'",
         )
         require(self.coding in ("auto", "plain", "trellis"), "coding", self.coding, "'auto', 'plain' or 'trellis'")
-        if self.coding != "plain":
-            wanted = f"where coding is {self.coding!r}"
-            require(self.bits is not None, "coding", self.coding, "'plain' without a budget; a rule has step_bits")
-            require(self.mixed_precision == "none", "mixed_precision", self.mixed_precision, f"'none' {wanted}")
+        if self.coding == "trellis":
+            wanted = "where coding is 'trellis'"
+            require(self.bits is not None, "coding", self.coding, "'auto' without a budget; a rule has step_bits")
             require(self.tie_codebooks == "none", "tie_codebooks", self.tie_codebooks, f"'none' {wanted}")
             require(self.export == "any", "export", self.export, f"'any' {wanted}")
         if any(rule.step_bits is not None for rule in self.rules):
@@ -156,6 +156,12 @@ class ClusterConfig:
                 self.mixed_precision,
                 "'none' where export is 'aqlm', which has one setting",
             )
+            require(
+                self.tie_codebooks == "none",
+                "mixed_precision",
+                self.mixed_precision,
+                f"'none' where tie_codebooks is {self.tie_codebooks!r}: kernels of one codebook have one setting",
+            )
         require(self.iterations >= 0, "iterations", self.iterations, "0 or more")
         require(math.isfinite(self.damping) and self.damping > 0, "damping", self.damping, "above 0")
         require_finite("massive_activation_limit", self.massive_activation_limit, low=0.0)
@@ -174,6 +180,11 @@ class ClusterConfig:
     def calibrated(self) -> bool:
         """Whether clustering looks at the activations."""
         return self.weighted or self.error_feedback
+
+    @property
+    def plain(self) -> bool:
+        """Whether a budget chooses plain codes only."""
+        return self.coding == "plain" or self.tie_codebooks != "none" or self.export == "aqlm"
 
     @property
     def uneven(self) -> bool:

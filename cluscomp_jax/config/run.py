@@ -83,6 +83,7 @@ PAPER = CompressConfig(
         true_sequential=False,
         refine_rounds=0,
         mixed_precision="none",
+        coding="plain",
         massive_activation_limit=0.0,
     ),
     tuning=BlockTuningConfig(

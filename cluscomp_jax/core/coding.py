@@ -16,7 +16,15 @@ import numpy as np
 
 from cluscomp_jax.core import bitpack
 from cluscomp_jax.errors import InputError
-from pallas_kernels.codebook_matmul import codebook_matmul, codes_of, decode, stream_bits, stream_words, streams_of
+from pallas_kernels.codebook_matmul import (
+    codebook_matmul,
+    codes_of,
+    decode,
+    stream_bits,
+    stream_words,
+    streams_of,
+    window_bits,
+)
 
 Axis = Literal["out", "in"]
 MAX_CODES = 65536
@@ -202,7 +210,7 @@ class TrellisCoding(_OfKernels):
     def check(self, form: Form, where: str) -> None:
         """As `Coding`."""
         n, g, b = form.num_codes, form.group_size, self.step_bits
-        window = n.bit_length() - 1
+        window = window_bits(n)
         if not 2 <= n <= MAX_CODES or n != 1 << window:
             raise InputError(f"{where}: a trellis has {n} codes; they must be a power of two, 2 to {MAX_CODES}")
         if not 1 <= g <= MAX_GROUP:

@@ -1,7 +1,14 @@
 """x @ W where W is stored as a codebook and an index."""
 
 from pallas_kernels.codebook_matmul.api import ATOMIC_GRADIENTS, IMPLEMENTATION, codebook_matmul
-from pallas_kernels.codebook_matmul.definition import codes_of, decode, stream_bits, stream_words, streams_of
+from pallas_kernels.codebook_matmul.definition import (
+    codes_of,
+    decode,
+    stream_bits,
+    stream_words,
+    streams_of,
+    window_bits,
+)
 
 __all__ = [
     "ATOMIC_GRADIENTS",
@@ -12,4 +19,5 @@ __all__ = [
     "stream_bits",
     "stream_words",
     "streams_of",
+    "window_bits",
 ]

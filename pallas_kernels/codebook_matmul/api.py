@@ -106,7 +106,7 @@ def _check(op: _Op, x: Any, codebook: Any, index: Any) -> None:
     require(x.ndim >= 1 and x.shape[-1] == shape[0], f"x has shape {x.shape}, the matrix takes {shape[0]} channels")
     pieces = (shape[0], -(-shape[1] // g)) if axis == "out" else (-(-shape[0] // g), shape[1])
     if step_bits is not None:
-        window = n.bit_length() - 1
+        window = definition.window_bits(n)
         require(n == 1 << window, f"the codebook has {n} codes; a trellis index takes a power of two")
         require(1 <= step_bits <= window, f"step_bits is {step_bits}; windows of {window} bits take 1 to {window}")
         words = definition.stream_words(pieces[1 if axis == "out" else 0], n, step_bits)

@@ -15,9 +15,14 @@ import jax.numpy as jnp
 Axis = Literal["out", "in"]
 
 
+def window_bits(num_codes: int) -> int:
+    """Returns L, the bits of a window that names one of 2^L codes."""
+    return num_codes.bit_length() - 1
+
+
 def stream_bits(vectors: int, num_codes: int, step_bits: int) -> int:
     """Returns the bits of the stream of a line of that many vectors: L - b, and b for each."""
-    return num_codes.bit_length() - 1 - step_bits + vectors * step_bits
+    return window_bits(num_codes) - step_bits + vectors * step_bits
 
 
 def stream_words(vectors: int, num_codes: int, step_bits: int) -> int:
@@ -40,7 +45,7 @@ def codes_of(
     """
     if step_bits is None:
         return index
-    window, streams = num_codes.bit_length() - 1, index if axis == "out" else index.T
+    window, streams = window_bits(num_codes), index if axis == "out" else index.T
     vectors = -(-shape[1 if axis == "out" else 0] // g)
     period = 32 // math.gcd(step_bits, 32)  # after so many vectors a window begins with a word again
     words, blocks = period * step_bits // 32, -(-vectors // period)
@@ -72,7 +77,7 @@ def streams_of(codes: jax.Array, *, num_codes: int, axis: Axis, step_bits: int) 
       step_bits: b, 1 to L.
     """
     lines = (codes if axis == "out" else codes.T).astype(jnp.uint32)
-    kept = num_codes.bit_length() - 1 - step_bits  # the first bits are those of the first code, then b of every code
+    kept = window_bits(num_codes) - step_bits  # the first bits are those of the first code, then b of every code
     words = stream_words(lines.shape[1], num_codes, step_bits)
     place, shift = jnp.divmod(kept + step_bits * jnp.arange(lines.shape[1], dtype=jnp.int32), 32)
     added, shift = lines >> kept, shift.astype(jnp.uint32)

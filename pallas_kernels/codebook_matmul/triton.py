@@ -24,7 +24,7 @@ from pallas_kernels.codebook_matmul.config import (
     padded_group,
     step_period,
 )
-from pallas_kernels.codebook_matmul.definition import Axis
+from pallas_kernels.codebook_matmul.definition import Axis, window_bits
 
 Ref = Any
 Pair = tuple[Any, Any]
@@ -64,7 +64,7 @@ class _Cut:
 
 
 def _cut(shape: tuple[int, int], num_codes: int, g: int, axis: Axis, step_bits: int | None) -> _Cut:
-    bits = (0, 0) if step_bits is None else (num_codes.bit_length() - 1, step_bits)
+    bits = (0, 0) if step_bits is None else (window_bits(num_codes), step_bits)
     return _Cut(shape[0], shape[1], g, False, *bits) if axis == "out" else _Cut(shape[1], shape[0], g, True, *bits)
 
 

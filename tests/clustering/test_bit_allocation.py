@@ -1,144 +1,198 @@
-"""Bits spent unevenly: the choice against every choice there is, and what a budget promises."""
+"""A budget that is spent to the end, against a linear programme and the shapes of real models."""
 
+import dataclasses
 import itertools
 import math
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from scipy.optimize import linprog
 
-from cluscomp_jax.clustering import bit_allocation
-from cluscomp_jax.clustering.bit_allocation import allocate_unevenly, check_reachable, tempered
-from cluscomp_jax.clustering.rules import allocate, predicted_distortion
-from cluscomp_jax.config.clustering import CompressionRule
+import cluscomp_jax
+from cluscomp_jax.clustering.bit_allocation import (
+    allocate_bits,
+    distortion_of,
+    index_rate,
+    offers,
+    tempered,
+)
+from cluscomp_jax.clustering.resolve import rules_by_block
+from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
+from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.core.coding import stored_bits
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.models.model import build_model
 
-SHAPES = {
-    "layers/0/q/kernel": (64, 64),
-    "layers/0/up/kernel": (64, 256),
-    "layers/1/q/kernel": (64, 64),
-    "layers/1/up/kernel": (64, 256),
-}
-LARGE = {
-    f"layers/{i}/{name}/kernel": shape for i in range(4) for name, shape in (("q", (512, 512)), ("up", (512, 2048)))
-}
-ANY = CompressionRule()
-POOLS = (None, {path: path.split("/")[1] for path in SHAPES})
+SMOLLM2 = {"q": (576, 576), "k": (576, 192), "v": (576, 192), "o": (576, 576), "gate": (576, 1536), "up": (576, 1536),
+           "down": (1536, 576)}  # fmt: skip
+LLAMA_7B = dict.fromkeys("qkvo", (4096, 4096)) | {"gate": (4096, 11008), "up": (4096, 11008), "down": (11008, 4096)}
+LIKE = CompressionRule()
 
 
-def spent(shapes, rules, pools=None):
-    """Bits per weight, a codebook counted once for all of a pool that are cut alike."""
-    bits, seen = 0, set()
-    for path, rule in rules.items():
-        codebook = (path if pools is None else pools[path], rule.group_size, rule.num_codes)
-        bits += stored_bits(rule.form(shapes[path]), own=codebook not in seen)
-        seen.add(codebook)
-    return bits / sum(math.prod(shape) for shape in shapes.values())
+def model(block: dict[str, tuple[int, int]], blocks: int) -> dict[str, tuple[int, int]]:
+    return {f"{i}/{name}": shape for i in range(blocks) for name, shape in block.items()}
 
 
-def predicted(rules, sensitivities):
-    return sum(
-        sensitivities[path] * predicted_distortion(rule.group_size, rule.num_codes) for path, rule in rules.items()
+def projection(path: str) -> str:
+    return path.partition("/")[2]
+
+
+def weights(shapes: dict[str, tuple[int, int]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def spent(shapes: dict[str, tuple[int, int]], rules: dict[str, CompressionRule]) -> float:
+    return sum(stored_bits(rules[path].form(shape), rules[path].coding) for path, shape in shapes.items()) / weights(
+        shapes
     )
 
 
-@pytest.mark.parametrize("pools", POOLS, ids=["own", "shared"])
-@pytest.mark.parametrize("bits", [1.3, 2.0, 3.1])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_no_other_choice_within_the_budget_predicts_less(monkeypatch, bits, seed, pools):
-    """Every combination of a few settings, tried out."""
-    monkeypatch.setattr(bit_allocation, "_BY_HEART", 0.0)
-    monkeypatch.setattr(bit_allocation, "_GROUPS", (1, 2, 3, 4))
-    monkeypatch.setattr(bit_allocation, "_INDEX_BITS", range(2, 6))
-    monkeypatch.setattr(bit_allocation, "_LEAST", 0.0)
-    monkeypatch.setattr(bit_allocation, "_ABOVE", math.inf)
-    costs = {path: 10.0 ** ((i * 7 + seed * 3) % 5) for i, path in enumerate(SHAPES)}
-    found = allocate_unevenly(SHAPES, costs, bits, like=ANY, pools=pools)
-    assert spent(SHAPES, found, pools) <= bits
-    offers = [CompressionRule(group_size=g, num_codes=2**width) for g in range(1, 5) for width in range(2, 6)]
-    least = math.inf
-    for rules in itertools.product(offers, repeat=len(SHAPES)):
-        chosen = dict(zip(SHAPES, rules, strict=True))
-        if spent(SHAPES, chosen, pools) <= bits:
-            least = min(least, predicted(chosen, costs))
-    assert predicted(found, costs) == pytest.approx(least, rel=1e-5)
+def error(shapes: dict[str, tuple[int, int]], rules: dict[str, CompressionRule]) -> float:
+    """The mean predicted error of a weight."""
+    return sum(
+        math.prod(shape) * distortion_of((rules[path].group_size, rules[path].num_codes, rules[path].step_bits))
+        for path, shape in shapes.items()
+    ) / weights(shapes)
 
 
-def test_sharing_leaves_more_of_a_budget_for_indices():
-    costs = {path: float(math.prod(shape)) for path, shape in SHAPES.items()}
-    own, shared = (allocate_unevenly(SHAPES, costs, 3.0, like=ANY, pools=pools) for pools in POOLS)
-    assert predicted(shared, costs) < 0.98 * predicted(own, costs)
-    assert spent(SHAPES, shared, POOLS[1]) <= 3.0 < spent(SHAPES, shared, None)
+@pytest.mark.parametrize("coding", ["auto", "trellis", "plain"])
+@pytest.mark.parametrize("bits", [1.2, 2.1, 2.5, 3, 3.5, 4, 4.4])
+@pytest.mark.parametrize(("block", "blocks"), [(SMOLLM2, 30), (LLAMA_7B, 32)])
+def test_the_budget_is_spent_and_never_exceeded(block, blocks, bits, coding) -> None:
+    shapes = model(block, blocks)
+    rules = allocate_bits(shapes, bits, like=LIKE, coding=coding, projection=projection)
+    assert 0.99 * bits <= spent(shapes, rules) <= bits
+    # Few blocks differ from the one before: at most one change a projection and step.
+    blocks_of = [tuple(rules[f"{i}/{name}"] for name in block) for i in range(blocks)]
+    assert sum(a != b for a, b in itertools.pairwise(blocks_of)) <= 4
 
 
-def test_many_codes_for_few_vectors_are_worth_more_than_theory_says():
-    """Two matrices of the same cost: the small one gains by codes what the large one does not."""
-    shapes = {"a/kernel": (64, 64), "b/kernel": (64, 65536)}
-
-    def predicted_loss(path, num_codes):
-        problem = bit_allocation._Problem(shapes, [], {}, "out")
-        return bit_allocation._predicted_loss(problem, dict.fromkeys(shapes, 1.0), [path], 4, num_codes)
-
-    assert predicted_loss("a/kernel", 256) < 0.9 * predicted_loss("b/kernel", 256)
-    assert predicted_loss("b/kernel", 256) == pytest.approx(predicted_distortion(4, 256), rel=1e-2)
-
-
-def test_no_matrix_gets_less_than_half_the_budget_or_much_more():
-    """Whatever it costs: there the prediction fails."""
-    costs = {path: 10.0 ** (8 * i) for i, path in enumerate(LARGE)}
-    found = allocate_unevenly(LARGE, costs, 2.6, like=ANY)
-    rates = [math.log2(rule.num_codes) / rule.group_size for rule in found.values()]
-    assert 1.3 <= min(rates) < 1.5
-    assert 3.5 < max(rates) <= 4.1
+@pytest.mark.parametrize("bits", [1.3, 2.1, 2.7, 3.3, 4.2])
+def test_no_mixture_predicts_much_less(bits: float) -> None:
+    """The bound lets every matrix be cut into parts of any settings: a linear programme over all of them."""
+    shapes = model(SMOLLM2, 4)
+    rules = allocate_bits(shapes, bits, like=LIKE, projection=projection)
+    choices = offers("auto")
+    cost, size = [], []
+    for shape in shapes.values():
+        for g, n, step_bits in choices:
+            rule = CompressionRule(group_size=g, num_codes=n, step_bits=step_bits)
+            size.append(stored_bits(rule.form(shape), rule.coding) / weights(shapes))
+            cost.append(distortion_of((g, n, step_bits)) * math.prod(shape) / weights(shapes))
+    one_each = np.kron(np.eye(len(shapes)), np.ones(len(choices)))
+    bound = linprog(cost, A_ub=[size], b_ub=[bits], A_eq=one_each, b_eq=np.ones(len(shapes)))
+    assert bound.fun <= error(shapes, rules) * (1 + 1e-9)
+    # What is left over is less than one step of one matrix, whose error at most halves.
+    assert error(shapes, rules) <= bound.fun * (1 + 0.5 * max(map(math.prod, shapes.values())) / weights(shapes))
 
 
-def test_costs_are_roots_of_sensitivities_per_weight():
+def test_more_bits_never_predict_more_error() -> None:
+    shapes = model(SMOLLM2, 6)
+    errors = [
+        error(shapes, allocate_bits(shapes, bits, like=LIKE, projection=projection)) for bits in np.arange(1, 4.5, 0.25)
+    ]
+    assert all(later < earlier for earlier, later in itertools.pairwise(errors))
+
+
+def test_blocks_that_must_be_alike_are() -> None:
+    shapes = model(SMOLLM2, 5)
+    rules = allocate_bits(shapes, 2.3, like=LIKE, projection=projection, alike=True)
+    assert all(rules[path] == rules[f"0/{projection(path)}"] for path in shapes)
+    assert 0.9 * 2.3 <= spent(shapes, rules) <= 2.3
+
+
+def test_the_rule_is_kept_but_for_its_codes() -> None:
+    like = CompressionRule(pattern=".*/q", axis="in")
+    rules = allocate_bits({"0/q": (576, 576)}, 2.2, like=like, coding="trellis")
+    assert rules["0/q"].pattern == ".*/q"
+    assert rules["0/q"].axis == "in"
+    assert rules["0/q"].step_bits is not None
+
+
+def test_a_budget_below_all_settings_names_the_least() -> None:
+    shapes = model(SMOLLM2, 2)
+    with pytest.raises(InputError, match=r"bits is 0\.3; the least that trellis codes reach on this model is 0\.5\d\d"):
+        allocate_bits(shapes, 0.3, like=LIKE, coding="trellis")
+    allocate_bits(shapes, 0.55, like=LIKE, coding="trellis")
+
+
+def test_a_run_spends_its_budget_on_trellises(tiny_model) -> None:
+    opened = cluscomp_jax.open_model(tiny_model)
+    cfg = CompressConfig(model=opened.config, cluster=ClusterConfig(bits=2.4, coding="trellis", iterations=2))
+    compressed = cluscomp_jax.compress(opened.source, dataclasses.replace(cfg, tuning=None))
+    report = cluscomp_jax.size_report(compressed)
+    assert 0.99 * 2.4 <= report.bits_per_weight <= 2.4
+    assert all(matrix.step_bits is not None for matrix in report.matrices)
+
+
+def test_blocks_that_are_stacked_get_the_same_trellises(tiny_model) -> None:
+    opened = cluscomp_jax.open_model(tiny_model)
+    cfg = CompressConfig(model=opened.config, cluster=ClusterConfig(bits=2.4, coding="trellis"))
+    blocks = rules_by_block(build_model(opened.config), cfg, alike=True)
+    assert all(block == blocks[0] for block in blocks)
+
+
+COSTS = {"q": 1.0, "k": 3.0, "v": 9.0, "o": 2.0, "gate": 0.5, "up": 0.7, "down": 1.5}
+
+
+def unequal(shapes: dict[str, tuple[int, int]]) -> dict[str, float]:
+    """A cost of a weight's error that grows with the block and depends on the projection."""
+    return {
+        path: COSTS[projection(path)] * (1 + int(path.partition("/")[0])) * math.prod(shape)
+        for path, shape in shapes.items()
+    }
+
+
+def rate(rule: CompressionRule) -> float:
+    return index_rate((rule.group_size, rule.num_codes, rule.step_bits))
+
+
+@pytest.mark.parametrize("coding", ["auto", "trellis", "plain"])
+@pytest.mark.parametrize("bits", [1.3, 2.1, 2.7, 3.3, 4.2])
+def test_with_costs_no_mixture_predicts_much_less(bits: float, coding: str) -> None:
+    """As above, of the settings that costs allow: from half the index bits of the budget to 1.5 above it."""
+    shapes = model(SMOLLM2, 4)
+    costs = unequal(shapes)
+    rules = allocate_bits(shapes, bits, like=LIKE, coding=coding, costs=costs, projection=projection)
+    assert 0.99 * bits <= spent(shapes, rules) <= bits
+    assert all(bits / 2 <= rate(rule) <= bits + 1.5 for rule in rules.values())
+    choices = [offer for offer in offers(coding) if bits / 2 <= index_rate(offer) <= bits + 1.5]
+    cost, size = [], []
+    for path, shape in shapes.items():
+        for g, n, step_bits in choices:
+            rule = CompressionRule(group_size=g, num_codes=n, step_bits=step_bits)
+            size.append(stored_bits(rule.form(shape), rule.coding) / weights(shapes))
+            cost.append(distortion_of((g, n, step_bits)) * costs[path] / weights(shapes))
+    one_each = np.kron(np.eye(len(shapes)), np.ones(len(choices)))
+    bound = linprog(cost, A_ub=[size], b_ub=[bits], A_eq=one_each, b_eq=np.ones(len(shapes)))
+    found = sum(
+        costs[path] * distortion_of((rule.group_size, rule.num_codes, rule.step_bits)) for path, rule in rules.items()
+    ) / weights(shapes)
+    assert bound.fun <= found * (1 + 1e-9)
+    assert found <= bound.fun * 1.03
+
+
+def test_what_counts_more_gets_more_bits() -> None:
+    shapes = model(SMOLLM2, 3)
+    rules = allocate_bits(shapes, 2.6, like=LIKE, costs=unequal(shapes), projection=projection)
+    assert rate(rules["2/v"]) >= rate(rules["0/v"]) > rate(rules["0/gate"])
+    assert rate(rules["2/q"]) > rate(rules["0/q"])
+
+
+def test_no_matrix_gets_less_than_half_the_budget_or_much_more_whatever_it_costs() -> None:
+    shapes = model(SMOLLM2, 4)
+    costs = {path: 10.0 ** (3 * i) for i, path in enumerate(shapes)}
+    rates = [rate(rule) for rule in allocate_bits(shapes, 2.6, like=LIKE, costs=costs).values()]
+    assert 1.3 <= min(rates) <= 1.5
+    assert 3.5 <= max(rates) <= 4.1
+
+
+def test_costs_are_roots_of_sensitivities_per_weight() -> None:
     found = tempered({"a": 4.0, "b": 4.0, "c": 0.0}, {"a": (2, 8), "b": (32, 32), "c": (3, 3)})
     assert found == {"a": 16 * math.sqrt(4 / 16), "b": 1024 * math.sqrt(4 / 1024), "c": 0.0}
 
 
-@given(bits=st.floats(0.6, 9.0), seed=st.integers(0, 1000))
-@settings(max_examples=25)
-def test_the_budget_holds_and_even_spending_is_never_better(bits, seed):
-    sensitivities = {path: 1.0 + (hash((path.count("1"), i, seed)) % 100) for i, path in enumerate(LARGE)}
-    found = allocate_unevenly(LARGE, sensitivities, bits, like=ANY)
-    assert spent(LARGE, found) <= bits
-    even = allocate(LARGE, bits)
-    power = dict.fromkeys(
-        LARGE, CompressionRule(group_size=even.group_size, num_codes=2 ** int(math.log2(even.num_codes)))
-    )
-    if even.group_size in (1, 2, 3, 4, 6, 8) and even.num_codes >= 4:
-        assert predicted(found, sensitivities) <= predicted(power, sensitivities) * 1.01
-
-
-def test_what_counts_more_gets_more_bits_and_kernels_stay_together():
-    sensitivities = dict.fromkeys(LARGE, 1.0) | {path: 100.0 for path in LARGE if "/q/" in path}
-    found = allocate_unevenly(LARGE, sensitivities, 2.5, like=CompressionRule(pattern="x", axis="in"))
-    assert {(rule.pattern, rule.axis) for rule in found.values()} == {("x", "in")}
-    assert len({found[path] for path in LARGE if "/q/" in path}) == 1
-    rate = {
-        name: math.log2(rule.num_codes) / rule.group_size
-        for path, rule in found.items()
-        for name in [path.split("/")[2]]
-    }
-    assert rate["q"] > rate["up"]
-    first = dict.fromkeys(LARGE, 1.0) | {path: 100.0 for path in LARGE if "/0/" in path}
-    by_matrix = allocate_unevenly(LARGE, first, 2.5, like=ANY)
-    q = [by_matrix[f"layers/{i}/q/kernel"] for i in range(2)]
-    assert math.log2(q[0].num_codes) / q[0].group_size > math.log2(q[1].num_codes) / q[1].group_size
-
-
-def test_a_budget_that_nothing_reaches_names_the_least():
-    with pytest.raises(InputError, match=r"bits is 0\.1; the least that mixed settings reach on this model is 0\.2"):
-        check_reachable(LARGE, 0.1, axis="out")
-
-
-@pytest.mark.parametrize("pools", POOLS, ids=["own", "shared"])
-def test_what_is_said_to_be_the_least_is_reached_and_less_is_not(pools):
-    with pytest.raises(InputError) as error:
-        check_reachable(SHAPES, 0.2, axis="out", pools=pools)
-    least = float(str(error.value).split()[-1])
-    check_reachable(SHAPES, least, axis="out", pools=pools)
-    found = allocate_unevenly(SHAPES, dict.fromkeys(SHAPES, 1.0), least, like=ANY, pools=pools)
-    assert least - 0.002 < spent(SHAPES, found, pools) <= least
+def test_sensitivities_of_zero_leave_a_valid_choice() -> None:
+    shapes = model(SMOLLM2, 2)
+    rules = allocate_bits(shapes, 2.1, like=LIKE, costs=dict.fromkeys(shapes, 0.0))
+    assert spent(shapes, rules) <= 2.1

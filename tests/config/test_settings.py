@@ -21,7 +21,7 @@ BAD: list[tuple[type, dict[str, Any]]] = [
     (ClusterConfig, {"coding": "trellis"}),
     (ClusterConfig, {"tie_codebooks": "block", "bits": 2.0, "coding": "trellis"}),
     (ClusterConfig, {"export": "aqlm", "bits": 2.0, "coding": "trellis"}),
-    (ClusterConfig, {"mixed_precision": "per_matrix", "bits": 2.0, "coding": "trellis"}),
+    (ClusterConfig, {"mixed_precision": "per_matrix", "bits": 2.0, "tie_codebooks": "input"}),
     (ClusterConfig, {"export": "aqlm", "rules": (CompressionRule(num_codes=256, step_bits=4),)}),
     (ClusterConfig, {"tie_codebooks": "input", "rules": (CompressionRule(num_codes=256, step_bits=4),)}),
     (ClusterConfig, {"rules": ()}),

@@ -50,7 +50,7 @@ def test_what_is_not_installed_is_installed_from_the_checkout(monkeypatch: pytes
 def test_the_core_needs_few_packages() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     named = {requirement.split(">=")[0] for requirement in project["dependencies"]}
-    assert named == {"jax", "flax", "optax", "orbax-checkpoint", "numpy", "scipy"}
+    assert named == {"jax", "flax", "optax", "orbax-checkpoint", "numpy"}
 
 
 def test_what_the_oldest_job_installs_are_the_floors_of_the_project() -> None:

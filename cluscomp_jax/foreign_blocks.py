@@ -77,7 +77,7 @@ def compress_blocks(
     _check_program(model)
     check_products(model)
     within = tuple(_within(rule, rules, model.form.kernels) for rule in rules)
-    if cfg.cluster.uneven:
+    if cfg.cluster.mixed_precision == "per_matrix":
         raise InputError("mixed_precision measures a model's loss, which a stack of blocks has not; use 'none'")
     cfg = dataclasses.replace(cfg, model=model, cluster=dataclasses.replace(cfg.cluster, rules=within))
     params = {"blocks": {str(i): model.form.to_params(jax.tree.map(on_one_device, b)) for i, b in enumerate(blocks)}}

@@ -222,7 +222,7 @@ def prepare(
     if given is None:
         return Run(model, cfg, rules, None, None, sharding, timer, reporter)
     shape = given.shape[:2]
-    if calibration is not None and mixes(cfg, calibration):
+    if calibration is not None and not alike and mixes(cfg, calibration):
         damping = cfg.cluster.damping if cfg.cluster.error_feedback else None
 
         def measure() -> dict[str, float]:

@@ -158,7 +158,7 @@ def test_a_bit_budget_becomes_rules_within_it(params):
     large = dataclasses.replace(
         CONFIG, hidden_size=512, intermediate_size=1024, num_attention_heads=64, num_key_value_heads=64
     )
-    cfg = dataclasses.replace(RUN, model=large, cluster=ClusterConfig(bits=2.6))
+    cfg = dataclasses.replace(RUN, model=large, cluster=ClusterConfig(bits=2.6, coding="plain"))
     (rules,) = {tuple(block.values()) for block in rules_by_block(build_model(large), cfg)}
     from cluscomp_jax.clustering.rules import total_bits_per_weight
 

@@ -75,8 +75,9 @@ class CompressArguments(Common):
     """file of start positions of the samples, one token position per line"""
     bits: Annotated[float | None, _recipe("no budget", "FLOAT")] = None
     """budget in stored bits per weight, codebooks included, instead of --g and --num-codes"""
-    mixed_precision: Annotated[Literal["none", "per_matrix"] | None, _recipe("none")] = None
-    """with --bits: spend it evenly, or by the sensitivity of the loss to each matrix"""
+    mixed_precision: Annotated[Literal["auto", "none", "per_matrix"] | None, _recipe("auto")] = None
+    """with --bits: spend it evenly, or by the sensitivity of the loss to each matrix; auto: the latter where a text is
+    given and codes may be trellises"""
     coding: Annotated[Literal["auto", "plain", "trellis"] | None, _recipe("auto")] = None
     """with --bits: for each matrix the better of plain and trellis codes, the budget spent to the end; trellis codes;
     or plain codes of one setting for all matrices"""

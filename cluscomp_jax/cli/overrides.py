@@ -48,7 +48,7 @@ def run_config(arguments: CompressArguments) -> CompressConfig:
         mesh=config.mesh if arguments.mesh is None else parse_mesh(arguments.mesh),
     )
     asked = arguments.config or arguments.recipe
-    if changed.cluster.uneven and arguments.calibration is None:
+    if changed.cluster.mixed_precision == "per_matrix" and arguments.calibration is None:
         raise InputError(
             f"mixed_precision is {changed.cluster.mixed_precision!r}, which spends a budget by sensitivities that are "
             "measured with --calibration TEXT; add that, or --mixed-precision none"
@@ -73,7 +73,7 @@ def _refuse_contradictions(arguments: CompressArguments) -> None:
             raise InputError(
                 f"{_given(arguments, name)} and --bits {arguments.bits}: the budget chooses it; leave one out"
             )
-    if arguments.mixed_precision not in (None, "none") and arguments.unweighted:
+    if arguments.mixed_precision == "per_matrix" and arguments.unweighted:
         raise InputError(
             f"{_given(arguments, 'mixed_precision')} and --unweighted contradict each other; leave one out"
         )
@@ -108,7 +108,7 @@ def _cluster(arguments: CompressArguments, settings: ClusterConfig) -> ClusterCo
     if arguments.bits is not None:
         alone["bits"] = arguments.bits
     elif any(getattr(arguments, name) is not None for name in _CODES):
-        alone = {"mixed_precision": "none", "coding": "auto", **alone, "bits": None}
+        alone = {"mixed_precision": "auto", "coding": "auto", **alone, "bits": None}
     return dataclasses.replace(settings, rules=rules, **alone)
 
 

@@ -60,12 +60,18 @@ def factor_hessian(hessian: jax.Array, *, damping: float = 0.01) -> HessianFacto
     """
     for retry in range(DAMPING_RETRIES):
         factor: HessianFactor = factor_damped(hessian, damping * 10.0**retry)
-        if bool(jnp.isfinite(jnp.diagonal(factor.root)).all()):
+        if bool(is_root(factor.root)):
             return factor
     raise FloatingPointError(
         f"the Hessian of {hessian.shape[0]} channels has no Cholesky root even with a damping of "
         f"{damping * 10.0 ** (DAMPING_RETRIES - 1)} times the mean of its diagonal"
     )
+
+
+@jax.jit
+def is_root(root: jax.Array) -> jax.Array:
+    """Returns whether a Cholesky root [i, i] was found: its diagonal is finite."""
+    return jnp.isfinite(jnp.diagonal(root)).all()
 
 
 @jax.jit

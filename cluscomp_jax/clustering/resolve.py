@@ -173,7 +173,7 @@ def check_samples(cfg: CompressConfig, samples: int, by_block: list[Rules]) -> N
 
 def check_stacked(model: Model, cfg: CompressConfig, calibration: np.ndarray | None) -> None:
     """Raises InputError where the blocks, which are stacked in arrays, would not get the same codes and groups."""
-    if mixes(cfg, calibration):
+    if cfg.cluster.mixed_precision == "per_matrix" and calibration is not None:
         raise InputError(
             "cluster.mixed_precision gives every kernel codes of its own, but the blocks are stacked in arrays; set it "
             'to "none", or unstack the blocks'

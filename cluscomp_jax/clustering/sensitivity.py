@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cluscomp_jax.clustering.error_feedback import factor_hessian
+from cluscomp_jax.clustering.error_feedback import HessianFactor, factor_hessian
 from cluscomp_jax.clustering.hessian import collect_hessians
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.losses import token_nll
@@ -26,7 +26,7 @@ from cluscomp_jax.models.source import ParamSource
 from cluscomp_jax.models.streams import Batch
 from cluscomp_jax.runtime.reporter import Reporter
 
-_SAMPLES = 8
+SAMPLES = 8
 """Samples of which gradients are computed; more change the choice of codebooks little."""
 
 
@@ -51,7 +51,7 @@ def sensitivities(
       work_dir: scratch.
       reporter: receives progress.
     """
-    tokens = np.asarray(tokens[:_SAMPLES])
+    tokens = np.asarray(tokens[:SAMPLES])
     reporter.start("sensitivity", 2 * model.num_blocks, "blocks")
     outer = jax.tree.map(jnp.asarray, source.load_outer())
     embedded = [
@@ -64,7 +64,7 @@ def sensitivities(
         stores.append(_store(work_dir, i + 1, stores[0].shape))
         kept |= _forward(model, source, i, stores[-2], stores[-1], damping)
         reporter.advance()
-    slopes = [_head_slope(outer, x, tokens[where], model=model) for where, x in stores[-1].batches(1)]
+    slopes = [head_slope(outer, x, tokens[where], model=model) for where, x in stores[-1].batches(1)]
     del outer
     stores.pop().delete()
     result: dict[str, float] = {}
@@ -94,7 +94,7 @@ def _backward(
     block, layer_type = _block(source, i), model.layer_type(i)
     totals: dict[str, jax.Array] = {}
     for j, (_, x) in enumerate(inputs.batches(1)):
-        squares, slopes[j] = _block_slope(block, x, slopes[j], model=model, layer_type=layer_type)
+        squares, slopes[j] = block_slope(block, x, slopes[j], model=model, layer_type=layer_type)
         totals = jax.tree.map(jnp.add, totals, squares) if totals else squares
     return {path: float(total) for path, total in totals.items()}
 
@@ -108,7 +108,7 @@ def scratch_bytes(num_blocks: int, shape: tuple[int, ...], width: int) -> int:
       width: channels between blocks.
     """
     samples, length = shape
-    return (num_blocks + 1) * min(samples, _SAMPLES) * length * width * 4
+    return (num_blocks + 1) * min(samples, SAMPLES) * length * width * 4
 
 
 def _store(work_dir: Path, i: int, shape: tuple[int, ...]) -> ActivationStore:
@@ -132,13 +132,20 @@ def _share_after_feedback(
     for group, paths in model.input_groups.items():
         batches = (Batch(jnp.asarray(x)) for _, x in inputs.batches(1))
         hessian = collect_hessians(model, layer_type, group, block, batches).hessian
-        left = jnp.sum(factor_hessian(hessian, damping=damping).channel_weights) / jnp.trace(hessian)
-        shares |= dict.fromkeys(paths, float(jnp.where(jnp.isfinite(left), jnp.minimum(left, 1.0), 1.0)))
+        shares |= dict.fromkeys(paths, float(share_left(hessian, factor_hessian(hessian, damping=damping))))
+        del hessian  # the next one is collected without it on the device
     return shares
 
 
+@jax.jit
+def share_left(hessian: jax.Array, factor: HessianFactor) -> jax.Array:
+    """Returns sum_i R_ii^2 / sum_i E[x_i^2] of a Hessian and its factor; 1 where it is more, or not a number."""
+    left = jnp.sum(factor.channel_weights) / jnp.trace(hessian)
+    return jnp.where(jnp.isfinite(left), jnp.minimum(left, 1.0), 1.0)
+
+
 @partial(jax.jit, static_argnames="model")
-def _head_slope(outer: Params, x: jax.Array, tokens: jax.Array, *, model: Model) -> jax.Array:
+def head_slope(outer: Params, x: jax.Array, tokens: jax.Array, *, model: Model) -> jax.Array:
     """Returns the gradient [1, t, d] of the summed loss of a sample's next tokens by the last block's output."""
 
     def loss(x: jax.Array) -> jax.Array:
@@ -149,7 +156,7 @@ def _head_slope(outer: Params, x: jax.Array, tokens: jax.Array, *, model: Model)
 
 
 @partial(jax.jit, static_argnames=("model", "layer_type"))
-def _block_slope(
+def block_slope(
     block: Params, x: jax.Array, slope: jax.Array, *, model: Model, layer_type: Hashable
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     """Returns ({path: sum(F) mean(W^2) of one sample}, the gradient by the block's input)."""

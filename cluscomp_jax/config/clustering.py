@@ -72,7 +72,8 @@ class ClusterConfig:
       bits: a budget in stored bits per weight instead of g and num_codes: every rule keeps its pattern and axis,
         and (g, num_codes) are chosen to meet the budget. None: the rules are used as they are.
       mixed_precision: how a budget is spent: "none": evenly; "per_matrix": by the measured sensitivity of the model's
-        loss to each matrix, where calibration is given; every block may be compiled anew.
+        loss to each matrix, where calibration is given; every block may be compiled anew. "auto": per_matrix where
+        `coding` offers trellises and blocks are not stacked, none elsewhere.
       coding: what a budget chooses: "trellis": trellis codes; "auto": for each matrix plain or trellis codes, whichever
         has less error; both spend a budget to the end, some matrices getting the next setting; "plain": plain codes,
         of one (group_size, num_codes) for all unless precision is mixed. Tied codebooks and AQLM have plain codes only:
@@ -103,7 +104,7 @@ class ClusterConfig:
 
     rules: tuple[CompressionRule, ...] = (CompressionRule(),)
     bits: float | None = None
-    mixed_precision: Literal["none", "per_matrix"] = "none"
+    mixed_precision: Literal["auto", "none", "per_matrix"] = "auto"
     coding: Literal["auto", "plain", "trellis"] = "auto"
     tie_codebooks: TieCodebooks = "none"
     export: Literal["any", "aqlm"] = "any"
@@ -121,10 +122,10 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         require(len(self.rules) > 0, "rules", self.rules, "at least one rule")
         require(
-            self.mixed_precision in ("none", "per_matrix"),
+            self.mixed_precision in ("auto", "none", "per_matrix"),
             "mixed_precision",
             self.mixed_precision,
-            "'none' or 'per_matrix'",
+            "'auto', 'none' or 'per_matrix'",
         )
         require(
             self.tie_codebooks in ("none", "input", "block"),
@@ -143,7 +144,7 @@ class ClusterConfig:
             require(self.tie_codebooks == "none", "tie_codebooks", self.tie_codebooks, f"'none' {wanted}")
             require(self.export == "any", "export", self.export, f"'any' {wanted}")
         require(self.export in ("any", "aqlm"), "export", self.export, "'any' or 'aqlm'")
-        if self.mixed_precision != "none":
+        if self.mixed_precision == "per_matrix":
             require(
                 self.bits is not None,
                 "mixed_precision",
@@ -189,7 +190,8 @@ class ClusterConfig:
     @property
     def uneven(self) -> bool:
         """Whether a bit budget is spent by sensitivities, which calibration is needed for."""
-        return self.mixed_precision != "none"
+        mixes = self.bits is not None and not self.plain and self.calibrated
+        return mixes if self.mixed_precision == "auto" else self.mixed_precision == "per_matrix"
 
     @property
     def corrects(self) -> bool:

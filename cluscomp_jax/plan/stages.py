@@ -6,7 +6,7 @@ A stage is a function of a BlockSpec that yields its programs; PER_BLOCK lists w
 from collections.abc import Callable, Iterable, Iterator
 
 from cluscomp_jax.config.finetune import FinetuneConfig
-from cluscomp_jax.plan import block_programs, cluster_programs, model_programs, training_programs
+from cluscomp_jax.plan import block_programs, cluster_programs, model_programs, sensitivity_programs, training_programs
 from cluscomp_jax.plan.program import Program
 from cluscomp_jax.plan.setting import BlockSpec
 from cluscomp_jax.plan.shapes import nbytes
@@ -26,6 +26,7 @@ def whole_run(
     settings: list[BlockSpec], *, context: int, finetune: FinetuneConfig, sharding: Sharding | None = None
 ) -> Iterator[Program]:
     """Yields every program of compression, finetuning, evaluation and generation; only finetuning is sharded."""
+    yield from sensitivity_programs.measuring(settings)
     yield from model_programs.embedding(settings[0])
     for setting in settings:
         for stage in PER_BLOCK:

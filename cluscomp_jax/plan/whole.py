@@ -29,6 +29,7 @@ from cluscomp_jax.training import AXES, sharding_on
 
 GIB = 2**30
 ADVICE = {
+    "sensitivity": 'set mixed_precision = "none"',
     "cluster": "choose fewer codes (num_codes)",
     "statistics": "set error_feedback = false, or device_memory_gib for smaller batches",
     "correct": "set drift_correction = false",

@@ -52,7 +52,7 @@ def test_every_option_reaches_its_setting() -> None:
     assert (tuning_of(config).epochs, tuning_of(config).learning_rate, config.seed) == (1, 0.5, 11)
     (rule,) = config.cluster.rules
     assert (rule.group_size, rule.axis, config.cluster.calibrated) == (5, "in", False)
-    assert config_of(bits=2.0, calibration="t").cluster.mixed_precision == "none"
+    assert config_of(bits=2.0, calibration="t").cluster.mixed_precision == "auto"
     assert config_of(bits=2.0, mixed_precision="per_matrix", calibration="t").cluster.mixed_precision == "per_matrix"
     assert config_of(bits=2.0, unweighted=True, calibration="t").cluster.mixed_precision == "none"
     assert config_of(bits=2.0, mixed_precision="none").cluster.mixed_precision == "none"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from cluscomp_jax import finetuning, llama, pipeline
+from cluscomp_jax.clustering.sensitivity import sensitivities
 from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
 from cluscomp_jax.config.data import CalibrationConfig, DataConfig
 from cluscomp_jax.config.finetune import FinetuneConfig
@@ -22,11 +23,13 @@ from cluscomp_jax.config.training import TrainingConfig
 from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.evaluation import perplexity
 from cluscomp_jax.models.model import build_model
+from cluscomp_jax.models.source import as_source
 from cluscomp_jax.plan.program import Program
 from cluscomp_jax.plan.setting import layer_types_of
 from cluscomp_jax.plan.shapes import AbstractDevice
 from cluscomp_jax.plan.stages import largest_alike, whole_run
 from cluscomp_jax.plan.work import count_work
+from cluscomp_jax.runtime.reporter import SilentReporter
 from cluscomp_jax.text.token_rows import TokenRows
 
 CONFIG = llama.LlamaConfig(
@@ -151,6 +154,20 @@ def test_a_run_compiles_what_the_plan_lists_and_holds_what_it_says(cfg, compilat
     pipeline.compress(params, cfg, calibration=TOKENS)
     programs = planned(cfg, FinetuneConfig())
     hold_to([p for p in programs if p.stage not in AFTERWARDS], compilations.seen, before)
+
+
+@pytest.mark.long
+def test_measuring_sensitivities_compiles_what_the_plan_lists_and_holds_what_it_says(compilations, tmp_path) -> None:
+    cfg = dataclasses.replace(DEFAULT, cluster=ClusterConfig(bits=4.4))
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), llama.init_params(CONFIG, jax.random.key(0)))
+    model = build_model(CONFIG)
+    gc.collect()
+    before = bytes_alive()
+    compilations.seen.clear()
+    source = as_source(params, model)
+    sensitivities(model, source, TOKENS, damping=0.01, work_dir=tmp_path, reporter=SilentReporter())
+    hold_to([p for p in planned(cfg, FinetuneConfig()) if p.stage == "sensitivity"], compilations.seen, before)
+    assert not any(p.stage == "sensitivity" for p in planned(DEFAULT, FinetuneConfig()))
 
 
 @pytest.mark.long

@@ -136,7 +136,17 @@ def index_rate(offer: Offer) -> float:
 
 
 def _hulls(matrices: Shapes, like: CompressionRule, choices: Sequence[Offer]) -> dict[tuple[int, ...], list[_Choice]]:
-    return {shape: _hull([_choice(shape, offer, like) for offer in choices]) for shape in set(matrices.values())}
+    by_rate: dict[float, list[Offer]] = {}
+    for offer in choices:
+        by_rate.setdefault(index_rate(offer), []).append(offer)
+
+    def best(shape: tuple[int, ...], alike: Sequence[Offer]) -> _Choice:
+        # A bit a weight quarters the error. So this is the best of one rate, whatever an error costs.
+        made = [_choice(shape, offer, like) for offer in alike]
+        return min(made, key=lambda choice: math.log2(choice.error) + 2 * choice.bits / math.prod(shape))
+
+    shapes = sorted(set(matrices.values()))
+    return {shape: _hull([best(shape, alike) for alike in by_rate.values()]) for shape in shapes}
 
 
 def _least_bits(matrices: Shapes, hulls: Mapping[tuple[int, ...], list[_Choice]]) -> int:

@@ -22,7 +22,7 @@ from cluscomp_jax.cli.demo_report import Demo, demo_table
 from cluscomp_jax.cli.folder import compress_to_folder
 from cluscomp_jax.cli.generate import encode_prompt
 from cluscomp_jax.cli.outcome import Result, note
-from cluscomp_jax.config.clustering import ClusterConfig
+from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
 from cluscomp_jax.config.data import CalibrationConfig
 from cluscomp_jax.config.run import PAPER, CompressConfig
 from cluscomp_jax.config.tuning import BlockTuningConfig
@@ -39,11 +39,11 @@ from cluscomp_jax.runtime.timing import StageTimer, process_peak_rss_bytes
 from cluscomp_jax.text.text import calibration_samples, load_tokens
 
 SETTINGS = CompressConfig(
-    cluster=ClusterConfig(bits=3.05),
+    cluster=ClusterConfig(rules=(CompressionRule(group_size=3, num_codes=512),)),
     calibration=CalibrationConfig(samples=32, length=512),
     tuning=BlockTuningConfig(),
 )
-"""What the demo runs: at most 3.05 bits per weight, and the first 32 x 512 tokens of the fixed calibration set."""
+"""What the demo runs: 3.05 bits per weight, and the first 32 x 512 tokens of the project's fixed calibration set."""
 
 EVALUATED_TOKENS, CONTEXT = 8192, 512
 QUESTION = "What is gravity?"
@@ -121,7 +121,7 @@ def run_demo(inputs: Inputs, out: Path) -> Result:
 
     original = evaluate("original", opened.source)
     out.mkdir(parents=True, exist_ok=True)
-    alone = dataclasses.replace(PAPER.cluster, rules=inputs.cfg.cluster.rules, bits=inputs.cfg.cluster.bits)
+    alone = dataclasses.replace(PAPER.cluster, rules=inputs.cfg.cluster.rules)
     clustered_cfg = dataclasses.replace(inputs.cfg, cluster=alone, tuning=None)
     clustered_manifest = _checkpoint(out / "clustered", inputs, clustered_cfg)
     clustered = evaluate("clustered", open_checkpoint(out / "clustered"))

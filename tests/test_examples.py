@@ -22,12 +22,12 @@ def test_compress_tiny_llama(checkout: Path, capsys: pytest.CaptureFixture[str])
     printed = capsys.readouterr().out
     assert names["original"].perplexity == pytest.approx(73.53, abs=0.05)
     assert names["original"].tokens == names["result"].tokens == 32 * 255
-    assert names["result"].perplexity == pytest.approx(73.87, rel=0.03)  # last bits of the codes depend on the machine
+    assert names["result"].perplexity == pytest.approx(73.88, rel=0.03)  # last bits of the codes depend on the machine
     assert names["reloaded"].perplexity == names["result"].perplexity
-    assert names["report"].bits_per_weight == pytest.approx(2.518, abs=5e-4)
+    assert 0.99 * 2.6 <= names["report"].bits_per_weight <= 2.6
     assert len(names["report"].matrices) == 5 * 7
     assert names["new_tokens"].shape == (16,)
-    for line in ("2.518 bits per weight in 35 matrices", "perplexity of 8,160 tokens: 73.5", names["completion"]):
+    for line in (" bits per weight in 35 matrices", "perplexity of 8,160 tokens: 73.5", names["completion"]):
         assert line in printed
     tops = {path.relative_to(checkout).parts[0] for path in set(checkout.rglob("*")) - before}
     assert tops == {"tiny-llama-2.6-bits"}

@@ -1,6 +1,7 @@
 """The programs that measure what an error of each kernel costs: `cluscomp_jax.clustering.sensitivity`."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from cluscomp_jax.clustering import error_feedback, hessian, sensitivity
 from cluscomp_jax.models.model import run_block, run_embed, width
@@ -38,7 +39,7 @@ def measuring(settings: Sequence[BlockSpec]) -> Iterator[Program]:
         yield Program(STAGE, "block backward", traced, nbytes((block, x)) + slopes, samples * each.blocks)
 
 
-def _forward(setting: BlockSpec, held: int, x: object, samples: int) -> Iterator[Program]:
+def _forward(setting: BlockSpec, held: int, x: Any, samples: int) -> Iterator[Program]:
     """Yields the pass of single samples through a block, and their Hessians; `held`: bytes of the outer parameters."""
     place, fixed = setting.place, {"model": setting.model, "layer_type": setting.layer_type}
     block = place.tree(setting.shapes, "float32")

@@ -105,7 +105,7 @@ def decode(
     n, g = codebook.shape
     codes = codes_of(index, shape=shape, num_codes=n, g=g, axis=axis, step_bits=step_bits)
     if step_bits is not None:  # XLA's CPU gathers twice as fast by 16-bit codes in memory as by windows it just cut out
-        codes = jax.lax.optimization_barrier(codes)
+        codes = jax.lax.optimization_barrier(codes)  # type: ignore[no-untyped-call]
     vectors = codebook.at[codes.astype(jnp.int32)].get(mode="promise_in_bounds")
     if axis == "out":
         return vectors.reshape(d_in, codes.shape[1] * g)[:, :d_out]

@@ -44,7 +44,8 @@ Row = tuple[str, int, int]
 
 
 def budget(bits: float, *, mixed_precision: str = "none", tuned: bool = True) -> str:
-    return f'{"" if tuned else UNTUNED}\n[cluster]\nbits = {bits}\nmixed_precision = "{mixed_precision}"'
+    settings = f'bits = {bits}\ncoding = "plain"\nmixed_precision = "{mixed_precision}"'
+    return f"{'' if tuned else UNTUNED}\n[cluster]\n{settings}"
 
 
 def even(cluster: str = "", *, top: str = UNTUNED) -> str:
@@ -68,7 +69,6 @@ TABLES: dict[str, dict[str, Row]] = {
         "3.3-tuned-64": (budget(3.3, mixed_precision="per_matrix"), 64, 512),
         "4.02-tuned-64": (budget(4.1), 64, 512),  # a codebook for every kernel; g=3 would be 4.39
         "4.1-tuned-64": (FOUR_BITS.read_text(), 64, 512),
-        "4.1-mixed-64": (f'{budget(4.1, mixed_precision="per_matrix")}\ntie_codebooks = "block"', 64, 512),
     },
     "parts": {
         "blind": (even("weighted = false\nerror_feedback = false", top=f'recipe = "paper"\n{UNTUNED}'), 16, 512),

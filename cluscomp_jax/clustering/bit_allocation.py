@@ -9,16 +9,15 @@ that blocks differ at few places only.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from cluscomp_jax.clustering.rules import predicted_distortion
-from cluscomp_jax.config.clustering import CompressionRule
+from cluscomp_jax.config.clustering import BudgetCoding, CompressionRule
 from cluscomp_jax.core.coding import stored_bits
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.trellis.distortion import TRELLIS_DISTORTION
 
 Shapes = Mapping[str, tuple[int, ...]]
-Coding = Literal["auto", "plain", "trellis"]
 Offer = tuple[int, int, int | None]
 """(group_size, num_codes, step_bits)."""
 
@@ -48,7 +47,7 @@ class _Step(NamedTuple):
     item: str
 
 
-def offers(coding: Coding) -> list[Offer]:
+def offers(coding: BudgetCoding) -> list[Offer]:
     """Returns the settings of a coding: "plain", "trellis", or "auto" for both."""
     plain: list[Offer] = [(g, 2**bits, None) for g in _PLAIN_GROUPS for bits in _PLAIN_BITS]
     trellis: list[Offer] = list(TRELLIS_DISTORTION)
@@ -82,7 +81,7 @@ def allocate_bits(
     bits: float,
     *,
     like: CompressionRule,
-    coding: Coding = "auto",
+    coding: BudgetCoding = "auto",
     costs: Mapping[str, float] | None = None,
     projection: Callable[[str], str] = str,
     alike: bool = False,
@@ -116,7 +115,8 @@ def allocate_bits(
         raise InputError(f"bits is {bits}; the least that {_WORDS[coding]} codes reach on this model is {least}")
     if costs is not None:
         near = [offer for offer in offers(coding) if _LEAST * bits <= index_rate(offer) <= bits + _ABOVE]
-        hulls = limited if near and least_of(limited := hulls_of(near)) <= budget else hulls
+        limited = hulls_of(near) if near else hulls
+        hulls = limited if least_of(limited) <= budget else hulls
     of = {item: hulls[matrices[paths[0]]] for item, paths in items.items()}
     cost = {item: _cost_per_weight(matrices, paths, costs) for item, paths in items.items()}
     order = list(dict.fromkeys(projection(path) for path in matrices))

@@ -51,7 +51,7 @@ def rules_by_block(
         for rule in rules:
             own = {path: shapes[path] for path, first in matched.items() if first is rule}
             if own:
-                codebooks = _codebooks(model, own, cfg.cluster.tie_codebooks)
+                codebooks = _codebooks(model, own, rule, cfg.cluster.tie_codebooks)
                 chosen |= _within_budget(own, rule, cfg.cluster, sensitivities, codebooks, model.blocks_path, alike)
         matched = chosen
     if cfg.cluster.export == "aqlm":
@@ -116,17 +116,14 @@ def _projection(blocks_path: str, path: str) -> str:
     return path.removeprefix(f"{blocks_path}/").partition("/")[2]
 
 
-def _codebooks(model: Model, paths: Collection[str], tie_codebooks: TieCodebooks) -> int:
-    """Returns how many codebooks kernels have that are all cut alike."""
-    if tie_codebooks == "none":
-        return len(paths)
-    owners = {
-        (i, group if tie_codebooks == "input" else "")
-        for i in range(model.num_blocks)
-        for group, kernels in model.input_groups.items()
-        if any(f"{model.blocks_path}/{i}/{kernel}" in paths for kernel in kernels)
-    }
-    return len(owners)
+def _codebooks(model: Model, paths: Collection[str], rule: CompressionRule, tie_codebooks: TieCodebooks) -> int:
+    """Returns how many codebooks kernels have to which one rule gives one setting."""
+    shared = 0
+    for i in range(model.num_blocks):
+        prefix = f"{model.blocks_path}/{i}/"
+        own = dict.fromkeys((path.removeprefix(prefix) for path in paths if path.startswith(prefix)), rule)
+        shared += sum(len(group) - 1 for group in sharing_groups(model.input_groups, own, tie_codebooks))
+    return len(paths) - shared
 
 
 def _check_aqlm(rules: Rules, shapes: Mapping[str, tuple[int, ...]]) -> None:

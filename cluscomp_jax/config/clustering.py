@@ -10,6 +10,7 @@ from cluscomp_jax.core.coding import MAX_CODES, MAX_GROUP, PLAIN, Axis, Coding, 
 from cluscomp_jax.core.host_axes import check_axes
 from cluscomp_jax.errors import InputError
 
+BudgetCoding = Literal["auto", "plain", "trellis"]
 TieCodebooks = Literal["none", "input", "block"]
 DECODER_KERNELS = r"model/layers/\d+/(self_attn/[qkvo]_proj|mlp/(gate|up|down)_proj)/kernel"
 """The seven projections of every decoder block; embeddings, norms and lm_head stay in 16 bit (paper section 4)."""
@@ -105,7 +106,7 @@ class ClusterConfig:
     rules: tuple[CompressionRule, ...] = (CompressionRule(),)
     bits: float | None = None
     mixed_precision: Literal["auto", "none", "per_matrix"] = "auto"
-    coding: Literal["auto", "plain", "trellis"] = "auto"
+    coding: BudgetCoding = "auto"
     tie_codebooks: TieCodebooks = "none"
     export: Literal["any", "aqlm"] = "any"
     iterations: int = 20

@@ -38,7 +38,7 @@ def codes_of(
     Args:
       index: those codes; or the streams uint32 [d_in, words] for axis "out", [words, d_out] for "in".
       shape: (d_in, d_out).
-      num_codes: n; of a trellis index 2^L.
+      num_codes: n; of a trellis index 2^L, at most 2^16.
       g: weights per code.
       axis: that is cut.
       step_bits: b of a trellis index, 1 to L; None: the index is not one.
@@ -61,7 +61,7 @@ def codes_of(
         bits = word(k) >> shift
         if shifts[-1] + window > 32:
             bits = bits | (word(k + 1) << 1) << (31 - shift)  # a shift by 32 is not defined
-        parts.append((bits & (num_codes - 1)).astype(jnp.uint16 if window <= 16 else jnp.int32))
+        parts.append((bits & (num_codes - 1)).astype(jnp.uint16))
     codes = jnp.concatenate(parts, axis=2).reshape(len(streams), blocks * period)[:, :vectors]
     return codes if axis == "out" else codes.T
 

@@ -79,6 +79,8 @@ def compress_blocks(
     within = tuple(_within(rule, rules, model.form.kernels) for rule in rules)
     if cfg.cluster.mixed_precision == "per_matrix":
         raise InputError("mixed_precision measures a model's loss, which a stack of blocks has not; use 'none'")
+    if cfg.recovery is not None:
+        raise InputError("recovery follows a model's distributions, which a stack of blocks has not; leave it out")
     cfg = dataclasses.replace(cfg, model=model, cluster=dataclasses.replace(cfg.cluster, rules=within))
     params = {"blocks": {str(i): model.form.to_params(jax.tree.map(on_one_device, b)) for i, b in enumerate(blocks)}}
     shape = (x.shape[0], math.prod(x.shape[1:-1]))

@@ -43,10 +43,11 @@ from cluscomp_jax.models import layouts
 from cluscomp_jax.models.model import Model, build_model, run_block
 from cluscomp_jax.models.prefetch import BlockReader, BlockWriter
 from cluscomp_jax.models.sharding import Sharding, make_sharding, put_whole
-from cluscomp_jax.models.source import BlockSink, DictSink, Fingerprint, ParamSource, run_fingerprint
+from cluscomp_jax.models.source import BlockSink, DictSink, DictSource, Fingerprint, ParamSource, run_fingerprint
 from cluscomp_jax.models.streams import Streams, embed_streams, open_streams
 from cluscomp_jax.plan.budget import forward_batch
 from cluscomp_jax.plan.host import scratch_bytes
+from cluscomp_jax.recovery import recover_stream, require_rows
 from cluscomp_jax.runtime.reporter import Reporter, SilentReporter
 from cluscomp_jax.runtime.scratch import scratch_folder
 from cluscomp_jax.runtime.timing import StageTimer
@@ -73,8 +74,8 @@ def compress(
       params: a nested dict in the FlaxLlama layout (string or integer layer keys), a ParamSource, or any pytree
         of one of the codebases of `layout`, boxed or not.
       cfg: the run; `cfg.model` is the family's config (`LlamaConfig.of` reads those of other libraries).
-      calibration: tokens int [samples, length]; with them clustering is activation-weighted and blocks are tuned
-        (where cfg says so), without them matrices are only clustered.
+      calibration: tokens int [samples, length]; with them clustering is activation-weighted, blocks are tuned and the
+        whole follows the original (where cfg says so), without them matrices are only clustered.
       reporter: is told of progress; silent by default.
       work_dir: an existing folder; up to three streams of activations lie in a temporary one inside it meanwhile
         (`plan.host.scratch_bytes`). None: the system's folder for temporary files.
@@ -86,6 +87,7 @@ def compress(
       InputError: whatever does not fit, before any long work; also activations on the disk.
     """
     calibration = None if calibration is None else tokens_of(calibration)
+    require_rows(cfg, calibration)
     opened = layouts.open_tree(params, build_model(cfg.model), layout)
     model, cfg = opened.model, dataclasses.replace(cfg, model=opened.model)
     if opened.stacked:
@@ -105,6 +107,10 @@ def compress(
             may_grow=False,
             alike=opened.stacked,
         )
+        if cfg.recovery is not None:
+            assert calibration is not None
+            clustered, sink = DictSource(sink.params(model), model), DictSink()
+            recover_stream(clustered, opened.source, sink, cfg, calibration, reporter=reporter)
     return opened.put_back(sink.params(model))
 
 
@@ -122,7 +128,7 @@ def compress_stream(
     may_grow: bool = True,
     alike: bool = False,
 ) -> CompressionSummary:
-    """Compresses block after block from `source` into `sink` and returns what was done.
+    """Compresses block after block from `source` into `sink` and returns what was done; `cfg.recovery` is not.
 
     Args:
       calibration: tokens int [samples, length] or None.
@@ -138,14 +144,17 @@ def compress_stream(
     Raises:
       InputError: whatever does not fit, before any long work.
     """
-    timer = StageTimer(owns_process=owns_process)
-    records = RunRecords(work_dir / "records")
-    run = prepare(
-        source, cfg, calibration, work_dir, records, timer, reporter or SilentReporter(), inputs, may_grow, alike
-    )
-    blocks = _compress_blocks(run, source, sink, records, finished_blocks)
-    if run.streams is not None:
-        run.streams.delete()
+    timer, reporter = StageTimer(owns_process=owns_process), reporter or SilentReporter()
+    records, count = RunRecords(work_dir / "records"), build_model(cfg.model).num_blocks
+    if finished_blocks < count:
+        run = prepare(source, cfg, calibration, work_dir, records, timer, reporter, inputs, may_grow, alike)
+        _compress_blocks(run, source, sink, records, finished_blocks)
+        if run.streams is not None:
+            run.streams.delete()
+    else:
+        for i in range(count):
+            records.report(i, reporter)
+    blocks = [records.block(i) for i in range(count)]
     with timer("load"):
         outer = source.load_outer()
     with timer("store"):
@@ -253,10 +262,8 @@ def prepare(
     return Run(model, cfg, rules, cfg.tuning, streams, sharding, timer, reporter)
 
 
-def _compress_blocks(
-    run: Run, source: ParamSource, sink: BlockSink, records: RunRecords, finished: int
-) -> list[dict[str, Any]]:
-    """Compresses all blocks but the first `finished`, which the sink has, and returns the record of each."""
+def _compress_blocks(run: Run, source: ParamSource, sink: BlockSink, records: RunRecords, finished: int) -> None:
+    """Compresses all blocks but the first `finished`, which the sink has, and stores the record of each."""
 
     def store(i: int, block: Params, record: dict[str, Any]) -> None:
         records.store(i, record)
@@ -279,9 +286,7 @@ def _compress_blocks(
             del block
         with run.timer("store"):
             writer.wait()
-    if finished < count:
-        records.report(count - 1, run.reporter)
-    return [records.block(i) for i in range(count)]
+    records.report(count - 1, run.reporter)
 
 
 def _resume_block(run: Run, i: int, reader: BlockReader, sink: BlockSink) -> None:

@@ -194,8 +194,17 @@ class CheckpointWriter:
         folder = block_folder(i)
         if folder not in self._parts:
             raise InputError(f"{self.path}: block {i} is not finished; {self.finished_blocks} are")
-        prefix = inventory.item_prefix(self._model, folder)
-        return inventory.load_item(self.path, folder, self._parts[folder], prefix=prefix)
+        return self._load(folder)
+
+    def load_outer(self) -> Params:
+        """Returns the parameters outside the blocks as they will load from the checkpoint, their files verified.
+
+        Raises:
+          InputError: they are not stored, or were damaged since.
+        """
+        if not self.outer_finished:
+            raise InputError(f"{self.path}: the parameters outside the blocks are not stored")
+        return self._load(REST)
 
     def finish(self, *, provenance: Mapping[str, Any], metrics: Mapping[str, Any]) -> Manifest:
         """Writes the manifest, with which the folder becomes a checkpoint, removes work/, and returns the manifest.
@@ -227,6 +236,10 @@ class CheckpointWriter:
             self._folder.complete(manifest)
         self._folder.release()
         return manifest
+
+    def _load(self, folder: str) -> Params:
+        prefix = inventory.item_prefix(self._model, folder)
+        return inventory.load_item(self.path, folder, self._parts[folder], prefix=prefix)
 
     def _aside(self, folder: str) -> Path:
         """Returns the place where an item is written, absent, its parent there."""

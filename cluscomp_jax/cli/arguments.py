@@ -63,8 +63,11 @@ class CompressArguments(Common):
     """folder of the compressed model; must be empty, absent, or this very run's unfinished output"""
     config: Annotated[str | None, _without("no file", "FILE")] = None
     """TOML file of settings, see configs/"""
-    recipe: Annotated[Literal["default", "paper"] | None, _without("default, or that of --config")] = None
-    """settings to start from; a config file that names another one is refused"""
+    recipe: Annotated[Literal["fast", "default", "best", "paper"] | None, _without("default, or that of --config")] = (
+        None
+    )
+    """settings to start from: fast, no tuning; default; best, recovery after tuning; paper. A config file that names
+    another one is refused"""
     calibration: Annotated[str | None, _without("none, clustering only", "TEXT")] = None
     """text file (.txt, .gz), token array (.npy) or dataset name (wikitext2, c4, ptb) to calibrate and tune on"""
     samples: Annotated[int | None, _recipe(128, "INT")] = None
@@ -102,6 +105,8 @@ class CompressArguments(Common):
     """tuning passes over the calibration samples"""
     learning_rate: Annotated[float | None, _recipe(0.004, "FLOAT")] = None
     """peak learning rate of tuning"""
+    recover: Annotated[int | None, _recipe(0, "STEPS")] = None
+    """steps in which the whole compressed model follows the original on the calibration samples, after all blocks"""
     seed: Annotated[int | None, _recipe(42, "INT")] = None
     """seed of everything random"""
     mesh: Annotated[str | None, _recipe("data=1", "data=INT")] = None
@@ -337,7 +342,9 @@ class PlanArguments(Common):
     """card: a6000, a100_80, h100, h200, l40s, rtx4090, or a .txtpb file that describes another"""
     config: Annotated[str | None, _without("no file", "FILE")] = None
     """TOML file of settings, see configs/"""
-    recipe: Annotated[Literal["default", "paper"] | None, _without("default, or that of --config")] = None
+    recipe: Annotated[Literal["fast", "default", "best", "paper"] | None, _without("default, or that of --config")] = (
+        None
+    )
     """settings to start from; a config file that names another one is refused"""
     finetune_config: Annotated[
         str | None, _without("one row of the calibration's length, in the compute dtype of tuning", "FILE")

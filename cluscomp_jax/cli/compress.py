@@ -111,9 +111,13 @@ def _describe_stages(cfg: CompressConfig, calibration: np.ndarray | None) -> str
     weighted = "activation-weighted clustering" if cfg.cluster.weighted else "clustering"
     if cfg.cluster.error_feedback:
         weighted += " with error feedback"
-    if cfg.tuning is None:
-        return f"{weighted} only, {samples} x {length} tokens"
-    return f"{weighted} and {cfg.tuning.epochs} epochs of tuning on {samples} x {length} tokens"
+    stages = [weighted]
+    if cfg.tuning is not None:
+        stages.append(f"{cfg.tuning.epochs} epochs of tuning")
+    if cfg.recovery is not None:
+        stages.append(f"{cfg.recovery.steps} steps of recovery")
+    only = " only" if len(stages) == 1 else ""
+    return f"{', '.join(stages)}{only}, {samples} x {length} tokens"
 
 
 def _text(done: Compressed, out: Path) -> str:

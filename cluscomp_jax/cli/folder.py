@@ -30,6 +30,7 @@ from cluscomp_jax.io.tokenizer import tokenizer_digest, write_tokenizer
 from cluscomp_jax.models.source import Fingerprint, ParamSource
 from cluscomp_jax.pipeline import compress_stream, fingerprint
 from cluscomp_jax.plan.host import scratch_bytes
+from cluscomp_jax.recovery import recover_stream, require_rows
 from cluscomp_jax.reporting.tables import format_bytes
 from cluscomp_jax.runtime.host_memory import return_freed_memory
 from cluscomp_jax.runtime.reporter import JsonLinesLog, Reporter, console_reporter
@@ -107,23 +108,15 @@ def compress_to_folder(
         identity = fingerprint(opened.source, cfg, calibration).including(tokenizer=tokenizer.digest)
         claim = claim_folder(out, opened, cfg, identity)
     with claim as writer, console_reporter(JsonLinesLog(out / METRICS_NAME)) as reporter:
-        if writer.finished_blocks:
-            note(f"{out}: resuming after {writer.finished_blocks} of {opened.model.num_blocks} finished blocks")
         _check_scratch(opened, cfg, calibration, writer.work_path)
         with course.before("check weights"):
             _check_weights(opened, reporter)
         course.evaluate("original", opened.source, course.before, reporter)
-        summary = compress_stream(
-            opened.source,
-            writer,
-            cfg,
-            calibration=calibration,
-            work_dir=writer.work_path,
-            reporter=reporter,
-            finished_blocks=writer.finished_blocks,
-            owns_process=True,
-        )
-        course.evaluate("compressed", _Unfinished(writer, opened.source), course.after, reporter)
+        if cfg.recovery is None:
+            summary = _compress_blocks(opened, cfg, writer, calibration, writer.work_path, reporter)
+        else:
+            summary = _compress_and_recover(opened, cfg, writer, calibration, identity, course.after, reporter)
+        course.evaluate("compressed", _Unfinished(writer, identity.digest), course.after, reporter)
         with course.after("finish"):
             if tokenizer.write is not None:
                 writer.store_tokenizer(tokenizer.write)
@@ -134,6 +127,57 @@ def compress_to_folder(
             }
             writer.finish(provenance=provenance, metrics=course.result(summary).to_dict())
     return course.result(summary)
+
+
+def _compress_blocks(
+    opened: OpenedModel,
+    cfg: CompressConfig,
+    sink: CheckpointWriter,
+    calibration: np.ndarray | None,
+    work_path: Path,
+    reporter: Reporter,
+) -> CompressionSummary:
+    if sink.finished_blocks:
+        note(f"resuming after {sink.finished_blocks} of {opened.model.num_blocks} finished blocks")
+    return compress_stream(
+        opened.source,
+        sink,
+        cfg,
+        calibration=calibration,
+        work_dir=work_path,
+        reporter=reporter,
+        finished_blocks=sink.finished_blocks,
+        owns_process=True,
+    )
+
+
+def _compress_and_recover(
+    opened: OpenedModel,
+    cfg: CompressConfig,
+    writer: CheckpointWriter,
+    calibration: np.ndarray | None,
+    identity: Fingerprint,
+    timer: StageTimer,
+    reporter: Reporter,
+) -> CompressionSummary:
+    """Compresses into a folder of its own within `work_path`, which ends with the run, and from there into `writer`."""
+    require_rows(cfg, calibration)
+    assert calibration is not None
+    with claim_folder(writer.work_path / "compressed", opened, cfg, identity) as aside:
+        summary = _compress_blocks(opened, cfg, aside, calibration, writer.work_path, reporter)
+        return_freed_memory()
+        with timer("recover"):
+            recovery = recover_stream(
+                _Unfinished(aside, identity.digest),
+                opened.source,
+                writer,
+                cfg,
+                calibration,
+                state_dir=writer.work_path / "states",
+                reporter=reporter,
+                finished_blocks=writer.finished_blocks,
+            )
+    return dataclasses.replace(summary, recovery=recovery.to_dict())
 
 
 class _Course:
@@ -245,16 +289,16 @@ def _provenance(opened: OpenedModel, calibration: np.ndarray | None, name: str |
 
 @dataclasses.dataclass(frozen=True)
 class _Unfinished:
-    """The ParamSource of a checkpoint whose blocks are stored and whose outer parameters are still the original's."""
+    """The ParamSource of a checkpoint that lacks only its end; `digest` is that of the run."""
 
     writer: CheckpointWriter
-    original: ParamSource
+    digest: str
 
     def load_block(self, i: int) -> Params:
         return self.writer.load_block(i)
 
     def load_outer(self) -> Params:
-        return self.original.load_outer()
+        return self.writer.load_outer()
 
     def fingerprint(self) -> str:
-        return f"unfinished {self.original.fingerprint()}"
+        return f"unfinished {self.digest}"

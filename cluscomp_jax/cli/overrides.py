@@ -7,13 +7,14 @@ from cluscomp_jax.cli.arguments import CompressArguments
 from cluscomp_jax.cli.mesh import parse_mesh
 from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
 from cluscomp_jax.config.data import CalibrationConfig
+from cluscomp_jax.config.recovery import RecoveryConfig
 from cluscomp_jax.config.run import RECIPES, CompressConfig, load_config
 from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.errors import InputError
 
 Settings = TypeVar("Settings", CompressionRule, CalibrationConfig, BlockTuningConfig)
 _NEEDED_BY = {
-    "calibration": ("samples", "length", "sample_offsets", "epochs", "learning_rate", "unweighted"),
+    "calibration": ("samples", "length", "sample_offsets", "epochs", "learning_rate", "recover", "unweighted"),
     "evaluate": ("context", "tokens"),
 }
 _CODES = ("g", "num_codes", "step_bits")
@@ -23,8 +24,8 @@ _NEED_TUNING = ("epochs", "learning_rate")
 def run_config(arguments: CompressArguments) -> CompressConfig:
     """Returns the settings of a run, without its model.
 
-    Without --calibration nothing can be tuned. A bare command is then clustering only; one that asks for tuning, by
-    a recipe, a config file or an option, is refused.
+    Without --calibration nothing can be tuned. A bare command is then clustering only; one that asks for tuning or
+    recovery, by a recipe, a config file or an option, is refused.
 
     Raises:
       InputError: options that contradict each other or the config file, or a value out of its range.
@@ -44,6 +45,7 @@ def run_config(arguments: CompressArguments) -> CompressConfig:
         cluster=_cluster(arguments, config.cluster),
         calibration=_replaced(config.calibration, arguments, "samples", "length", "sample_offsets"),
         tuning=_tuning(arguments, config.tuning),
+        recovery=_recovery(arguments, config.recovery),
         seed=config.seed if arguments.seed is None else arguments.seed,
         mesh=config.mesh if arguments.mesh is None else parse_mesh(arguments.mesh),
     )
@@ -59,10 +61,13 @@ def run_config(arguments: CompressArguments) -> CompressConfig:
                 f"{asked} asks for tuning, which needs --calibration TEXT; --no-tuning for clustering only"
             )
         changed = dataclasses.replace(changed, tuning=None)
-    if arguments.calibration is not None and changed.tuning is None and not changed.cluster.calibrated:
+    if changed.recovery is not None and arguments.calibration is None:
+        raise InputError(f"{asked} asks for recovery, which needs --calibration TEXT; add that, or --recover 0")
+    read = changed.cluster.calibrated or changed.tuning is not None or changed.recovery is not None
+    if arguments.calibration is not None and not read:
         raise InputError(
-            f"{_given(arguments, 'calibration')} has no effect where clustering is unweighted and nothing is tuned; "
-            "leave it out, or turn one of them on"
+            f"{_given(arguments, 'calibration')} has no effect where clustering is unweighted and nothing is tuned or "
+            "recovered; leave it out, or turn one of them on"
         )
     return changed
 
@@ -116,6 +121,14 @@ def _tuning(arguments: CompressArguments, settings: BlockTuningConfig | None) ->
     if settings is None or arguments.no_tuning:
         return None
     return _replaced(settings, arguments, "epochs", "learning_rate")
+
+
+def _recovery(arguments: CompressArguments, settings: RecoveryConfig | None) -> RecoveryConfig | None:
+    if arguments.recover is None:
+        return settings
+    return (
+        None if arguments.recover == 0 else dataclasses.replace(settings or RecoveryConfig(), steps=arguments.recover)
+    )
 
 
 def _replaced(settings: Settings, arguments: CompressArguments, *names: str) -> Settings:

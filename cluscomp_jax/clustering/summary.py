@@ -15,6 +15,7 @@ class CompressionSummary:
         did not have its process to itself.
       bits_per_weight: stored bits per weight of the compressed matrices together.
       total_bytes: stored bytes of all parameters.
+      recovery: what the recovery stage did, as `FinetuneSummary.to_dict` gives it; None: there was none.
     """
 
     matrices: tuple[dict[str, Any], ...]
@@ -22,7 +23,11 @@ class CompressionSummary:
     stages: dict[str, dict[str, Any]]
     bits_per_weight: float
     total_bytes: int
+    recovery: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the summary as plain JSON values."""
-        return dataclasses.asdict(self)
+        """Returns the summary as plain JSON values, less a recovery that there was not."""
+        fields = dataclasses.asdict(self)
+        if self.recovery is None:
+            del fields["recovery"]
+        return fields

@@ -9,11 +9,12 @@ from typing import Any, Literal
 from cluscomp_jax.config.clustering import ClusterConfig
 from cluscomp_jax.config.data import CalibrationConfig
 from cluscomp_jax.config.mesh import MeshConfig
+from cluscomp_jax.config.recovery import RecoveryConfig
 from cluscomp_jax.config.toml import overlay, read_toml
 from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.errors import InputError
 
-Recipe = Literal["default", "paper"]
+Recipe = Literal["fast", "default", "best", "paper"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,11 +25,12 @@ class CompressConfig:
       model: the family's config (LlamaConfig); None only until a model has been opened.
       cluster, calibration: settings of those stages.
       tuning: None leaves the clustered codebooks as they are (the paper's ClusComp-minus).
+      recovery: the whole model follows the original after the last block; None: it does not.
       seed: non-negative; with the same inputs it fixes every bit of the result.
       device_memory_gib: largest device memory of compression, > 0: forward passes take as many samples together as it
-        allows, and a stage that needs more is refused before any work; nothing is checked without calibration, and the
-        measure of sensitivities (`cluster.mixed_precision`) is not counted. Bits of the result can change with the
-        number of samples. None: 2,048 tokens together, and no check.
+        allows, and a stage that needs more is refused before any work; nothing is checked without calibration, and
+        neither the measure of sensitivities (`cluster.mixed_precision`) nor recovery is counted. Bits of the result
+        can change with the number of samples. None: 2,048 tokens together, and no check.
       mesh: how many devices share the samples of a batch and the matrices to be clustered: its data axis; the others
         are 1. Bits of the result change with it. A tuning batch that it does not divide is computed whole on each.
     """
@@ -37,6 +39,7 @@ class CompressConfig:
     cluster: ClusterConfig = ClusterConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     tuning: BlockTuningConfig | None = BlockTuningConfig()
+    recovery: RecoveryConfig | None = None
     seed: int = 42
     device_memory_gib: float | None = None
     mesh: MeshConfig = MeshConfig()
@@ -52,6 +55,8 @@ class CompressConfig:
                 f"mesh is {self.mesh}; compression holds one block at a time and spreads samples and matrices alone: "
                 "use data, leave fsdp and tensor out"
             )
+        if self.recovery is not None:
+            dataclasses.replace(self.recovery.finetune_config(), mesh=self.mesh)
         if self.tuning is not None:
             train = self.calibration.samples - self.tuning.validation_samples
             if train < 1:
@@ -69,6 +74,8 @@ class CompressConfig:
         """Returns the settings as plain JSON values, less the model."""
         fields = dataclasses.asdict(dataclasses.replace(self, model=None))
         del fields["model"]
+        if self.recovery is None:  # as settings were recorded before there was a recovery
+            del fields["recovery"]
         for rule in fields["cluster"]["rules"]:
             if rule["axes"] is None:  # a decoder's kernels need none
                 del rule["axes"]
@@ -101,22 +108,30 @@ PAPER = CompressConfig(
 One thing differs: a block that ends worse than it began keeps its clustered codebooks (`BlockTuningConfig`).
 """
 
-RECIPES: dict[str, CompressConfig] = {"default": CompressConfig(), "paper": PAPER}
+RECIPES: dict[str, CompressConfig] = {
+    "fast": CompressConfig(tuning=None),
+    "default": CompressConfig(),
+    "best": CompressConfig(recovery=RecoveryConfig()),
+    "paper": PAPER,
+}
+"""What a run starts from, by name; docs/compress.md says what each costs and gives."""
 
 
 def load_config(path: str | Path, *, recipe: Recipe | None = None) -> CompressConfig:
-    """Returns the CompressConfig of a TOML file: tables [cluster], [[cluster.rules]], [calibration], [tuning].
+    """Returns the CompressConfig of a TOML file: tables [cluster], [[cluster.rules]], [calibration], [tuning],
+      [recovery].
 
-    A top-level `recipe` names the defaults that the file's keys override; `tuning = false` turns tuning off.
+      A top-level `recipe` names the defaults that the file's keys override; `tuning = false` and `recovery =
+    false` turn a stage off.
 
-    Args:
-      path: of the file.
-      recipe: the defaults where the file names none.
+      Args:
+        path: of the file.
+        recipe: the defaults where the file names none.
 
-    Raises:
-      InputError: no such file, not TOML, a key nobody reads, a value of the wrong type or range, or a recipe in the
-        file that is not the one asked for, or a bit budget together with the g, num_codes or step_bits that it would
-        replace.
+      Raises:
+        InputError: no such file, not TOML, a key nobody reads, a value of the wrong type or range, or a recipe in the
+          file that is not the one asked for, or a bit budget together with the g, num_codes or step_bits that it would
+          replace.
     """
     fields = read_toml(path)
     try:
@@ -152,8 +167,9 @@ def from_dict(fields: Mapping[str, Any]) -> CompressConfig:
     recipe = fields.pop("recipe", "default")
     if not isinstance(recipe, str) or recipe not in RECIPES:
         raise InputError(f"recipe is {recipe!r}; it must be one of {', '.join(sorted(RECIPES))}")
-    if fields.get("tuning", ...) is False:
-        fields["tuning"] = None
+    for stage in ("tuning", "recovery"):
+        if fields.get(stage, ...) is False:
+            fields[stage] = None
     config = overlay(RECIPES[recipe], fields)
     assert isinstance(config, CompressConfig)
     return config

@@ -3,8 +3,10 @@
 A stage is a function of a BlockSpec that yields its programs; PER_BLOCK lists what compression does with a block.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
+from cluscomp_jax.config.data import DataConfig
 from cluscomp_jax.config.finetune import FinetuneConfig
 from cluscomp_jax.plan import block_programs, cluster_programs, model_programs, sensitivity_programs, training_programs
 from cluscomp_jax.plan.program import Program
@@ -31,6 +33,10 @@ def whole_run(
     for setting in settings:
         for stage in PER_BLOCK:
             yield from stage(setting)
+    if (recovery := settings[0].cfg.recovery) is not None:
+        data = DataConfig(length=settings[0].cfg.calibration.length)
+        following = dataclasses.replace(recovery.finetune_config(), data=data)
+        yield from training_programs.finetuning(settings, following, stage="recover", evaluated=False)
     yield from training_programs.finetuning(settings, finetune, sharding)
     yield from model_programs.evaluation(settings[0])
     yield from model_programs.generating(settings, context=context)

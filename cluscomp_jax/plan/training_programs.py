@@ -4,12 +4,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from cluscomp_jax.config.finetune import FinetuneConfig
-from cluscomp_jax.errors import InputError
 from cluscomp_jax.plan.program import Program
 from cluscomp_jax.plan.setting import STORED, BlockSpec
 from cluscomp_jax.plan.shapes import nbytes, with_shardings
 from cluscomp_jax.training import (
     Sharding,
+    Teacher,
     TrainState,
     evaluate_step,
     init_state,
@@ -19,31 +19,29 @@ from cluscomp_jax.training import (
     train_step,
 )
 
-STAGE = "finetune"
-
 
 def finetuning(
-    settings: Sequence[BlockSpec], cfg: FinetuneConfig, sharding: Sharding | None = None
+    settings: Sequence[BlockSpec],
+    cfg: FinetuneConfig,
+    sharding: Sharding | None = None,
+    *,
+    stage: str = "finetune",
+    evaluated: bool = True,
 ) -> Iterator[Program]:
     """Yields the first state, a step, and the two programs of an evaluation; how many of those there are is not known.
 
     Args:
       settings: the kinds of blocks, together all of the model.
-      cfg: the finetuning; its model is not read.
+      cfg: the finetuning; its model is not read. Where it follows a teacher, that is the original of the settings.
       sharding: on several devices, of which bytes are then those of one; None: on the device of the settings.
-
-    Raises:
-      InputError: a teacher is followed, of which the settings know nothing.
+      stage: what the programs are said to belong to.
+      evaluated: whether there are evaluations.
     """
-    if cfg.training.distillation is not None:
-        raise InputError(
-            "finetuning with a teacher is not planned; leave out [training.distillation] here, and add the teacher's "
-            "parameters and one forward pass to the finetune stage"
-        )
     training, model, place = cfg.training, settings[0].model, settings[0].place
     members = {i: setting for setting in settings for i in setting.members}
     blocks = (members[i].compressed() for i in range(model.num_blocks))
     outer = place.tree(model.outer_shapes(), STORED)
+    teacher = None if training.distillation is None else _original(settings, sharding)
     trained, frozen, layout = split_shapes(blocks, outer, model, training.trainable, sharding)
     if sharding is None:
         trained, frozen = place.like(trained), place.like(frozen)
@@ -57,21 +55,30 @@ def finetuning(
         )
 
     traced = init_state.trace(trained, settings=training, sharding=sharding)
-    yield Program(STAGE, "start", traced, nbytes((trained, frozen)))
+    yield Program(stage, "start", traced, nbytes((trained, frozen)))
     state = TrainState(*traced.out_info)
     if sharding is None:
         state = place.like(state)
     else:
         state = with_shardings(state, state_places(state, settings=training, sharding=sharding))
-    held = nbytes((state, frozen))
-    traced = round_masters.trace(trained, layout=layout)
-    yield Program(STAGE, "round", traced, held, 0)
-    batch = rows(training.batch_size, cfg.data.length)
+    held = nbytes((state, frozen, teacher))
     fixed = {"layout": layout, "settings": training}
-    # Rounded masters are new arrays, which lie as the masters do.
-    traced = evaluate_step.trace(trained, frozen, *batch, **fixed)
-    yield Program(STAGE, "score", traced, held + nbytes((trained, batch)), 0)
+    if evaluated:
+        yield Program(stage, "round", round_masters.trace(trained, layout=layout), held, 0)
+        batch = rows(training.batch_size, cfg.data.length)
+        # Rounded masters are new arrays, which lie as the masters do.
+        traced = evaluate_step.trace(trained, frozen, *batch, **fixed)
+        yield Program(stage, "score", traced, held + nbytes((trained, batch)), 0)
     batches = rows(training.grad_accumulation_steps, training.batch_size, cfg.data.length)
-    traced = train_step.trace(state, frozen, *batches, **fixed)
+    traced = train_step.trace(state, frozen, *batches, teacher, **fixed)
     best = nbytes(trained) if cfg.result == "best" else 0
-    yield Program(STAGE, "step", traced, held + best + nbytes(batches), training.steps)
+    yield Program(stage, "step", traced, held + best + nbytes(batches), training.steps)
+
+
+def _original(settings: Sequence[BlockSpec], sharding: Sharding | None) -> Teacher:
+    """Returns the whole original on the device or devices."""
+    model, place = settings[0].model, settings[0].place
+    members = {i: setting for setting in settings for i in setting.members}
+    blocks = (members[i].dense() for i in range(model.num_blocks))
+    _, frozen, layout = split_shapes(blocks, place.tree(model.outer_shapes(), STORED), model, (), sharding)
+    return Teacher(frozen if sharding is not None else place.like(frozen), layout)

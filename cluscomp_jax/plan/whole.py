@@ -37,6 +37,7 @@ ADVICE = {
     "tune": 'choose a smaller batch_size or length, and no compute_dtype = "float32"',
     "targets": 'choose a smaller length, and no compute_dtype = "float32"',
     "propagate": 'choose a smaller length, and no compute_dtype = "float32"',
+    "recover": "set offload_inputs = true, or choose a smaller length; or leave recovery out, and finetune on a mesh",
     "evaluate": "choose a smaller length",
     "finetune": "set offload_inputs = true, or choose a smaller batch_size or length, or fewer bits",
     "generate": "choose a shorter --context or fewer bits",
@@ -169,11 +170,13 @@ def plan(
 
 def _on_a_gpu(cfg: CompressConfig, finetune: FinetuneConfig) -> tuple[CompressConfig, FinetuneConfig]:
     """Returns both with the compute dtypes that they mean on a GPU."""
-    tuning, training = cfg.tuning, finetune.training
+    tuning, recovery, training = cfg.tuning, cfg.recovery, finetune.training
     if tuning is not None:
         tuning = dataclasses.replace(tuning, compute_dtype=compute_dtype_of(tuning, "gpu"))
+    if recovery is not None:
+        recovery = dataclasses.replace(recovery, compute_dtype=compute_dtype_of(recovery, "gpu"))
     training = dataclasses.replace(training, compute_dtype=compute_dtype_of(training, "gpu"))
-    return dataclasses.replace(cfg, tuning=tuning), dataclasses.replace(finetune, training=training)
+    return dataclasses.replace(cfg, tuning=tuning, recovery=recovery), dataclasses.replace(finetune, training=training)
 
 
 def _plan(

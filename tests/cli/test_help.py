@@ -44,6 +44,7 @@ RECIPE: dict[str, Any] = {
     "no_tuning": RUN.tuning is None,
     "epochs": RUN.tuning and RUN.tuning.epochs,
     "learning_rate": RUN.tuning and RUN.tuning.learning_rate,
+    "recover": 0 if RUN.recovery is None else RUN.recovery.steps,
     "seed": RUN.seed,
     "mesh": f"data={RUN.mesh.data}",
 }

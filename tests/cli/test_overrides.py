@@ -6,6 +6,7 @@ import pytest
 from cluscomp_jax.cli.arguments import CompressArguments
 from cluscomp_jax.cli.overrides import run_config
 from cluscomp_jax.config.mesh import MeshConfig
+from cluscomp_jax.config.recovery import RecoveryConfig
 from cluscomp_jax.config.run import PAPER, RECIPES, CompressConfig
 from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.errors import InputError
@@ -65,6 +66,17 @@ def test_a_recipe_alone_is_that_recipe() -> None:
     assert config_of(calibration="t") == RECIPES["default"]
 
 
+def test_recovery_is_turned_on_by_its_steps_and_off_by_none() -> None:
+    assert config_of(calibration="t", recover=7).recovery == RecoveryConfig(steps=7)
+    best = config_of(recipe="best", calibration="t")
+    assert best == RECIPES["best"]
+    assert best.recovery is not None
+    assert config_of(recipe="best", calibration="t", recover=0).recovery is None
+    assert config_of(calibration="t", unweighted=True, no_tuning=True, recover=7).tuning is None
+    with pytest.raises(InputError, match="best asks for recovery, which needs --calibration"):
+        config_of(recipe="best", no_tuning=True)
+
+
 def test_own_codes_replace_a_budget_and_a_budget_own_codes(tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
     path.write_text('[cluster]\nbits = 3.0\n[[cluster.rules]]\npattern = "a"\n[[cluster.rules]]\npattern = "b"\n')
@@ -106,7 +118,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "text that nothing reads": (
         {"calibration": "t", "unweighted": True, "no_tuning": True},
-        "--calibration t has no effect where clustering is unweighted and nothing is tuned",
+        "--calibration t has no effect where clustering is unweighted and nothing is tuned or recovered",
     ),
     "text that nothing of the recipe reads": (
         {"calibration": "t", "recipe": "paper", "no_tuning": True},
@@ -114,6 +126,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "window of nothing": ({"context": 64}, "--context 64 has no effect without --evaluate"),
     "tokens of nothing": ({"tokens": 64}, "--tokens 64 has no effect without --evaluate"),
+    "recovery without text": ({"recover": 3}, "--recover 3 has no effect without --calibration"),
+    "recovery of fewer than no steps": ({"recover": -1, "calibration": "t"}, "steps is -1; it must be 1 or more"),
+    "recovery on several devices": (
+        {"recover": 3, "calibration": "t", "mesh": "data=2"},
+        "batch_size is 1, mesh data=2,fsdp=1,tensor=1 spreads its rows over 2 devices",
+    ),
     "recipe without text": ({"recipe": "paper"}, "paper asks for tuning, which needs --calibration"),
     "window of one": ({"context": 1}, "--context 1: it must be 2 or more"),
     "nothing to score": ({"tokens": 0}, "--tokens 0: it must be 2 or more"),

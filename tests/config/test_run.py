@@ -9,7 +9,9 @@ from paths import ROOT
 from cluscomp_jax.cli.demo import SETTINGS
 from cluscomp_jax.config.clustering import ClusterConfig
 from cluscomp_jax.config.data import CalibrationConfig
+from cluscomp_jax.config.recovery import RecoveryConfig
 from cluscomp_jax.config.run import PAPER, RECIPES, CompressConfig, from_dict, load_config
+from cluscomp_jax.config.training import DistillationConfig
 from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.errors import InputError
 
@@ -30,8 +32,8 @@ def test_an_empty_file_is_the_default_recipe(tmp_path: Path) -> None:
 def test_keys_override_the_recipe_and_leave_the_rest(tmp_path: Path, recipe: str) -> None:
     config = load_config(write(tmp_path, f'recipe = "{recipe}"\nseed = 7\n[tuning]\nepochs = 3\n'))
     base = RECIPES[recipe]
-    assert base.tuning is not None
-    assert config == dataclasses.replace(base, seed=7, tuning=dataclasses.replace(base.tuning, epochs=3))
+    tuning = base.tuning or BlockTuningConfig()
+    assert config == dataclasses.replace(base, seed=7, tuning=dataclasses.replace(tuning, epochs=3))
 
 
 def test_a_recipe_asked_for_fills_in_but_never_contradicts(tmp_path: Path) -> None:
@@ -41,8 +43,19 @@ def test_a_recipe_asked_for_fills_in_but_never_contradicts(tmp_path: Path) -> No
         load_config(write(tmp_path, 'recipe = "paper"'), recipe="default")
 
 
-def test_tuning_can_be_turned_off(tmp_path: Path) -> None:
+def test_stages_can_be_turned_off(tmp_path: Path) -> None:
     assert load_config(write(tmp_path, "tuning = false")).tuning is None
+    assert load_config(write(tmp_path, 'recipe = "best"\nrecovery = false')).recovery is None
+
+
+def test_a_table_turns_recovery_on(tmp_path: Path) -> None:
+    text = "[recovery]\nsteps = 9\n[recovery.distillation]\nweight = 0.5\n"
+    expected = RecoveryConfig(steps=9, distillation=DistillationConfig(weight=0.5))
+    assert load_config(write(tmp_path, text)).recovery == expected
+
+
+def test_settings_without_recovery_are_recorded_as_they_were_before_there_was_one() -> None:
+    assert "recovery" not in CompressConfig().to_dict()
 
 
 @pytest.mark.parametrize("config", [*RECIPES.values(), CompressConfig(tuning=None, cluster=ClusterConfig(bits=2.5))])
@@ -68,7 +81,7 @@ BAD = {
     "true for tuning": ("tuning = true", "it must be a table"),
     "a table for a list": ("[cluster.rules]\ngroup_size = 4", "it must be a list"),
     "an unknown choice": ('[tuning]\nschedule = "step"', "it must be one of 'constant', 'cosine', 'linear'"),
-    "an unknown recipe": ('recipe = "best"', "recipe is 'best'; it must be one of default, paper"),
+    "an unknown recipe": ('recipe = "worst"', "recipe is 'worst'; it must be one of best, default, fast, paper"),
     "a recipe that is no name": ("recipe = [1]", "recipe is"),
     "a value out of range": ("[[cluster.rules]]\ngroup_size = 33", "group_size is 33; it must be 1 to 32"),
     "a negative seed": ("seed = -1", "seed is -1"),

@@ -17,18 +17,20 @@ from cluscomp_jax.clustering.sensitivity import sensitivities
 from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
 from cluscomp_jax.config.data import CalibrationConfig, DataConfig
 from cluscomp_jax.config.finetune import FinetuneConfig
+from cluscomp_jax.config.recovery import RecoveryConfig
 from cluscomp_jax.config.run import PAPER as RECIPE
 from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.config.training import TrainingConfig
 from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.evaluation import perplexity
 from cluscomp_jax.models.model import build_model
-from cluscomp_jax.models.source import as_source
+from cluscomp_jax.models.source import DictSink, as_source
 from cluscomp_jax.plan.program import Program
 from cluscomp_jax.plan.setting import layer_types_of
 from cluscomp_jax.plan.shapes import AbstractDevice
 from cluscomp_jax.plan.stages import largest_alike, whole_run
 from cluscomp_jax.plan.work import count_work
+from cluscomp_jax.recovery import recover_stream
 from cluscomp_jax.runtime.reporter import SilentReporter
 from cluscomp_jax.text.token_rows import TokenRows
 
@@ -184,6 +186,20 @@ def test_finetuning_compiles_what_the_plan_lists_and_holds_what_it_says(compilat
     compilations.seen.clear()
     finetuning.finetune(compressed, rows, cfg, evaluation=TokenRows(rows[:1], np.ones((1, 24), bool)))
     hold_to([p for p in planned(blind, cfg) if p.stage == "finetune"], compilations.seen, before)
+
+
+@pytest.mark.long
+def test_recovery_compiles_what_the_plan_lists_and_holds_what_it_says(compilations) -> None:
+    cfg = dataclasses.replace(PAPER, tuning=None, recovery=RecoveryConfig(steps=2, compute_dtype="bfloat16"))
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), llama.init_params(CONFIG, jax.random.key(0)))
+    source = as_source(params, build_model(CONFIG))
+    compressed = as_source(pipeline.compress(params, dataclasses.replace(cfg, recovery=None)), build_model(CONFIG))
+    jax.clear_caches()
+    gc.collect()
+    before = bytes_alive()
+    compilations.seen.clear()
+    recover_stream(compressed, source, DictSink(), cfg, TOKENS)
+    hold_to([p for p in planned(cfg, FinetuneConfig()) if p.stage == "recover"], compilations.seen, before)
 
 
 @pytest.mark.long

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from cluscomp_jax.cli import arguments as args
 from cluscomp_jax.cli.outcome import DONE, WRONG_INPUT, Result, run
+from cluscomp_jax.runtime.compiled_programs import keep_compiled_programs
 from cluscomp_jax.runtime.extras import needed_for
 from cluscomp_jax.runtime.host_memory import keep_freed_memory, schedule_for_memory
 from cluscomp_jax.runtime.platform import skip_absent_gpu
@@ -48,6 +49,8 @@ def run_command(argv: Sequence[str]) -> int:
 
     def command() -> Result:
         skip_absent_gpu()
+        if getattr(parsed, "coordinator", None) is None:
+            keep_compiled_programs()
         keep_freed_memory()
         schedule_for_memory()
         module = importlib.import_module(f"cluscomp_jax.cli.{_MODULES[type(parsed)]}")

@@ -1,4 +1,4 @@
-"""Where compiled programs are kept between commands, decided before JAX starts. For a command, which owns its process."""
+"""Where commands keep compiled programs, decided before JAX starts. For a command, which owns its process."""
 
 import hashlib
 import importlib.util
@@ -16,7 +16,7 @@ _SEVERAL_DEVICES = "xla_force_host_platform_device_count"
 
 
 def keep_compiled_programs() -> bool:
-    """Has JAX keep what it compiles, so that the next command on the same shapes begins at once; returns whether it did.
+    """Has JAX keep what it compiles for the next command on the same shapes; returns whether it did.
 
     The folder is `programs_folder` of the user's cache. Nothing is kept where an environment variable of JAX decides
     on its cache, where the CPU serves as several devices (their programs, read again, hang at times), or where the

@@ -105,6 +105,7 @@ def compress_to_folder(
     with course.before("prepare"):
         tokenizer = carried_tokenizer(opened)
         identity = fingerprint(opened.source, cfg, calibration).including(tokenizer=tokenizer.digest)
+        identity = including_carried(identity, opened)
         claim = claim_folder(out, opened, cfg, identity)
     with claim as writer, console_reporter(JsonLinesLog(out / METRICS_NAME)) as reporter:
         if writer.finished_blocks:
@@ -127,6 +128,8 @@ def compress_to_folder(
         with course.after("finish"):
             if tokenizer.write is not None:
                 writer.store_tokenizer(tokenizer.write)
+            if opened.carried is not None:
+                writer.store_carried(opened.carried.write)
             provenance = {
                 **_provenance(opened, calibration, calibration_name),
                 "tokenizer": tokenizer.digest,
@@ -156,6 +159,11 @@ class _Course:
         stages = {**self.before.to_dict(), **summary.stages, **self.after.to_dict()}
         seconds = time.monotonic() - self._began
         return Compressed(summary, self._perplexity, stages, seconds, process_peak_rss_bytes())
+
+
+def including_carried(identity: Fingerprint, opened: OpenedModel) -> Fingerprint:
+    """Returns the fingerprint of a run with what is carried along around a text model, if there is any."""
+    return identity if opened.carried is None else identity.including(carried=opened.carried.digest())
 
 
 def claim_folder(

@@ -19,6 +19,8 @@ from cluscomp_jax.runtime import atomic
 
 REST = "rest"
 TOKENIZER = "tokenizer"
+CARRIED = "carried"
+"""The folder of what is around a text model: not compressed, and read by no item."""
 BLOCKS = "blocks"
 
 MOST_TIMES = 64
@@ -67,7 +69,7 @@ def check_shapes(contents: Contents, shapes: dict[str, tuple[int, ...]], where: 
 
 
 def split(contents: Contents, model: Model, where: Path) -> dict[str, Contents]:
-    """Returns {item folder: its part of the contents}; "tokenizer" too where there is one.
+    """Returns {item folder: its part of the contents}; "tokenizer" and "carried" too where there are these.
 
     Raises:
       InputError: the parameters or the item folders are not those of the model.
@@ -81,7 +83,7 @@ def split(contents: Contents, model: Model, where: Path) -> dict[str, Contents]:
     for name, entry in contents.files.items():
         depth = 2 if name.startswith(f"{BLOCKS}/") else 1
         folder = "/".join(name.split("/")[:depth])
-        if folder not in parts and folder != TOKENIZER:
+        if folder not in parts and folder not in (TOKENIZER, CARRIED):
             raise InputError(f"{where}: file {name!r} belongs to no block of the {model.num_blocks} of the model")
         parts.setdefault(folder, Contents({}, {})).files[name] = entry
     return parts

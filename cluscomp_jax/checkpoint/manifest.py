@@ -16,12 +16,12 @@ from cluscomp_jax.core.coding import PLAIN
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.runtime import json_files
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """The newest; what has no shared codebook is still written in version 1."""
 MANIFEST_NAME = "manifest.json"
 TREE_NAME = "tree.json"
 """The manifest of a tree that is no model (`tree_manifest`)."""
-CONTENT_FOLDERS = ("blocks", "rest", "tokenizer")
+CONTENT_FOLDERS = ("blocks", "rest", "tokenizer", "carried")
 """The folders of a checkpoint that hold listed files, and nothing but listed files."""
 
 
@@ -47,7 +47,12 @@ class Contents:
 
     @property
     def format_version(self) -> int:
-        """The lowest version that can say it: 2 where a codebook is another matrix's, 3 where an index is not plain."""
+        """The lowest version that can say it.
+
+        2 where a codebook is another matrix's, 3 where an index is not plain, 4 where tensors are carried along.
+        """
+        if any(name.startswith("carried/") for name in self.files):
+            return 4
         matrices = [e for e in self.entries.values() if isinstance(e, MatrixEntry)]
         if any(e.coding != PLAIN for e in matrices):
             return 3

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cluscomp_jax.checkpoint import inventory
-from cluscomp_jax.checkpoint.inventory import REST, TOKENIZER, block_folder
+from cluscomp_jax.checkpoint.inventory import CARRIED, REST, TOKENIZER, block_folder
 from cluscomp_jax.checkpoint.manifest import MANIFEST_NAME, TREE_NAME, Contents, Manifest, read_manifest
 from cluscomp_jax.checkpoint.orbax_items import TIME_STAMPED
 from cluscomp_jax.checkpoint.run_folder import RUN_NAME
@@ -41,6 +41,22 @@ class CheckpointSource:
     def tokenizer_path(self) -> Path | None:
         """The folder of the tokenizer's files, or None if none was carried along."""
         return self.path / TOKENIZER if TOKENIZER in self._parts else None
+
+    @property
+    def has_carried(self) -> bool:
+        """Whether the model is the text model of a larger one, of which the rest was carried along."""
+        return CARRIED in self._parts
+
+    def carried_path(self) -> Path | None:
+        """Returns the folder of what is around the text model, its files verified; None: the model is not nested.
+
+        Raises:
+          InputError: a file of it is damaged.
+        """
+        if not self.has_carried:
+            return None
+        inventory.verify(self.path, self._parts[CARRIED])
+        return self.path / CARRIED
 
     def load_block(self, i: int) -> Params:
         """Returns block i by block-relative paths: NumPy arrays, and CodebookArrays of NumPy arrays.
@@ -128,6 +144,7 @@ def save_checkpoint(
     provenance: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
     tokenizer: str | Path | Callable[[Path], Any] | None = None,
+    carried: Callable[[Path], Any] | None = None,
 ) -> None:
     """Saves a model whole or not at all; if interrupted, the same call resumes.
 
@@ -138,6 +155,7 @@ def save_checkpoint(
       provenance: any JSON to record of where it came from.
       metrics: any JSON to record of what was measured.
       tokenizer: as for `CheckpointWriter.store_tokenizer`.
+      carried: as for `CheckpointWriter.store_carried`: `open_model(...).carried.write` of a vision-language model.
 
     Raises:
       AlreadyFinished: this very model is saved there.
@@ -154,6 +172,8 @@ def save_checkpoint(
         writer.store_outer(source.load_outer())
         if tokenizer is not None:
             writer.store_tokenizer(tokenizer)
+        if carried is not None:
+            writer.store_carried(carried)
         writer.finish(provenance=provenance or {}, metrics=metrics or {})
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from cluscomp_jax.checkpoint import inventory, orbax_items
 from cluscomp_jax.checkpoint.entries import Entry, check_shared, encode
-from cluscomp_jax.checkpoint.inventory import BLOCKS, REST, TOKENIZER, block_folder
+from cluscomp_jax.checkpoint.inventory import BLOCKS, CARRIED, REST, TOKENIZER, block_folder
 from cluscomp_jax.checkpoint.manifest import Contents, Manifest, package_version, parse_contents
 from cluscomp_jax.checkpoint.run_folder import WORK_NAME, Identity, RunFolder
 from cluscomp_jax.core import trees
@@ -85,7 +85,7 @@ class CheckpointWriter:
             run_config=json_files.plain(run_config, "run_config"),
         )
         self._shapes = inventory.model_shapes(self._model)
-        self._items = (*self._shapes, TOKENIZER)
+        self._items = (*self._shapes, TOKENIZER, CARRIED)
         self.path = Path(path)
         self._folder = RunFolder(self.path, self._identity)
         try:
@@ -120,7 +120,7 @@ class CheckpointWriter:
     @property
     def finished_blocks(self) -> int:
         """How many leading blocks are whole; the next `store_block` is for the block of that number."""
-        return len(self._parts.keys() - {REST, TOKENIZER})
+        return len(self._parts.keys() - {REST, TOKENIZER, CARRIED})
 
     @property
     def outer_finished(self) -> bool:
@@ -170,20 +170,30 @@ class CheckpointWriter:
           InputError: no tokenizer file is there.
           RunError: the disk is full or fails.
         """
-        if self.tokenizer_finished:
-            return
-        with atomic.writing(self.path):
-            aside = self._aside(TOKENIZER)
-            aside.mkdir(parents=True)
+
+        def copy(folder: Path) -> None:
             if callable(source):
-                source(aside)
+                source(folder)
             else:
                 for name in TOKENIZER_FILES:
                     if (Path(source) / name).is_file():
-                        shutil.copyfile(Path(source) / name, aside / name)
-            if not any(aside.iterdir()):
+                        shutil.copyfile(Path(source) / name, folder / name)
+            if not any(folder.iterdir()):
                 raise InputError(f"{source}: holds no tokenizer file such as {TOKENIZER_FILES[0]}")
-            self._publish(TOKENIZER, {})
+
+        self._store_files(TOKENIZER, copy)
+
+    def store_carried(self, write: Callable[[Path], Any]) -> None:
+        """Carries along what is around a text model; keeps it if an earlier process stored it.
+
+        Args:
+          write: writes its files into the empty folder that it is given (`cluscomp_jax.io.hf.carried.Carried.write`).
+
+        Raises:
+          InputError: whatever `write` raises.
+          RunError: the disk is full or fails.
+        """
+        self._store_files(CARRIED, write)
 
     def load_block(self, i: int) -> Params:
         """Returns finished block i as it will load from the checkpoint, its files verified.
@@ -251,6 +261,15 @@ class CheckpointWriter:
     def _record(self, folder: str) -> Path:
         return self._folder.work / "records" / f"{folder.replace('/', '-')}.json"
 
+    def _store_files(self, folder: str, write: Callable[[Path], Any]) -> None:
+        if folder in self._parts:
+            return
+        with atomic.writing(self.path):
+            aside = self._aside(folder)
+            aside.mkdir(parents=True)
+            write(aside)
+            self._publish(folder, {})
+
     def _store_parameters(self, folder: str, tree: Params) -> None:
         prefix = inventory.item_prefix(self._model, folder)
         entries: dict[str, Entry] = {}
@@ -282,7 +301,7 @@ class CheckpointWriter:
     def _find_finished(self) -> dict[str, Contents]:
         """Returns {item folder: contents} of the items at their places, each compared with its record and the model."""
         folders = [folder for folder in self._items if (self.path / folder).is_dir()]
-        blocks = [folder for folder in folders if folder not in (REST, TOKENIZER)]
+        blocks = [folder for folder in folders if folder not in (REST, TOKENIZER, CARRIED)]
         if blocks != [block_folder(i) for i in range(len(blocks))]:
             raise InputError(f"{self.path}: of blocks 0 to {len(blocks) - 1} some are missing; choose another folder")
         parts: dict[str, Contents] = {}

@@ -14,7 +14,7 @@ from cluscomp_jax.checkpoint.recorded import recorded
 from cluscomp_jax.checkpoint.writer import run_work_path
 from cluscomp_jax.cli.arguments import FinetuneArguments
 from cluscomp_jax.cli.command_line import command_line
-from cluscomp_jax.cli.folder import METRICS_NAME, carried_tokenizer, claim_folder
+from cluscomp_jax.cli.folder import METRICS_NAME, carried_tokenizer, claim_folder, including_carried
 from cluscomp_jax.cli.mesh import parse_mesh
 from cluscomp_jax.cli.outcome import Result, note
 from cluscomp_jax.config.finetune import FinetuneConfig, load_finetune_config
@@ -102,7 +102,7 @@ def _write(task: _Task, rows: int, provenance: dict[str, Any]) -> FinetuneSummar
     with distributed.decided_by_first():
         tokenizer = carried_tokenizer(opened)
         identity = fingerprint(opened.source, cfg, task.batches, task.evaluation, task.teacher)
-        identity = identity.including(tokenizer=tokenizer.digest)
+        identity = including_carried(identity.including(tokenizer=tokenizer.digest), opened)
         claim = claim_folder(out, opened, cfg, identity)
     with claim as writer:
         remove_scalars(out / TENSORBOARD_FOLDER)  # of a process that was stopped, whose run may go on without any
@@ -112,6 +112,8 @@ def _write(task: _Task, rows: int, provenance: dict[str, Any]) -> FinetuneSummar
             summary = task.work(writer, reporter=reporter, finished_blocks=writer.finished_blocks)
         if tokenizer.write is not None:
             writer.store_tokenizer(tokenizer.write)
+        if opened.carried is not None:
+            writer.store_carried(opened.carried.write)
         provenance = {
             **provenance,
             "tokenizer": tokenizer.digest,

@@ -106,6 +106,7 @@ def compress_to_folder(
     with course.before("prepare"):
         tokenizer = carried_tokenizer(opened)
         identity = fingerprint(opened.source, cfg, calibration).including(tokenizer=tokenizer.digest)
+        identity = including_carried(identity, opened)
         claim = claim_folder(out, opened, cfg, identity)
     with claim as writer, console_reporter(JsonLinesLog(out / METRICS_NAME)) as reporter:
         _check_scratch(opened, cfg, calibration, writer.work_path)
@@ -120,6 +121,8 @@ def compress_to_folder(
         with course.after("finish"):
             if tokenizer.write is not None:
                 writer.store_tokenizer(tokenizer.write)
+            if opened.carried is not None:
+                writer.store_carried(opened.carried.write)
             provenance = {
                 **_provenance(opened, calibration, calibration_name),
                 "tokenizer": tokenizer.digest,
@@ -200,6 +203,11 @@ class _Course:
         stages = {**self.before.to_dict(), **summary.stages, **self.after.to_dict()}
         seconds = time.monotonic() - self._began
         return Compressed(summary, self._perplexity, stages, seconds, process_peak_rss_bytes())
+
+
+def including_carried(identity: Fingerprint, opened: OpenedModel) -> Fingerprint:
+    """Returns the fingerprint of a run with what is carried along around a text model, if there is any."""
+    return identity if opened.carried is None else identity.including(carried=opened.carried.digest())
 
 
 def claim_folder(

@@ -79,6 +79,8 @@ def _summary(manifest: dict[str, Any], folder: Path) -> list[str]:
         + (f" at {bits:.3f} bits per weight, codebooks included" if bits is not None else ""),
         f"other:      {totals['tensors']} tensors, {format_bytes(totals['tensor_bytes'])}",
     ]
+    if carried := [file["size"] for name, file in manifest["files"].items() if name.startswith("carried/")]:
+        lines.append(f"carried:    {format_bytes(sum(carried))} around the text model, as they were")
     for name, measured in manifest["metrics"].get("perplexity", {}).items():
         value = measured["perplexity"]
         lines.append(f"perplexity: {'not finite' if value is None else format(value, '.4f')} {name}")

@@ -18,10 +18,18 @@ from cluscomp_jax.export.format import ExportOptions, Format
 ExportFormat = Literal["aqlm", "dense", "orbax", "orbax-codebook"]
 FORMATS: dict[ExportFormat, Format] = {
     "aqlm": Format(hugging_face.write_aqlm, frozenset({"code_bits", "shard_bytes"}), hugging_face.AQLM_USAGE),
-    "dense": Format(hugging_face.write_dense, frozenset({"dtype", "shard_bytes"}), hugging_face.DENSE_USAGE),
+    "dense": Format(
+        hugging_face.write_dense,
+        frozenset({"dtype", "shard_bytes"}),
+        hugging_face.DENSE_USAGE,
+        hugging_face.NESTED_USAGE,
+    ),
     "orbax": Format(orbax.write_orbax, frozenset({"dtype"}), orbax.USAGE),
     "orbax-codebook": Format(orbax.write_orbax_codebook, frozenset(), orbax.CODEBOOK_USAGE),
 }
+TEXT_ALONE = (
+    "This is the text model alone. Its checkpoint has the tensors around it too, and so has its export as dense."
+)
 
 
 def export_checkpoint(
@@ -54,7 +62,10 @@ def export_checkpoint(
     final = Path(out)
     with new_folder(final) as folder:
         chosen.write(source, folder, options)
-        card = model_card(recorded(source.manifest.to_dict()), form=form, usage=chosen.usage, command=command)
+        usage = chosen.usage
+        if source.has_carried:
+            usage = chosen.nested_usage or f"{TEXT_ALONE}\n\n{usage}"
+        card = model_card(recorded(source.manifest.to_dict()), form=form, usage=usage, command=command)
         (folder / "README.md").write_text(card, encoding="utf-8")
     return sorted(path for path in final.rglob("*") if path.is_file())
 

@@ -31,8 +31,11 @@ class Format(NamedTuple):
       write: (source, folder, options) -> None writes all files but the model card into an existing, empty folder.
       options: names of the ExportOptions that have an effect on it.
       usage: the model card's text on how to load it.
+      nested_usage: the same of a text model with what is carried along around it; None: the text model alone is
+        exported.
     """
 
     write: Callable[[CheckpointSource, Path, ExportOptions], None]
     options: frozenset[str]
     usage: str
+    nested_usage: str | None = None

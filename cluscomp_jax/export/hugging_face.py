@@ -3,6 +3,7 @@
 Knows the folder's files and their order; the AQLM scheme is `aqlm`'s.
 """
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.export import aqlm
 from cluscomp_jax.export.format import DEFAULT_SHARD_BYTES, ExportOptions
 from cluscomp_jax.export.iterate_parameters import copy_tokenizer, dense_array, ordered_entries, walk
+from cluscomp_jax.io.hf.carried import open_carried
 from cluscomp_jax.io.hf.safetensors_source import GENERATION_CONFIG
 from cluscomp_jax.io.hf.safetensors_writer import SafetensorsWriter, TensorSpec
 from cluscomp_jax.models.tensor_names import TensorNames, is_transposed, names_of
@@ -37,6 +39,15 @@ The matrices are stored decoded, so any server of the original model serves it; 
 """
     + _TOKENIZER_USAGE
 )
+NESTED_USAGE = """```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("this folder")
+processor = AutoProcessor.from_pretrained("this folder")
+```
+
+The text model's matrices are stored decoded. Every other tensor, and the files of processor and tokenizer, are those of
+the original model, byte for byte."""
 AQLM_USAGE = (
     """```python
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast  # pip install transformers accelerate aqlm[cpu]
@@ -53,16 +64,50 @@ are the form that aqlm's CUDA kernels run; others are decoded at every call.
 )
 
 
+CONFIG = "config.json"
+_DTYPE_FIELDS = ("dtype", "torch_dtype")
+"""Fields of config.json that name the dtype in which transformers loads a model: of version 5, of version 4."""
+
+
 def write_dense(source: CheckpointSource, folder: Path, options: ExportOptions) -> None:
-    """Writes the decoded model as safetensors with its config and tokenizer into a folder that is empty."""
+    """Writes the decoded model as safetensors with its config and tokenizer into a folder that is empty.
+
+    Of a text model inside a larger one, the whole: the tensors around it as they are, whatever `dtype`, and its files.
+    """
     wanted = None if options.dtype is None else DTYPES[options.dtype]
     entries = ordered_entries(source)
     names = names_of(source.model_config, "hugging_face")
     specs = [_dense_spec(path, entry, wanted, names) for path, entry in entries.items()]
+    place = source.carried_path()
+    carried = None if place is None else open_carried(place)
+    if carried is not None:
+        specs = [spec._replace(name=carried.names.stored(spec.name)) for spec in specs] + carried.specs
     with _writer(folder, specs, options) as writer:
         for path, leaf in walk(source, entries):
             writer.write(_stored_form(path, dense_array(path, leaf, wanted)))
-    _write_companions(source, folder, {"dtype": options.dtype or _common_dtype(entries)})
+        if carried is not None:
+            carried.write_tensors(writer)
+    if carried is None:
+        _write_companions(source, folder, {"dtype": options.dtype or _common_dtype(entries)})
+    else:
+        carried.copy_files(folder)
+        _rewrite_dtype(folder / CONFIG, options.dtype)
+
+
+def _rewrite_dtype(path: Path, dtype: str | None) -> None:
+    """Has a config.json of another program, and the configs in it, name `dtype`; None: it stays as it is."""
+    if dtype is None:
+        return
+
+    def renamed(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: renamed(name, inner) for name, inner in value.items()}
+        return dtype if name in _DTYPE_FIELDS and isinstance(value, str) else value
+
+    fields: dict[str, Any] = renamed("", json_files.read_object(path, foreign=True))
+    if not any(name in fields for name in _DTYPE_FIELDS):
+        fields["dtype"] = dtype
+    path.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
 
 
 def write_aqlm(source: CheckpointSource, folder: Path, options: ExportOptions) -> None:
@@ -117,7 +162,7 @@ def _common_dtype(entries: dict[str, Entry]) -> str:
 def _write_companions(source: CheckpointSource, folder: Path, fields: dict[str, Any]) -> None:
     """Writes config.json, the tokenizer's files and generation_config.json."""
     config = {**source.manifest.model_config, **fields}
-    (folder / "config.json").write_text(json_files.dumps(config), encoding="utf-8")
+    (folder / CONFIG).write_text(json_files.dumps(config), encoding="utf-8")
     copy_tokenizer(source, folder)
     if not (folder / GENERATION_CONFIG).exists():
         names = ("bos_token_id", "eos_token_id", "pad_token_id")

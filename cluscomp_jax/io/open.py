@@ -17,15 +17,22 @@ from cluscomp_jax.checkpoint.run_folder import RUN_NAME
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.gguf.header import is_gguf
 from cluscomp_jax.io.hf.aqlm_source import AqlmSource, is_aqlm
+from cluscomp_jax.io.hf.carried import Carried, carried_of, open_carried
 from cluscomp_jax.io.hf.hub import download
 from cluscomp_jax.io.hf.safetensors_source import SafetensorsSource, read_config
 from cluscomp_jax.io.tokenizer import load_tokenizer
 from cluscomp_jax.models.model import Model, build_model
+from cluscomp_jax.models.nesting import nesting_of
 from cluscomp_jax.models.source import ParamSource
+from cluscomp_jax.runtime.json_files import read_object
 
 _HASHED_BYTES = 10**9
 _PIECES, _PIECE_BYTES = 256, 2**16
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def _nothing() -> None:
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +47,7 @@ class OpenedModel:
       name: what it is called in reports: a hub id, or the name of the file or folder.
       files: the files it is made of, in order; of a compressed checkpoint its manifest, which lists the others.
       tokenizer_loader: what `load_tokenizer` calls.
+      carried_loader: gives `carried`.
     """
 
     kind: Literal["hf", "gguf", "compressed", "aqlm"]
@@ -49,6 +57,16 @@ class OpenedModel:
     name: str
     files: tuple[Path, ...]
     tokenizer_loader: Callable[[], Any]
+    carried_loader: Callable[[], Carried | None] = _nothing
+
+    @functools.cached_property
+    def carried(self) -> Carried | None:
+        """What is around the model where it is the text model of a larger one, or None; of a checkpoint, verified.
+
+        Raises:
+          InputError: a file of it is damaged.
+        """
+        return self.carried_loader()
 
     def load_tokenizer(self) -> Any:
         """Returns the transformers tokenizer. Raises InputError if the model carries none."""
@@ -135,7 +153,10 @@ def _open_compressed(folder: Path, name: str) -> OpenedModel:
             raise InputError(f"{folder} carries no tokenizer; give tokens (.npy) instead of text")
         return load_tokenizer(source.tokenizer_path)
 
-    return OpenedModel("compressed", source.model_config, model, source, name, (folder / MANIFEST_NAME,), load)
+    def carried() -> Carried | None:
+        return None if (path := source.carried_path()) is None else open_carried(path)
+
+    return OpenedModel("compressed", source.model_config, model, source, name, (folder / MANIFEST_NAME,), load, carried)
 
 
 def open_aqlm(folder: Path, *, name: str, allow_dense: bool = True) -> OpenedModel:
@@ -153,6 +174,8 @@ def open_aqlm(folder: Path, *, name: str, allow_dense: bool = True) -> OpenedMod
 def _open_hugging_face(folder: Path, name: str) -> OpenedModel:
     config = read_config(folder)
     model = build_model(config)
-    source = SafetensorsSource(folder, model)
+    source = SafetensorsSource(folder, model, nesting_of(read_object(folder / "config.json")))
     load = functools.partial(load_tokenizer, folder)
-    return OpenedModel("hf", config, model, source, name, (folder / "config.json", *source.files), load)
+    files = (folder / "config.json", *source.files)
+    carried = carried_of(folder, source)
+    return OpenedModel("hf", config, model, source, name, files, load, lambda: carried)

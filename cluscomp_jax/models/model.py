@@ -17,6 +17,7 @@ import numpy as np
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.models.nesting import NESTINGS, nesting_of, text_fields
 
 Cache = dict[str, jax.Array]
 Observer = Callable[[str, jax.Array, jax.Array | None], Any]
@@ -124,18 +125,28 @@ def family_of(model_type: Any) -> Any:
       InputError: no family has this model_type.
     """
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
-        raise InputError(f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(_FAMILIES))}")
+        raise InputError(
+            f"model_type {model_type!r} is not supported; supported: {', '.join(sorted(_FAMILIES))}; "
+            f"with one of these as text model: {', '.join(sorted(NESTINGS))}"
+        )
     module = _FAMILIES[model_type]
     return importlib.import_module(module) if isinstance(module, str) else module
 
 
 def parse_model_config(fields: Mapping[str, Any]) -> Any:
-    """Returns the family's frozen config of a Hugging Face config.json mapping.
+    """Returns the family's frozen config of a Hugging Face config.json mapping; of a nested one, its text model's.
 
     Raises:
       InputError: unknown or missing model_type, or a value the family cannot serve.
     """
-    return family_of(fields.get("model_type")).parse_config(fields)
+    nesting = nesting_of(fields)
+    if nesting is None:
+        return family_of(fields.get("model_type")).parse_config(fields)
+    text = text_fields(fields, nesting)
+    try:
+        return family_of(text["model_type"]).parse_config(text)
+    except InputError as error:
+        raise InputError(f"{nesting.text_config} of {fields['model_type']}: {error}") from None
 
 
 def model_config_to_dict(config: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from cluscomp_jax.runtime.lfs_pointer import refuse_lfs_pointer
 _MAX_HEADER_BYTES = 100_000_000  # the bound of the format's own reader
 _PIECE = 2**24
 """Bytes that are read at one time, but one row at least."""
-_DTYPES: dict[str, Any] = {
+STORED_DTYPES: dict[str, Any] = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
@@ -40,6 +40,7 @@ _DTYPES: dict[str, Any] = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+"""{dtype as the format names it: of NumPy}."""
 
 
 class Entry(NamedTuple):
@@ -124,11 +125,11 @@ def _entry(path: Path, name: str, fields: Any, *, data_start: int, size: int) ->
         dtype_name, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
     except (TypeError, KeyError, ValueError):
         raise InputError(f"{path}: tensor {name} has no dtype, shape and data_offsets in the header") from None
-    if not isinstance(dtype_name, str) or dtype_name not in _DTYPES:
-        raise InputError(f"{path}: tensor {name} has dtype {dtype_name!r}; known: {', '.join(_DTYPES)}")
+    if not isinstance(dtype_name, str) or dtype_name not in STORED_DTYPES:
+        raise InputError(f"{path}: tensor {name} has dtype {dtype_name!r}; known: {', '.join(STORED_DTYPES)}")
     if not (isinstance(shape, list) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))):
         raise InputError(f"{path}: tensor {name} has shape {shape} at {begin} … {end}; integers from 0 are expected")
-    dtype = np.dtype(_DTYPES[dtype_name])
+    dtype = np.dtype(STORED_DTYPES[dtype_name])
     if end - begin != dtype.itemsize * math.prod(shape):
         raise InputError(f"{path}: tensor {name} {dtype_name} {shape} does not fill its bytes {begin} … {end}")
     if data_start + end > size:

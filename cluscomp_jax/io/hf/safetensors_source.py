@@ -17,6 +17,7 @@ from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.hf.safetensors_file import Entry, read_header, read_pieces, read_tensor
 from cluscomp_jax.models import tensor_names
 from cluscomp_jax.models.model import Model, parse_model_config
+from cluscomp_jax.models.nesting import NestedNames, Nesting, names_in
 from cluscomp_jax.runtime.file_stamps import FileStamps
 from cluscomp_jax.runtime.json_files import read_object
 
@@ -67,27 +68,38 @@ class SafetensorsSource:
 
     Attributes:
       files: the safetensors files, and the index where there is one.
+      stamps: of these files, as they were opened.
+      nested_names: how the files name the tensors of a nested model; None: the model is not nested.
+      carried: {name: entry} of the tensors outside a nested model.
 
     Args:
       folder: holds model.safetensors, or model.safetensors.index.json and its shards.
       model: says which tensors of which shapes there must be.
+      nesting: how the files contain the model, if it is the text model of a larger one.
 
     Raises:
       InputError: a file or shard is missing, truncated or damaged; a tensor is missing, unused, misshapen or of a
         dtype that is not served. All headers are checked here, no data is read.
     """
 
-    def __init__(self, folder: str | Path, model: Model):
+    def __init__(self, folder: str | Path, model: Model, nesting: Nesting | None = None):
         self._folder = Path(folder)
         self._model = model
         self.files, entries = open_tensors(self._folder)
-        self._stamps = FileStamps(self.files)
+        self.stamps = FileStamps(self.files)
+        self.nested_names: NestedNames | None = None
+        self.carried: dict[str, Entry] = {}
+        where = str(self._folder)
+        if nesting is not None:
+            self.nested_names = names_in(nesting, entries, where)
+            entries, self.carried = self.nested_names.split(entries)
+            where += f", text model ({self.nested_names.prefixes[0][0]}…)"
         self._names = tensor_names.names_of(model.config, "hugging_face")
         embedding, head = (self._names.name(path) for path in (self._names.embedding, self._names.head))
         if self._names.head not in model.outer_shapes() and embedding not in entries and head in entries:
             entries[embedding] = entries.pop(head)  # a tied checkpoint may hold either name
         shapes = {name: entry.shape for name, entry in entries.items()}
-        names, tied_head = tensor_names.match_tensors(shapes, model, self._names, str(self._folder))
+        names, tied_head = tensor_names.match_tensors(shapes, model, self._names, where)
         self._entries = {path: entries[name] for path, name in names.items()}
         self._tied_head = entries[tied_head] if tied_head else None
         for entry in (*self._entries.values(), *([self._tied_head] if self._tied_head else [])):
@@ -104,7 +116,7 @@ class SafetensorsSource:
           InputError: NaN or infinity, or a float64 beyond float32; or a file was changed since it was opened.
         """
         prefix = f"{self._model.blocks_path}/{i}/"
-        with self._stamps.held():
+        with self.stamps.held():
             return trees.unflatten({path: self._load(prefix + path) for path in self._model.block_shapes(i)})
 
     def load_outer(self) -> Params:
@@ -113,7 +125,7 @@ class SafetensorsSource:
         Raises:
           InputError: as `load_block`; or the config ties the output head, but the file has another one.
         """
-        with self._stamps.held():
+        with self.stamps.held():
             outer = {path: self._load(path) for path in self._model.outer_shapes()}
             if self._tied_head and not np.array_equal(_read(self._tied_head), outer[self._names.embedding]):
                 raise InputError(
@@ -124,7 +136,7 @@ class SafetensorsSource:
 
     def fingerprint(self) -> str:
         """Returns a digest of the files' names, sizes, modification times and headers, not of their data."""
-        digest = hashlib.sha256(self._stamps.fingerprint())
+        digest = hashlib.sha256(self.stamps.fingerprint())
         for path_name, entry in sorted(self._entries.items()):
             digest.update(f"{path_name} {entry.dtype} {entry.shape} {entry.path.name} {entry.offset}\n".encode())
         return digest.hexdigest()

@@ -10,19 +10,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
-_NAMES = {
-    np.dtype(dtype): name
-    for dtype, name in (
-        (np.float32, "F32"),
-        (np.float16, "F16"),
-        (ml_dtypes.bfloat16, "BF16"),
-        (np.int16, "I16"),
-        (np.int8, "I8"),
-    )
-}
+from cluscomp_jax.io.hf.safetensors_file import STORED_DTYPES
+
+_NAMES = {np.dtype(dtype): name for name, dtype in STORED_DTYPES.items()}
 _COPY_BYTES = 1 << 25
 
 
@@ -88,6 +80,7 @@ class SafetensorsWriter:
         if self._file is None or spec is self._shards[shard][0]:
             self._begin(shard)
         assert self._file is not None
+        array = np.atleast_1d(array)
         row_bytes = max(1, array.nbytes // max(1, len(array)))
         rows = max(1, _COPY_BYTES // row_bytes)
         for start in range(0, len(array), rows):

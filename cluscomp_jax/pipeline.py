@@ -230,13 +230,14 @@ def prepare(
         refuse_growth(bits_per_weight(model, cfg, rules))
     if given is None:
         return Run(model, cfg, rules, None, None, sharding, timer, reporter)
-    shape = given.shape[:2]
+    shape, held_out = given.shape[:2], 0 if cfg.tuning is None else cfg.tuning.validation_samples
     if calibration is not None and not alike and mixes(cfg, calibration):
         damping = cfg.cluster.damping if cfg.cluster.error_feedback else None
 
         def measure() -> dict[str, float]:
             with timer("sensitivity"):
-                return sensitivities(model, source, calibration, damping=damping, work_dir=work_dir, reporter=reporter)
+                judged = calibration[: len(calibration) - held_out]
+                return sensitivities(model, source, judged, damping=damping, work_dir=work_dir, reporter=reporter)
 
         rules = rules_by_block(model, cfg, records.sensitivities(measure))
     streams = None
@@ -250,6 +251,7 @@ def prepare(
             "batch_size": cfg.mesh.data * min(spread, forward_batch(model, cfg, shape)),
             "dtype": jnp.dtype(compute_dtype_of(numbers)),
             "sharding": sharding,
+            "held_out": held_out,
         }
         stored = jnp.dtype(numbers.activation_dtype)
         with timer("embed"):

@@ -106,6 +106,16 @@ def test_an_interrupted_run_resumed_gives_the_bytes_of_an_uninterrupted_one(para
     assert untimed[2] == untimed[3]
 
 
+@pytest.mark.parametrize("held_out", [0, 1])
+def test_held_out_samples_choose_no_codes(params, held_out):
+    run = dataclasses.replace(RUN, tuning=dataclasses.replace(RUN.tuning, validation_samples=held_out))
+    other = np.concatenate([TOKENS[:-1], (TOKENS[-1:] + 7) % CONFIG.vocab_size])
+    first, second = (trees.flatten(compress(params, run, calibration=tokens)) for tokens in (TOKENS, other))
+    block = {path for path in kernels(params) if "layers/0/" in path}  # what tuning did moves the inputs of the next
+    same = all(np.array_equal(first[path].index, second[path].index) for path in block)
+    assert same == bool(held_out)
+
+
 def test_the_summary_counts_what_the_size_report_counts(params, tmp_path):
     model = build_model(CONFIG)
     sink = FoldersSink()

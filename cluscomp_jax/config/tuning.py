@@ -34,8 +34,8 @@ class BlockTuningConfig:
       compute_dtype: dtype of activations and decoded weights; masters and Adam's moments stay float32. None: bfloat16
         on a GPU, whose float32 products take eight times as long; float32 elsewhere (`compute_dtype_of`).
       activation_dtype: dtype of the stored activation streams.
-      validation_samples: samples kept out of tuning and scored after each epoch, >= 0; the epoch with the lowest loss
-        on them is kept. 0: the last epoch is kept.
+      validation_samples: how many of the last samples are kept out of tuning and of Hessians and scored after each
+        epoch, >= 0; the epoch with the lowest loss on them is kept. 0: the last epoch is kept.
       atomic_gradients: a GPU adds up the codebooks' gradients by atomic additions: faster, but two runs differ in their
         last bits. A CPU pays no attention.
     """

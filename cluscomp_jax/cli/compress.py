@@ -113,11 +113,15 @@ def _describe_stages(cfg: CompressConfig, calibration: np.ndarray | None) -> str
         weighted += " with error feedback"
     stages = [weighted]
     if cfg.tuning is not None:
-        stages.append(f"{cfg.tuning.epochs} epochs of tuning")
+        stages.append(f"{_count(cfg.tuning.epochs, 'epoch')} of tuning")
     if cfg.recovery is not None:
-        stages.append(f"{cfg.recovery.steps} steps of recovery")
+        stages.append(f"{_count(cfg.recovery.steps, 'step')} of recovery")
     only = " only" if len(stages) == 1 else ""
     return f"{', '.join(stages)}{only}, {samples} x {length} tokens"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _text(done: Compressed, out: Path) -> str:

@@ -38,7 +38,7 @@ def run_config(arguments: CompressArguments) -> CompressConfig:
     for name in _NEED_TUNING:
         if config.tuning is None and getattr(arguments, name) is not None:
             raise InputError(
-                f"{_given(arguments, name)}, but {arguments.config} turns tuning off; leave one of them out"
+                f"{_given(arguments, name)}, but {arguments.config or arguments.recipe} turns tuning off; leave one of them out"
             )
     changed = dataclasses.replace(
         config,
@@ -126,6 +126,8 @@ def _tuning(arguments: CompressArguments, settings: BlockTuningConfig | None) ->
 def _recovery(arguments: CompressArguments, settings: RecoveryConfig | None) -> RecoveryConfig | None:
     if arguments.recover is None:
         return settings
+    if arguments.recover < 0:
+        raise InputError(f"{_given(arguments, 'recover')}: it must be 0 or more")
     return (
         None if arguments.recover == 0 else dataclasses.replace(settings or RecoveryConfig(), steps=arguments.recover)
     )

@@ -126,8 +126,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "window of nothing": ({"context": 64}, "--context 64 has no effect without --evaluate"),
     "tokens of nothing": ({"tokens": 64}, "--tokens 64 has no effect without --evaluate"),
+    "epochs of a recipe without tuning": (
+        {"recipe": "fast", "calibration": "t", "epochs": 2},
+        "--epochs 2, but fast turns tuning off",
+    ),
     "recovery without text": ({"recover": 3}, "--recover 3 has no effect without --calibration"),
-    "recovery of fewer than no steps": ({"recover": -1, "calibration": "t"}, "steps is -1; it must be 1 or more"),
+    "recovery of fewer than no steps": ({"recover": -1, "calibration": "t"}, "--recover -1: it must be 0 or more"),
     "recovery on several devices": (
         {"recover": 3, "calibration": "t", "mesh": "data=2"},
         "batch_size is 1, mesh data=2,fsdp=1,tensor=1 spreads its rows over 2 devices",

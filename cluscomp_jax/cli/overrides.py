@@ -38,7 +38,8 @@ def run_config(arguments: CompressArguments) -> CompressConfig:
     for name in _NEED_TUNING:
         if config.tuning is None and getattr(arguments, name) is not None:
             raise InputError(
-                f"{_given(arguments, name)}, but {arguments.config or arguments.recipe} turns tuning off; leave one of them out"
+                f"{_given(arguments, name)}, but {arguments.config or arguments.recipe} turns tuning off; "
+                "leave one of them out"
             )
     changed = dataclasses.replace(
         config,

@@ -105,10 +105,19 @@ class Model(Protocol):
 
 
 _FAMILIES: dict[str, str | Any] = {
+    "gemma2": "cluscomp_jax.models.gemma",
+    "gemma3_text": "cluscomp_jax.models.gemma",
+    "granite": "cluscomp_jax.models.granite",
     "llama": "cluscomp_jax.models.llama",
+    "ministral3": "cluscomp_jax.models.ministral3",
     "mistral": "cluscomp_jax.models.llama",
+    "olmo2": "cluscomp_jax.models.olmo",
+    "olmo3": "cluscomp_jax.models.olmo",
+    "phi3": "cluscomp_jax.models.phi3",
     "qwen2": "cluscomp_jax.models.llama",
     "qwen3": "cluscomp_jax.models.llama",
+    "seed_oss": "cluscomp_jax.models.seed_oss",
+    "smollm3": "cluscomp_jax.models.smollm3",
 }
 
 

@@ -28,6 +28,8 @@ class TensorNames:
       ignorable: a pattern of stored names that carry no parameter of ours and may be passed over.
       fused: {stored module inside a block: Flax modules whose outputs it has one after another}. Such a tensor is read
         part by part, and written when all its parts are there.
+      interleaved: the model types whose rows of q and k have the two halves of a head in turn: llama.cpp's order for
+        its rotary embedding.
     """
 
     blocks_path: str
@@ -38,6 +40,7 @@ class TensorNames:
     embedding: str
     ignorable: re.Pattern[str]
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    interleaved: tuple[str, ...] = ()
 
     def name(self, path: str) -> str:
         """Returns the stored name of a Flax path.

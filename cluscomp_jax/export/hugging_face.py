@@ -5,6 +5,7 @@ Knows the folder's files and their order; the AQLM scheme is `aqlm`'s.
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,14 @@ import numpy as np
 from cluscomp_jax.checkpoint.entries import DTYPES, Entry, MatrixEntry, TensorEntry
 from cluscomp_jax.checkpoint.reader import CheckpointSource
 from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.errors import InputError
 from cluscomp_jax.export import aqlm
 from cluscomp_jax.export.format import DEFAULT_SHARD_BYTES, ExportOptions
 from cluscomp_jax.export.iterate_parameters import copy_tokenizer, dense_array, ordered_entries, walk
 from cluscomp_jax.io.hf.carried import open_carried
 from cluscomp_jax.io.hf.safetensors_source import GENERATION_CONFIG
 from cluscomp_jax.io.hf.safetensors_writer import SafetensorsWriter, TensorSpec
-from cluscomp_jax.models.tensor_names import TensorNames, is_transposed, names_of
+from cluscomp_jax.models.tensor_names import TensorNames, is_transposed, names_of, stored_shape
 from cluscomp_jax.runtime import atomic, json_files
 
 _TOKENIZER_USAGE = (
@@ -77,14 +79,16 @@ def write_dense(source: CheckpointSource, folder: Path, options: ExportOptions) 
     wanted = None if options.dtype is None else DTYPES[options.dtype]
     entries = ordered_entries(source)
     names = names_of(source.model_config, "hugging_face")
-    specs = [_dense_spec(path, entry, wanted, names) for path, entry in entries.items()]
-    place = source.carried_path()
+    joined = _Joined(names, entries, wanted)
+    specs, place = joined.specs, source.carried_path()
     carried = None if place is None else open_carried(place)
     if carried is not None:
         specs = [spec._replace(name=carried.names.stored(spec.name)) for spec in specs] + carried.specs
     with _writer(folder, specs, options) as writer:
         for path, leaf in walk(source, entries):
-            writer.write(_stored_form(path, dense_array(path, leaf, wanted)))
+            whole = joined.add(path, _stored_form(path, dense_array(path, leaf, wanted)))
+            if whole is not None:
+                writer.write(whole)
         if carried is not None:
             carried.write_tensors(writer)
     if carried is None:
@@ -110,6 +114,46 @@ def _rewrite_dtype(path: Path, dtype: str | None) -> None:
     path.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
 
 
+class _Joined:
+    """Stored tensors out of parameters, which come one after another: a fused one when the last of its parts is there.
+
+    Attributes:
+      specs: of the tensors, in the order in which they become whole.
+    """
+
+    def __init__(self, names: TensorNames, entries: Mapping[str, Entry], dtype: np.dtype[Any] | None):
+        self._names = names
+        self._parts: dict[str, dict[str, np.ndarray]] = {}
+        last: dict[str, str] = {}
+        for path in entries:
+            stored = names.name(path)
+            last.pop(stored, None)
+            last[stored] = path
+        self.specs = [self._spec(path, entries, dtype) for path in last.values()]
+        self._dtypes = {spec.name: spec.dtype for spec in self.specs}
+
+    def add(self, path: str, part: np.ndarray) -> np.ndarray | None:
+        """Returns the stored tensor that the parameter at `path`, in its stored form, makes whole; else None."""
+        name = self._names.name(path)
+        paths, there = self._names.paths(name), self._parts.setdefault(name, {})
+        there[path] = part
+        if len(there) < len(paths):
+            return None
+        del self._parts[name]
+        dtype = self._dtypes[name]
+        parts = [there[one].astype(dtype, copy=False) for one in paths]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _spec(self, path: str, entries: Mapping[str, Entry], dtype: np.dtype[Any] | None) -> TensorSpec:
+        name = self._names.name(path)
+        paths = self._names.paths(name)
+        own = {_dtype_of(entries[one]) for one in paths}
+        # Parts of two 16-bit formats have float32 in common.
+        found = own.pop() if len(own) == 1 else np.dtype(np.float32)
+        shape = stored_shape(paths, {one: entries[one].shape for one in paths})
+        return TensorSpec(name, dtype or found, shape)
+
+
 def write_aqlm(source: CheckpointSource, folder: Path, options: ExportOptions) -> None:
     """Writes the model as an AQLM checkpoint that transformers loads into a folder that is empty.
 
@@ -118,12 +162,15 @@ def write_aqlm(source: CheckpointSource, folder: Path, options: ExportOptions) -
     """
     entries = ordered_entries(source)
     names = names_of(source.model_config, "hugging_face")
+    if names.fused:
+        raise InputError(
+            f"{source.model_config.model_type} stores several matrices as one ({', '.join(names.fused)}), and each of "
+            "them has a codebook of its own here, which AQLM cannot hold; export it as dense"
+        )
     scheme = aqlm.scheme_of(entries, names, bits=options.code_bits)
     specs = []
     for path, entry in entries.items():
-        specs += (
-            scheme.specs(path, entry) if isinstance(entry, MatrixEntry) else [_dense_spec(path, entry, None, names)]
-        )
+        specs += scheme.specs(path, entry) if isinstance(entry, MatrixEntry) else [_dense_spec(path, entry, names)]
     with _writer(folder, specs, options) as writer:
         for path, leaf in walk(source, entries):
             if isinstance(leaf, CodebookArray):
@@ -140,10 +187,12 @@ def _writer(folder: Path, specs: list[TensorSpec], options: ExportOptions) -> Sa
     return SafetensorsWriter(folder, specs, shard_bytes=options.shard_bytes or DEFAULT_SHARD_BYTES)
 
 
-def _dense_spec(path: str, entry: Entry, dtype: np.dtype[Any] | None, names: TensorNames) -> TensorSpec:
-    own = DTYPES[entry.codebook_dtype if isinstance(entry, MatrixEntry) else entry.dtype]
-    shape = entry.shape[::-1] if is_transposed(path) else entry.shape
-    return TensorSpec(names.name(path), dtype or own, shape)
+def _dense_spec(path: str, entry: Entry, names: TensorNames) -> TensorSpec:
+    return TensorSpec(names.name(path), _dtype_of(entry), stored_shape([path], {path: entry.shape}))
+
+
+def _dtype_of(entry: Entry) -> np.dtype[Any]:
+    return DTYPES[entry.codebook_dtype if isinstance(entry, MatrixEntry) else entry.dtype]
 
 
 def _stored_form(path: str, array: np.ndarray) -> np.ndarray:

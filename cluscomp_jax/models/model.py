@@ -2,7 +2,8 @@
 
 Knows no family's internals: a family is a module with `parse_config(dict) -> config`, its inverse
 `to_hf_dict(config) -> dict`, `build(config) -> Model` and, to be read from and written to the files of others,
-`TENSOR_NAMES` ({form: TensorNames}, see `models/tensor_names.py`).
+`TENSOR_NAMES` ({form: TensorNames}, see `models/tensor_names.py`) and `gguf_fields(GgufHeader) -> dict`
+(`models/gguf_header.py`).
 """
 
 import importlib
@@ -106,16 +107,42 @@ class Model(Protocol):
 
 
 _FAMILIES: dict[str, str | Any] = {
+    "gemma2": "cluscomp_jax.models.gemma",
+    "gemma3_text": "cluscomp_jax.models.gemma",
+    "granite": "cluscomp_jax.models.granite",
     "llama": "cluscomp_jax.models.llama",
+    "ministral3": "cluscomp_jax.models.ministral3",
     "mistral": "cluscomp_jax.models.llama",
+    "olmo2": "cluscomp_jax.models.olmo",
+    "olmo3": "cluscomp_jax.models.olmo",
+    "phi3": "cluscomp_jax.models.phi3",
     "qwen2": "cluscomp_jax.models.llama",
     "qwen3": "cluscomp_jax.models.llama",
+    "seed_oss": "cluscomp_jax.models.seed_oss",
+    "smollm3": "cluscomp_jax.models.smollm3",
 }
 
 
-def register_family(model_type: str, module: Any) -> None:
-    """Adds a family: `module` (or its import name) offers parse_config, to_hf_dict and build."""
+_ARCHITECTURES: dict[str, str] = {"gemma3": "gemma3_text", "mistral3": "ministral3"}
+"""{architecture of a GGUF file: model_type} where they have different names."""
+
+
+def register_family(model_type: str, module: Any, *, architecture: str | None = None) -> None:
+    """Adds a family: `module` (or its import name) offers parse_config, to_hf_dict and build.
+
+    Args:
+      model_type: of its config.json.
+      module: the family; TENSOR_NAMES and gguf_fields, where it has them, read the files of others.
+      architecture: its name in GGUF files; None: the model_type.
+    """
     _FAMILIES[model_type] = module
+    if architecture is not None:
+        _ARCHITECTURES[architecture] = model_type
+
+
+def model_type_of(architecture: str) -> str:
+    """Returns the model_type that an architecture of GGUF files means, served or not."""
+    return _ARCHITECTURES.get(architecture, architecture)
 
 
 def family_of(model_type: Any) -> Any:

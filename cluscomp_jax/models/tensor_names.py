@@ -5,7 +5,7 @@ Knows no family: each has its own tables (`models/llama/names.py`), and the Mode
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +16,7 @@ from cluscomp_jax.models.model import Model, family_of, parameter_shapes
 
 @dataclass(frozen=True)
 class TensorNames:
-    """One naming of a family's tensors. Invariant: `path(name(p)) == p` for every path of the family.
+    """One naming of a family's tensors. Invariant: `p in paths(name(p))` for every path of the family.
 
     Attributes:
       blocks_path: the Flax path of the blocks, e.g. "model/layers".
@@ -26,6 +26,10 @@ class TensorNames:
       head: path of the output head, which is not stored, or stored in vain, where embeddings are tied.
       embedding: path of the embeddings.
       ignorable: a pattern of stored names that carry no parameter of ours and may be passed over.
+      fused: {stored module inside a block: Flax modules whose outputs it has one after another}. Such a tensor is read
+        part by part, and written when all its parts are there.
+      interleaved: the model types whose rows of q and k have the two halves of a head in turn: llama.cpp's order for
+        its rotary embedding.
     """
 
     blocks_path: str
@@ -35,6 +39,8 @@ class TensorNames:
     head: str
     embedding: str
     ignorable: re.Pattern[str]
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    interleaved: tuple[str, ...] = ()
 
     def name(self, path: str) -> str:
         """Returns the stored name of a Flax path.
@@ -49,24 +55,46 @@ class TensorNames:
             prefix, table = f"{self.block_prefix}{number}.", self.block
         if module not in table or leaf not in (table[module][1], "bias"):
             raise InputError(f"parameter path {path!r} has no known stored name")
-        return f"{prefix}{table[module][0]}.{'bias' if leaf == 'bias' else 'weight'}"
+        stored = table[module][0] if table is self.outer else self._fused_with(module) or table[module][0]
+        return f"{prefix}{stored}.{'bias' if leaf == 'bias' else 'weight'}"
+
+    def paths(self, name: str) -> tuple[str, ...]:
+        """Returns the Flax paths whose parameters a stored tensor has, in their order; none where it is not known."""
+        module, _, leaf = name.rpartition(".")
+        match = re.fullmatch(re.escape(self.block_prefix) + r"(0|[1-9]\d*)\.(.+)", module)
+        parts = self.fused.get(match[2], ()) if match else ()
+        if match is None or not parts or leaf not in ("weight", "bias"):
+            path = self.path(name)
+            return () if path is None else (path,)
+        prefix = f"{self.blocks_path}/{match[1]}/"
+        return tuple(f"{prefix}{part}/{'bias' if leaf == 'bias' else self.block[part][1]}" for part in parts)
+
+    def _fused_with(self, module: str) -> str | None:
+        return next((stored for stored, parts in self.fused.items() if module in parts), None)
 
     def path(self, name: str) -> str | None:
-        """Returns the Flax path of a stored name, or None where the table has no such name."""
+        """Returns the Flax path of a stored name, or None where the table has no such name or it is fused."""
         module, _, leaf = name.rpartition(".")
         match = re.fullmatch(re.escape(self.block_prefix) + r"(0|[1-9]\d*)\.(.+)", module)
         table, module = (self.block, match[2]) if match else (self.outer, module)
         found = next(((flax, weight) for flax, (stored, weight) in table.items() if stored == module), None)
-        if found is None or leaf not in ("weight", "bias"):
+        if found is None or (match and self._fused_with(found[0])) or leaf not in ("weight", "bias"):
             return None
         prefix = f"{self.blocks_path}/{match[1]}/" if match else ""
         return f"{prefix}{found[0]}/{'bias' if leaf == 'bias' else found[1]}"
 
 
 def names_of(config: Any, form: Literal["hugging_face", "gguf"]) -> TensorNames:
-    """Returns how files of a form name the tensors of the family that a model config belongs to."""
-    names: TensorNames = family_of(getattr(config, "model_type", None)).TENSOR_NAMES[form]
-    return names
+    """Returns how files of a form name the tensors of the family that a model config belongs to.
+
+    Raises:
+      InputError: the family has no such files.
+    """
+    model_type = getattr(config, "model_type", None)
+    tables: Mapping[str, TensorNames] = getattr(family_of(model_type), "TENSOR_NAMES", {})
+    if form not in tables:
+        raise InputError(f"model_type {model_type!r} has no table of the tensors of {form} files")
+    return tables[form]
 
 
 def is_transposed(path: str) -> bool:
@@ -77,6 +105,30 @@ def is_transposed(path: str) -> bool:
 def to_flax(path: str, stored: np.ndarray) -> np.ndarray:
     """Returns a stored tensor in Flax orientation, contiguous; kernels [d_out, d_in] -> [d_in, d_out]."""
     return np.ascontiguousarray(stored.T) if is_transposed(path) else stored
+
+
+def stored_shape(paths: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Returns the shape of the stored tensor that has the parameters at `paths`, one after another along its rows.
+
+    Args:
+      paths: of `TensorNames.paths`; of one row length.
+      shapes: {path: shape} in Flax orientation.
+    """
+    parts = [shapes[path][::-1] if is_transposed(path) else shapes[path] for path in paths]
+    return tuple(parts[0]) if len(parts) == 1 else (sum(part[0] for part in parts), *parts[0][1:])
+
+
+def rows_of(path: str, names: TensorNames, shapes: Mapping[str, tuple[int, ...]]) -> slice:
+    """Returns which rows of its stored tensor a parameter is; all of them unless the tensor is fused.
+
+    Args:
+      path: of the parameter.
+      names: the naming of the file.
+      shapes: {path: shape} in Flax orientation.
+    """
+    paths = names.paths(names.name(path))
+    first = sum(stored_shape([part], shapes)[0] for part in paths[: paths.index(path)])
+    return slice(first, first + stored_shape([path], shapes)[0])
 
 
 def match_tensors(
@@ -103,19 +155,19 @@ def match_tensors(
     for name, stored in found.items():
         if tensor_names.ignorable.fullmatch(name):
             continue
-        path = tensor_names.path(name)
-        if path == tensor_names.head and path not in expected:
+        paths = tensor_names.paths(name)
+        if paths == (tensor_names.head,) and tensor_names.head not in expected:
             tied_head = name
             continue
-        if path is None or path not in expected:
+        if not paths or any(path not in expected for path in paths):
             raise InputError(
                 f"{where}: tensor {name} {list(stored)} is used by nothing; do config and file belong together?"
             )
-        want = expected[path][::-1] if is_transposed(path) else expected[path]
-        if tuple(stored) != tuple(want):
+        want = stored_shape(paths, expected)
+        if tuple(stored) != want:
             raise InputError(f"{where}: tensor {name} has shape {list(stored)}, the model config needs {list(want)}")
-        names[path] = name
-    missing = [tensor_names.name(path) for path in expected if path not in names]
+        names |= dict.fromkeys(paths, name)
+    missing = list(dict.fromkeys(tensor_names.name(path) for path in expected if path not in names))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(f"{where}: tensor {missing[0]}{more} is missing; the model config needs it")

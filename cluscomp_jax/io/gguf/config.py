@@ -1,12 +1,14 @@
 """A GGUF header as a Hugging Face config mapping. Knows metadata keys, not tensors' values or files."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.models.gguf_header import GgufHeader, shortest_decimal
+from cluscomp_jax.models.model import family_of, model_type_of
 
 _REQUIRED = {
     "hidden_size": "embedding_length",
@@ -16,41 +18,40 @@ _REQUIRED = {
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "max_position_embeddings": "context_length",
 }
-
-
-def shortest_decimal(value: float) -> float:
-    """Returns the shortest decimal that rounds to the same float32.
-
-    GGUF stores metadata in float32, so 1e-05 reads back as 9.999999747378752e-06; this gives 1e-05 again.
-
-    >>> shortest_decimal(9.999999747378752e-06)
-    1e-05
-    """
-    return float(str(np.float32(value)))
+_PARTIAL = ("phi3",)
+"""Architectures in which a part of the head may rotate."""
+_READ_BY_FAMILIES = {
+    "mistral3": ("yarn_beta_fast", "yarn_beta_slow", "yarn_log_multiplier"),
+    "phi3": ("attn_factor",),
+}
+"""{architecture: keys of rope.scaling that its family reads}."""
 
 
 def config_fields(
-    metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], rope_factors: np.ndarray | None
+    metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray]
 ) -> dict[str, Any]:
     """Returns the fields of a config.json that say what a GGUF header says.
 
     Args:
       metadata: {key: value} of the header.
       shapes: {tensor name: row-major shape}; presence of biases and of an output head is read from it.
-      rope_factors: float32 [head_dim/2], the tensor rope_freqs.weight where the file has one.
+      read: read(tensor name) -> float32 array; of rope_freqs.weight, and of what the family has of such tensors.
 
     Raises:
-      InputError: a key is missing, or has a value that no llama family has; the line names it.
+      InputError: the architecture is not served, a key is missing, or has a value that the family has not; the line
+        names it.
     """
     arch = metadata.get("general.architecture")
     if not isinstance(arch, str):
         raise InputError("the GGUF header has no general.architecture")
     if "token_embd.weight" not in shapes:
         raise InputError("the GGUF file has no tensor token_embd.weight; is it a language model?")
+    family = family_of(model_type_of(arch))
+    of_family = getattr(family, "gguf_fields", None)
     fields: dict[str, Any] = {name: _scalar(metadata, f"{arch}.{key}") for name, key in _REQUIRED.items()}
     heads = fields["num_attention_heads"]
     fields |= {
-        "model_type": arch,
+        "model_type": model_type_of(arch),
         "rms_norm_eps": shortest_decimal(fields["rms_norm_eps"]),
         "num_key_value_heads": _scalar(metadata, f"{arch}.attention.head_count_kv", heads),
         "head_dim": _head_dim(metadata, arch, fields["hidden_size"], heads),
@@ -64,14 +65,16 @@ def config_fields(
         "eos_token_id": _ends(metadata),
     }
     scaling = _rope_scaling(metadata, arch, fields["max_position_embeddings"])
-    if rope_factors is not None:
+    if "rope_freqs.weight" in shapes:
         if scaling is not None:
             raise InputError(f"the GGUF file has both rope_freqs.weight and {arch}.rope.scaling.type; one is expected")
-        scaling = _llama3_scaling(rope_factors, fields["head_dim"], fields["rope_theta"])
+        scaling = _llama3_scaling(read("rope_freqs.weight"), fields["head_dim"], fields["rope_theta"])
     if scaling is not None:
         fields["rope_scaling"] = scaling
+    if of_family is not None:
+        fields |= of_family(GgufHeader(arch, metadata, shapes, read, fields))
     window = _scalar(metadata, f"{arch}.attention.sliding_window", 0)
-    if window:
+    if window and "sliding_window" not in fields:
         if arch != "llama":
             raise InputError(f"{arch}.attention.sliding_window {window} is not supported; use the Hugging Face folder")
         fields |= {"model_type": "mistral", "sliding_window": window}
@@ -99,9 +102,10 @@ def _head_dim(metadata: Mapping[str, Any], arch: str, hidden_size: int, heads: i
     rotary = metadata.get(f"{arch}.rope.dimension_count")
     if heads < 1:
         raise InputError(f"{arch}.attention.head_count in the GGUF header is {heads}; at least 1 is expected")
-    head_dim = int(_scalar(metadata, f"{arch}.attention.key_length", rotary or hidden_size // heads))
+    plain = hidden_size // heads
+    head_dim = int(_scalar(metadata, f"{arch}.attention.key_length", plain if arch in _PARTIAL else rotary or plain))
     for key, value in (
-        ("rope.dimension_count", rotary or head_dim),
+        ("rope.dimension_count", head_dim if arch in _PARTIAL else rotary or head_dim),
         ("attention.value_length", metadata.get(f"{arch}.attention.value_length", head_dim)),
     ):
         if value != head_dim:
@@ -111,11 +115,12 @@ def _head_dim(metadata: Mapping[str, Any], arch: str, hidden_size: int, heads: i
 
 def _rope_scaling(metadata: Mapping[str, Any], arch: str, context: int) -> dict[str, Any] | None:
     kind = metadata.get(f"{arch}.rope.scaling.type", "none")
-    read = {f"{arch}.rope.scaling.{key}" for key in ("type", "factor", "original_context_length", "finetuned")}
+    names = ("type", "factor", "original_context_length", "finetuned", *_READ_BY_FAMILIES.get(arch, ()))
+    read = {f"{arch}.rope.scaling.{key}" for key in names}
     for key in metadata:
         if key.startswith((f"{arch}.rope.scaling.", f"{arch}.rope.scale_linear")) and key not in read:
             raise InputError(f"{key} in the GGUF header is not supported; use the Hugging Face folder")
-    if kind == "none":
+    if kind == "none" or (kind == "longrope" and arch == "phi3"):  # its factors are tensors
         return None
     if kind not in ("linear", "yarn"):
         raise InputError(f"{arch}.rope.scaling.type {kind!r} is not supported; supported: none, linear, yarn")

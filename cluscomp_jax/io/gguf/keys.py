@@ -35,6 +35,18 @@ _OF_ARCHITECTURE = {
     "rope.scaling.type": _TEXT,
     "rope.scaling.factor": _NUMBER,
     "rope.scaling.original_context_length": _WHOLE,
+    "rope.scaling.attn_factor": _NUMBER,
+    "rope.scaling.yarn_beta_fast": _NUMBER,
+    "rope.scaling.yarn_beta_slow": _NUMBER,
+    "rope.scaling.yarn_log_multiplier": _NUMBER,
+    "rope.freq_base_swa": _NUMBER,
+    "attention.scale": _NUMBER,
+    "attention.temperature_scale": _NUMBER,
+    "attn_logit_softcapping": _NUMBER,
+    "final_logit_softcapping": _NUMBER,
+    "embedding_scale": _NUMBER,
+    "residual_scale": _NUMBER,
+    "logit_scale": _NUMBER,
 }
 """Others may list one number per block: attention.head_count, attention.head_count_kv, feed_forward_length."""
 

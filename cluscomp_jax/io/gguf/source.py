@@ -19,7 +19,7 @@ from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.gguf import config, header, keys
 from cluscomp_jax.models import tensor_names
-from cluscomp_jax.models.model import build_model, parse_model_config
+from cluscomp_jax.models.model import build_model, parameter_shapes, parse_model_config
 from cluscomp_jax.runtime.extras import needed_for
 from cluscomp_jax.runtime.file_stamps import FileStamps
 from cluscomp_jax.runtime.lfs_pointer import refuse_lfs_pointer
@@ -42,7 +42,7 @@ class _CheckedReader(gguf.GGUFReader):  # type: ignore[misc]
 
 
 class GgufSource:
-    """A ParamSource over a GGUF file, or the parts of one, of the architectures llama, qwen2 or qwen3.
+    """A ParamSource over a GGUF file, or the parts of one, of an architecture whose family has a table of names.
 
     Attributes:
       path: the file, or the first part.
@@ -80,15 +80,13 @@ class GgufSource:
         self._dtype = np.dtype(_stored_dtype(self._tensors.values()) if dtype is None else dtype)
         shapes = {name: _shape(tensor) for name, tensor in self._tensors.items()}
         self._check_types()
-        factors = self._read("rope_freqs.weight", np.dtype(np.float32)) if "rope_freqs.weight" in shapes else None
         try:
-            self.model_config = parse_model_config(config.config_fields(self.metadata, shapes, factors))
+            self.model_config = parse_model_config(config.config_fields(self.metadata, shapes, self._read_small))
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from None
         self.model = build_model(self.model_config)
-        self._names, _ = tensor_names.match_tensors(
-            shapes, self.model, tensor_names.names_of(self.model_config, "gguf"), str(self.path)
-        )
+        self._naming, self._needed = tensor_names.names_of(self.model_config, "gguf"), parameter_shapes(self.model)
+        self._names, _ = tensor_names.match_tensors(shapes, self.model, self._naming, str(self.path))
 
     def load_block(self, i: int) -> Params:
         """Returns block i's tree; kernels [d_in, d_out].
@@ -123,27 +121,32 @@ class GgufSource:
                 raise InputError(f"{place}: tensor {tensor.name}: {error}; use another file") from None
 
     def _load(self, path: str) -> np.ndarray:
-        name = self._names[path]
-        array = self._read(name, self._dtype)
+        name, model_type = self._names[path], self.model_config.model_type
+        array = self._read(name, self._dtype, tensor_names.rows_of(path, self._naming, self._needed))
         tensor_names.require_finite(array, name, str(self._places[name]))
-        if self.model_config.model_type in ("llama", "mistral") and "/self_attn/q_proj/" in path:
+        if model_type in self._naming.interleaved and "/self_attn/q_proj/" in path:
             array = _undo_permutation(array, self.model_config.num_attention_heads)
-        elif self.model_config.model_type in ("llama", "mistral") and "/self_attn/k_proj/" in path:
+        elif model_type in self._naming.interleaved and "/self_attn/k_proj/" in path:
             array = _undo_permutation(array, self.model_config.num_key_value_heads)
+        elif path.endswith("/weight") and getattr(self.model_config, "norm_weight", "cast") == "offset":
+            array = (array.astype(np.float32) - 1).astype(array.dtype)  # llama.cpp's norms multiply by w
         return tensor_names.to_flax(path, array)
 
-    def _read(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
-        """Returns a tensor as stored, dequantised to `dtype`; read, not mapped, so that pages do not pile up."""
+    def _read_small(self, name: str) -> np.ndarray:
+        return self._read(name, np.dtype(np.float32), slice(None))
+
+    def _read(self, name: str, dtype: np.dtype[Any], rows: slice) -> np.ndarray:
+        """Returns rows of a tensor as stored, dequantised to `dtype`; read, not mapped: pages do not pile up."""
         tensor, path = self._tensors[name], self._places[name]
         raw = tensor.data
         stored = np.fromfile(path, raw.dtype, count=raw.size, offset=int(tensor.data_offset))
         if stored.size != raw.size:
             raise InputError(f"{path}: tensor {name} ends after {stored.size} of {raw.size} values; fetch it again")
-        stored = stored.reshape(raw.shape)
-        array = np.empty(_shape(tensor), dtype)
+        stored = stored.reshape(raw.shape)[rows]
+        array = np.empty((len(stored), *_shape(tensor)[1:]), dtype)
         for start in range(0, len(array), _ROWS_AT_ONCE):
-            rows = slice(start, start + _ROWS_AT_ONCE)
-            array[rows] = gguf.quants.dequantize(stored[rows], tensor.tensor_type)
+            part = slice(start, start + _ROWS_AT_ONCE)
+            array[part] = gguf.quants.dequantize(stored[part], tensor.tensor_type)
         return array
 
 

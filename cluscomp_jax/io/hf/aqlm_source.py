@@ -124,6 +124,11 @@ class AqlmSource:
                 raise InputError(f"{self._folder}: {module}.codebooks is {self._entries[f'{module}.codebooks'].dtype}")
             shapes[f"{module}.weight"] = (outs * groups[0], ins * groups[1])
         self._names = tensor_names.names_of(self.model.config, "hugging_face")
+        if self._names.fused:
+            raise InputError(
+                f"{self._folder}: AQLM models of {self.model_config.model_type}, which stores several matrices as one, "
+                "are not read; give the original model"
+            )
         tensor_names.match_tensors(shapes, self.model, self._names, str(self._folder))
 
     def _load(self, path: str) -> Any:

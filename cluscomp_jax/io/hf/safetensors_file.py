@@ -52,6 +52,13 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
     offset: int
 
+    def rows(self, where: slice) -> "Entry":
+        """Returns the entry of some rows, from `where.start` to `where.stop`, of the tensor."""
+        width = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return self._replace(
+            shape=(where.stop - where.start, *self.shape[1:]), offset=self.offset + where.start * width
+        )
+
 
 def read_header(path: Path) -> dict[str, Entry]:
     """Returns {name: entry} of a safetensors file, every size and offset compared with the file's own size.

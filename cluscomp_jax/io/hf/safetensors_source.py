@@ -16,7 +16,7 @@ from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.io.hf.safetensors_file import Entry, read_header, read_pieces, read_tensor
 from cluscomp_jax.models import tensor_names
-from cluscomp_jax.models.model import Model, parse_model_config
+from cluscomp_jax.models.model import Model, parameter_shapes, parse_model_config
 from cluscomp_jax.models.nesting import NestedNames, Nesting, names_in
 from cluscomp_jax.runtime.file_stamps import FileStamps
 from cluscomp_jax.runtime.json_files import read_object
@@ -100,7 +100,10 @@ class SafetensorsSource:
             entries[embedding] = entries.pop(head)  # a tied checkpoint may hold either name
         shapes = {name: entry.shape for name, entry in entries.items()}
         names, tied_head = tensor_names.match_tensors(shapes, model, self._names, where)
-        self._entries = {path: entries[name] for path, name in names.items()}
+        needed = parameter_shapes(model)
+        self._entries = {
+            path: entries[name].rows(tensor_names.rows_of(path, self._names, needed)) for path, name in names.items()
+        }
         self._tied_head = entries[tied_head] if tied_head else None
         for entry in (*self._entries.values(), *([self._tied_head] if self._tied_head else [])):
             if entry.dtype.name not in _SERVED:

@@ -23,9 +23,24 @@ def integer(fields: Mapping[str, Any], name: str, default: Any = _REQUIRED, *, l
 def number(fields: Mapping[str, Any], name: str, default: Any = _REQUIRED) -> float:
     """Returns the integer or floating-point number `name` as a float; infinities and NaN are refused."""
     value = _value(fields, name, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not -1e300 < value < 1e300:
+    if not _is_number(value):
         raise InputError(f"config: {name} is {short(value)}; it must be a finite number")
     return float(value)
+
+
+def optional_number(fields: Mapping[str, Any], name: str, default: float | None) -> float | None:
+    """Returns the number `name` as a float, the default if absent; unlike elsewhere a null is None."""
+    if name in fields and fields[name] is None:
+        return None
+    return default if name not in fields else number(fields, name)
+
+
+def numbers(fields: Mapping[str, Any], name: str) -> tuple[float, ...]:
+    """Returns the list of finite numbers `name` as floats."""
+    value = _value(fields, name, _REQUIRED)
+    if not isinstance(value, list | tuple) or not all(_is_number(one) for one in value):
+        raise InputError(f"config: {name} is {short(value)}; it must be a list of finite numbers")
+    return tuple(float(one) for one in value)
 
 
 def flag(fields: Mapping[str, Any], name: str, default: bool = False) -> bool:
@@ -61,10 +76,24 @@ def token(fields: Mapping[str, Any], name: str) -> int | None:
     return found[0] if found else None
 
 
+def texts(fields: Mapping[str, Any], name: str) -> tuple[str, ...] | None:
+    """Returns the list of strings `name`, None if absent."""
+    value = fields.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
+        raise InputError(f"config: {name} is {short(value)}; it must be a list of strings")
+    return tuple(value)
+
+
 def short(value: Any) -> str:
     """Returns repr(value), cut to 60 characters."""
     shown = repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def _value(fields: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -45,10 +45,7 @@ class RopeConfig:
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        if self.rope_type not in ROPE_TYPES:
-            raise InputError(
-                f"config: rope type {self.rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
-            )
+        self._check_type()
         for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -70,6 +67,50 @@ class RopeConfig:
                 "the first must be the smaller"
             )
 
+    def _check_type(self) -> None:
+        if self.rope_type not in ROPE_TYPES:
+            raise InputError(
+                f"config: rope type {self.rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongRopeConfig(RopeConfig):
+    """A rotary embedding whose wavelengths are stretched one by one (LongRoPE, arXiv 2402.13753).
+
+    A class of its own, so that the other types keep the fields that they have in records of earlier runs.
+
+    Attributes:
+      short_factor: by what the wavelength of each pair is multiplied up to `original_max_positions` tokens.
+      long_factor: the same for longer sequences.
+
+    Invariant: both have one positive number for each pair of rotated channels; original_max_positions >= 1.
+    """
+
+    rope_type: str = "longrope"
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+
+    def _check_type(self) -> None:
+        if self.rope_type != "longrope":
+            raise InputError(f"config: rope type {self.rope_type!r} reads no short_factor; only longrope does")
+        if self.original_max_positions < 1:
+            raise InputError(
+                f"config: rope type 'longrope' needs original_max_position_embeddings of at least 1, not "
+                f"{self.original_max_positions}"
+            )
+        for name in ("short_factor", "long_factor"):
+            if not all(math.isfinite(value) and value > 0 for value in getattr(self, name)):
+                raise InputError(f"config: rope {name} has numbers that are not finite and above 0")
+
+    def check_pairs(self, pairs: int) -> None:
+        """Raises InputError unless there is a factor for each of `pairs` rotated pairs of channels."""
+        for name in ("short_factor", "long_factor"):
+            if len(getattr(self, name)) != pairs:
+                raise InputError(
+                    f"config: rope {name} has {len(getattr(self, name))} numbers; {pairs} pairs of channels rotate"
+                )
+
 
 def yarn_attention_factor(factor: float, mscale: float | None = None, mscale_all_dim: float | None = None) -> float:
     """Returns the default attention factor of YaRN: 0.1 ln(factor) + 1, or the ratio of two such scales.
@@ -85,15 +126,27 @@ def yarn_attention_factor(factor: float, mscale: float | None = None, mscale_all
     return scale(1.0)
 
 
+def longrope_attention_factor(factor: float, original_max_positions: int) -> float:
+    """Returns the default attention factor of LongRoPE: sqrt(1 + ln(factor) / ln(original context)), at least 1.
+
+    Source: arXiv 2402.13753, section 3.2, as transformers applies it; an original context of 1 gives 1.
+    """
+    if factor <= 1 or original_max_positions <= 1:
+        return 1.0
+    return math.sqrt(1 + math.log(factor) / math.log(original_max_positions))
+
+
 def inverse_frequencies(rope: RopeConfig, head_dim: int, length: Any) -> Any:
     """Returns the angle per position of each pair of channels, float32 [head_dim / 2], in radians.
 
     Args:
       rope: the type and its numbers.
       head_dim: even, at least 2 (4 for the dynamic type).
-      length: tokens of the whole sequence so far, int or traced scalar; only the dynamic type reads it.
+      length: tokens of the whole sequence so far, int or traced scalar; dynamic and longrope read it.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    if isinstance(rope, LongRopeConfig):
+        return _longrope(rope, exponents, length)
     if rope.rope_type == "dynamic":
         return _dynamic(rope, head_dim, exponents, length)
     plain: Any = rope.theta**-exponents
@@ -111,6 +164,13 @@ def _dynamic(rope: RopeConfig, head_dim: int, exponents: np.ndarray, length: Any
     stretch = jnp.maximum(jnp.asarray(length, jnp.float32) / rope.original_max_positions, 1.0)
     growth = (rope.factor * stretch - (rope.factor - 1.0)) ** (head_dim / (head_dim - 2))
     return (rope.theta * growth) ** jnp.asarray(-exponents, jnp.float32)
+
+
+def _longrope(rope: LongRopeConfig, exponents: np.ndarray, length: Any) -> jax.Array:
+    """Wavelengths times the short factors, beyond the original context times the long ones."""
+    plain = rope.theta**-exponents
+    short, long = ((plain / np.asarray(each)).astype(np.float32) for each in (rope.short_factor, rope.long_factor))
+    return jnp.where(jnp.asarray(length) > rope.original_max_positions, long, short)
 
 
 def _llama3(rope: RopeConfig, plain: Any) -> Any:
@@ -151,6 +211,8 @@ def rotary_tables(
 def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array], *, neighbours: bool = False) -> jax.Array:
     """Returns x [b, t, heads, h] with the channels of each pair turned together by their angle.
 
+    Channels after those that the tables are made for stay as they are (partial rotary embeddings).
+
     Args:
       x: queries or keys.
       tables: of `rotary_tables`.
@@ -158,6 +220,10 @@ def rotate(x: jax.Array, tables: tuple[jax.Array, jax.Array], *, neighbours: boo
         layout.
     """
     cosine, sine = (table[:, None, :] for table in tables)
+    turning = 2 * cosine.shape[-1]
+    if turning < x.shape[-1]:
+        turned_part = rotate(x[..., :turning], tables, neighbours=neighbours)
+        return jnp.concatenate([turned_part, x[..., turning:]], axis=-1)
     first, second = (x[..., ::2], x[..., 1::2]) if neighbours else jnp.split(x, 2, axis=-1)
     turned = first * cosine - second * sine, second * cosine + first * sine
     return jnp.stack(turned, axis=-1).reshape(x.shape) if neighbours else jnp.concatenate(turned, axis=-1)

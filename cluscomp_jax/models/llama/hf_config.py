@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.models.layers import config_fields
-from cluscomp_jax.models.layers.rope import ROPE_TYPES, RopeConfig, yarn_attention_factor
+from cluscomp_jax.models.decoder.hf_fields import refuse_unserved
+from cluscomp_jax.models.layers import config_fields, rope_fields
+from cluscomp_jax.models.layers.rope import RopeConfig
 from cluscomp_jax.models.llama.config import FULL, MODEL_TYPES, SLIDING, LlamaConfig
 
 _ARCHITECTURES = {
@@ -19,42 +20,6 @@ _ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 _WINDOWED = ("qwen2", "qwen3")
-
-# Each of these changes the computation unless absent, null, false or the value given here.
-_NEUTRAL: dict[str, Any] = {
-    "add_cross_attention": False,
-    "attention_chunk_size": None,
-    "attention_multiplier": None,
-    "attn_logit_softcapping": None,
-    "clip_qkv": None,
-    "compression_config": None,
-    "embedding_multiplier": 1.0,
-    "final_logit_softcapping": None,
-    "is_encoder_decoder": False,
-    "logit_scale": 1.0,
-    "logits_scaling": 1.0,
-    "no_rope_layers": None,
-    "num_experts": None,
-    "num_local_experts": None,
-    "partial_rotary_factor": 1.0,
-    "quantization_config": None,
-    "query_pre_attn_scalar": None,
-    "residual_multiplier": 1.0,
-    "rope_interleaved": False,
-    "use_mrope": False,
-    "use_parallel_residual": False,
-    "use_qk_norm": False,
-}
-
-_ROPE_KEYS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"),
-}
-# Read elsewhere, or written by converters and read by no implementation.
-_ROPE_KEYS_OF_ALL = ("type", "rope_type", "rope_theta", "original_max_position_embeddings", "finetuned")
 
 
 def parse_config(fields: Mapping[str, Any]) -> LlamaConfig:
@@ -90,7 +55,7 @@ def parse_config(fields: Mapping[str, Any]) -> LlamaConfig:
         rms_norm_eps=config_fields.number(fields, "rms_norm_eps", 1e-6),
         hidden_act=config_fields.text(fields, "hidden_act", "silu"),
         tie_word_embeddings=config_fields.flag(fields, "tie_word_embeddings"),
-        rope=_parse_rope(fields, max_positions),
+        rope=_rope(fields, max_positions),
         sliding_window=window,
         layer_types=layer_types,
         attention_bias=model_type != "qwen2" and config_fields.flag(fields, "attention_bias"),
@@ -112,7 +77,7 @@ def to_hf_dict(config: LlamaConfig) -> dict[str, Any]:
         fields[name] = getattr(config, name)
     ends = list(config.eos_token_id)
     fields["eos_token_id"] = None if not ends else ends[0] if len(ends) == 1 else ends
-    fields |= {"rope_theta": config.rope.theta, "rope_scaling": _rope_scaling(config.rope)}
+    fields |= {"rope_theta": config.rope.theta, "rope_scaling": rope_fields.rope_scaling(config.rope)}
     if config.model_type in ("llama", "qwen3"):
         fields["attention_bias"] = config.attention_bias
     if config.model_type == "llama":
@@ -139,11 +104,7 @@ _DEFAULT_POSITIONS = {"llama": 2048, "mistral": 4096 * 32, "qwen2": 32768, "qwen
 
 
 def _refuse_unserved(fields: Mapping[str, Any], model_type: str) -> None:
-    for name, neutral in _NEUTRAL.items():
-        value = fields.get(name)
-        if value is not None and value is not False and value != neutral:
-            served = "leave it out" if neutral is None else f"only {neutral!r} is"
-            raise InputError(f"config: {name} is {config_fields.short(value)}, which is not supported; {served}")
+    refuse_unserved(fields)
     for name, families in (("sliding_window", ("mistral", *_WINDOWED)), ("use_sliding_window", _WINDOWED)):
         if model_type not in families and fields.get(name):
             raise InputError(
@@ -176,78 +137,8 @@ def _windows(fields: Mapping[str, Any], model_type: str) -> tuple[int | None, tu
     return window, tuple(given)
 
 
-def _parse_rope(fields: Mapping[str, Any], max_positions: int) -> RopeConfig:
-    parameters = _rope_mapping(fields)
-    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-    if rope_type not in ROPE_TYPES:
-        raise InputError(
-            f"config: rope type {config_fields.short(rope_type)} is not supported; supported: {', '.join(ROPE_TYPES)}"
-        )
-    unknown = sorted(set(parameters) - {*_ROPE_KEYS_OF_ALL, *_ROPE_KEYS[rope_type]})
-    if unknown:
-        raise InputError(
-            f"config: rope type {rope_type!r} does not read {unknown[0]!r}; remove it if it has no meaning"
-        )
-    theta = config_fields.number(parameters, "rope_theta", config_fields.number(fields, "rope_theta", 10000.0))
-    if rope_type == "default":
-        return RopeConfig(theta=theta)
-    if rope_type in ("linear", "dynamic"):
-        original = max_positions if rope_type == "dynamic" else 0
-        factor = config_fields.number(parameters, "factor")
-        return RopeConfig(rope_type=rope_type, theta=theta, factor=factor, original_max_positions=original)
-    inner = config_fields.integer(parameters, "original_max_position_embeddings", max_positions)
-    original = config_fields.integer(fields, "original_max_position_embeddings", inner)
-    if rope_type == "llama3":
-        return RopeConfig(
-            rope_type=rope_type,
-            theta=theta,
-            factor=config_fields.number(parameters, "factor"),
-            original_max_positions=original,
-            low_freq_factor=config_fields.number(parameters, "low_freq_factor"),
-            high_freq_factor=config_fields.number(parameters, "high_freq_factor"),
-        )
-    return _parse_yarn(parameters, theta, original, max_positions)
-
-
-def _parse_yarn(parameters: Mapping[str, Any], theta: float, original: int, max_positions: int) -> RopeConfig:
-    factor = config_fields.number(parameters, "factor", max_positions / max(original, 1))
-    default = yarn_attention_factor(
-        factor, config_fields.number(parameters, "mscale", 0.0), config_fields.number(parameters, "mscale_all_dim", 0.0)
-    )
-    return RopeConfig(
-        rope_type="yarn",
-        theta=theta,
-        factor=factor,
-        original_max_positions=original,
-        beta_fast=config_fields.number(parameters, "beta_fast", 32.0),
-        beta_slow=config_fields.number(parameters, "beta_slow", 1.0),
-        attention_factor=config_fields.number(parameters, "attention_factor", default),
-        truncate=config_fields.flag(parameters, "truncate", True),
-    )
-
-
-def _rope_mapping(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns rope_scaling or rope_parameters, whichever is there, without its null entries."""
-    found = {name: fields[name] for name in ("rope_scaling", "rope_parameters") if fields.get(name)}
-    for name, value in found.items():
-        if not isinstance(value, Mapping):
-            raise InputError(f"config: {name} is {config_fields.short(value)}; it must be a mapping or null")
-    if len(found) == 2 and found["rope_scaling"] != found["rope_parameters"]:
-        raise InputError("config: rope_scaling and rope_parameters are both given and differ; keep one of them")
-    parameters = {name: value for name, value in next(iter(found.values()), {}).items() if value is not None}
+def _rope(fields: Mapping[str, Any], max_positions: int) -> RopeConfig:
+    parameters = rope_fields.rope_parameters(fields)
     if parameters.pop("partial_rotary_factor", 1.0) != 1.0:
         raise InputError("config: partial_rotary_factor is not 1.0, which is not supported; only 1.0 is")
-    return parameters
-
-
-def _rope_scaling(rope: RopeConfig) -> dict[str, Any] | None:
-    if rope.rope_type == "default":
-        return None
-    scaling: dict[str, Any] = {"rope_type": rope.rope_type, "factor": rope.factor}
-    if rope.rope_type in ("llama3", "yarn"):
-        scaling["original_max_position_embeddings"] = rope.original_max_positions
-    named = {
-        "llama3": ("low_freq_factor", "high_freq_factor"),
-        "yarn": ("beta_fast", "beta_slow", "attention_factor", "truncate"),
-    }
-    return scaling | {name: getattr(rope, name) for name in named.get(rope.rope_type, ())}
+    return rope_fields.parse_rope(fields, parameters, max_positions)

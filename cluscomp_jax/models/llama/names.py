@@ -25,7 +25,7 @@ _BLOCK = (
 )
 
 
-def _names(column: int, block_prefix: str, ignorable: str) -> TensorNames:
+def _names(column: int, block_prefix: str, ignorable: str, interleaved: tuple[str, ...] = ()) -> TensorNames:
     return TensorNames(
         blocks_path="model/layers",
         block_prefix=block_prefix,
@@ -34,6 +34,7 @@ def _names(column: int, block_prefix: str, ignorable: str) -> TensorNames:
         head="lm_head/kernel",
         embedding="model/embed_tokens/embedding",
         ignorable=re.compile(ignorable),
+        interleaved=interleaved,
     )
 
 
@@ -41,7 +42,7 @@ _HUGGING_FACE = _names(
     1, "model.layers.", r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq"
 )
 # rope_freqs holds the Llama 3 rope scaling, which is read into the config, not among the parameters.
-_GGUF = _names(2, "blk.", r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight")
+_GGUF = _names(2, "blk.", r"rope_freqs\.weight|blk\.\d+\.attn_rot_embd\.weight", ("llama", "mistral"))
 
 TENSOR_NAMES = {"hugging_face": _HUGGING_FACE, "gguf": _GGUF}
 """{form: names of its tensors}."""

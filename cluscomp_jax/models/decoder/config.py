@@ -1,0 +1,187 @@
+"""DecoderConfig: the sizes and switches of one decoder, whatever its family. Knows no file format.
+
+A family reads its config.json into one of these. What the switches do is in `models/decoder/model.py`.
+"""
+
+import dataclasses
+import math
+from typing import Literal, get_args
+
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.models.layers.norms import NormWeight
+from cluscomp_jax.models.layers.rope import LongRopeConfig, RopeConfig
+
+MAX_LAYERS = 4096
+MAX_SIZE = 2**31 - 1
+ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
+Norms = Literal["pre", "post", "sandwich"]
+QkNorm = Literal["none", "head", "projection"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What distinguishes the program of one block from that of another with the same shapes; hashable.
+
+    Attributes:
+      window: latest positions that a query reads, itself included, at least 1; None: all.
+      rope: the rotary embedding of queries and keys; None: they are not rotated.
+    """
+
+    window: int | None = None
+    rope: RopeConfig | None = None
+
+    def __post_init__(self) -> None:
+        window = self.window
+        whole = isinstance(window, int) and not isinstance(window, bool)
+        if window is not None and not (whole and 1 <= window <= MAX_SIZE):
+            raise InputError(
+                f"config: sliding_window is {window!r}; it must be an integer from 1 to {MAX_SIZE}, or null"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The sizes and switches of one decoder; frozen and hashable, so it serves as a static jit argument.
+
+    Sizes are positive integers, named as in Hugging Face configs. The defaults of the switches are those of Llama.
+
+    Attributes:
+      model_type: the family that the config belongs to, as in `cluscomp_jax.models.model.register_family`.
+      head_dim: width of one head; need not be hidden_size / num_attention_heads.
+      layers: the kind of each layer, num_hidden_layers of them.
+      norms: "pre": a norm before attention and one before the MLP; "post": one after each, before the sum; "sandwich":
+        both.
+      norm_weight: how norms multiply by their weight, see `NormWeight`.
+      rms_norm_eps: of all norms, finite, at least 0.
+      qk_norm: norms on queries and keys before the rotation: "none", over each "head", or over the whole "projection".
+      qkv_bias, o_bias, mlp_bias: biases on q, k and v; on o; on the projections of the MLP.
+      hidden_act: one of ACTIVATIONS, of the gate.
+      rotary_dim: how many channels of a head rotate, from the first, even; None: all.
+      attention_scale: of the scores, above 0; None: 1 / sqrt(head_dim).
+      attention_softcap, logits_softcap: c above 0: values x become c tanh(x / c); None: they stay.
+      query_scale_beta, query_scale_period: rotated queries at position p are multiplied by
+        1 + beta ln(1 + floor(p / period)) (Llama 4's temperature); beta 0: they stay.
+      embedding_multiplier, residual_multiplier, logits_divisor: embeddings and what is added to the residual are
+        multiplied, logits divided.
+      initializer_range: deviation of random matrices.
+      extra: (name, value) of fields of config.json that no switch holds and that an export gives back.
+
+    Invariant: num_attention_heads % num_key_value_heads == 0; the rotary channels are even and within the head.
+
+    Raises:
+      InputError: a value breaks the above.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    layers: tuple[LayerKind, ...]
+    norms: Norms = "pre"
+    norm_weight: NormWeight = "cast"
+    rms_norm_eps: float = 1e-6
+    qk_norm: QkNorm = "none"
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    hidden_act: str = "silu"
+    rotary_dim: int | None = None
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logits_softcap: float | None = None
+    query_scale_beta: float = 0.0
+    query_scale_period: int = 1
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    extra: tuple[tuple[str, str | int | float | bool | None], ...] = ()
+
+    def __post_init__(self) -> None:
+        self._check_sizes()
+        self._check_names()
+        self._check_numbers()
+        self._check_rotation()
+
+    @property
+    def rotated(self) -> int:
+        """How many channels of a head rotate."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    def window(self, i: int) -> int | None:
+        """Returns the window of layer i, None if it sees everything."""
+        return self.layers[i].window
+
+    def _check_sizes(self) -> None:
+        for name, limit in _SIZES.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
+                raise InputError(f"config: {name} is {value!r}; it must be an integer from 1 to {limit}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(
+                f"config: num_attention_heads is {self.num_attention_heads} and num_key_value_heads "
+                f"{self.num_key_value_heads}; the first must be a multiple of the second"
+            )
+        if len(self.layers) != self.num_hidden_layers:
+            raise InputError(
+                f"config: there are {len(self.layers)} kinds of layers, num_hidden_layers is {self.num_hidden_layers}"
+            )
+
+    def _check_names(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(
+                    f"config: {name} is {getattr(self, name)!r}, which is not supported; supported: "
+                    f"{', '.join(allowed)}"
+                )
+
+    def _check_numbers(self) -> None:
+        for name in ("rms_norm_eps", "initializer_range", "query_scale_beta"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise InputError(f"config: {name} is {value}; it must be a finite number, at least 0")
+        for name in ("attention_scale", "attention_softcap", "logits_softcap", *_MULTIPLIERS):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise InputError(f"config: {name} is {value}; it must be a finite number above 0")
+
+    def _check_rotation(self) -> None:
+        for rope in {kind.rope for kind in self.layers if kind.rope is not None}:
+            if self.rotated % 2 or not 2 <= self.rotated <= self.head_dim:
+                raise InputError(
+                    f"config: {self.rotated} of the {self.head_dim} channels of a head rotate; it must be an even "
+                    "number from 2 to all"
+                )
+            if rope.rope_type == "dynamic" and self.rotated < 4:
+                raise InputError(f"config: {self.rotated} channels rotate; the dynamic rope type needs at least 4")
+            if isinstance(rope, LongRopeConfig):
+                rope.check_pairs(self.rotated // 2)
+
+
+_SIZES = {
+    "num_hidden_layers": MAX_LAYERS,
+    "vocab_size": MAX_SIZE,
+    "hidden_size": MAX_SIZE,
+    "intermediate_size": MAX_SIZE,
+    "num_attention_heads": MAX_SIZE,
+    "num_key_value_heads": MAX_SIZE,
+    "head_dim": MAX_SIZE,
+    "max_position_embeddings": MAX_SIZE,
+    "query_scale_period": MAX_SIZE,
+}
+_CHOICES = {
+    "hidden_act": ACTIVATIONS,
+    "norms": get_args(Norms),
+    "norm_weight": get_args(NormWeight),
+    "qk_norm": get_args(QkNorm),
+}
+_MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_divisor")

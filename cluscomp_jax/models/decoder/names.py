@@ -1,0 +1,99 @@
+"""The names of a decoder's tensors: in Hugging Face folders our paths with "." for "/", in GGUF files llama.cpp's.
+
+A family says which of its names differ.
+"""
+
+import re
+from collections.abc import Mapping
+
+from cluscomp_jax.models.decoder.config import Norms
+from cluscomp_jax.models.decoder.model import BLOCKS_PATH
+from cluscomp_jax.models.tensor_names import TensorNames
+
+NORMS = (
+    "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+    "self_attn/q_norm", "self_attn/k_norm",
+)  # fmt: skip
+KERNELS = (*(f"self_attn/{name}_proj" for name in "qkvo"), *(f"mlp/{name}_proj" for name in ("gate", "up", "down")))
+_IGNORABLE = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq"
+
+
+def hugging_face_names(
+    *, renamed: Mapping[str, str] | None = None, fused: Mapping[str, tuple[str, ...]] | None = None
+) -> TensorNames:
+    """Returns the names of a family's tensors.
+
+    Args:
+      renamed: {our module inside a block: stored module} where it is not ours.
+      fused: {stored module inside a block: our modules whose outputs it has one after another}.
+    """
+    block = {path: (path.replace("/", "."), "weight") for path in NORMS}
+    block |= {path: (path.replace("/", "."), "kernel") for path in KERNELS}
+    block |= {path: (stored, block[path][1]) for path, stored in (renamed or {}).items()}
+    return TensorNames(
+        blocks_path=BLOCKS_PATH,
+        block_prefix="model.layers.",
+        block=block,
+        outer={
+            "model/embed_tokens": ("model.embed_tokens", "embedding"),
+            "model/norm": ("model.norm", "weight"),
+            "lm_head": ("lm_head", "kernel"),
+        },
+        head="lm_head/kernel",
+        embedding="model/embed_tokens/embedding",
+        ignorable=re.compile(_IGNORABLE),
+        fused=fused or {},
+    )
+
+
+_GGUF_KERNELS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+_GGUF_NORMS = {
+    "pre": {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"},
+    "post": {"post_attention_layernorm": "post_attention_norm", "post_feedforward_layernorm": "post_ffw_norm"},
+    "sandwich": {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "post_attention_norm",
+        "pre_feedforward_layernorm": "ffn_norm",
+        "post_feedforward_layernorm": "post_ffw_norm",
+    },
+}
+
+
+def gguf_names(
+    norms: Norms = "pre",
+    *,
+    renamed: Mapping[str, str] | None = None,
+    fused: Mapping[str, tuple[str, ...]] | None = None,
+    interleaved: tuple[str, ...] = (),
+) -> TensorNames:
+    """Returns the names of a family's tensors in GGUF files.
+
+    Args:
+      norms: where its norms are.
+      renamed, fused: as for `hugging_face_names`.
+      interleaved: see `TensorNames`.
+    """
+    block = {path: (stored, "kernel") for path, stored in zip(KERNELS, _GGUF_KERNELS, strict=True)}
+    block |= {f"self_attn/{name}_norm": (f"attn_{name}_norm", "weight") for name in "qk"}
+    block |= {path: (stored, "weight") for path, stored in _GGUF_NORMS[norms].items()}
+    block |= {path: (stored, block[path][1]) for path, stored in (renamed or {}).items()}
+    return TensorNames(
+        blocks_path=BLOCKS_PATH,
+        block_prefix="blk.",
+        block=block,
+        outer={
+            "model/embed_tokens": ("token_embd", "embedding"),
+            "model/norm": ("output_norm", "weight"),
+            "lm_head": ("output", "kernel"),
+        },
+        head="lm_head/kernel",
+        embedding="model/embed_tokens/embedding",
+        # What they hold is read into the config, not among the parameters.
+        ignorable=re.compile(r"rope_freqs\.weight|rope_factors_(long|short)\.weight|blk\.\d+\.attn_rot_embd\.weight"),
+        fused=fused or {},
+        interleaved=interleaved,
+    )
+
+
+HUGGING_FACE = hugging_face_names()
+"""The names of most families."""

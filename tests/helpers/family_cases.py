@@ -1,0 +1,222 @@
+"""Small configs of every family of `models/decoder`, in the styles of published config.json files, as fields.
+
+Sizes are small; names, and which fields there are, are those of the published models.
+"""
+
+from typing import Any
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+SHORT = [1.0, 1.1, 1.3]
+LONG = [1.0, 2.5, 6.0]
+MINISTRAL_ROPE = {
+    "type": "yarn",
+    "rope_theta": 1000000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+CASES: dict[str, dict[str, Any]] = {
+    "smollm3": {
+        "model_type": "smollm3",
+        "no_rope_layers": [1, 1, 1, 0],
+        "no_rope_layer_interval": 4,
+        "rope_theta": 5000000.0,
+        "rope_scaling": None,
+        "use_sliding_window": False,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+    },
+    "smollm3_window": {
+        "model_type": "smollm3",
+        "no_rope_layer_interval": 2,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "smollm3_yarn": {
+        "model_type": "smollm3",
+        "no_rope_layers": [0, 1, 0, 1],
+        "rope_theta": 5000000.0,
+        "rope_scaling": YARN,
+        "head_dim": 12,
+    },
+    "granite": {
+        "model_type": "granite",
+        "attention_multiplier": 0.0078125,
+        "embedding_multiplier": 12.0,
+        "logits_scaling": 8.0,
+        "residual_multiplier": 0.22,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000000.0,
+        "rope_scaling": None,
+        "tie_word_embeddings": True,
+    },
+    "granite_biased": {
+        "model_type": "granite",
+        "attention_multiplier": 0.25,
+        "embedding_multiplier": 3,
+        "logits_scaling": 1.5,
+        "residual_multiplier": 2,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "granite_plain": {"model_type": "granite", "rope_scaling": {"type": "linear", "factor": 2.0}},
+    "olmo2": {
+        "model_type": "olmo2",
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 500000,
+        "rope_scaling": None,
+    },
+    "olmo2_groups": {"model_type": "olmo2", "tie_word_embeddings": True},
+    "olmo2_biased": {"model_type": "olmo2", "attention_bias": True, "rope_scaling": YARN},
+    "olmo3": {
+        "model_type": "olmo3",
+        "sliding_window": 6,
+        "rope_theta": 500000,
+        "rope_scaling": YARN | {"attention_factor": 1.2079441541679836, "beta_fast": 32, "beta_slow": 1},
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+    },
+    "olmo3_nested": {
+        "model_type": "olmo3",
+        "sliding_window": 4,
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 500000.0, **YARN},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
+    "olmo3_full": {"model_type": "olmo3", "layer_types": ["full_attention"] * 4, "attention_bias": True},
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 16,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+        "sliding_window": 5,
+        "rope_theta": 10000.0,
+    },
+    "gemma2_uncapped": {
+        "model_type": "gemma2",
+        "head_dim": 12,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 3,
+        "attention_bias": True,
+    },
+    "gemma2_full": {"model_type": "gemma2", "head_dim": 8, "layer_types": ["full_attention"] * 4},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "num_hidden_layers": 7,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 16,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "rope_scaling": None,
+        "sliding_window": 6,
+        "sliding_window_pattern": 6,
+    },
+    "gemma3_nested": {
+        "model_type": "gemma3_text",
+        "head_dim": 8,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "final_logit_softcapping": 2.0,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
+    "gemma3_scaled": {
+        "model_type": "gemma3_text",
+        "head_dim": 8,
+        "num_hidden_layers": 6,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "sliding_window": 8,
+        "attention_bias": True,
+    },
+    "phi3": {
+        "model_type": "phi3",
+        "num_key_value_heads": 4,
+        "original_max_position_embeddings": 64,
+        "rope_theta": 10000.0,
+        "rope_scaling": None,
+        "sliding_window": 9,
+    },
+    "phi4": {"model_type": "phi3", "rope_theta": 250000, "sliding_window": None},
+    "phi4_mini": {
+        "model_type": "phi3",
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 20,
+        "rope_scaling": {"type": "longrope", "short_factor": SHORT, "long_factor": LONG},
+        "tie_word_embeddings": True,
+    },
+    "phi3_long": {
+        "model_type": "phi3",
+        "max_position_embeddings": 96,
+        "original_max_position_embeddings": 64,
+        "rope_scaling": {"type": "longrope", "short_factor": [*SHORT, 1.7], "long_factor": [*LONG, 8.0]},
+    },
+    "ministral3": {"model_type": "ministral3", "head_dim": 12, "rope_parameters": MINISTRAL_ROPE},
+    "ministral3_window": {
+        "model_type": "ministral3",
+        "head_dim": 8,
+        "sliding_window": 6,
+        "rope_parameters": MINISTRAL_ROPE | {"mscale": 0.7, "llama_4_scaling_beta": 0.4},
+    },
+    "ministral3_plain": {
+        "model_type": "ministral3",
+        "head_dim": 8,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e5,
+            "original_max_position_embeddings": 4,
+            "llama_4_scaling_beta": 0.3,
+        },
+        "tie_word_embeddings": True,
+    },
+    "seed_oss": {
+        "model_type": "seed_oss",
+        "head_dim": 16,
+        "attention_bias": True,
+        "attention_out_bias": False,
+        "mlp_bias": False,
+        "rope_theta": 10000000.0,
+        "rope_scaling": {"rope_type": "default"},
+    },
+    "seed_oss_biased": {"model_type": "seed_oss", "head_dim": 8, "attention_out_bias": True, "mlp_bias": True},
+    "seed_oss_plain": {
+        "model_type": "seed_oss",
+        "head_dim": 8,
+        "attention_bias": False,
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "tie_word_embeddings": True,
+    },
+}
+"""{name: fields that differ from SIZES}; three or more a family."""
+
+
+def fields_of(name: str) -> dict[str, Any]:
+    """Returns the config.json fields of a case."""
+    return SIZES | CASES[name]

@@ -10,8 +10,10 @@ from typing import Protocol, Self, runtime_checkable
 import jax
 import jax.numpy as jnp
 
+from cluscomp_jax.clustering.walk import Rows
 from cluscomp_jax.kmeans import CodeIndex, build_code_index, nearest_code
 from cluscomp_jax.trellis.viterbi import LANES, Trellis, best_path
+from pallas_kernels.code_walk.config import walk_config
 
 _SEGMENT = 64
 """The fewest steps of a segment of a channel that is searched in segments."""
@@ -63,6 +65,25 @@ class NearestCodes:
             return index
         distances = jnp.sum(jnp.square(codebook[:, :within] - target[-g:][:within]), axis=1)
         return index.at[-1].set(jnp.argmin(distances).astype(index.dtype))
+
+    def walk(
+        self, rows: Rows, codebook: jax.Array, *, outputs: int, interpret: bool
+    ) -> tuple[jax.Array, jax.Array] | None:
+        """As `WalkingSearch`."""
+        from pallas_kernels.code_walk.nearest import SearchTrees, walk_nearest
+
+        trees, index, (n, g) = None, self.code_index, codebook.shape
+        compared = n
+        if index is not None:
+            grown = index.trees
+            codes, order = index.codes.swapaxes(2, 3), grown.order.reshape(len(grown.order), -1)
+            trees = SearchTrees(grown.directions, grown.cuts, order, codes, index.searched)
+            compared = index.searched.shape[2] * codes.shape[3]
+        tile = walk_config(rows.base.shape[1] // g, g, compared, listed=trees is not None)
+        return walk_nearest(
+            rows.base, rows.value, rows.weights, codebook, trees, rows.previous, outputs=outputs, tile=tile,
+            interpret=interpret,
+        )  # fmt: skip
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["trellis"])

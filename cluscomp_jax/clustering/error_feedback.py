@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from cluscomp_jax.clustering.code_search import CodeSearch
+from cluscomp_jax.clustering.walk import Rows, walked
 from cluscomp_jax.core.cholesky import DAMPING_RETRIES, blocked_cholesky
 
 _BLOCK_SIZE = 128
@@ -112,12 +113,8 @@ def assign_with_error_feedback(
     diagonal = jnp.where(jnp.arange(spare + channels) < spare, 1.0, jnp.diagonal(root))
     real = jnp.arange(ordered.shape[1]) < outputs  # what pads the last vector stays zero
 
-    def code_rows(errors: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
-        columns = jax.lax.dynamic_slice_in_dim(root, first, rows, axis=1)
-        before = jnp.dot(columns.T, errors, precision="highest")  # of channels not coded yet there are no errors
-        block = jax.lax.dynamic_slice_in_dim(ordered, first, rows)
-        within = jax.lax.dynamic_slice_in_dim(columns, first, rows)
-        scale = jax.lax.dynamic_slice_in_dim(diagonal, first, rows)
+    def scan_rows(search: CodeSearch, codebook: jax.Array, *args: jax.Array) -> tuple[jax.Array, jax.Array]:
+        block, before, within, scale = args
 
         def code_row(own: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
             target = block[i] + (before[i] + jnp.dot(within[:, i], own, precision="highest")) / scale[i]
@@ -126,6 +123,22 @@ def assign_with_error_feedback(
             return own.at[i].set(error), index
 
         own, coded = jax.lax.scan(code_row, jnp.zeros_like(block), jnp.arange(rows), reverse=True)
+        return own, coded
+
+    def rows_of(block: jax.Array, before: jax.Array, within: jax.Array, scale: jax.Array) -> Rows:
+        return Rows(block + before / scale[:, None], block, within.T / scale[:, None], None)
+
+    def finish(coded: jax.Array, own: jax.Array, *_: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.where(real, own, 0.0), coded
+
+    def code_rows(errors: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
+        columns = jax.lax.dynamic_slice_in_dim(root, first, rows, axis=1)
+        before = jnp.dot(columns.T, errors, precision="highest")  # of channels not coded yet there are no errors
+        block = jax.lax.dynamic_slice_in_dim(ordered, first, rows)
+        within = jax.lax.dynamic_slice_in_dim(columns, first, rows)
+        scale = jax.lax.dynamic_slice_in_dim(diagonal, first, rows)
+        arguments = (block, before, within, scale)
+        own, coded = walked(search, scan_rows, rows_of, finish, *arguments, codebook=codebook, outputs=outputs)
         return jax.lax.dynamic_update_slice_in_dim(errors, own, first, axis=0), coded
 
     firsts = jnp.arange(0, spare + channels, rows)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from cluscomp_jax.clustering.code_search import CodeSearch
 from cluscomp_jax.clustering.error_feedback import HessianFactor
+from cluscomp_jax.clustering.walk import Rows, walked
 
 _ROWS = 128
 """Channels whose changes are added to the others in one product of matrices."""
@@ -112,14 +113,8 @@ def reassign_codes(
     padded = jnp.pad(curvature.hessian, ((0, spare), (0, spare)))
     errors = jnp.where(real, ordered - codebook[index].reshape(ordered.shape), 0.0)
 
-    def choose_rows(carry: tuple[jax.Array, jax.Array], first: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
-        errors, index = carry
-        hessian = jax.lax.dynamic_slice_in_dim(padded, first, rows)
-        slopes = jnp.dot(hessian, errors, precision="highest")
-        within = jax.lax.dynamic_slice_in_dim(hessian, first, rows, axis=1)
-        own = jnp.where(jnp.diagonal(within) > 0, jnp.diagonal(within), 1.0)  # 0 in channels of padding
-        before = jax.lax.dynamic_slice_in_dim(errors, first, rows)
-        block, used, held = (jax.lax.dynamic_slice_in_dim(a, first, rows) for a in (ordered, real, index))
+    def scan_rows(search: CodeSearch, codebook: jax.Array, *args: jax.Array) -> tuple[jax.Array, jax.Array]:
+        block, before, slopes, within, own, used, held = args
 
         def choose_row(now: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
             slope = slopes[i] + jnp.dot(within[i], now - before, precision="highest")
@@ -128,12 +123,37 @@ def reassign_codes(
             return now.at[i].set(jnp.where(used[i], block[i] - codebook[chosen].reshape(-1), 0.0)), chosen
 
         now, chosen = jax.lax.scan(choose_row, before, jnp.arange(rows), reverse=True)
+        return now, chosen
+
+    def choose_rows(carry: tuple[jax.Array, jax.Array], first: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+        errors, index = carry
+        hessian = jax.lax.dynamic_slice_in_dim(padded, first, rows)
+        slopes = jnp.dot(hessian, errors, precision="highest")
+        within = jax.lax.dynamic_slice_in_dim(hessian, first, rows, axis=1)
+        own = jnp.where(jnp.diagonal(within) > 0, jnp.diagonal(within), 1.0)  # 0 in channels of padding
+        before = jax.lax.dynamic_slice_in_dim(errors, first, rows)
+        block, used, held = (jax.lax.dynamic_slice_in_dim(a, first, rows) for a in (ordered, real, index))
+        arguments = (block, before, slopes, within, own, used, held)
+        now, chosen = walked(search, scan_rows, _rows_of, _finish, *arguments, codebook=codebook, outputs=outputs)
         update = partial(jax.lax.dynamic_update_slice_in_dim, start_index=first, axis=0)
         return (update(errors, now), update(index, chosen)), None
 
     firsts = jnp.arange(0, channels + spare, rows)
     (_, index), _ = jax.lax.scan(choose_rows, (errors, index), firsts, reverse=True)
     return index[jnp.argsort(curvature.order)]
+
+
+def _rows_of(*args: jax.Array) -> Rows:
+    """Returns the rows of a block as a walk takes them: its deltas are the changes of the errors."""
+    block, before, slopes, within, own, _, held = args
+    scale = own[:, None]
+    return Rows(block - before + slopes / scale, block - before, within / scale, held)
+
+
+def _finish(chosen: jax.Array, change: jax.Array, *args: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns (errors, codes) of a walked block."""
+    before, used = args[1], args[5]
+    return jnp.where(used, before + change, 0.0), chosen
 
 
 @jax.jit

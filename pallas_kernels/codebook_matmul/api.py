@@ -2,26 +2,24 @@
 
 import dataclasses
 import functools
-import importlib.util
 import logging
 import math
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import implementation as choice
 from pallas_kernels.codebook_matmul import config, definition
 from pallas_kernels.codebook_matmul.definition import Axis
 from pallas_kernels.codebook_matmul.strips import ordered_gradient
 from pallas_kernels.codebook_matmul.table import key_of, tile_of
+from pallas_kernels.implementation import IMPLEMENTATION, Implementation
 
-Implementation = Literal["definition", "triton", "interpret"]
 MAX_CODES = 65536
 MAX_GROUP = 32
-IMPLEMENTATION: Any = jax.make_user_context(None)  # type: ignore[no-untyped-call]
-"""What `implementation=None` means; `with IMPLEMENTATION("definition"):` changes it for the programs traced inside."""
 ATOMIC_GRADIENTS: Any = jax.make_user_context(False)  # type: ignore[no-untyped-call]
 """What `atomic_gradients=None` means, likewise."""
 _KERNEL_DTYPES = ("float32", "bfloat16", "float16")
@@ -115,12 +113,6 @@ def _check(op: _Op, x: Any, codebook: Any, index: Any) -> None:
     require(fits, f"the index has shape {tuple(index.shape)}, {shape} cut by {g} along {axis!r} needs {pieces}")
 
 
-@functools.cache
-def _cuda_can_be_compiled() -> bool:
-    """Returns whether a CUDA backend of JAX is installed; without one no program can be compiled for it."""
-    return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
-
-
 def _kernels() -> Any:
     """Returns the module of the GPU kernels; its import takes a moment, which a CPU program saves."""
     from pallas_kernels.codebook_matmul import triton
@@ -134,11 +126,7 @@ def _hindrance(x: jax.Array) -> str | None:
         return f"x is {x.dtype}, the GPU kernels take {', '.join(_KERNEL_DTYPES)}"
     if 0 in x.shape:
         return f"x has shape {x.shape}, there is nothing to multiply"
-    try:
-        _kernels()
-    except ImportError as error:
-        return f"jax {jax.__version__} has no Pallas backend for Triton ({error})"
-    return None
+    return choice.no_backend()
 
 
 @functools.cache
@@ -146,16 +134,11 @@ def _log_once(reason: str) -> None:
     _LOG.warning("codebook_matmul: W is decoded instead of using the GPU kernels: %s", reason)
 
 
-def _decodes(op: _Op) -> bool:
-    """Returns whether the definition is all that there is to choose from."""
-    return op.implementation == "definition" or (op.implementation is None and not _cuda_can_be_compiled())
-
-
 def _choose(
     op: _Op, x: jax.Array, plain: Callable[..., jax.Array], kernels: Callable[..., jax.Array], *args: jax.Array
 ) -> jax.Array:
     """Returns plain(*args) or kernels(*args), whichever `op.implementation` means."""
-    if _decodes(op):
+    if choice.only_definition(op.implementation):
         return plain(*args)
     if op.implementation is not None:
         return kernels(*args)
@@ -224,7 +207,7 @@ def _forward(op: _Op, x: jax.Array, codebook: jax.Array, index: jax.Array) -> tu
 def _backward(op: _Op, saved: tuple[jax.Array, ...], dy: jax.Array) -> tuple[jax.Array, jax.Array, np.ndarray]:
     x, codebook, index = saved
     d_codebook = _codebook_gradient(op, x, dy, codebook, index).astype(codebook.dtype)
-    if not _decodes(op):
+    if not choice.only_definition(op.implementation):
         # Left to itself XLA may put the codebooks' gradients off to the end, which keeps the inputs of all matrices
         # alive; done first, x is free before dx takes its place.
         dy, d_codebook = jax.lax.optimization_barrier((dy, d_codebook))  # type: ignore[no-untyped-call]

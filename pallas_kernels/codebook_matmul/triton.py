@@ -1,4 +1,4 @@
-"""The GPU kernels, in Pallas for its Triton backend; nothing else in the project imports that backend.
+"""The GPU kernels of the product, in Pallas for its Triton backend.
 
 Letters: m rows of x; n codes of g weights, in `lanes` >= g, a power of two; W [d_in, d_out]. The side of W that the
 codes run along is cut into "groups"; the other is its "rows". A product reads W or its transpose as B [depth, width].
@@ -7,16 +7,14 @@ knows no differentiation.
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import _compat
+from pallas_kernels.backend import Ref, launcher, pl, plgpu, span
 from pallas_kernels.codebook_matmul.config import (
     GemmConfig,
     ScatterConfig,
@@ -26,7 +24,6 @@ from pallas_kernels.codebook_matmul.config import (
 )
 from pallas_kernels.codebook_matmul.definition import Axis, window_bits
 
-Ref = Any
 Pair = tuple[Any, Any]
 _SCATTER = "codebook_scatter"
 _ITEMS = 8
@@ -68,38 +65,9 @@ def _cut(shape: tuple[int, int], num_codes: int, g: int, axis: Axis, step_bits: 
     return _Cut(shape[0], shape[1], g, False, *bits) if axis == "out" else _Cut(shape[1], shape[0], g, True, *bits)
 
 
-def _launcher(
-    kernel: Callable[..., None],
-    name: str,
-    *,
-    grid: tuple[int, int],
-    out: tuple[tuple[int, ...], Any],
-    num_warps: int,
-    num_stages: int,
-    interpret: bool,
-    **options: Any,
-) -> Callable[..., jax.Array]:
-    """Returns the GPU kernel as a function of arrays; every program sees all of every array."""
-    launch: Callable[..., jax.Array] = pl.pallas_call(
-        kernel,
-        grid=grid,
-        out_shape=jax.ShapeDtypeStruct(*out),  # type: ignore[no-untyped-call]
-        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
-        interpret=interpret,
-        name=name,
-        **options,
-    )
-    return launch
-
-
 def _limit(size: int, covered: int) -> int | None:
     """Returns where a side ends, None if tiles that come to `covered` at a time end there by themselves."""
     return size if size % covered else None
-
-
-def _span(start: Any, size: int) -> jax.Array:
-    places: jax.Array = start + jax.lax.broadcasted_iota(jnp.int32, (size,), 0)
-    return places
 
 
 def _inside(starts: Pair, shape: tuple[int, int], limits: Pair) -> jax.Array | None:
@@ -107,7 +75,7 @@ def _inside(starts: Pair, shape: tuple[int, int], limits: Pair) -> jax.Array | N
     mask = None
     for axis, limit in enumerate(limits):
         if limit is not None:
-            side = jax.lax.broadcast_in_dim(_span(starts[axis], shape[axis]) < limit, shape, (axis,))
+            side = jax.lax.broadcast_in_dim(span(starts[axis], shape[axis]) < limit, shape, (axis,))
             mask = side if mask is None else mask & side
     return mask
 
@@ -271,7 +239,7 @@ def gemm(
     if tile.pad_codebook:
         codebook = jnp.pad(codebook, ((0, 0), (0, cut.lanes - cut.g)))
     tiles_n = pl.cdiv(cut.groups, tile.block_n // cut.lanes) if wide else pl.cdiv(width, tile.block_n)
-    launch = _launcher(
+    launch = launcher(
         partial(_gemm_kernel, cut=cut, wide=wide, tile=tile),
         "codebook_gemm",
         grid=(pl.cdiv(m, tile.block_m) * tile.splits, tiles_n),
@@ -323,7 +291,7 @@ def scatter_gradient(
     _compat.relax_atomics(_SCATTER)  # the order between the additions of one launch means nothing
     rows, weights = (dy, x) if cut.swapped else (x, dy)
     zeros = jnp.zeros((num_codes, cut.lanes), jnp.float32)
-    launch = _launcher(
+    launch = launcher(
         partial(_scatter_kernel, cut=cut, tile=tile),
         _SCATTER,
         grid=(pl.cdiv(cut.rows, tile.block_row), pl.cdiv(cut.groups, tile.block_group // cut.lanes)),
@@ -341,7 +309,7 @@ def _segment_kernel(
 ) -> None:
     """Sums, in order, one part of the vectors of some codes."""
     lanes, part = padded_group(g), pl.program_id(1)
-    code = _span(pl.program_id(0) * tile.block_codes, tile.block_codes)
+    code = span(pl.program_id(0) * tile.block_codes, tile.block_codes)
     exists = code < n
     first = plgpu.load(starts_ref.at[code], mask=exists, other=0)
     end = plgpu.load(starts_ref.at[code + 1], mask=exists, other=0)
@@ -376,7 +344,7 @@ def segment_sum(
       starts: int32 [n+1], where in `order` the vectors of each code begin; p at the end.
     """
     n, g = starts.shape[0] - 1, vectors.shape[1]
-    launch = _launcher(
+    launch = launcher(
         partial(_segment_kernel, n=n, g=g, tile=tile),
         "codebook_segment_sum",
         grid=(pl.cdiv(n, tile.block_codes), tile.splits),

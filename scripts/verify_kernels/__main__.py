@@ -24,10 +24,11 @@ from pallas_kernels.codebook_matmul.table import write_table
 
 from . import judge
 from .cases import Case, shipped
+from .searches import SearchCase, searches
 from .tune import tune
 
 
-def compile_apart(cases: Sequence[Case], archs: Sequence[str]) -> Iterator[dict[str, Any]]:
+def compile_apart(cases: Sequence[Case | SearchCase], archs: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yields the report of each case, compiled in another process; one that kills it fails, the next get a new one."""
     waiting = list(cases)
     while waiting:
@@ -80,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"--tune {options.tune}: " + ("it exists" if options.tune.exists() else "there is no GPU to try on")
         )
     archs = options.arch or list(judge.SHARED_KIB)
-    cases = [case for case in shipped() if options.only in case.name]
+    everything: list[Case | SearchCase] = [*shipped(), *searches()]
+    cases = [case for case in everything if options.only in case.name]
     if not cases:
         parser.error(f"--only {options.only!r}: no case has that in its name")
     print(f"{len(cases)} cases compiled for {' '.join(archs)}, not run\n{judge.HEADER}", flush=True)
@@ -93,9 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if Path("/dev/nvidiactl").exists():
         from . import measure
 
+        products = [case for case in cases if isinstance(case, Case)]
         if options.tune:
-            write_table(options.tune, tune(cases, measure.time_tile))
-        for text, right in measure.table(cases):
+            write_table(options.tune, tune(products, measure.time_tile))
+        for text, right in measure.table(products):
             failed += not right
             print(text, flush=True)
     return 1 if failed else 0

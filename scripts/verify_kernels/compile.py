@@ -25,6 +25,7 @@ from pallas_kernels import _compat
 
 from .cases import Case
 from .sass import Machine, read_machine
+from .searches import SearchCase
 from .traffic import Access, read_accesses
 
 CARDS = {"sm_80": "a100_80", "sm_86": "a6000", "sm_89": "l40s", "sm_90": "h100"}
@@ -44,7 +45,12 @@ class Lowered:
     grid: tuple[int, ...]
 
 
-def lower(case: Case) -> Lowered:
+def case_of(fields: dict[str, Any]) -> Case | SearchCase:
+    """Returns the case whose fields these are, as JSON has them."""
+    return Case(**fields | {"shape": tuple(fields["shape"])}) if "shape" in fields else SearchCase(**fields)
+
+
+def lower(case: Case | SearchCase) -> Lowered:
     """Returns the one kernel of a case; its Triton module is the same for all cards.
 
     Raises:
@@ -75,7 +81,7 @@ def _card(arch: str) -> tuple[Target, AbstractDevice]:
     return target, AbstractDevice(placement(target))
 
 
-def assemble(case: Case, arch: str, dump: Path) -> tuple[Machine, int]:
+def assemble(case: Case | SearchCase, arch: str, dump: Path) -> tuple[Machine, int]:
     """Returns (the machine code's numbers, bytes of shared memory of a program) for a card such as "sm_86".
 
     Args:
@@ -92,7 +98,7 @@ def assemble(case: Case, arch: str, dump: Path) -> tuple[Machine, int]:
         jax.jit(function).trace(*place.like(arguments)).lower().compile()
     ptx = next((file for file in dump.glob("*.ptx") if _entry(file.read_text())), None)
     if ptx is None:
-        raise RuntimeError(f"XLA dumped no PTX with a kernel of the codebook into {dump}")
+        raise RuntimeError(f"XLA dumped no PTX with a kernel of codes into {dump}")
     text = ptx.read_text()
     entry, machine = _entry(text), re.search(r"^\.target (\w+)", text, re.MULTILINE)
     cubin = dump / "kernel.cubin"
@@ -103,8 +109,8 @@ def assemble(case: Case, arch: str, dump: Path) -> tuple[Machine, int]:
 
 
 def _entry(ptx: str) -> str:
-    """Returns the name of the codebook's kernel in a module's PTX, "" if it holds none."""
-    found = re.search(r"\.entry (codebook_\w+)\(", ptx)
+    """Returns the name of the kernel of codes in a module's PTX, "" if it holds none."""
+    found = re.search(r"\.entry (code(?:book)?_\w+)\(", ptx)
     return found[1] if found else ""
 
 
@@ -135,7 +141,7 @@ def _find(tool: str) -> str:
     return found
 
 
-def report(case: Case, archs: list[str], dump: Path) -> dict[str, Any]:
+def report(case: Case | SearchCase, archs: list[str], dump: Path) -> dict[str, Any]:
     """Returns {"accesses": [...], "archs": {arch: {...} or {"error": text}}} of plain values."""
     lowered = lower(case)
     accesses: list[Access] = read_accesses(lowered.bytecode, lowered.grid)
@@ -151,6 +157,4 @@ def report(case: Case, archs: list[str], dump: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     for line in sys.stdin:
-        fields = json.loads(line)
-        case = Case(**fields | {"shape": tuple(fields["shape"])})
-        print(json.dumps(report(case, sys.argv[2:], Path(sys.argv[1]))), flush=True)
+        print(json.dumps(report(case_of(json.loads(line)), sys.argv[2:], Path(sys.argv[1]))), flush=True)

@@ -6,6 +6,7 @@ from typing import Any
 from pallas_kernels.codebook_matmul.config import padded_group
 
 from .cases import Case
+from .searches import SearchCase
 
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227}
 """Shared memory that one program may have, by card (CUDA C Programming Guide, compute capabilities)."""
@@ -20,7 +21,7 @@ _INDEX = 1
 _MAIN_GROUPS = (4, 8, 16)
 
 
-def failures(case: Case, report: dict[str, Any]) -> list[str]:
+def failures(case: Case | SearchCase, report: dict[str, Any]) -> list[str]:
     """Returns what a report breaks, one sentence each; [] if the case passes."""
     found = []
     for arch, machine in report["archs"].items():
@@ -28,25 +29,20 @@ def failures(case: Case, report: dict[str, Any]) -> list[str]:
             found.append(f"{arch}: {machine['error']}")
             continue
         found += [f"{arch}: {text}" for text in _machine_failures(case, arch, machine)]
-    ratio = decode_ratio(case, report)
-    if ratio is not None and ratio > decode_bound(case):
+    ratio = decode_ratio(case, report) if isinstance(case, Case) else None
+    if isinstance(case, Case) and ratio is not None and ratio > decode_bound(case):
         found.append(f"reads {ratio:.2f} of the least bytes, at most {decode_bound(case):.2f} are allowed")
     return found
 
 
-def _machine_failures(case: Case, arch: str, machine: dict[str, Any]) -> list[str]:
+def _machine_failures(case: Case | SearchCase, arch: str, machine: dict[str, Any]) -> list[str]:
     opcodes, found = machine["opcodes"], []
     if machine["spill_bytes"] or machine["local_instructions"]:
         found.append(f"spills {machine['spill_bytes']} bytes, {machine['local_instructions']} local instructions")
     if machine["shared_bytes"] > SHARED_KIB[arch] * 1024:
         found.append(f"{machine['shared_bytes']} bytes of shared memory, {SHARED_KIB[arch]} KiB are there")
-    tensor = opcodes.get("HMMA", 0) + opcodes.get("HGMMA", 0)
-    if case.kernel != "segment" and case.dtype != "float32" and not tensor:
-        found.append("no tensor cores")
-    if arch == "sm_86" and _is_main_loop(case) and per_32_mma(machine) > PER_32_MMA:
-        found.append(
-            f"{per_32_mma(machine):.0f} instructions per 32 tensor-core ones, at most {PER_32_MMA} are allowed"
-        )
+    if isinstance(case, Case):
+        found += _product_failures(case, arch, machine)
     reductions = opcodes.get("RED", 0) + opcodes.get("REDG", 0)
     others = opcodes.get("ATOM", 0) + opcodes.get("ATOMG", 0)
     if case.kernel == "scatter":
@@ -54,6 +50,18 @@ def _machine_failures(case: Case, arch: str, machine: dict[str, Any]) -> list[st
             found.append(f"{reductions} plain reductions, {others} other atomics, {machine['fences']} fences")
     elif reductions or others:
         found.append(f"{reductions + others} atomics where the order must be fixed")
+    return found
+
+
+def _product_failures(case: Case, arch: str, machine: dict[str, Any]) -> list[str]:
+    opcodes, found = machine["opcodes"], []
+    tensor = opcodes.get("HMMA", 0) + opcodes.get("HGMMA", 0)
+    if case.kernel != "segment" and case.dtype != "float32" and not tensor:
+        found.append("no tensor cores")
+    if arch == "sm_86" and _is_main_loop(case) and per_32_mma(machine) > PER_32_MMA:
+        found.append(
+            f"{per_32_mma(machine):.0f} instructions per 32 tensor-core ones, at most {PER_32_MMA} are allowed"
+        )
     return found
 
 
@@ -135,7 +143,7 @@ def l2_bytes(case: Case) -> int:
     return case.codes * times * SECTOR_BYTES * math.ceil(row / SECTOR_BYTES)
 
 
-def row(case: Case, report: dict[str, Any], wrong: list[str]) -> str:
+def row(case: Case | SearchCase, report: dict[str, Any], wrong: list[str]) -> str:
     """Returns the case's row of the table."""
     machines = list(report["archs"].values())
 
@@ -143,7 +151,7 @@ def row(case: Case, report: dict[str, Any], wrong: list[str]) -> str:
         return " ".join("-" if "error" in machine else str(read(machine)) for machine in machines)
 
     memory = ["-", "-", "-"]
-    if case.kernel in ("forward", "dx"):
+    if isinstance(case, Case) and case.kernel in ("forward", "dx"):
         moved, least = moved_bytes(case, report), least_bytes(case)
         memory = [f"{moved / 1e6:.1f}", f"{moved / least:.2f}", f"{l2_bytes(case) / 1e6:.0f}"]
     cells = [

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from kernel_problems import Problem, check, random_problem, run
 
+from pallas_kernels import implementation
 from pallas_kernels._compat import lowering_for
 from pallas_kernels.codebook_matmul import ATOMIC_GRADIENTS, IMPLEMENTATION, api, codebook_matmul, config, strips
 
@@ -70,7 +71,7 @@ def test_leading_axes_of_x_are_kept():
 def test_a_program_for_a_cuda_device_holds_the_kernels(monkeypatch):
     problem = Problem(m=32, d_in=64, d_out=128, n=16, g=4, axis="out", dtype="bfloat16")
     x, codebook, index, _ = problem.arrays()
-    monkeypatch.setattr(api, "_cuda_can_be_compiled", lambda: True)
+    monkeypatch.setattr(implementation, "cuda_can_be_compiled", lambda: True)
     product = jax.jit(lambda x, c: codebook_matmul(x, c, index, **problem.static))
     with lowering_for((8, 6)):
         assert "xla.gpu.triton" in product.trace(x, codebook).lower(lowering_platforms=("cuda",)).as_text()
@@ -80,7 +81,7 @@ def test_a_program_for_a_cuda_device_holds_the_kernels(monkeypatch):
 def test_what_no_kernel_can_serve_is_decoded_and_said_once(monkeypatch, caplog):
     problem = Problem(m=2, d_in=8, d_out=8, n=3, g=4, axis="out")
     x, codebook, index, _ = problem.arrays()
-    monkeypatch.setattr(api, "_cuda_can_be_compiled", lambda: True)
+    monkeypatch.setattr(implementation, "cuda_can_be_compiled", lambda: True)
     monkeypatch.setattr(api, "_KERNEL_DTYPES", ("bfloat16",))
     api._log_once.cache_clear()
     with caplog.at_level(logging.WARNING):

@@ -1,14 +1,16 @@
 """What `scripts.verify_kernels` reads and judges; no CUDA compiler is needed here."""
 
 import dataclasses
+import json
 
 import pytest
 
 from verify_kernels import __main__ as command
 from verify_kernels import judge, measure
 from verify_kernels.cases import LLAMA_2_70B, Case, shipped
-from verify_kernels.compile import lower
+from verify_kernels.compile import case_of, lower
 from verify_kernels.sass import read_machine
+from verify_kernels.searches import SearchCase, searches
 from verify_kernels.traffic import read_accesses
 
 PTXAS = """ptxas info    : Compiling entry function 'codebook_gemm' for 'sm_86'
@@ -158,12 +160,41 @@ def test_only_the_atomic_gradient_holds_atomics():
 
 
 def test_the_cases_have_names_of_their_own():
-    names = [case.name for case in shipped()]
+    names = [case.name for case in (*shipped(), *searches())]
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("case", [DECODE, *searches()], ids=lambda case: case.name)
+def test_a_case_goes_to_the_compiling_process_and_back(case):
+    assert case_of(json.loads(json.dumps(dataclasses.asdict(case)))) == case
+
+
+SEARCHES = {
+    "none": ({}, None),
+    "spill": ({"spill_bytes": 8}, "spills 8 bytes"),
+    "shared memory": ({"shared_bytes": 99 * 1024 + 1}, "99 KiB are there"),
+    "atomic": ({"opcodes": {"RED": 1}}, "1 atomics where the order must be fixed"),
+}
+
+
+@pytest.mark.parametrize(("changed", "text"), SEARCHES.values(), ids=SEARCHES)
+def test_a_planted_offence_of_a_search_is_named(changed, text):
+    case = SearchCase(kernel="walk", outputs=64, g=4, n=16)
+    found = judge.failures(case, {"accesses": [], "archs": {"sm_86": machine(opcodes={}) | changed}})
+    assert [text in sentence for sentence in found] == ([] if text is None else [True])
+
+
+@pytest.mark.parametrize("case", [SearchCase(kernel="walk", outputs=64, g=3, n=16)], ids=lambda case: case.name)
+def test_a_search_holds_one_kernel_without_atomics(case):
+    accesses = accesses_of(case)
+    assert {access.kind for access in accesses} == {"load", "store"}
+    codes = [access for access in accesses if access.kind == "store" and access.argument == 4]
+    assert sum(access.executions * access.elements for access in codes) >= 128 * 22
 
 
 def test_a_case_that_cannot_be_compiled_fails_every_card(capsys, monkeypatch):
     monkeypatch.setattr(command, "shipped", lambda: iter([Case(kernel="forward", m=1, shape=(64, 64), g=99)]))
+    monkeypatch.setattr(command, "searches", lambda: iter([]))
     assert command.main(["--arch", "sm_86"]) == 1
     printed = capsys.readouterr().out
     assert "0 pass, 1 fail" in printed

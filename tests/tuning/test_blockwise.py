@@ -25,8 +25,8 @@ from cluscomp_jax.runtime.reporter import SilentReporter
 from cluscomp_jax.tuning import blockwise, tune_block
 from cluscomp_jax.tuning.blockwise import block_loss, init_state, join_trainable, split_trainable, tuning_step
 from cluscomp_jax.tuning.optimizer import make_optimizer
+from pallas_kernels import implementation
 from pallas_kernels._compat import lowering_for
-from pallas_kernels.codebook_matmul import api
 
 CONFIG = llama.LlamaConfig(
     vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
@@ -392,7 +392,7 @@ def test_positions_of_huge_outputs_count_in_proportion_less():
 
 @pytest.mark.parametrize(("fast", "kernel"), [(True, "codebook_scatter"), (False, "codebook_segment_sum")])
 def test_the_settings_choose_the_order_of_gradients_on_a_gpu(compressed, fast, kernel, monkeypatch):
-    monkeypatch.setattr(api, "_cuda_can_be_compiled", lambda: True)
+    monkeypatch.setattr(implementation, "cuda_can_be_compiled", lambda: True)
     settings = dataclasses.replace(FAST, atomic_gradients=fast, compute_dtype="bfloat16")
     trained, frozen = split_trainable(compressed, norms=False)
     x = jnp.zeros((1, 10, 16), jnp.bfloat16)

@@ -1,0 +1,48 @@
+"""How walks and searches are cut into programs. A configuration affects speed only; knows shapes, no arrays."""
+
+import dataclasses
+
+_PROGRAMS_WANTED = 84
+"""Programs that fill an RTX A6000 once: one on each multiprocessor."""
+_PAIRS = 2048
+"""Pairs of a vector and a code that a program compares at a time, 8 of a thread, where it compares all codes. Where the
+codes are gathered by lists it is half of that, as their addresses take registers. Of vectors of more than 6 weights,
+whose codes take more registers, it is half of either."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WalkConfig:
+    """Tiles of a walk or a search.
+
+    Attributes:
+      vectors: of a channel that a program takes; a power of two.
+      codes: compared at a time; a power of two.
+      num_warps: of 32 threads each.
+    """
+
+    vectors: int
+    codes: int
+    num_warps: int = 8
+
+
+def next_power(size: int) -> int:
+    """Returns the smallest power of two that is not below `size`, >= 1."""
+    return 1 << (size - 1).bit_length()
+
+
+def walk_config(c: int, g: int, compared: int, *, listed: bool = False) -> WalkConfig:
+    """Returns the tiles of a walk.
+
+    A program takes 16 vectors of 4 weights, or fewer where that leaves multiprocessors idle.
+
+    Args:
+      c: vectors of a channel.
+      g: weights of a vector.
+      compared: codes that a vector is compared with.
+      listed: whether they are gathered by lists of each vector.
+    """
+    vectors = max(1, 64 // next_power(g))
+    while vectors > 2 and -(-c // vectors) < _PROGRAMS_WANTED:
+        vectors //= 2
+    pairs = _PAIRS // (2 if listed else 1) // (2 if g > 6 else 1)
+    return WalkConfig(vectors=vectors, codes=min(pairs // vectors, next_power(compared)))

@@ -230,13 +230,13 @@ def prepare(
         refuse_growth(bits_per_weight(model, cfg, rules))
     if given is None:
         return Run(model, cfg, rules, None, None, sharding, timer, reporter)
-    shape, held_out = given.shape[:2], 0 if cfg.tuning is None else cfg.tuning.validation_samples
+    shape, kept_out = given.shape[:2], 0 if cfg.tuning is None else cfg.tuning.validation_samples
     if calibration is not None and not alike and mixes(cfg, calibration):
         damping = cfg.cluster.damping if cfg.cluster.error_feedback else None
 
         def measure() -> dict[str, float]:
             with timer("sensitivity"):
-                judged = calibration[: len(calibration) - held_out]
+                judged = calibration[: len(calibration) - kept_out]
                 return sensitivities(model, source, judged, damping=damping, work_dir=work_dir, reporter=reporter)
 
         rules = rules_by_block(model, cfg, records.sensitivities(measure))
@@ -251,7 +251,7 @@ def prepare(
             "batch_size": cfg.mesh.data * min(spread, forward_batch(model, cfg, shape)),
             "dtype": jnp.dtype(compute_dtype_of(numbers)),
             "sharding": sharding,
-            "held_out": held_out,
+            "validation_samples": kept_out,
         }
         stored = jnp.dtype(numbers.activation_dtype)
         with timer("embed"):

@@ -50,7 +50,7 @@ class Streams:
       batch_size: samples at a time.
       dtype: compute dtype.
       sharding: of the samples of a batch, where several devices share them.
-      held_out: how many of the last samples no statistics are made of, because tuning is judged by them.
+      validation_samples: how many of the last samples no statistics are made of, because tuning is judged by them.
     """
 
     compressed: ActivationStore
@@ -59,7 +59,7 @@ class Streams:
     batch_size: int
     dtype: Any
     sharding: Sharding | None = None
-    held_out: int = 0
+    validation_samples: int = 0
 
     def batches(self, weights: np.ndarray | None, *, both: bool = False) -> Iterator[Batch]:
         """Yields inputs of the compressed stream, less the samples held out.
@@ -68,7 +68,7 @@ class Streams:
           weights: float32 [samples, t], the weight of each position; None: 1.
           both: of the original stream too.
         """
-        for where, x in self.compressed.batches(self.batch_size, len(self.compressed) - self.held_out):
+        for where, x in self.compressed.batches(self.batch_size, len(self.compressed) - self.validation_samples):
             original = self._on_device(self.original.read(where)) if both and self.original is not None else None
             counted = None if weights is None else put_samples(weights[where], self.sharding)
             yield Batch(self._on_device(x), original, counted)
@@ -140,7 +140,7 @@ def embed_streams(
       tokens: int [samples, t].
       activation_dtype: of the files.
       dtype: as of `Streams`.
-      **options: `original` and `augmented`, whether there are such streams; batch_size, sharding and held_out as of
+      **options: `original` and `augmented`, whether there are such streams; batch_size, sharding and validation_samples as of
         `Streams`.
 
     Raises:
@@ -164,7 +164,7 @@ def open_streams(
     batch_size: int,
     dtype: Any,
     sharding: Sharding | None,
-    held_out: int = 0,
+    validation_samples: int = 0,
 ) -> Streams:
     """Returns the streams of activations [samples, t, d] at the first block's input, to be written.
 
@@ -184,5 +184,5 @@ def open_streams(
         batch_size=batch_size,
         dtype=dtype,
         sharding=sharding,
-        held_out=held_out,
+        validation_samples=validation_samples,
     )

@@ -119,8 +119,8 @@ def test_stop_tokens_of_the_whole_replace_those_of_the_text_model() -> None:
     ("fields", "message"),
     [
         (
-            nested_fields(text=config_fields("phi3")),
-            "text_config of llava: model_type 'phi3' is not supported",
+            nested_fields(text=config_fields("gpt2")),
+            "text_config of llava: model_type 'gpt2' is not supported",
         ),
         (nested_fields(text={"model_type": 3}), "text_config of llava: model_type 3 is not supported"),
         (nested_fields(text_config=None), "text_config of llava is NoneType; it must be the mapping"),

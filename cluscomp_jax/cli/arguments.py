@@ -66,7 +66,8 @@ class CompressArguments(Common):
     recipe: Annotated[Literal["default", "paper"] | None, _without("default, or that of --config")] = None
     """settings to start from; a config file that names another one is refused"""
     calibration: Annotated[str | None, _without("none, clustering only", "TEXT")] = None
-    """text file (.txt, .gz), token array (.npy) or dataset name (wikitext2, c4, ptb) to calibrate and tune on"""
+    """text file (.txt, .gz), token array (.npy), dataset name (wikitext2, c4, ptb) or embeddings (.npz) to calibrate
+    and tune on"""
     samples: Annotated[int | None, _recipe(128, "INT")] = None
     """calibration samples"""
     length: Annotated[int | None, _recipe(2048, "INT")] = None

@@ -4,7 +4,6 @@ Shared by `compress` and `demo`. Knows no command-line options; prints notes onl
 """
 
 import dataclasses
-import hashlib
 import shutil
 import time
 from collections.abc import Callable
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from cluscomp_jax import _version as version
 from cluscomp_jax.checkpoint.reader import CheckpointSource
@@ -27,6 +25,7 @@ from cluscomp_jax.evaluation.perplexity import Perplexity
 from cluscomp_jax.io.hf.safetensors_source import GENERATION_CONFIG
 from cluscomp_jax.io.open import OpenedModel
 from cluscomp_jax.io.tokenizer import tokenizer_digest, write_tokenizer
+from cluscomp_jax.models.calibration import Calibration, Embeddings, digest_of
 from cluscomp_jax.models.source import Fingerprint, ParamSource
 from cluscomp_jax.pipeline import compress_stream, fingerprint
 from cluscomp_jax.plan.host import scratch_bytes
@@ -81,7 +80,7 @@ def compress_to_folder(
     cfg: CompressConfig,
     out: Path,
     *,
-    calibration: np.ndarray | None,
+    calibration: Calibration | None,
     calibration_name: str | None = None,
     measure: Measure | None = None,
     command: str | None = None,
@@ -92,7 +91,7 @@ def compress_to_folder(
       opened: the original.
       cfg: the run; its model is that of `opened`.
       out: absent, empty, or the unfinished output of this very run, which is then resumed.
-      calibration: int [samples, length] tokens, or None.
+      calibration: int [samples, length] tokens, packed embeddings, or None.
       calibration_name: recorded as their origin.
       measure: called on the original before the work and on the result as it will load, before the folder is finished.
       command: recorded as the command line that asked for it.
@@ -179,7 +178,7 @@ def claim_folder(
     )
 
 
-def _check_scratch(opened: OpenedModel, cfg: CompressConfig, calibration: np.ndarray | None, work_path: Path) -> None:
+def _check_scratch(opened: OpenedModel, cfg: CompressConfig, calibration: Calibration | None, work_path: Path) -> None:
     """Notes the scratch files of a run, so that a person who finds them after a crash knows what they are.
 
     Raises:
@@ -237,11 +236,12 @@ def _check_weights(opened: OpenedModel, reporter: Reporter) -> None:
         reporter.advance()
 
 
-def _provenance(opened: OpenedModel, calibration: np.ndarray | None, name: str | None) -> dict[str, Any]:
+def _provenance(opened: OpenedModel, calibration: Calibration | None, name: str | None) -> dict[str, Any]:
     text: dict[str, Any] | None = None
     if calibration is not None:
-        digest = hashlib.sha256(calibration.astype("<i4").tobytes()).hexdigest()
-        text = {"name": name, "shape": list(calibration.shape), "sha256": digest}
+        text = {"name": name, "shape": list(calibration.shape), "sha256": digest_of(calibration)}
+        if isinstance(calibration, Embeddings):
+            text["kind"] = "embeddings"
     return {
         "model": opened.origin,
         "calibration": text,

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cluscomp_jax.io.open import open_model
     from cluscomp_jax.kmeans import fit_codebook
     from cluscomp_jax.models import layouts, llama
+    from cluscomp_jax.models.calibration import Embeddings
     from cluscomp_jax.models.llama import LlamaConfig
     from cluscomp_jax.pipeline import compress
     from cluscomp_jax.text.text import calibration_samples, load_tokens
@@ -46,6 +47,7 @@ _HOMES = {
     "CompressionRule": "config.clustering",
     "DataConfig": "config.data",
     "DistillationConfig": "config.training",
+    "Embeddings": "models.calibration",
     "FinetuneConfig": "config.finetune",
     "InputError": "errors",
     "LlamaConfig": "models.llama",
@@ -93,6 +95,7 @@ __all__ = [
     "CompressionRule",
     "DataConfig",
     "DistillationConfig",
+    "Embeddings",
     "FinetuneConfig",
     "InputError",
     "LlamaConfig",

@@ -24,6 +24,7 @@ from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.core.host_axes import HostAxes, parse_axes
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.models.calibration import Embeddings
 from cluscomp_jax.models.foreign import Apply, ForeignModel, check_products, is_parameter, read_form
 from cluscomp_jax.models.source import DictSink, DictSource
 from cluscomp_jax.pipeline import compress_stream
@@ -90,10 +91,9 @@ def compress_blocks(
             DictSource(params, model),
             sink,
             cfg,
-            calibration=None,
+            calibration=Embeddings(x.reshape(*shape, x.shape[-1])),
             work_dir=folder,
             reporter=reporter,
-            inputs=x.reshape(*shape, x.shape[-1]),
             may_grow=False,
             alike=True,  # so that the caller can stack them again
         )

@@ -4,7 +4,6 @@ Sees a Model, a ParamSource and a sink; knows no file format. Device memory hold
 """
 
 import dataclasses
-import hashlib
 import math
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -23,12 +22,11 @@ from cluscomp_jax.clustering.resolve import (
     Rules,
     bits_per_weight,
     check_calibration,
-    check_samples,
     check_stacked,
     mixes,
     refuse_growth,
     rules_by_block,
-    tokens_of,
+    samples_of,
 )
 from cluscomp_jax.clustering.sensitivity import sensitivities
 from cluscomp_jax.clustering.summary import CompressionSummary
@@ -40,14 +38,15 @@ from cluscomp_jax.core.caller_mesh import without_mesh
 from cluscomp_jax.core.codebook import CodebookArray, round_codebook
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.models import layouts
+from cluscomp_jax.models.calibration import Calibration, Embeddings, digest_of, first_samples
 from cluscomp_jax.models.model import Model, build_model, run_block
 from cluscomp_jax.models.prefetch import BlockReader, BlockWriter
 from cluscomp_jax.models.sharding import Sharding, make_sharding, put_whole
 from cluscomp_jax.models.source import BlockSink, DictSink, DictSource, Fingerprint, ParamSource, run_fingerprint
-from cluscomp_jax.models.streams import Streams, embed_streams, open_streams
+from cluscomp_jax.models.streams import Streams, embed_streams, write_streams
 from cluscomp_jax.plan.budget import forward_batch
 from cluscomp_jax.plan.host import scratch_bytes
-from cluscomp_jax.recovery import recover_stream, require_rows
+from cluscomp_jax.recovery import recover_stream, recovery_rows
 from cluscomp_jax.runtime.reporter import Reporter, SilentReporter
 from cluscomp_jax.runtime.scratch import scratch_folder
 from cluscomp_jax.runtime.timing import StageTimer
@@ -58,7 +57,7 @@ def compress(
     params: Any,
     cfg: CompressConfig,
     *,
-    calibration: np.ndarray | None = None,
+    calibration: Calibration | Any | None = None,
     reporter: Reporter | None = None,
     work_dir: str | Path | None = None,
     layout: layouts.Layouts = layouts.auto,
@@ -74,7 +73,8 @@ def compress(
       params: a nested dict in the FlaxLlama layout (string or integer layer keys), a ParamSource, or any pytree
         of one of the codebases of `layout`, boxed or not.
       cfg: the run; `cfg.model` is the family's config (`LlamaConfig.of` reads those of other libraries).
-      calibration: tokens int [samples, length]; with them clustering is activation-weighted, blocks are tuned and the
+      calibration: tokens int [samples, length], or `Embeddings`, or floating [samples, t, d], which are embeddings
+        without padding and tokens; with them clustering is activation-weighted, blocks are tuned and, of tokens, the
         whole follows the original (where cfg says so), without them matrices are only clustered.
       reporter: is told of progress; silent by default.
       work_dir: an existing folder; up to three streams of activations lie in a temporary one inside it meanwhile
@@ -86,8 +86,8 @@ def compress(
     Raises:
       InputError: whatever does not fit, before any long work; also activations on the disk.
     """
-    calibration = None if calibration is None else tokens_of(calibration)
-    require_rows(cfg, calibration)
+    calibration = None if calibration is None else samples_of(calibration)
+    rows = recovery_rows(cfg, calibration)
     opened = layouts.open_tree(params, build_model(cfg.model), layout)
     model, cfg = opened.model, dataclasses.replace(cfg, model=opened.model)
     if opened.stacked:
@@ -95,7 +95,7 @@ def compress(
     if check is not None:
         layouts.check_forward(params, opened, check)
     sink = DictSink()
-    needed = 0 if calibration is None or calibration.ndim != 2 else scratch_bytes(model, cfg, calibration.shape)
+    needed = 0 if calibration is None or len(calibration.shape) != 2 else scratch_bytes(model, cfg, calibration.shape)
     with scratch_folder(work_dir, needed) as folder, without_mesh():
         compress_stream(
             opened.source,
@@ -107,10 +107,9 @@ def compress(
             may_grow=False,
             alike=opened.stacked,
         )
-        if cfg.recovery is not None:
-            assert calibration is not None
+        if rows is not None:
             clustered, sink = DictSource(sink.params(model), model), DictSink()
-            recover_stream(clustered, opened.source, sink, cfg, calibration, reporter=reporter)
+            recover_stream(clustered, opened.source, sink, cfg, rows, reporter=reporter)
     return opened.put_back(sink.params(model))
 
 
@@ -119,25 +118,23 @@ def compress_stream(
     sink: BlockSink,
     cfg: CompressConfig,
     *,
-    calibration: np.ndarray | None,
+    calibration: Calibration | None,
     work_dir: Path,
     reporter: Reporter | None = None,
     finished_blocks: int = 0,
     owns_process: bool = False,
-    inputs: np.ndarray | None = None,
     may_grow: bool = True,
     alike: bool = False,
 ) -> CompressionSummary:
     """Compresses block after block from `source` into `sink` and returns what was done; `cfg.recovery` is not.
 
     Args:
-      calibration: tokens int [samples, length] or None.
+      calibration: tokens int [samples, length], packed embeddings, or None.
       work_dir: scratch for the activation streams and the records of finished blocks. A run that is resumed must
         get the same folder.
       finished_blocks: blocks already in the sink. Their activations are recomputed, not read from scratch files,
         so that an interrupted run gives the bytes of an uninterrupted one.
       owns_process: as for StageTimer: whether freed memory may be given back and the peak of each stage measured.
-      inputs: the first block's inputs [samples, t, d] in place of calibration tokens, where the model has no embedding.
       may_grow: whether codebooks may be larger than the matrices that they replace; the command line warns of it.
       alike: whether a bit budget gives all blocks the same settings, because they are stacked in arrays.
 
@@ -147,7 +144,7 @@ def compress_stream(
     timer, reporter = StageTimer(owns_process=owns_process), reporter or SilentReporter()
     records, count = RunRecords(work_dir / "records"), build_model(cfg.model).num_blocks
     if finished_blocks < count:
-        run = prepare(source, cfg, calibration, work_dir, records, timer, reporter, inputs, may_grow, alike)
+        run = prepare(source, cfg, calibration, work_dir, records, timer, reporter, may_grow, alike)
         _compress_blocks(run, source, sink, records, finished_blocks)
         if run.streams is not None:
             run.streams.delete()
@@ -166,10 +163,9 @@ def compress_stream(
     return CompressionSummary(matrices, tuple(blocks), timer.to_dict(), bits / weights, total_bytes)
 
 
-def fingerprint(source: ParamSource, cfg: CompressConfig, calibration: np.ndarray | None) -> Fingerprint:
+def fingerprint(source: ParamSource, cfg: CompressConfig, calibration: Calibration | None) -> Fingerprint:
     """Returns everything the result's bytes depend on."""
-    digest = None if calibration is None else hashlib.sha256(calibration.astype("<i4").tobytes()).hexdigest()
-    return run_fingerprint(source, cfg.to_dict(), cfg.model, calibration=digest)
+    return run_fingerprint(source, cfg.to_dict(), cfg.model, calibration=digest_of(calibration))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,38 +201,36 @@ class Run:
 def prepare(
     source: ParamSource,
     cfg: CompressConfig,
-    calibration: np.ndarray | None,
+    calibration: Calibration | None,
     work_dir: Path,
     records: RunRecords,
     timer: StageTimer,
     reporter: Reporter,
-    inputs: np.ndarray | None = None,
     may_grow: bool = True,
     alike: bool = False,
 ) -> Run:
-    """Returns the run at its first block: settings resolved and checked, sensitivities measured, tokens embedded.
+    """Returns the run at its first block: settings resolved and checked, sensitivities measured, samples embedded.
 
     Raises:
       InputError: whatever does not fit.
     """
     model = build_model(cfg.model)
     rules = rules_by_block(model, cfg, alike=alike)
-    sharding, given = make_sharding(cfg.mesh, model), inputs if calibration is None else calibration
+    sharding = make_sharding(cfg.mesh, model)
     if calibration is not None:
         check_calibration(model, cfg, calibration, rules)
-    elif inputs is not None:
-        check_samples(cfg, len(inputs), rules)
     if not may_grow:
         refuse_growth(bits_per_weight(model, cfg, rules))
-    if given is None:
+    if calibration is None:
         return Run(model, cfg, rules, None, None, sharding, timer, reporter)
-    shape, kept_out = given.shape[:2], 0 if cfg.tuning is None else cfg.tuning.validation_samples
-    if calibration is not None and not alike and mixes(cfg, calibration):
+    shape = (calibration.shape[0], calibration.shape[1])
+    kept_out = 0 if cfg.tuning is None else cfg.tuning.validation_samples
+    if not alike and mixes(cfg, calibration):
         damping = cfg.cluster.damping if cfg.cluster.error_feedback else None
 
         def measure() -> dict[str, float]:
             with timer("sensitivity"):
-                judged = calibration[: len(calibration) - kept_out]
+                judged = first_samples(calibration, shape[0] - kept_out)
                 return sensitivities(model, source, judged, damping=damping, work_dir=work_dir, reporter=reporter)
 
         rules = rules_by_block(model, cfg, records.sensitivities(measure))
@@ -255,12 +249,10 @@ def prepare(
         }
         stored = jnp.dtype(numbers.activation_dtype)
         with timer("embed"):
-            if calibration is not None:
+            if isinstance(calibration, Embeddings):
+                streams = write_streams(calibration, work_dir, stored, **options)
+            else:
                 streams = embed_streams(model, source.load_outer(), calibration, work_dir, stored, **options)
-            elif inputs is not None:
-                streams = open_streams(inputs.shape, work_dir, stored, **options)
-                for i in range(len(inputs)):
-                    streams.write(i, inputs[i : i + 1])
     return Run(model, cfg, rules, cfg.tuning, streams, sharding, timer, reporter)
 
 
@@ -370,6 +362,7 @@ def _tune(run: Run, i: int, block: Params) -> tuple[Params, BlockTuning]:
             rng=np.random.default_rng((run.cfg.seed, i)),
             reporter=run.reporter,
             sharding=run.sharding,
+            weights=run.streams.weights,
         )
     if result.diverged:
         run.reporter.warn(

@@ -8,6 +8,7 @@ import numpy as np
 from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.finetuning import FinetuneSummary, TeacherSource, finetune_stream
+from cluscomp_jax.models.calibration import Calibration, Embeddings
 from cluscomp_jax.models.model import build_model
 from cluscomp_jax.models.source import BlockSink, ParamSource
 from cluscomp_jax.runtime.reporter import Reporter
@@ -55,10 +56,22 @@ def recover_stream(
     )
 
 
-def require_rows(cfg: CompressConfig, calibration: np.ndarray | None) -> None:
-    """Raises InputError where a recovery stage has no calibration samples."""
-    if cfg.recovery is not None and calibration is None:
+def recovery_rows(cfg: CompressConfig, calibration: Calibration | None) -> np.ndarray | None:
+    """Returns the tokens that the recovery stage of a run takes; None: it has no such stage.
+
+    Raises:
+      InputError: there are no calibration samples, or they are no tokens.
+    """
+    if cfg.recovery is None:
+        return None
+    if calibration is None:
         raise InputError(
             f"recovery takes {cfg.recovery.steps} steps over the calibration samples, and there are none; give "
             "calibration tokens, or leave recovery out"
         )
+    if isinstance(calibration, Embeddings):
+        raise InputError(
+            f"recovery takes {cfg.recovery.steps} steps over calibration tokens, and the samples are embeddings; leave "
+            "recovery out, and finetune on a text afterwards"
+        )
+    return calibration

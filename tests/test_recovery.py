@@ -67,6 +67,9 @@ def test_the_same_call_gives_the_same_bytes(params: Any) -> None:
 def test_recovery_without_samples_or_without_a_model_is_refused(params: Any) -> None:
     with pytest.raises(InputError, match="recovery takes 24 steps over the calibration samples, and there are none"):
         compress(params, RECOVERED)
+    embedded = np.ones((4, 12, CONFIG.hidden_size), np.float32)
+    with pytest.raises(InputError, match="recovery takes 24 steps over calibration tokens, and the samples are embed"):
+        compress(params, RECOVERED, calibration=embedded)
     blocks, inputs = [{"w": np.ones((8, 8), np.float32)}], np.ones((2, 3, 8), np.float32)
     with pytest.raises(InputError, match="a stack of blocks has not"):
         compress_blocks(blocks, lambda p, x: x @ p["w"], inputs, RECOVERED, rules=(CompressionRule(pattern="w"),))

@@ -69,7 +69,8 @@ class CompressArguments(Common):
     """settings to start from: fast, no tuning; default; best, recovery after tuning; paper. A config file that names
     another one is refused"""
     calibration: Annotated[str | None, _without("none, clustering only", "TEXT")] = None
-    """text file (.txt, .gz), token array (.npy) or dataset name (wikitext2, c4, ptb) to calibrate and tune on"""
+    """text file (.txt, .gz), token array (.npy), dataset name (wikitext2, c4, ptb) or embeddings (.npz) to calibrate
+    and tune on"""
     samples: Annotated[int | None, _recipe(128, "INT")] = None
     """calibration samples"""
     length: Annotated[int | None, _recipe(2048, "INT")] = None

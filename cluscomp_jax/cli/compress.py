@@ -5,8 +5,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cluscomp_jax.cli.arguments import DEFAULT_CONTEXT, CompressArguments
 from cluscomp_jax.cli.command_line import command_line
 from cluscomp_jax.cli.evaluate import check_scratch, describe, note_context
@@ -16,10 +14,12 @@ from cluscomp_jax.cli.outcome import Result, note
 from cluscomp_jax.cli.overrides import run_config
 from cluscomp_jax.clustering.resolve import Rules, bits_per_weight, check_calibration, mixes, rules_by_block
 from cluscomp_jax.clustering.rules import describe as describe_rule
+from cluscomp_jax.config.data import CalibrationConfig
 from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.evaluation.perplexity import perplexity
 from cluscomp_jax.io.open import OpenedModel, open_model
+from cluscomp_jax.models.calibration import Calibration, Embeddings, is_embeddings, read_embeddings
 from cluscomp_jax.models.sharding import make_sharding
 from cluscomp_jax.models.source import ParamSource
 from cluscomp_jax.reporting.tables import format_bytes, format_table, stage_rows
@@ -41,6 +41,9 @@ def run(arguments: CompressArguments) -> Result:
     calibration = None
     if arguments.calibration is not None:
         calibration = read_calibration(opened, cfg, arguments.calibration)
+        if isinstance(calibration, Embeddings):
+            samples, length = calibration.shape
+            cfg = dataclasses.replace(cfg, calibration=CalibrationConfig(samples=samples, length=max(2, length)))
         check_calibration(opened.model, cfg, calibration, by_block)
     bits = bits_per_weight(opened.model, cfg, by_block)
     if bits >= _BITS_OF_THE_ORIGINAL:
@@ -61,12 +64,14 @@ def run(arguments: CompressArguments) -> Result:
     return Result(_text(done, out), _fields(done, out))
 
 
-def read_calibration(opened: OpenedModel, cfg: CompressConfig, spec: str) -> np.ndarray:
-    """Returns int32 [samples, length] of a calibration text, as `cfg.calibration` says.
+def read_calibration(opened: OpenedModel, cfg: CompressConfig, spec: str) -> Calibration:
+    """Returns int32 [samples, length] of a calibration text, as `cfg.calibration` says, or embeddings of a .npz file.
 
     Raises:
-      InputError: the text or the starts cannot be read, or there are too few of either.
+      InputError: the text, the starts or the embeddings cannot be read, or there are too few of the first two.
     """
+    if is_embeddings(spec):
+        return read_embeddings(spec).packed()
     settings = cfg.calibration
     note_context("--length", settings.length, opened)
     sample_offsets = None if settings.sample_offsets is None else read_starts(settings.sample_offsets)
@@ -90,7 +95,7 @@ def _measure(opened: OpenedModel, arguments: CompressArguments) -> Measure:
     return measure
 
 
-def _describe_rules(cfg: CompressConfig, by_block: list[Rules], calibration: np.ndarray | None) -> str:
+def _describe_rules(cfg: CompressConfig, by_block: list[Rules], calibration: Calibration | None) -> str:
     """Returns how finely matrices are cut, in one phrase."""
     if mixes(cfg, calibration):
         return f"{cfg.cluster.bits} bits per weight, spent on each matrix by its sensitivity"
@@ -103,11 +108,12 @@ def _describe_rules(cfg: CompressConfig, by_block: list[Rules], calibration: np.
     )
 
 
-def _describe_stages(cfg: CompressConfig, calibration: np.ndarray | None) -> str:
+def _describe_stages(cfg: CompressConfig, calibration: Calibration | None) -> str:
     """Returns which stages of the method will run, in one phrase."""
     if calibration is None:
         return "clustering only (ClusComp-), without --calibration"
     samples, length = calibration.shape
+    positions = "positions of embeddings" if isinstance(calibration, Embeddings) else "tokens"
     weighted = "activation-weighted clustering" if cfg.cluster.weighted else "clustering"
     if cfg.cluster.error_feedback:
         weighted += " with error feedback"
@@ -117,7 +123,7 @@ def _describe_stages(cfg: CompressConfig, calibration: np.ndarray | None) -> str
     if cfg.recovery is not None:
         stages.append(f"{_count(cfg.recovery.steps, 'step')} of recovery")
     only = " only" if len(stages) == 1 else ""
-    return f"{', '.join(stages)}{only}, {samples} x {length} tokens"
+    return f"{', '.join(stages)}{only}, {samples} x {length} {positions}"
 
 
 def _count(number: int, what: str) -> str:

@@ -4,7 +4,6 @@ Shared by `compress` and `demo`. Knows no command-line options; prints notes onl
 """
 
 import dataclasses
-import hashlib
 import shutil
 import time
 from collections.abc import Callable
@@ -27,10 +26,11 @@ from cluscomp_jax.evaluation.perplexity import Perplexity
 from cluscomp_jax.io.hf.safetensors_source import GENERATION_CONFIG
 from cluscomp_jax.io.open import OpenedModel
 from cluscomp_jax.io.tokenizer import tokenizer_digest, write_tokenizer
+from cluscomp_jax.models.calibration import Calibration, Embeddings, digest_of
 from cluscomp_jax.models.source import Fingerprint, ParamSource
 from cluscomp_jax.pipeline import compress_stream, fingerprint
 from cluscomp_jax.plan.host import scratch_bytes
-from cluscomp_jax.recovery import recover_stream, require_rows
+from cluscomp_jax.recovery import recover_stream, recovery_rows
 from cluscomp_jax.reporting.tables import format_bytes
 from cluscomp_jax.runtime.host_memory import return_freed_memory
 from cluscomp_jax.runtime.reporter import JsonLinesLog, Reporter, console_reporter
@@ -82,7 +82,7 @@ def compress_to_folder(
     cfg: CompressConfig,
     out: Path,
     *,
-    calibration: np.ndarray | None,
+    calibration: Calibration | None,
     calibration_name: str | None = None,
     measure: Measure | None = None,
     command: str | None = None,
@@ -93,7 +93,7 @@ def compress_to_folder(
       opened: the original.
       cfg: the run; its model is that of `opened`.
       out: absent, empty, or the unfinished output of this very run, which is then resumed.
-      calibration: int [samples, length] tokens, or None.
+      calibration: int [samples, length] tokens, packed embeddings, or None.
       calibration_name: recorded as their origin.
       measure: called on the original before the work and on the result as it will load, before the folder is finished.
       command: recorded as the command line that asked for it.
@@ -102,7 +102,7 @@ def compress_to_folder(
       InputError: the folder is not free, or a weight is not finite; no file is left.
       RunError: the disk is full; the same call resumes.
     """
-    course = _Course(measure)
+    course, rows = _Course(measure), recovery_rows(cfg, calibration)
     with course.before("prepare"):
         tokenizer = carried_tokenizer(opened)
         identity = fingerprint(opened.source, cfg, calibration).including(tokenizer=tokenizer.digest)
@@ -113,10 +113,10 @@ def compress_to_folder(
         with course.before("check weights"):
             _check_weights(opened, reporter)
         course.evaluate("original", opened.source, course.before, reporter)
-        if cfg.recovery is None:
+        if rows is None:
             summary = _compress_blocks(opened, cfg, writer, calibration, writer.work_path, reporter)
         else:
-            summary = _compress_and_recover(opened, cfg, writer, calibration, identity, course.after, reporter)
+            summary = _compress_and_recover(opened, cfg, writer, rows, identity, course.after, reporter)
         course.evaluate("compressed", _Unfinished(writer, identity.digest), course.after, reporter)
         with course.after("finish"):
             if tokenizer.write is not None:
@@ -136,7 +136,7 @@ def _compress_blocks(
     opened: OpenedModel,
     cfg: CompressConfig,
     sink: CheckpointWriter,
-    calibration: np.ndarray | None,
+    calibration: Calibration | None,
     work_path: Path,
     reporter: Reporter,
 ) -> CompressionSummary:
@@ -158,16 +158,14 @@ def _compress_and_recover(
     opened: OpenedModel,
     cfg: CompressConfig,
     writer: CheckpointWriter,
-    calibration: np.ndarray | None,
+    rows: np.ndarray,
     identity: Fingerprint,
     timer: StageTimer,
     reporter: Reporter,
 ) -> CompressionSummary:
     """Compresses into a folder of its own within `work_path`, which ends with the run, and from there into `writer`."""
-    require_rows(cfg, calibration)
-    assert calibration is not None
     with claim_folder(writer.work_path / "compressed", opened, cfg, identity) as aside:
-        summary = _compress_blocks(opened, cfg, aside, calibration, writer.work_path, reporter)
+        summary = _compress_blocks(opened, cfg, aside, rows, writer.work_path, reporter)
         return_freed_memory()
         with timer("recover"):
             recovery = recover_stream(
@@ -175,7 +173,7 @@ def _compress_and_recover(
                 opened.source,
                 writer,
                 cfg,
-                calibration,
+                rows,
                 state_dir=writer.work_path / "states",
                 reporter=reporter,
                 finished_blocks=writer.finished_blocks,
@@ -223,7 +221,7 @@ def claim_folder(
     )
 
 
-def _check_scratch(opened: OpenedModel, cfg: CompressConfig, calibration: np.ndarray | None, work_path: Path) -> None:
+def _check_scratch(opened: OpenedModel, cfg: CompressConfig, calibration: Calibration | None, work_path: Path) -> None:
     """Notes the scratch files of a run, so that a person who finds them after a crash knows what they are.
 
     Raises:
@@ -281,11 +279,12 @@ def _check_weights(opened: OpenedModel, reporter: Reporter) -> None:
         reporter.advance()
 
 
-def _provenance(opened: OpenedModel, calibration: np.ndarray | None, name: str | None) -> dict[str, Any]:
+def _provenance(opened: OpenedModel, calibration: Calibration | None, name: str | None) -> dict[str, Any]:
     text: dict[str, Any] | None = None
     if calibration is not None:
-        digest = hashlib.sha256(calibration.astype("<i4").tobytes()).hexdigest()
-        text = {"name": name, "shape": list(calibration.shape), "sha256": digest}
+        text = {"name": name, "shape": list(calibration.shape), "sha256": digest_of(calibration)}
+        if isinstance(calibration, Embeddings):
+            text["kind"] = "embeddings"
     return {
         "model": opened.origin,
         "calibration": text,

@@ -11,6 +11,7 @@ from cluscomp_jax.config.recovery import RecoveryConfig
 from cluscomp_jax.config.run import RECIPES, CompressConfig, load_config
 from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.models.calibration import is_embeddings
 
 Settings = TypeVar("Settings", CompressionRule, CalibrationConfig, BlockTuningConfig)
 _NEEDED_BY = {
@@ -90,12 +91,25 @@ def _refuse_contradictions(arguments: CompressArguments) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 2:
             raise InputError(f"{_given(arguments, name)}: it must be 2 or more")
+    _refuse_samples(arguments)
     for needed, names in _NEEDED_BY.items():
         for name in names:
             if getattr(arguments, needed) is None and getattr(arguments, name) not in (None, False):
                 raise InputError(
                     f"{_given(arguments, name)} has no effect without --{needed} TEXT; add that, or leave it out"
                 )
+
+
+def _refuse_samples(arguments: CompressArguments) -> None:
+    """Raises InputError where options that cut a text into samples are given with embeddings."""
+    if arguments.calibration is None or not is_embeddings(arguments.calibration):
+        return
+    for name in ("samples", "length", "sample_offsets"):
+        if getattr(arguments, name) is not None:
+            raise InputError(
+                f"{_given(arguments, name)} has no effect on embeddings, {arguments.calibration}, which are samples "
+                "already; leave it out"
+            )
 
 
 def _given(arguments: CompressArguments, name: str) -> str:

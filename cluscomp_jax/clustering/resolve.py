@@ -14,6 +14,7 @@ from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule, TieCo
 from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.core.coding import stored_bits
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.models.calibration import Calibration, Embeddings, check_embeddings, has_labels
 from cluscomp_jax.models.model import Model, check_tokens, parameter_shapes
 
 Rules = dict[str, CompressionRule]
@@ -87,9 +88,9 @@ def refuse_growth(bits: float) -> None:
         )
 
 
-def mixes(cfg: CompressConfig, calibration: np.ndarray | None) -> bool:
+def mixes(cfg: CompressConfig, calibration: Calibration | None) -> bool:
     """Returns whether a bit budget is spent unevenly, by sensitivities measured on the calibration."""
-    return cfg.cluster.uneven and calibration is not None
+    return cfg.cluster.uneven and has_labels(calibration)
 
 
 def _within_budget(
@@ -146,8 +147,17 @@ def _check_aqlm(rules: Rules, shapes: Mapping[str, tuple[int, ...]]) -> None:
             )
 
 
-def check_calibration(model: Model, cfg: CompressConfig, calibration: np.ndarray, by_block: list[Rules]) -> None:
-    """Raises InputError where calibration tokens do not fit the model or the settings."""
+def check_calibration(model: Model, cfg: CompressConfig, calibration: Calibration, by_block: list[Rules]) -> None:
+    """Raises InputError where calibration tokens or embeddings do not fit the model or the settings."""
+    if isinstance(calibration, Embeddings):
+        check_samples(cfg, calibration.shape[0], by_block)
+        check_embeddings(calibration, model)
+        if cfg.cluster.mixed_precision == "per_matrix" and calibration.tokens is None:
+            raise InputError(
+                "mixed_precision is 'per_matrix', which measures a loss of tokens, and the calibration embeddings have "
+                "none; give their tokens too, or set it to 'none'"
+            )
+        return
     if calibration.ndim != 2 or calibration.shape[0] < 1 or calibration.shape[1] < 2:
         raise InputError(f"calibration has shape {calibration.shape}; it must be [samples, length], 1 and 2 at least")
     check_samples(cfg, calibration.shape[0], by_block)
@@ -168,7 +178,7 @@ def check_samples(cfg: CompressConfig, samples: int, by_block: list[Rules]) -> N
         raise InputError(f"{cut_in[0]}: {NOT_IN}")
 
 
-def check_stacked(model: Model, cfg: CompressConfig, calibration: np.ndarray | None) -> None:
+def check_stacked(model: Model, cfg: CompressConfig, calibration: Calibration | None) -> None:
     """Raises InputError where the blocks, which are stacked in arrays, would not get the same codes and groups."""
     if cfg.cluster.mixed_precision == "per_matrix" and calibration is not None:
         raise InputError(
@@ -185,12 +195,14 @@ def check_stacked(model: Model, cfg: CompressConfig, calibration: np.ndarray | N
                 )
 
 
-def tokens_of(calibration: Any) -> np.ndarray:
-    """Returns calibration as an array of the host.
+def samples_of(calibration: Any) -> Calibration:
+    """Returns calibration as embeddings, packed, or as tokens on the host; floating [samples, t, d] are embeddings.
 
     Raises:
       InputError: texts, or lists of unequal lengths.
     """
+    if isinstance(calibration, Embeddings):
+        return calibration.packed()
     if isinstance(calibration, str) or (isinstance(calibration, list | tuple) and _has_text(calibration)):
         raise InputError(
             "calibration is text; it must be tokens, int [samples, length]: cluscomp_jax.load_tokens reads a file, "
@@ -203,7 +215,8 @@ def tokens_of(calibration: Any) -> np.ndarray:
                 f"calibration is a list of samples of {min(lengths)} to {max(lengths)} tokens; all must have one "
                 "length: cluscomp_jax.calibration_samples cuts tokens into samples"
             )
-    return np.asarray(calibration)
+    found = np.asarray(calibration)
+    return Embeddings(found) if found.ndim == 3 and not np.issubdtype(found.dtype, np.integer) else found
 
 
 def _has_text(calibration: Sequence[Any]) -> bool:

@@ -21,6 +21,7 @@ from cluscomp_jax.core import trees
 from cluscomp_jax.core.losses import token_nll
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.models.activations import ActivationStore, run_through
+from cluscomp_jax.models.calibration import Calibration, Embeddings
 from cluscomp_jax.models.model import Model, run_block, run_embed
 from cluscomp_jax.models.source import ParamSource
 from cluscomp_jax.models.streams import Batch
@@ -33,7 +34,7 @@ SAMPLES = 8
 def sensitivities(
     model: Model,
     source: ParamSource,
-    tokens: np.ndarray,
+    calibration: Calibration,
     *,
     damping: float | None,
     work_dir: Path,
@@ -46,44 +47,71 @@ def sensitivities(
     Args:
       model: the decoder.
       source: its dense parameters.
-      tokens: int [samples, length]; the first 8 samples are used.
+      calibration: tokens int [samples, length], or packed embeddings with tokens; the first 8 samples are used.
       damping: that of error feedback, or None where there is none.
       work_dir: scratch.
       reporter: receives progress.
     """
-    tokens = np.asarray(tokens[:SAMPLES])
+    tokens, labelled, weights = _labels(calibration)
     reporter.start("sensitivity", 2 * model.num_blocks, "blocks")
     outer = jax.tree.map(jnp.asarray, source.load_outer())
-    embedded = [
-        np.asarray(run_embed(outer, sample[None], model=model, dtype=jnp.dtype("float32"))) for sample in tokens
-    ]
-    stores = [_store(work_dir, 0, np.concatenate(embedded).shape)]
-    stores[0].write(slice(0, len(tokens)), np.concatenate(embedded))
+    if isinstance(calibration, Embeddings):
+        embedded = np.asarray(calibration.inputs[:SAMPLES]).astype(np.float32)
+    else:
+        run = partial(run_embed, outer, model=model, dtype=jnp.dtype("float32"))
+        embedded = np.concatenate([np.asarray(run(sample[None])) for sample in tokens])
+    stores = [_store(work_dir, 0, embedded.shape)]
+    stores[0].write(slice(0, len(tokens)), embedded)
     kept: dict[str, float] = {}
     for i in range(model.num_blocks):
         stores.append(_store(work_dir, i + 1, stores[0].shape))
-        kept |= _forward(model, source, i, stores[-2], stores[-1], damping)
+        kept |= _forward(model, source, i, stores[-2], stores[-1], damping, weights)
         reporter.advance()
-    slopes = [head_slope(outer, x, tokens[where], model=model) for where, x in stores[-1].batches(1)]
+    slopes = [
+        head_slope(outer, x, tokens[where], None if labelled is None else labelled[where], model=model)
+        for where, x in stores[-1].batches(1)
+    ]
+    count = tokens.size if labelled is None else int(labelled.sum())
     del outer
     stores.pop().delete()
     result: dict[str, float] = {}
     for i in reversed(range(model.num_blocks)):
         totals = _backward(model, source, i, stores[-1], slopes)
         stores.pop().delete()
-        result |= _named(model, i, {path: total / (2 * tokens.size) for path, total in totals.items()})
+        result |= _named(model, i, {path: total / (2 * count) for path, total in totals.items()})
         reporter.advance()
     return {path: value * kept.get(path, 1.0) for path, value in sorted(result.items())}
 
 
+def _labels(calibration: Calibration) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Returns (tokens of the first samples, bool of the same shape: which are labels, or None for all but the first;
+    weights of their positions, or None for 1).
+    """
+    if not isinstance(calibration, Embeddings):
+        return np.asarray(calibration[:SAMPLES]), None, None
+    assert calibration.tokens is not None
+    tokens = np.asarray(calibration.tokens[:SAMPLES])
+    weights = None if calibration.weights is None else calibration.weights[:SAMPLES]
+    labelled = tokens >= 0
+    return np.maximum(tokens, 0), None if labelled.all() else labelled, weights
+
+
 def _forward(
-    model: Model, source: ParamSource, i: int, inputs: ActivationStore, outputs: ActivationStore, damping: float | None
+    model: Model,
+    source: ParamSource,
+    i: int,
+    inputs: ActivationStore,
+    outputs: ActivationStore,
+    damping: float | None,
+    weights: np.ndarray | None,
 ) -> dict[str, float]:
     """Writes the outputs of block i; returns {path: share of an error that error feedback leaves}, empty without it."""
     block, layer_type = _block(source, i), model.layer_type(i)
     step = partial(run_block, block, model=model, layer_type=layer_type)
     run_through(step, inputs, outputs, batch_size=1, dtype=jnp.dtype("float32"))
-    return {} if damping is None else _named(model, i, _share_after_feedback(model, layer_type, block, inputs, damping))
+    if damping is None:
+        return {}
+    return _named(model, i, _share_after_feedback(model, layer_type, block, inputs, damping, weights))
 
 
 def _backward(
@@ -125,12 +153,20 @@ def _named(model: Model, i: int, values: dict[str, float]) -> dict[str, float]:
 
 
 def _share_after_feedback(
-    model: Model, layer_type: Hashable, block: Params, inputs: ActivationStore, damping: float
+    model: Model,
+    layer_type: Hashable,
+    block: Params,
+    inputs: ActivationStore,
+    damping: float,
+    weights: np.ndarray | None,
 ) -> dict[str, float]:
     """Returns {block-relative path: sum_i R_ii^2 / sum_i E[x_i^2]}, the share that error feedback leaves."""
     shares: dict[str, float] = {}
     for group, paths in model.input_groups.items():
-        batches = (Batch(jnp.asarray(x)) for _, x in inputs.batches(1))
+        batches = (
+            Batch(jnp.asarray(x), None, None if weights is None else jnp.asarray(weights[where]))
+            for where, x in inputs.batches(1)
+        )
         hessian = collect_hessians(model, layer_type, group, block, batches).hessian
         shares |= dict.fromkeys(paths, float(share_left(hessian, factor_hessian(hessian, damping=damping))))
         del hessian  # the next one is collected without it on the device
@@ -145,11 +181,17 @@ def share_left(hessian: jax.Array, factor: HessianFactor) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="model")
-def head_slope(outer: Params, x: jax.Array, tokens: jax.Array, *, model: Model) -> jax.Array:
-    """Returns the gradient [1, t, d] of the summed loss of a sample's next tokens by the last block's output."""
+def head_slope(
+    outer: Params, x: jax.Array, tokens: jax.Array, labelled: jax.Array | None = None, *, model: Model
+) -> jax.Array:
+    """Returns the gradient [1, t, d] of the summed loss of a sample's next tokens by the last block's output.
+
+    `labelled` is bool [1, t], the tokens whose loss counts; None: all but the first.
+    """
 
     def loss(x: jax.Array) -> jax.Array:
-        return jnp.sum(token_nll(model.head(outer, x[:, :-1]), tokens[:, 1:]))
+        losses = token_nll(model.head(outer, x[:, :-1]), tokens[:, 1:])
+        return jnp.sum(losses if labelled is None else jnp.where(labelled[:, 1:], losses, 0.0))
 
     slope: jax.Array = jax.grad(loss)(jnp.asarray(x))
     return slope

@@ -60,7 +60,8 @@ def _facts(origin: Mapping[str, Any], totals: Mapping[str, Any], provenance: Map
     calibration = provenance.get("calibration")
     if calibration:
         samples, length = calibration["shape"]
-        rows.append(("calibration", f"{calibration['name']}, {samples} x {length} tokens"))
+        what = "positions of embeddings" if calibration.get("kind") == "embeddings" else "tokens"
+        rows.append(("calibration", f"{calibration['name']}, {samples} x {length} {what}"))
     else:
         rows.append(("calibration", "none"))
     return format_table(("what", "value"), rows)

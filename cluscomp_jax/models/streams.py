@@ -16,6 +16,7 @@ import numpy as np
 from cluscomp_jax.core.losses import BlockErrorSettings, block_error, token_weights
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.models.activations import ActivationStore, run_through
+from cluscomp_jax.models.calibration import Embeddings
 from cluscomp_jax.models.model import Model, run_embed
 from cluscomp_jax.models.sharding import Sharding, put_samples
 
@@ -51,6 +52,7 @@ class Streams:
       dtype: compute dtype.
       sharding: of the samples of a batch, where several devices share them.
       validation_samples: how many of the last samples no statistics are made of, because tuning is judged by them.
+      weights: float32 [samples, t], 0 at padding and one number elsewhere, 1 on average; None: there is no padding.
     """
 
     compressed: ActivationStore
@@ -60,6 +62,7 @@ class Streams:
     dtype: Any
     sharding: Sharding | None = None
     validation_samples: int = 0
+    weights: np.ndarray | None = None
 
     def batches(self, weights: np.ndarray | None, *, both: bool = False) -> Iterator[Batch]:
         """Yields inputs of the compressed stream, less the samples held out.
@@ -70,7 +73,7 @@ class Streams:
         """
         for where, x in self.compressed.batches(self.batch_size, len(self.compressed) - self.validation_samples):
             original = self._on_device(self.original.read(where)) if both and self.original is not None else None
-            counted = None if weights is None else put_samples(weights[where], self.sharding)
+            counted = self._weights(where, weights)
             yield Batch(self._on_device(x), original, counted)
 
     def token_weights(self, block: Step, limit: float) -> np.ndarray | None:
@@ -78,8 +81,10 @@ class Streams:
         if not limit:
             return None
         stream = self.compressed if self.original is None else self.original
-        outputs = (block(self._on_device(x)) for _, x in stream.batches(self.batch_size))
-        return np.concatenate([np.asarray(weigh_tokens(y, limit=limit)) for y in outputs])
+        outputs = ((where, block(self._on_device(x))) for where, x in stream.batches(self.batch_size))
+        return np.concatenate(
+            [np.asarray(weigh_tokens(y, limit=limit, valid=self._weights(where))) for where, y in outputs]
+        )
 
     def pass_original(self, block: Step) -> None:
         """Moves the original stream to the outputs of the original block."""
@@ -104,7 +109,7 @@ class Streams:
             return None
         error = partial(_block_error, settings=settings)
         total = sum(
-            len(x) * float(error(jnp.asarray(x), jnp.asarray(self.original.read(where))))
+            len(x) * float(error(jnp.asarray(x), jnp.asarray(self.original.read(where)), weights=self._alone(where)))
             for where, x in self.compressed.batches(self.batch_size)
         )
         return total / len(self.compressed)
@@ -118,6 +123,16 @@ class Streams:
     def _pass(self, block: Step, stream: ActivationStore, into: ActivationStore) -> None:
         put = partial(put_samples, sharding=self.sharding)
         run_through(block, stream, into, batch_size=self.batch_size, dtype=self.dtype, put=put)
+
+    def _weights(self, where: slice, weights: np.ndarray | None = None) -> jax.Array | None:
+        """Returns float32 [b, t], the weight of each position of a batch, times `weights`; None: 1."""
+        own = None if self.weights is None else self.weights[where]
+        if weights is not None:
+            own = weights[where] if own is None else own * weights[where]
+        return None if own is None else put_samples(own, self.sharding)
+
+    def _alone(self, where: slice) -> jax.Array | None:
+        return None if self.weights is None else jnp.asarray(self.weights[where])
 
     def _on_device(self, x: np.ndarray) -> jax.Array:
         return put_samples(x, self.sharding).astype(self.dtype)
@@ -140,8 +155,8 @@ def embed_streams(
       tokens: int [samples, t].
       activation_dtype: of the files.
       dtype: as of `Streams`.
-      **options: `original` and `augmented`, whether there are such streams; batch_size, sharding and validation_samples as of
-        `Streams`.
+      **options: `original` and `augmented`, whether there are such streams; batch_size, sharding and validation_samples
+        as of `Streams`.
 
     Raises:
       OSError: the disk has no room for them.
@@ -151,6 +166,25 @@ def embed_streams(
     streams = open_streams((*tokens.shape, width), work_dir, activation_dtype, dtype=dtype, **options)
     for i in range(len(tokens)):
         streams.write(i, embed(jnp.asarray(tokens[i : i + 1])))
+    return streams
+
+
+def write_streams(
+    embeddings: Embeddings, work_dir: Path, activation_dtype: Any, *, dtype: Any, **options: Any
+) -> Streams:
+    """Returns the streams at the first block's input, which is given in place of tokens.
+
+    Args:
+      embeddings: packed.
+      work_dir, activation_dtype, dtype, **options: as of `embed_streams`.
+
+    Raises:
+      OSError: the disk has no room for them.
+    """
+    shape = (*embeddings.shape, embeddings.inputs.shape[2])
+    streams = open_streams(shape, work_dir, activation_dtype, dtype=dtype, weights=embeddings.weights, **options)
+    for i in range(len(embeddings.inputs)):
+        streams.write(i, embeddings.inputs[i : i + 1].astype(dtype))
     return streams
 
 
@@ -165,10 +199,11 @@ def open_streams(
     dtype: Any,
     sharding: Sharding | None,
     validation_samples: int = 0,
+    weights: np.ndarray | None = None,
 ) -> Streams:
     """Returns the streams of activations [samples, t, d] at the first block's input, to be written.
 
-    The arguments are those of `embed_streams`.
+    The arguments are those of `embed_streams`, and weights as of `Streams`.
 
     Raises:
       OSError: the disk has no room for them.
@@ -185,4 +220,5 @@ def open_streams(
         dtype=dtype,
         sharding=sharding,
         validation_samples=validation_samples,
+        weights=weights,
     )

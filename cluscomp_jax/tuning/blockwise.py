@@ -113,6 +113,7 @@ def tuning_step(
     settings: BlockTuningConfig,
     total_steps: int,
     sharding: Sharding | None = None,
+    weights: jax.Array | None = None,
 ) -> tuple[StepState, jax.Array]:
     """Returns (next state, loss before the step).
 
@@ -121,6 +122,7 @@ def tuning_step(
       targets: outputs [b, t, d] of the original block to match: on the original stream, and with `aug_loss` also
         on the compressed stream.
       sharding: of the samples, where several devices share them.
+      weights: float32 [b, t] of the positions, 0 at padding; None: 1.
 
     A step whose loss or gradient is not finite changes nothing, nor does any step after it.
     """
@@ -129,7 +131,15 @@ def tuning_step(
 
     def loss_of(trained: Trainable) -> tuple[jax.Array, jax.Array]:
         loss = block_loss(
-            trained, frozen, x, targets, model=model, layer_type=layer_type, settings=settings, sharding=sharding
+            trained,
+            frozen,
+            x,
+            targets,
+            model=model,
+            layer_type=layer_type,
+            settings=settings,
+            sharding=sharding,
+            weights=weights,
         )
         return scale * loss, loss
 
@@ -154,12 +164,13 @@ def block_loss(
     layer_type: Hashable,
     settings: BlockTuningConfig,
     sharding: Sharding | None = None,
+    weights: jax.Array | None = None,
 ) -> jax.Array:
     """Returns the sum over targets of the error of block(x), float32 scalar (paper eq. 4)."""
     with ATOMIC_GRADIENTS(settings.atomic_gradients):
         block = gathered(join_trainable(trained, frozen), sharding)
         y = model.block(block, x.astype(compute_dtype_of(settings)), layer_type=layer_type)
-    return jnp.sum(jnp.stack([block_error(y, target, settings=settings) for target in targets]))
+    return jnp.sum(jnp.stack([block_error(y, target, settings=settings, weights=weights) for target in targets]))
 
 
 evaluate_block = partial(jax.jit, static_argnames=("model", "layer_type", "settings", "sharding"))(block_loss)
@@ -177,21 +188,23 @@ class _Problem:
     targets: tuple[ActivationStore, ...]
     total_steps: int
     sharding: Sharding | None
+    weights: np.ndarray | None
 
     def _fixed(self, x: jax.Array) -> dict[str, Any]:
         sharding = self.sharding if self.sharding is not None and self.sharding.splits(len(x)) else None
         return {"model": self.model, "layer_type": self.layer_type, "settings": self.settings, "sharding": sharding}
 
-    def batch(self, where: slice | np.ndarray) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """Returns (inputs, targets) of some samples, on the device."""
+    def batch(self, where: slice | np.ndarray) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array | None]:
+        """Returns (inputs, targets, weights of positions) of some samples, on the device."""
         put = partial(put_samples, sharding=self.sharding)
-        return put(self.inputs.read(where)), tuple(put(store.read(where)) for store in self.targets)
+        weights = None if self.weights is None else put(self.weights[where])
+        return put(self.inputs.read(where)), tuple(put(store.read(where)) for store in self.targets), weights
 
     def step(self, state: StepState, where: np.ndarray) -> tuple[StepState, jax.Array]:
         """Returns (next state, loss before the step)."""
-        x, targets = self.batch(where)
+        x, targets, weights = self.batch(where)
         stepped: tuple[StepState, jax.Array] = tuning_step(
-            state, self.frozen, x, targets, total_steps=self.total_steps, **self._fixed(x)
+            state, self.frozen, x, targets, total_steps=self.total_steps, weights=weights, **self._fixed(x)
         )
         return stepped
 
@@ -200,8 +213,8 @@ class _Problem:
         total = 0.0
         for begin in samples[:: self.settings.batch_size]:
             where = slice(begin, min(begin + self.settings.batch_size, samples.stop))
-            x, targets = self.batch(where)
-            loss = evaluate_block(trained, self.frozen, x, targets, **self._fixed(x))
+            x, targets, weights = self.batch(where)
+            loss = evaluate_block(trained, self.frozen, x, targets, weights=weights, **self._fixed(x))
             total += (where.stop - where.start) * float(loss)
         return total / len(samples)
 
@@ -217,6 +230,7 @@ def tune_block(
     rng: np.random.Generator,
     reporter: Reporter,
     sharding: Sharding | None = None,
+    weights: np.ndarray | None = None,
 ) -> tuple[Params, BlockTuning]:
     """Returns (the block with tuned float32 codebooks, what happened).
 
@@ -231,6 +245,7 @@ def tune_block(
       rng: orders the samples of each epoch.
       reporter: is told of every step.
       sharding: of the samples of a batch, where several devices share them; the block is whole on each.
+      weights: float32 [samples, t] of the positions, 0 at padding and 1 on average; None: 1.
     """
     trained, frozen = split_trainable(put_whole(block, sharding), norms=settings.norms)
     stepped, validation_samples = (
@@ -239,7 +254,7 @@ def tune_block(
     )
     steps_per_epoch = len(stepped) // settings.batch_size
     total_steps = max(settings.epochs * steps_per_epoch, 1)
-    problem = _Problem(model, layer_type, settings, frozen, inputs, targets, total_steps, sharding)
+    problem = _Problem(model, layer_type, settings, frozen, inputs, targets, total_steps, sharding, weights)
     state = init_state(trained, settings=settings, total_steps=total_steps)
     start = jax.tree.map(jnp.copy, state.trained)
     best, chosen = start, 0

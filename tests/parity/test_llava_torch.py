@@ -1,4 +1,4 @@
-"""LLaVA and LLaVA-Next of transformers: text models compressed, the whole exported, the same logits in PyTorch."""
+"""LLaVA and LLaVA-Next of transformers: text model compressed, the whole exported, the same logits in PyTorch."""
 
 from pathlib import Path
 from typing import Any

@@ -145,7 +145,8 @@ def _subtitle(records: RunRecords) -> str:
     parts = [f"{records.model_config.get('model_type')} of {records.num_blocks} blocks"]
     if calibration:
         samples, length = calibration["shape"]
-        parts.append(f"calibrated on {samples} x {length} tokens of {calibration['name']}")
+        what = "positions of embeddings" if calibration.get("kind") == "embeddings" else "tokens"
+        parts.append(f"calibrated on {samples} x {length} {what} of {calibration['name']}")
     elif records.finished:
         parts.append("no calibration")
     if provenance.get("finished"):

@@ -16,6 +16,7 @@ import numpy as np
 
 from cluscomp_jax import CalibrationConfig, ClusterConfig, CompressConfig, compress, open_model, perplexity, size_report
 from cluscomp_jax.config.tuning import BlockTuningConfig
+from cluscomp_jax.io.gguf.source import GgufSource
 from cluscomp_jax.text.text import begin_windows, calibration_samples, load_tokens
 
 
@@ -56,7 +57,8 @@ def main() -> None:
     begin, context = int(tokenizer.bos_token_id), options.context
     stream = begin_windows(load_tokens(options.text, tokenizer), begin, context)[: options.windows * context]
     shown: dict[str, Any] = {"windows": len(stream) // context, "context": context, "windows_begin_with": begin}
-    original = perplexity(opened.source, stream, opened.config, context=context)
+    source = GgufSource(options.file, dtype=np.float32)  # as transformers dequantises; open_model rounds to bfloat16
+    original = perplexity(source, stream, opened.config, context=context)
     print(json.dumps(shown | {"ours": original.perplexity, "seconds": original.seconds}), flush=True)
     if options.torch:
         theirs = torch_perplexity(options.file, stream.reshape(-1, context))
@@ -72,7 +74,7 @@ def main() -> None:
     tokens = load_tokens(options.calibration, tokenizer, split="train")
     crops = calibration_samples(tokens, samples=options.samples, length=context, seed=cfg.seed, begin=begin)
     began = time.monotonic()
-    small = compress(opened.source, cfg, calibration=crops)
+    small = compress(source, cfg, calibration=crops)
     seconds = time.monotonic() - began
     measured = perplexity(small, stream, opened.config, context=context)
     bits = size_report(small).bits_per_weight

@@ -198,6 +198,8 @@ class EvaluateArguments(Common):
     """tokens per window; windows do not overlap, a shorter last one is dropped"""
     tokens: Annotated[int | None, _without("all", "INT")] = None
     """score the first so many tokens only"""
+    begin_windows: bool = False
+    """begin every window, not the text alone, with the model's begin token, as Gemma expects it"""
     exact_match: Annotated[str | None, _without("no questions", "FILE")] = None
     """instead of --text: JSON lines of {"instruction", "input", "output"}, {"question", "answer"} or {"messages"},
     whose last answers are to be generated"""
@@ -338,7 +340,8 @@ class PlanArguments(Common):
 
     model: Model
     """Hugging Face folder, config.json, or preset: llama-2-7b/13b/70b, llama-3-8b/70b, llama-3.1-405b, mistral-7b,
-    qwen2.5-72b"""
+    qwen2.5-72b, smollm3-3b, granite-3.3-8b, olmo-2-7b, olmo-3-32b, gemma-2-27b, gemma-3-1b/27b, phi-3-mini, phi-4,
+    ministral-3-8b, seed-oss-36b"""
     target: Annotated[str, arg(metavar="CARD")]
     """card: a6000, a100_80, h100, h200, l40s, rtx4090, or a .txtpb file that describes another"""
     config: Annotated[str | None, _without("no file", "FILE")] = None

@@ -23,6 +23,7 @@ from cluscomp_jax.io.tokenizer import stop_tokens, tokenizer_digest
 from cluscomp_jax.reporting.tables import format_bytes
 from cluscomp_jax.runtime.reporter import console_reporter
 from cluscomp_jax.runtime.scratch import require_room, scratch_parent
+from cluscomp_jax.text.text import begin_windows
 from cluscomp_jax.text.training_data import read_questions
 
 _MUCH = 2**28
@@ -55,6 +56,9 @@ def _run_perplexity(arguments: EvaluateArguments) -> Result:
         tokenizer = _same_tokenizer(opened, arguments.text, Path(arguments.record))
     tokens = read_tokens(opened, arguments.text, first=arguments.tokens)
     require_windows(arguments.text, tokens, arguments.context)
+    begin = _begin(opened, arguments.text) if arguments.begin_windows else None
+    if begin is not None:
+        tokens = begin_windows(tokens, begin, arguments.context)
     note_context("--context", arguments.context, opened)
     shape = (len(tokens) // arguments.context, arguments.context)
     check_scratch(shape, opened, arguments.dtype, work_dir=arguments.work_dir, option="--work-dir")
@@ -71,6 +75,9 @@ def _run_perplexity(arguments: EvaluateArguments) -> Result:
         )
     fields: dict[str, Any] = {**dataclasses.asdict(measured), "model": opened.name, "text": arguments.text}
     lines = [describe(measured)]
+    if begin is not None:
+        fields["windows_begin_with"] = begin
+        lines.append(f"every window begins with token {begin}")
     if arguments.record is not None and not math.isfinite(measured.perplexity):
         lines.append(f"not noted in {arguments.record}: it is not finite")
     elif arguments.record is not None:
@@ -83,6 +90,19 @@ def _run_perplexity(arguments: EvaluateArguments) -> Result:
             return Result("\n".join(lines), {**fields, "stage": stage}, FAILED)
         lines.append(f"noted as {stage!r} in {file}")
     return Result("\n".join(lines), {**fields, "stage": stage}, DONE if math.isfinite(measured.perplexity) else FAILED)
+
+
+def _begin(opened: OpenedModel, text: str) -> int:
+    """Returns the token that begins every window: the tokenizer's, of a token array the config's.
+
+    Raises:
+      InputError: the model names none.
+    """
+    owner = opened.config if Path(text).suffix == ".npy" else opened.load_tokenizer()
+    begin = getattr(owner, "bos_token_id", None)
+    if begin is None:
+        raise InputError(f"--begin-windows: {opened.name} names no token that begins a text; leave it out")
+    return int(begin)
 
 
 def note_context(what: str, length: int, opened: OpenedModel) -> None:
@@ -160,6 +180,8 @@ def _inputs(manifest: Mapping[str, Any]) -> list[Any]:
 
 
 def _run_exact_match(arguments: EvaluateArguments, file: str) -> Result:
+    if arguments.begin_windows:
+        raise InputError("--begin-windows has no effect with --exact-match; leave one out")
     for name in ("text", "tokens", "record", "work_dir"):
         if getattr(arguments, name) is not None:
             option = f"--{name.replace('_', '-')} {getattr(arguments, name)}"

@@ -110,6 +110,7 @@ _FAMILIES: dict[str, str | Any] = {
     "gemma2": "cluscomp_jax.models.gemma",
     "gemma3_text": "cluscomp_jax.models.gemma",
     "granite": "cluscomp_jax.models.granite",
+    "granitemoehybrid": "cluscomp_jax.models.granite4",
     "llama": "cluscomp_jax.models.llama",
     "ministral3": "cluscomp_jax.models.ministral3",
     "mistral": "cluscomp_jax.models.llama",

@@ -38,6 +38,47 @@ _LLAMA_3_1_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 
+_GRANITE_8B: dict[str, Any] = {
+    "attention_multiplier": 0.0078125,
+    "embedding_multiplier": 12.0,
+    "logits_scaling": 16.0,
+    "residual_multiplier": 0.22,
+    "rope_theta": 1e7,
+    "tie_word_embeddings": True,
+}
+_GEMMA_2_27B: dict[str, Any] = {
+    "head_dim": 128,
+    "query_pre_attn_scalar": 144,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
+_GEMMA_3: dict[str, Any] = {
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 512,
+    "tie_word_embeddings": True,
+}
+_GEMMA_3_27B = _GEMMA_3 | {
+    "head_dim": 128,
+    "query_pre_attn_scalar": 168,
+    "sliding_window": 1024,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+}
+_MINISTRAL_8B: dict[str, Any] = {
+    "head_dim": 128,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 16.0,
+        "original_max_position_embeddings": 16384,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    },
+}
+
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "llama-2-7b": _fields(32, 4096, 11008, 32, 32, 32000, 4096),
@@ -50,9 +91,29 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         ),
         "mistral-7b": _fields(32, 4096, 14336, 32, 8, 32768, 32768, model_type="mistral", rope_theta=1e6),
         "qwen2.5-72b": _fields(80, 8192, 29568, 64, 8, 152064, 131072, model_type="qwen2", rope_theta=1e6),
+        "smollm3-3b": _fields(
+            36, 2048, 11008, 16, 4, 128256, 65536, model_type="smollm3", rope_theta=5e6, tie_word_embeddings=True
+        ),
+        "granite-3.3-8b": _fields(40, 4096, 12800, 32, 8, 49159, 131072, model_type="granite", **_GRANITE_8B),
+        "olmo-2-7b": _fields(32, 4096, 11008, 32, 32, 100352, 4096, model_type="olmo2", rope_theta=5e5),
+        "olmo-3-32b": _fields(
+            64, 5120, 27648, 40, 8, 100278, 65536, model_type="olmo3", rope_theta=5e5, sliding_window=4096
+        ),
+        "gemma-2-27b": _fields(46, 4608, 36864, 32, 16, 256000, 8192, model_type="gemma2", **_GEMMA_2_27B),
+        "gemma-3-1b": _fields(26, 1152, 6912, 4, 1, 262144, 32768, model_type="gemma3_text", **_GEMMA_3),
+        "gemma-3-27b": _fields(62, 5376, 21504, 32, 16, 262208, 131072, model_type="gemma3_text", **_GEMMA_3_27B),
+        "phi-3-mini": _fields(32, 3072, 8192, 32, 32, 32064, 4096, model_type="phi3", sliding_window=2047),
+        "phi-4": _fields(40, 5120, 17920, 40, 10, 100352, 16384, model_type="phi3", rope_theta=250000.0),
+        "ministral-3-8b": _fields(34, 4096, 14336, 32, 8, 131072, 262144, model_type="ministral3", **_MINISTRAL_8B),
+        "seed-oss-36b": _fields(
+            64, 5120, 27648, 80, 8, 155136, 524288, model_type="seed_oss", head_dim=128, rope_theta=1e7
+        ),
     }
 )
-"""{name: the fields of its config.json that decide shapes and programs}. mistral-7b is version 0.3."""
+"""{name: the fields of its config.json that decide shapes and programs}.
+
+mistral-7b is version 0.3; gemma-3-27b and ministral-3-8b are the text models; phi-3-mini has a context of 4,096.
+"""
 
 
 def preset_config(name: str) -> Any:

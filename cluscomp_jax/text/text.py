@@ -188,8 +188,38 @@ def read_starts(path: str | Path) -> np.ndarray:
     return np.asarray(sample_offsets, dtype=np.int64)
 
 
+def begin_windows(tokens: np.ndarray, begin: int, context: int) -> np.ndarray:
+    """Returns a token stream whose windows of `context` tokens each have `begin` before context - 1 tokens of the text.
+
+    Some models, Gemma among them, expect their BOS at the first position of whatever they read. What does not fill the
+    last window is dropped, and so is a `begin` that the text itself has at its start.
+
+    Args:
+      tokens: int [tokens].
+      begin: the token, as a rule the tokenizer's bos_token_id.
+      context: at least 2.
+
+    Raises:
+      InputError: `context` is below 2, or the text does not fill one window.
+    """
+    if context < 2:
+        raise InputError(f"context is {context}; it must be 2 or more")
+    text = tokens[1:] if len(tokens) and int(tokens[0]) == begin else tokens
+    rows = len(text) // (context - 1)
+    if rows < 1:
+        raise InputError(f"the text has {len(text)} tokens, a window of {context} takes {context - 1}; give more text")
+    parts = np.asarray(text[: rows * (context - 1)], np.int32).reshape(rows, context - 1)
+    return np.concatenate([np.full((rows, 1), begin, np.int32), parts], axis=1).reshape(-1)
+
+
 def calibration_samples(
-    tokens: np.ndarray, *, samples: int, length: int, seed: int, sample_offsets: np.ndarray | None = None
+    tokens: np.ndarray,
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    sample_offsets: np.ndarray | None = None,
+    begin: int | None = None,
 ) -> np.ndarray:
     """Returns int32 [samples, length], crops of a token stream.
 
@@ -200,6 +230,7 @@ def calibration_samples(
       seed: of numpy's default generator (PCG64), which draws the offsets uniformly and independently from
         0 … tokens-length; crops may overlap. Unused where offsets are given.
       sample_offsets: int [at least samples]; sample s is the `length` tokens from sample_offsets[s] on.
+      begin: a token that takes the place of each sample's first, see `begin_windows`; None: none does.
 
     Raises:
       InputError: too few tokens or offsets, or an offset outside its range; both values are named.
@@ -217,4 +248,7 @@ def calibration_samples(
     if sample_offsets.min() < 0 or sample_offsets.max() > last:
         worst = int(sample_offsets.min()) if sample_offsets.min() < 0 else int(sample_offsets.max())
         raise InputError(f"start position {worst} is outside 0 … {last} ({len(tokens)} tokens, samples of {length})")
-    return np.stack([np.asarray(tokens[start : start + length], dtype=np.int32) for start in sample_offsets])
+    crops = np.stack([np.asarray(tokens[start : start + length], dtype=np.int32) for start in sample_offsets])
+    if begin is not None:
+        crops[:, 0] = begin
+    return crops

@@ -205,6 +205,22 @@ def test_windows_beyond_the_context_are_measured_and_said(
     assert "own context" not in capsys.readouterr().err
 
 
+def test_windows_begin_with_the_token_that_the_model_names(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
+) -> None:
+    model = write_model(tmp_path / "begins", bos_token_id=1)
+    text, array = str(folder / "text.txt"), tmp_path / "tokens.npy"
+    argv = ["evaluate", str(model), "--context", "8", "--begin-windows", "--text"]
+    assert "names no token that begins a text" in wrong(capsys, [*argv, text])  # its tokenizer has none
+    np.save(array, np.random.default_rng(0).integers(2, 30, 45))
+    assert main([*argv, str(array)]) == 0
+    out = capsys.readouterr().out
+    assert "every window begins with token 1" in out
+    assert "42 tokens scored in 6 windows of 8" in out
+    exact = ["evaluate", str(model), "--exact-match", text, "--begin-windows"]
+    assert "--begin-windows has no effect with --exact-match" in wrong(capsys, exact)
+
+
 def test_what_a_compression_will_be_like_is_said_before_it_begins(
     capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path
 ) -> None:

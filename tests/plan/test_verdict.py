@@ -76,6 +76,9 @@ def test_the_reserve_leaves_room_inside_and_outside_what_jax_may_take() -> None:
     [
         ("llama-2-7b", 6.738), ("llama-2-13b", 13.016), ("llama-2-70b", 68.977), ("llama-3-8b", 8.030),
         ("llama-3-70b", 70.554), ("llama-3.1-405b", 405.853), ("mistral-7b", 7.248), ("qwen2.5-72b", 72.706),
+        ("smollm3-3b", 3.075), ("granite-3.3-8b", 8.171), ("olmo-2-7b", 7.299), ("olmo-3-32b", 32.234),
+        ("gemma-2-27b", 27.227), ("gemma-3-1b", 1.000), ("gemma-3-27b", 27.009), ("phi-3-mini", 3.821),
+        ("phi-4", 14.660), ("ministral-3-8b", 8.490), ("seed-oss-36b", 36.151),
     ],
 )  # fmt: skip
 def test_a_preset_has_as_many_parameters_as_its_model(name: str, billions: float) -> None:
@@ -84,7 +87,7 @@ def test_a_preset_has_as_many_parameters_as_its_model(name: str, billions: float
 
 
 def test_an_unknown_preset_is_refused() -> None:
-    assert len(PRESETS) == 8
+    assert len(PRESETS) == 19
     with pytest.raises(InputError, match="no preset is called 'llama-9'"):
         preset_config("llama-9")
 

@@ -210,3 +210,31 @@ def test_a_bad_starts_file_is_refused_by_line(tmp_path, content, expected):
         text.read_starts(tmp_path / "starts.txt")
     with pytest.raises(InputError, match="cannot be read"):
         text.read_starts(tmp_path / "absent.txt")
+
+
+@settings(max_examples=40)
+@given(length=st.integers(4, 60), context=st.integers(2, 9), with_begin=st.booleans())
+def test_windows_begin_with_the_token_and_hold_the_text_in_order(length, context, with_begin):
+    if length < context:
+        return
+    tokens = np.arange(1, length + 1)
+    windows = text.begin_windows(np.concatenate([[0], tokens]) if with_begin else tokens, 0, context)
+    rows = windows.reshape(-1, context)
+    assert windows.dtype == np.int32
+    assert (rows[:, 0] == 0).all()
+    np.testing.assert_array_equal(rows[:, 1:].reshape(-1), tokens[: len(rows) * (context - 1)])
+    assert len(tokens) - len(rows) * (context - 1) < context - 1 or context == 2
+
+
+def test_a_text_shorter_than_a_window_is_refused():
+    with pytest.raises(InputError, match="3 tokens, a window of 5 takes 4"):
+        text.begin_windows(np.arange(1, 4), 0, 5)
+    with pytest.raises(InputError, match="context is 1"):
+        text.begin_windows(np.arange(1, 4), 0, 1)
+
+
+def test_samples_begin_with_the_token():
+    tokens = np.arange(10, 110)
+    plain, begun = (text.calibration_samples(tokens, samples=5, length=7, seed=1, begin=b) for b in (None, 3))
+    assert (begun[:, 0] == 3).all()
+    np.testing.assert_array_equal(begun[:, 1:], plain[:, 1:])

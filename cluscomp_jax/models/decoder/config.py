@@ -5,6 +5,7 @@ A family reads its config.json into one of these. What the switches do is in `mo
 
 import dataclasses
 import math
+from functools import cached_property
 from typing import Literal, get_args
 
 from cluscomp_jax.errors import InputError
@@ -111,6 +112,14 @@ class DecoderConfig:
         self._check_names()
         self._check_numbers()
         self._check_rotation()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Computed once: as a static argument the config is hashed at every call, and its layers are many."""
+        return hash(tuple(getattr(self, field.name) for field in dataclasses.fields(self)))
 
     @property
     def rotated(self) -> int:

@@ -32,6 +32,7 @@ class Layout:
       unused: pattern of host paths that hold no parameter of the model.
       scaled_queries: the model types whose kernel of q contains the factor 1/sqrt(head_dim) here.
       neighbours: the rope types for which the outputs of q and k that rotate together are next to each other here.
+      families: the model types whose forward pass in this codebase is known to be ours; (): all whose names fit.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Layout:
     unused: str = r".*\binv_freq"
     scaled_queries: tuple[str, ...] = ()
     neighbours: tuple[str, ...] = ()
+    families: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

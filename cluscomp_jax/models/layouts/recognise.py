@@ -109,6 +109,12 @@ def _renames(layout: Layout, leaves: Mapping[str, Any], model: Model) -> bool:
 def _first_that_fits(params: Any, tables: Sequence[Layout], model: Model) -> HostTree:
     first: InputError | None = None
     for table in tables:
+        if table.families and model.config.model_type not in table.families:
+            first = first or InputError(
+                f"parameters of {table.name} are read for {', '.join(table.families)}, not for "
+                f"{model.config.model_type}, which may compute otherwise there; {_OTHERWISE}"
+            )
+            continue
         try:
             return HostTree(params, table, _host_model(model, table))
         except InputError as error:

@@ -8,6 +8,7 @@ from cluscomp_jax.models.layouts.layout import Layout, Row
 _KERNEL, _TORCH = "i o -> | i | o", "o i -> | i | o"
 _TO_HEADS, _FROM_HEADS = "i n h -> | i | n h", "n h o -> | n h | o"
 _NORM = "(weight|scale|kernel)"
+_LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
 _ATTENTION, _MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 
 
@@ -18,7 +19,10 @@ def _hugging_face(weight: str, axes: str, table: str) -> tuple[dict[str, Row], d
         "model/norm/weight": (f"(model/)?norm/{_NORM}", "d"),
         "lm_head/kernel": (f"lm_head/{weight}", axes),
     }
-    norms = ("input_layernorm", "post_attention_layernorm", "self_attn/q_norm", "self_attn/k_norm")
+    norms = (
+        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+        "self_attn/q_norm", "self_attn/k_norm",
+    )  # fmt: skip
     block = {f"{name}/weight": (f"{name}/{_NORM}", "d") for name in norms}
     for name in (*(f"self_attn/{x}_proj" for x in _ATTENTION), *(f"mlp/{x}_proj" for x in _MLP)):
         block |= {f"{name}/kernel": (f"{name}/{weight}", axes), f"{name}/bias": (f"{name}/bias", "o")}
@@ -102,6 +106,7 @@ def _maxtext(name: str, blocks: str, stack_at: int | None) -> Layout:
         stack_at=stack_at,
         scaled_queries=("llama", "mistral"),
         neighbours=("llama3",),
+        families=_LLAMAS,
     )
 
 
@@ -122,11 +127,13 @@ hugging_face = (
     ),
 )
 """State dicts of PyTorch, and ports of them: the names of Hugging Face, kernels [out, in] called `weight`."""
-tunix = (Layout(name="tunix", outer=_TUNIX, block=_TUNIX_BLOCK, blocks=r"layers/(\d+)"),)
+tunix = (Layout(name="tunix", outer=_TUNIX, block=_TUNIX_BLOCK, blocks=r"layers/(\d+)", families=_LLAMAS),)
 """Llama 3, Qwen 2 and Qwen 3 of tunix."""
-bonsai = (Layout(name="bonsai", outer=_BONSAI, block=_BONSAI_BLOCK, blocks=r"layers/(\d+)"),)
+bonsai = (Layout(name="bonsai", outer=_BONSAI, block=_BONSAI_BLOCK, blocks=r"layers/(\d+)", families=_LLAMAS),)
 """Qwen 3 of bonsai."""
-keras_hub = (Layout(name="keras-hub", outer=_KERAS, block=_KERAS_BLOCK, blocks=r"transformer_layer_(\d+)"),)
+keras_hub = (
+    Layout(name="keras-hub", outer=_KERAS, block=_KERAS_BLOCK, blocks=r"transformer_layer_(\d+)", families=_LLAMAS),
+)
 """Llama, Mistral, Qwen and Qwen 3 of keras-hub, as {v.path: v.value} or as nested dict."""
 maxtext = (
     _maxtext("MaxText with scanned layers", "decoder/layers", 1),

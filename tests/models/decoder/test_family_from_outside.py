@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from paths import ROOT
 from safetensors.numpy import save_file
 
 from cluscomp_jax import (
@@ -23,8 +24,9 @@ from cluscomp_jax.models.decoder import DecoderConfig, LayerKind, build, forward
 from cluscomp_jax.models.decoder.hf_fields import read_sizes, write_sizes
 from cluscomp_jax.models.decoder.names import hugging_face_names
 from cluscomp_jax.models.layers.rope import RopeConfig
-from cluscomp_jax.models.model import parameter_shapes, register_family
+from cluscomp_jax.models.model import model_config_to_dict, parameter_shapes, parse_model_config, register_family
 from cluscomp_jax.models.source import load_all
+from cluscomp_jax.models.tensor_names import names_of
 
 FIELDS = {
     "model_type": "toy_sandwich",
@@ -97,3 +99,11 @@ def test_it_is_compressed_saved_exported_and_run(folder: Any) -> None:
     row = np.concatenate([prompt, drawn])[None]
     whole = np.asarray(forward(small, row, opened.config))[0]
     np.testing.assert_array_equal(whole[4:-1].argmax(-1), drawn)
+
+
+def test_the_code_of_the_page_runs() -> None:
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    exec(page.split("```python\n", 1)[1].split("```", 1)[0], {})
+    config = parse_model_config(FIELDS | {"model_type": "my_family"})
+    assert parse_model_config(model_config_to_dict(config)) == config
+    assert names_of(config, "hugging_face").fused == {"mlp.gate_up": ("mlp/gate_proj", "mlp/up_proj")}

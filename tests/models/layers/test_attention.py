@@ -66,6 +66,33 @@ def test_the_gradient_is_that_of_the_plain_definition(window: int | None) -> Non
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize(("scale", "softcap"), [(0.9, None), (None, 4.0), (0.2, 1.5)])
+def test_scale_and_softcap_and_their_gradients_are_those_of_the_plain_definition(
+    scale: float | None, softcap: float | None
+) -> None:
+    inputs = random_inputs(70, 70)
+    cotangent = np.random.default_rng(0).standard_normal(inputs[0].shape).astype(np.float32)
+
+    def by_definition(queries, keys, values):
+        repeats, h = queries.shape[2] // keys.shape[1], queries.shape[-1]
+        keys, values = jnp.repeat(keys, repeats, axis=1), jnp.repeat(values, repeats, axis=1)
+        scores = jnp.einsum("btqh,bqsh->bqts", queries, keys) * (h**-0.5 if scale is None else scale)
+        scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+        positions = jnp.arange(queries.shape[1])
+        weights = jax.nn.softmax(jnp.where(causal_mask(positions, positions, 20), scores, -jnp.inf))
+        return jnp.einsum("bqts,bqsh->btqh", weights, values)
+
+    def ours(*args):
+        return causal_attention(*args, 20, scale, softcap)
+
+    def value_and_pulled_back(function):
+        value, pull = jax.vjp(function, *map(jnp.asarray, inputs))
+        return value, *pull(cotangent)
+
+    for actual, expected in zip(value_and_pulled_back(ours), value_and_pulled_back(by_definition), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
 def test_bfloat16_stays_within_its_rounding_of_float32_and_keeps_its_dtype() -> None:
     inputs = random_inputs(70, 70)
     short = [jnp.asarray(x, jnp.bfloat16) for x in inputs]

@@ -1,0 +1,50 @@
+"""Training a model whose blocks differ in kind: its loss is that of the forward pass, and its step lowers it."""
+
+import jax
+import numpy as np
+from family_cases import fields_of
+
+from cluscomp_jax.config.training import TrainingConfig
+from cluscomp_jax.core import trees
+from cluscomp_jax.core.codebook import CodebookArray
+from cluscomp_jax.models.decoder import forward
+from cluscomp_jax.models.model import build_model, parameter_shapes, parse_model_config
+from cluscomp_jax.models.source import DictSource
+from cluscomp_jax.training import init_state, split_params, summed_loss, train_step
+
+
+def compressed(model):
+    rng = np.random.default_rng(0)
+
+    def one(path, shape):
+        if not path.endswith("_proj/kernel"):
+            return (0.2 * rng.standard_normal(shape)).astype(np.float32)
+        codebook = (0.3 * rng.standard_normal((12, 4))).astype(np.float16)
+        index = rng.integers(0, 12, (shape[0], -(-shape[1] // 4))).astype(np.uint8)
+        return CodebookArray(codebook, index, shape, "out")
+
+    return trees.unflatten({path: one(path, shape) for path, shape in parameter_shapes(model).items()})
+
+
+def test_the_loss_of_blocks_of_two_kinds_is_that_of_the_forward_pass():
+    model = build_model(parse_model_config(fields_of("gemma3_nested") | {"num_hidden_layers": 3, "layer_types": None}
+                                           | {"sliding_window_pattern": 3}))  # fmt: skip
+    params = compressed(model)
+    settings = TrainingConfig(steps=4, batch_size=2, learning_rate=0.01, trainable=(".*/codebook", ".*norm/weight"))
+    trained, frozen, layout = split_params(DictSource(params, model), model, settings.trainable)
+    assert [(span.first, span.count) for span in layout.spans] == [(0, 2), (2, 1)]
+    rng = np.random.default_rng(1)
+    tokens, mask = rng.integers(0, 96, (2, 9)).astype(np.int32), rng.random((2, 9)) < 0.7
+    found = summed_loss(trained, frozen, tokens, mask, layout=layout, settings=settings)
+    logits = np.asarray(forward(params, tokens, model), np.float64)
+    nll = np.log(np.exp(logits).sum(-1))[:, :-1]
+    picked = np.take_along_axis(logits[:, :-1], tokens[:, 1:, None].astype(np.int64), -1)[..., 0]
+    expected = ((nll - picked) * mask[:, 1:]).sum()
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+    state, losses = init_state(trained, settings=settings), []
+    for _ in range(4):
+        state, metrics = train_step(state, frozen, tokens[None], mask[None], layout=layout, settings=settings)
+        losses.append(float(metrics.loss))
+    assert losses[-1] < losses[0]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.trained))

@@ -2,7 +2,8 @@
 
 A walk is error feedback, or a pass of refinement, over the channels of a block, from the last row to the first:
 
-    target_i = base_i + sum_{j>i} weights_ij delta_j,  code_i = nearest(target_i),  delta_i = value_i - codebook[code_i].
+    target_i = base_i + sum_{j>i} weights_ij delta_j,
+    code_i = the code nearest to target_i,    delta_i = value_i - codebook[code_i].
 
 Vectors of one channel do not depend on each other. So one program takes some vectors of every channel and walks all
 channels by itself; their deltas are in its registers.

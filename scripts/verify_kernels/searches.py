@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import jax
 
-from pallas_kernels.code_walk.config import WalkConfig, walk_config
+from pallas_kernels.code_walk.config import PathConfig, WalkConfig, path_config, walk_config
 
-SearchKernel = Literal["walk", "refine"]
+SearchKernel = Literal["walk", "refine", "path"]
 _CHANNELS = 128
 _TREES, _COMPARED, _LARGEST_LEAF = 3, 64, 16
 """Trees of a code index; codes that one of them compares with a vector, times g; the codes of its largest leaf."""
@@ -20,20 +20,23 @@ class SearchCase:
     """One call of a kernel that searches codes.
 
     Attributes:
-      kernel: "walk" a block of error feedback, "refine" one of refinement, which has previous codes.
+      kernel: "walk" a block of error feedback, "refine" one of refinement, which has previous codes; "path" the even
+        strips of a channel of trellis codes.
       outputs: o, of a channel.
       g, n: weights per code, codes.
+      step_bits: b of trellis codes; None: codes are chosen one by one.
     """
 
     kernel: SearchKernel
     outputs: int
     g: int
     n: int
+    step_bits: int | None = None
 
     @property
     def name(self) -> str:
         """One word that distinguishes the case from all others."""
-        return f"{self.kernel}-{self.outputs}-g{self.g}-n{self.n}"
+        return f"{self.kernel}-{self.outputs}-g{self.g}-n{self.n}" + (f"-b{self.step_bits}" if self.step_bits else "")
 
     @property
     def vectors(self) -> int:
@@ -58,12 +61,32 @@ class SearchCase:
         _, leaf, lists = self.leaves
         return walk_config(self.vectors, self.g, leaf * lists if self.listed else self.n, listed=self.listed)
 
+    @property
+    def path_tile(self) -> PathConfig:
+        """How channels of trellis codes are cut."""
+        found = path_config(self.vectors, self.g, self.n.bit_length() - 1, self.step_bits or 1)
+        assert found is not None
+        return found
+
     def call(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Returns the kernel's function and the shapes of its arguments."""
-        from pallas_kernels.code_walk.nearest import SearchTrees, walk_nearest
+        return self._path() if self.kernel == "path" else self._walk()
 
-        def array(*shape: int, dtype: Any = "float32") -> Any:
-            return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
+    def _path(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        from pallas_kernels.code_walk.paths import Launch, search_strips
+
+        tile, c = self.path_tile, self.vectors
+        strips = -(-c // (2 * tile.steps))
+        wide = 2 * strips * tile.steps + 2 * tile.margin
+        sizes = {"first": tile.margin, "margin": tile.margin, "begin": tile.margin, "end": tile.margin + c}
+        launch = Launch(strips=strips, steps=tile.steps, held=False, **sizes)
+        block, r, g = array(_CHANNELS, self.g, wide), _CHANNELS, self.g
+        arguments = (array(r, wide, dtype="int32"), block, block, block, array(g, wide), array(r, r), array(self.n, g))
+        fixed = {"launch": launch, "step_bits": self.step_bits, "num_warps": tile.num_warps}
+        return functools.partial(search_strips, **fixed), (*arguments, array(1, dtype="int32"))
+
+    def _walk(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        from pallas_kernels.code_walk.nearest import SearchTrees, walk_nearest
 
         trees, (depth, leaf, lists) = None, self.leaves
         if self.listed:
@@ -82,6 +105,11 @@ class SearchCase:
         return function, arguments
 
 
+def array(*shape: int, dtype: Any = "float32") -> Any:
+    """Returns the shape of an argument."""
+    return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
+
+
 def searches() -> Iterator[SearchCase]:
     """Yields the cases of the table."""
     for g, n in ((4, 65500), (6, 65500), (8, 32000), (16, 65500), (2, 4096)):
@@ -90,3 +118,5 @@ def searches() -> Iterator[SearchCase]:
     for g, n in ((4, 4096), (4, 256), (3, 512), (8, 8192), (16, 16384), (1, 16), (32, 256)):
         yield SearchCase(kernel="walk", outputs=8192, g=g, n=n)
     yield SearchCase(kernel="walk", outputs=1024, g=4, n=4096)
+    for g, n, step_bits in ((2, 4096, 2), (2, 4096, 4), (2, 4096, 6), (2, 4096, 8), (2, 256, 7), (1, 1024, 3)):
+        yield SearchCase(kernel="path", outputs=8192, g=g, n=n, step_bits=step_bits)

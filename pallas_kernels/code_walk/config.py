@@ -86,3 +86,17 @@ def path_config(c: int, g: int, window_bits: int, step_bits: int) -> PathConfig 
     steps = _LONG if c >= 2 * _LONG * _PROGRAMS_WANTED else _SHORT
     margin = _MARGIN * window
     return PathConfig(steps=max(steps, window), margin=margin, num_warps=8 if numbers > 2048 else 4)
+
+
+LISTED_TILE = 32
+"""Vectors of k-means that search one list."""
+
+
+def listed_config(g: int) -> WalkConfig:
+    """Returns the tiles of a search of lists: a tile of vectors with 64 codes at a time, fewer of many weights."""
+    return WalkConfig(vectors=LISTED_TILE, codes=64 if g <= 8 else 32, num_warps=4)
+
+
+def nearest_config(g: int) -> WalkConfig:
+    """Returns the tiles of a search of many vectors: 4,096 pairs, 16 codes at a time, which a thread reads once."""
+    return WalkConfig(vectors=256 if g <= 4 else 128 if g <= 8 else 64, codes=16)

@@ -7,8 +7,8 @@ has the head o,
     B_t[o] = min_p ( B_{t-1}[s mod 2^(L-b)] + |x_t - code[s]|^2 ),   s = (o << b) | p.
 
 A channel is cut into strips of t steps, and one launch searches every other strip. The program of a strip searches a
-window, the strip and a margin on either side, and keeps the codes of the strip. Where the heads at both ends of a window
-are held, its codes and those around it remain one stream.
+window, the strip and a margin on either side, and keeps the codes of the strip. Where the heads at both ends of a
+window are held, its codes and those around it remain one stream.
 
 The target of a channel is computed here, from the deltas of the channels after it (`pallas_kernels.code_walk.nearest`).
 Targets, and the p of every head and step, are in memory of their own for every program; barriers order what it writes

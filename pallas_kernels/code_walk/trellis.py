@@ -7,11 +7,13 @@ best there is between its neighbours.
 An even strip is searched with a margin on either side and free ends. So its path is chosen with a view to what comes
 before and after it, as a search of the whole channel would. The targets of a margin follow from the errors of the odd
 strips, so that both kinds of strips advance together, in two launches a row. Strips that walk a whole block by
-themselves need 64 times fewer launches, but do not know their neighbours' targets: the output error was 1.2% larger with
-strips of 64 steps, 2.4% with 32 (docs/experiments.md).
+themselves need 64 times fewer launches, but do not know their neighbours' targets: the output error was 1.2% larger
+with strips of 64 steps, 2.4% with 32 (docs/experiments.md).
 
 Letters: r channels of a block, c codes of a channel, g weights per code.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,16 +51,18 @@ def walk_trellis(
     def padded(array: jax.Array) -> jax.Array:
         return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(margin, after)])
 
-    arrays = [padded(array.reshape(r, c, g).swapaxes(1, 2)) for array in (base, value)]
+    base, value = (padded(array.reshape(r, c, g).swapaxes(1, 2)) for array in (base, value))
     counts = padded((jnp.arange(width) < outputs).astype(jnp.float32).reshape(c, g).T)
-    strips = {"strips": pairs, "steps": t, "begin": margin, "end": margin + c}
+    strips: dict[str, Any] = {"strips": pairs, "steps": t, "begin": margin, "end": margin + c}
     even = Launch(first=margin, margin=margin, held=False, **strips)
     odd = Launch(first=margin + t, margin=0, held=True, **strips)
-    fixed = {"step_bits": step_bits, "num_warps": tile.num_warps, "interpret": interpret}
+    fixed: dict[str, Any] = {"step_bits": step_bits, "num_warps": tile.num_warps, "interpret": interpret}
 
     def walk_row(turn: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         for launch in (even, odd) if c > t else (even,):
-            state = search_strips(*state, *arrays, counts, weights, codebook, turn.reshape(1), launch=launch, **fixed)
+            state = search_strips(
+                state[0], state[1], base, value, counts, weights, codebook, turn.reshape(1), launch=launch, **fixed
+            )
         return state
 
     nothing = padded(jnp.zeros((r, c), jnp.int32)), padded(jnp.zeros((r, g, c), jnp.float32))

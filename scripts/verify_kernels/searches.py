@@ -78,11 +78,16 @@ class SearchCase:
         tile, c = self.path_tile, self.vectors
         strips = -(-c // (2 * tile.steps))
         wide = 2 * strips * tile.steps + 2 * tile.margin
-        sizes = {"first": tile.margin, "margin": tile.margin, "begin": tile.margin, "end": tile.margin + c}
+        sizes: dict[str, Any] = {
+            "first": tile.margin,
+            "margin": tile.margin,
+            "begin": tile.margin,
+            "end": tile.margin + c,
+        }
         launch = Launch(strips=strips, steps=tile.steps, held=False, **sizes)
         block, r, g = array(_CHANNELS, self.g, wide), _CHANNELS, self.g
         arguments = (array(r, wide, dtype="int32"), block, block, block, array(g, wide), array(r, r), array(self.n, g))
-        fixed = {"launch": launch, "step_bits": self.step_bits, "num_warps": tile.num_warps}
+        fixed: dict[str, Any] = {"launch": launch, "step_bits": self.step_bits, "num_warps": tile.num_warps}
         return functools.partial(search_strips, **fixed), (*arguments, array(1, dtype="int32"))
 
     def _walk(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:

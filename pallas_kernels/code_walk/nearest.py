@@ -231,6 +231,7 @@ def walk_nearest(
     (r, width), (n, g) = base.shape, codebook.shape
     cut = _Cut(r, width // g, g, n, outputs % g)
     held = [] if previous is None or trees is None else [previous]
+    compared = n if trees is None else trees.codes.shape[0] * trees.codes.shape[3] * trees.searched.shape[2]
     launch = launcher(
         partial(_walk_kernel, cut=cut, tile=tile, trees=trees is not None, previous=bool(held)),
         "code_walk_nearest",
@@ -239,6 +240,8 @@ def walk_nearest(
         num_warps=tile.num_warps,
         num_stages=2,
         interpret=interpret,
+        operations=r * cut.c * (compared * (2 * g + 3) + 2 * next_power(r) * g),
+        moved=4 * (3 * r * width + 2 * r * cut.c + r * r + n * g),
     )
     codes, delta = launch(base, value, weights, columns_of(codebook, tile.codes), *(trees or ()), *held)
     return codes, delta

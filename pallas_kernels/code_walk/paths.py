@@ -219,6 +219,8 @@ def search_strips(
         num_warps=num_warps,
         num_stages=2,
         interpret=interpret,
+        operations=launch.strips * launch.width * (n * (3 * g + 5) + r * g),
+        moved=4 * launch.strips * launch.width * g * (r / 2 + 4),
         input_output_aliases={6: 0, 7: 1},
     )
     found = started(base, value, counts, weights, codebook.T, turn, codes, delta)

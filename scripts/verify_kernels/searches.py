@@ -7,9 +7,16 @@ from typing import Any, Literal
 
 import jax
 
-from pallas_kernels.code_walk.config import PathConfig, WalkConfig, path_config, walk_config
+from pallas_kernels.code_walk.config import (
+    PathConfig,
+    WalkConfig,
+    listed_config,
+    nearest_config,
+    path_config,
+    walk_config,
+)
 
-SearchKernel = Literal["walk", "refine", "path"]
+SearchKernel = Literal["walk", "refine", "path", "nearest", "listed", "leaf"]
 _CHANNELS = 128
 _TREES, _COMPARED, _LARGEST_LEAF = 3, 64, 16
 """Trees of a code index; codes that one of them compares with a vector, times g; the codes of its largest leaf."""
@@ -21,8 +28,9 @@ class SearchCase:
 
     Attributes:
       kernel: "walk" a block of error feedback, "refine" one of refinement, which has previous codes; "path" the even
-        strips of a channel of trellis codes.
-      outputs: o, of a channel.
+        strips of a channel of trellis codes; of k-means "nearest" the search of all codes, "listed" that of lists,
+        "leaf" the descent of a tree.
+      outputs: o, of a channel; vectors of k-means.
       g, n: weights per code, codes.
       step_bits: b of trellis codes; None: codes are chosen one by one.
     """
@@ -70,7 +78,20 @@ class SearchCase:
 
     def call(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Returns the kernel's function and the shapes of its arguments."""
-        return self._path() if self.kernel == "path" else self._walk()
+        return {"path": self._path, "walk": self._walk, "refine": self._walk}.get(self.kernel, self._many)()
+
+    def _many(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        from pallas_kernels.code_walk import many
+
+        vectors, (depth, leaf, _) = array(self.outputs, self.g), self.leaves
+        if self.kernel == "nearest":
+            return functools.partial(many.nearest, tile=nearest_config(self.g)), (vectors, array(self.n, self.g))
+        if self.kernel == "leaf":
+            return many.leaf_of, (vectors, array(self.g, min(self.g, depth)), array((1 << depth) - 1))
+        tile, leaves = listed_config(self.g), 1 << depth
+        lists = array(leaves, -(-max(128, 64 * self.g) // leaf), dtype="int32")
+        tiles = array(self.outputs // tile.vectors, dtype="int32")
+        return functools.partial(many.nearest_listed, tile=tile), (vectors, tiles, array(leaves, self.g, leaf), lists)
 
     def _path(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         from pallas_kernels.code_walk.paths import Launch, search_strips
@@ -125,3 +146,8 @@ def searches() -> Iterator[SearchCase]:
     yield SearchCase(kernel="walk", outputs=1024, g=4, n=4096)
     for g, n, step_bits in ((2, 4096, 2), (2, 4096, 4), (2, 4096, 6), (2, 4096, 8), (2, 256, 7), (1, 1024, 3)):
         yield SearchCase(kernel="path", outputs=8192, g=g, n=n, step_bits=step_bits)
+    for g, n in ((1, 16), (4, 256), (4, 4096), (8, 4096), (16, 4096), (32, 4096)):
+        yield SearchCase(kernel="nearest", outputs=2**20, g=g, n=n)
+    for g, n in ((4, 65500), (6, 65500), (8, 32000), (16, 65500)):
+        yield SearchCase(kernel="listed", outputs=2**20, g=g, n=n)
+        yield SearchCase(kernel="leaf", outputs=2**20, g=g, n=n)

@@ -22,6 +22,8 @@ def launcher(
     num_warps: int,
     num_stages: int,
     interpret: bool,
+    operations: float | None = None,
+    moved: float = 0.0,
     **options: Any,
 ) -> Callable[..., Any]:
     """Returns the GPU kernel as a function of arrays; every program sees all of every array.
@@ -33,9 +35,14 @@ def launcher(
       out: (shape, dtype) of the result, or a list of them.
       num_warps, num_stages: of 32 threads each; loads in flight.
       interpret: step by step on any device.
+      operations: float32 operations of all programs together; None: not stated.
+      moved: bytes that they read and write of device memory, where `operations` is stated.
       options: of `pallas_call`.
     """
     shapes = [jax.ShapeDtypeStruct(*one) for one in (out if isinstance(out, list) else [out])]  # type: ignore[no-untyped-call]
+    if operations is not None:
+        cost = pl.CostEstimate(flops=int(operations), transcendentals=0, bytes_accessed=int(moved))
+        options = {"cost_estimate": cost, **options}
     launch: Callable[..., Any] = pl.pallas_call(
         kernel,
         grid=grid,

@@ -5,7 +5,7 @@ Letters: o outputs, g weights per code, c = ceil(o/g) codes of a channel, n code
 
 import dataclasses
 from functools import partial
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from cluscomp_jax.clustering.walk import Rows
 from cluscomp_jax.kmeans import CodeIndex, build_code_index, nearest_code
 from cluscomp_jax.trellis.viterbi import LANES, Trellis, best_path
-from pallas_kernels.code_walk.config import walk_config
+from pallas_kernels.code_walk.config import path_config, walk_config
 
 _SEGMENT = 64
 """The fewest steps of a segment of a channel that is searched in segments."""
@@ -116,3 +116,16 @@ class NearestPath:
             return jnp.sum(jnp.where(counts, jnp.square(target - codebook[codes].reshape(-1)), 0.0))
 
         return jnp.where(error(found) < error(previous), found, previous)
+
+    def walk(
+        self, rows: Rows, codebook: jax.Array, *, outputs: int, interpret: bool
+    ) -> tuple[jax.Array, jax.Array] | None:
+        """As `WalkingSearch`; None where a GPU program cannot hold the codebook in its registers."""
+        g, (window, step_bits) = codebook.shape[1], self.trellis
+        tile = path_config(rows.base.shape[1] // g, g, window, step_bits)
+        if tile is None:
+            return None
+        from pallas_kernels.code_walk.trellis import walk_trellis
+
+        fixed: dict[str, Any] = {"outputs": outputs, "step_bits": step_bits, "tile": tile, "interpret": interpret}
+        return walk_trellis(rows.base, rows.value, rows.weights, codebook, **fixed)

@@ -10,6 +10,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.code_walk.config import nearest_config
+from pallas_kernels.implementation import kernels_or_definition
+
 _CHUNK = 131072
 """Vectors per chunk: enough for XLA to spread one step over the cores. Changes the speed only."""
 _UNROLL = 16
@@ -26,7 +29,23 @@ def assign(vectors: jax.Array, codebook: jax.Array) -> tuple[jax.Array, jax.Arra
       vectors: [m, g], floating, finite; computed in float32.
       codebook: [n, g], floating, finite; computed in float32.
     """
-    return nearest_lanes(vectors.astype(jnp.float32).T, codebook.astype(jnp.float32))
+    return nearest_of_all(vectors.astype(jnp.float32), codebook.astype(jnp.float32))
+
+
+def nearest_of_all(vectors: jax.Array, codebook: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns what `assign` returns, by one GPU kernel in a program that is compiled for a GPU.
+
+    Args:
+      vectors: float32 [m, g], finite.
+      codebook: float32 [n, g], finite.
+    """
+
+    def kernels(vectors: jax.Array, codebook: jax.Array, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
+        from pallas_kernels.code_walk.many import nearest
+
+        return nearest(vectors, codebook, tile=nearest_config(vectors.shape[1]), interpret=interpret)
+
+    return kernels_or_definition(lambda x, codes: nearest_lanes(x.T, codes), kernels, vectors, codebook)
 
 
 def nearest_lanes(lanes: jax.Array, codebook: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -5,6 +5,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.codebook_matmul.config import segment_config
+from pallas_kernels.implementation import kernels_or_definition
+
 _REFILLS_AT_ONCE = 4096
 """Most empty codes that one update moves onto vectors; later updates move the others."""
 _ROW = 2**17
@@ -56,7 +59,30 @@ def add_up(sums: jax.Array, offset: jax.Array, weights: jax.Array, index: jax.Ar
       index: int32 [m], the codes, below n.
     """
     rows = jnp.concatenate([offset * weights[:, None], weights[:, None]], axis=1)
-    return sums.at[index].add(rows, mode="promise_in_bounds"), squared_lengths(offset) * weights
+    return add_by_code(sums, rows, index), squared_lengths(offset) * weights
+
+
+def add_by_code(sums: jax.Array, rows: jax.Array, codes: jax.Array) -> jax.Array:
+    """Returns sums float32 [n, h] with rows float32 [m, h] added to those of their codes int32 [m], below n.
+
+    A scatter-add. On a GPU, where XLA adds by atomics in any order, the rows are sorted by code, and a kernel adds
+    those of each code in that order: the same bytes every time.
+    """
+
+    def scattered(sums: jax.Array, rows: jax.Array, codes: jax.Array) -> jax.Array:
+        return sums.at[codes].add(rows, mode="promise_in_bounds")
+
+    def sorted_sums(sums: jax.Array, rows: jax.Array, codes: jax.Array, *, interpret: bool) -> jax.Array:
+        from pallas_kernels.codebook_matmul.triton import segment_sum
+
+        n, h = sums.shape
+        places = jnp.arange(len(codes), dtype=jnp.int32)
+        codes, order = jax.lax.sort((codes, places), num_keys=1, is_stable=True)
+        ends = jnp.arange(n + 1, dtype=jnp.int32)
+        starts = jnp.searchsorted(codes, ends, method="scan_unrolled").astype(jnp.int32)
+        return sums + segment_sum(rows, order, starts, tile=segment_config(n, h), interpret=interpret)
+
+    return kernels_or_definition(scattered, sorted_sums, sums, rows, codes)
 
 
 def mean_offset(sums: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,10 @@ _BLOCK = 262144
 _UNIT = 4096
 """`_BLOCK` is the largest number of vectors that are sorted and summed together, `_UNIT` what the number is a multiple
 of."""
-COMPARE_ALL = 256
-"""Up to this many codes every vector is compared with all of them."""
+_GPU_BLOCK = 2**20
+"""`_BLOCK` on a GPU: every block is a dozen launches. Leaf and place of a vector still are one number of 32 bits."""
+COMPARE_ALL, GPU_COMPARE_ALL = 256, 4096
+"""Up to this many codes every vector is compared with all of them; on a GPU one kernel does it."""
 SETTLING = 4
 """The lists of the last assignment are this many times as long."""
 _STEP, _MOMENTUM = 1.5, 0.7
@@ -83,7 +86,8 @@ def fit_codebook(
         _check(vectors, num_codes, weights, iterations)
         m = vectors.shape[0]
         vectors, weights = on_one_device(vectors), on_one_device(weights)
-        blocks = make_blocks(vectors, weights)
+        gpu = on_gpu(vectors)
+        blocks = make_blocks(vectors, weights, gpu=gpu)
         del vectors, weights  # where the caller has no reference either, their memory is free from here on
         _check_finite(blocks)
         sample, mass = draw_sample(blocks, key, num_codes=num_codes, count=m)
@@ -96,13 +100,13 @@ def fit_codebook(
         previous = jnp.full(blocks.weights.shape, -1, jnp.int32)
         inertia, reseeded = [], []
         for i in range(iterations):
-            assignment = _search(blocks, previous, codebook, key, i)
+            assignment = _search(blocks, previous, codebook, key, i, gpu=gpu)
             step, momentum = (_STEP, _MOMENTUM) if accelerate and i < iterations - _PLAIN_UPDATES else (1.0, 0.0)
             codebook, velocity, refilled = next_codebook(blocks, codebook, velocity, assignment, step, momentum)
             previous = assignment.nearest
             inertia.append(assignment.inertia)
             reseeded.append(refilled)
-        assignment = _search(blocks, previous, codebook, key, iterations, longer=SETTLING)
+        assignment = _search(blocks, previous, codebook, key, iterations, gpu=gpu, longer=SETTLING)
         values = jax.device_get(([*inertia, assignment.inertia], _share(assignment.certain, m), reseeded))
         stats = KMeansStats(
             tuple(float(value) for value in values[0]), float(values[1]), int(sum(values[2])), time.monotonic() - began
@@ -154,16 +158,28 @@ def fit_codebooks(
 
 
 def _search(
-    blocks: Blocks, previous: jax.Array, codebook: jax.Array, key: jax.Array, turn: int, *, longer: int = 1
+    blocks: Blocks, previous: jax.Array, codebook: jax.Array, key: jax.Array, turn: int, *, gpu: bool, longer: int = 1
 ) -> Assignment:
     n, g = codebook.shape
-    if n <= COMPARE_ALL:
+    if compares_all(n, gpu=gpu):
         assignment: Assignment = search_all(blocks, codebook)
         return assignment
     tree = grow_tree(codebook, random_rotation(key, turn + 1, g=g))
     probe_lists = make_probe_lists(tree, codebook, length=longer * codes_searched(g) // leaves_of(n)[1])
     assignment = search_listed(blocks, previous, codebook, tree, probe_lists)
     return assignment
+
+
+def compares_all(num_codes: int, *, gpu: bool) -> bool:
+    """Returns whether every vector is compared with all codes."""
+    return num_codes <= (GPU_COMPARE_ALL if gpu else COMPARE_ALL)
+
+
+def on_gpu(array: Any) -> bool:
+    """Returns whether programs of an array, of the host or a shape too, run on a GPU."""
+    place = getattr(array, "sharding", None)
+    platforms = {jax.default_backend()} if place is None else {device.platform for device in place.device_set}
+    return platforms <= {"gpu", "cuda"}
 
 
 @partial(jax.jit, static_argnames="m")
@@ -187,16 +203,17 @@ def codes_searched(g: int) -> int:
     return 128 if g <= 4 else 256 if g <= 6 else 512
 
 
-@jax.jit
-def make_blocks(vectors: jax.Array, weights: jax.Array | None) -> Blocks:
+@partial(jax.jit, static_argnames="gpu")
+def make_blocks(vectors: jax.Array, weights: jax.Array | None, *, gpu: bool = False) -> Blocks:
     """Returns the vectors in equal blocks, as few as possible, in float32.
 
     Args:
       vectors: [m, g], floating, m >= 1.
       weights: [m], floating, >= 0. None: 1 for each.
+      gpu: whether the blocks are those of a GPU, which are larger.
     """
     m, g = vectors.shape
-    count = -(-m // _BLOCK)
+    count = -(-m // (_GPU_BLOCK if gpu else _BLOCK))
     block = -(-m // (count * _UNIT)) * _UNIT
     spare = count * block - m
     vectors = vectors.astype(jnp.float32)

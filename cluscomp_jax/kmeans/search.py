@@ -10,13 +10,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from cluscomp_jax.kmeans.assign import nearest_lanes
+from cluscomp_jax.kmeans.assign import nearest_of_all
 from cluscomp_jax.kmeans.assignment import Assignment, Blocks, add_up, squared_lengths
 from cluscomp_jax.kmeans.probe_lists import Lists
 from cluscomp_jax.kmeans.tree import EMPTY, CodeTree, leaf_of
+from pallas_kernels.code_walk.config import LISTED_TILE as _TILE
+from pallas_kernels.code_walk.config import listed_config
+from pallas_kernels.implementation import kernels_or_definition
 
-_TILE = 32
-"""Vectors that search together."""
 _PIECES = 4
 """Parts in which a block is searched, so that one stays in the cache. Changes the speed only."""
 
@@ -30,7 +31,7 @@ def search_all(blocks: Blocks, codebook: jax.Array) -> Assignment:
       codebook: float32 [n, g], finite.
     """
     k, m, g = blocks.vectors.shape
-    index, _ = nearest_lanes(blocks.vectors.reshape(-1, g).T, codebook)
+    index, _ = nearest_of_all(blocks.vectors.reshape(-1, g), codebook)
 
     def one_block(sums: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         vectors, weights, index = block
@@ -67,12 +68,12 @@ def search_listed(
     def one_block(sums: jax.Array, block: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         vectors, weights, previous = block
         # Leaf and place in one number: a sort of single numbers is the fast one.
-        key = jax.lax.sort((leaf_of(tree, vectors).astype(jnp.uint32) << bits) | jnp.arange(m, dtype=jnp.uint32))
+        key = jax.lax.sort((_leaf_of(tree, vectors).astype(jnp.uint32) << bits) | jnp.arange(m, dtype=jnp.uint32))
         at = (key & ((1 << bits) - 1)).astype(jnp.int32)
         leaf = (key[_TILE // 2 :: _TILE] >> bits).astype(jnp.int32)
         vectors, weights, previous = vectors[at], weights[at], previous[at]
         tiles = vectors.reshape(-1, _TILE, g) - probe_lists.centres[leaf][:, None]
-        place = _search_tiles(tiles, leaf, by_leaf, probe_lists)
+        place = kernels_or_definition(_search_tiles, _search_tiles_on_gpu, tiles, leaf, by_leaf, probe_lists)
         listed = jnp.maximum(tree.order.reshape(-1)[place], 0)
         offset, other = vectors - codebook[listed], vectors - codebook[jnp.maximum(previous, 0)]
         nearer = (previous < 0) | (squared_lengths(offset) < squared_lengths(other))
@@ -129,6 +130,31 @@ def _search_tiles(tiles: jax.Array, leaf: jax.Array, by_leaf: jax.Array, probe_l
     lanes = tiles.swapaxes(1, 2).reshape(pieces, t // pieces, g, tile)
     place: jax.Array = jax.lax.map(one_piece, (lanes, leaf.reshape(pieces, -1)))
     return place.reshape(-1)
+
+
+def _search_tiles_on_gpu(
+    tiles: jax.Array, leaf: jax.Array, by_leaf: jax.Array, probe_lists: Lists, *, interpret: bool
+) -> jax.Array:
+    """Returns what `_search_tiles` does, by one GPU kernel."""
+    from pallas_kernels.code_walk.many import nearest_listed
+
+    g = tiles.shape[2]
+    vectors = (tiles + probe_lists.centres[leaf][:, None]).reshape(-1, g)
+    codes = by_leaf.swapaxes(1, 2)
+    return nearest_listed(vectors, leaf, codes, probe_lists.searched, tile=listed_config(g), interpret=interpret)
+
+
+def _leaf_of(tree: CodeTree, vectors: jax.Array) -> jax.Array:
+    """Returns the leaf int32 [m] of every vector float32 [m, g], by one GPU kernel in a program for a GPU."""
+    if tree.cuts.shape[0] == 0:
+        return leaf_of(tree, vectors)
+
+    def kernel(tree: CodeTree, vectors: jax.Array, *, interpret: bool) -> jax.Array:
+        from pallas_kernels.code_walk import many
+
+        return many.leaf_of(vectors, tree.directions, tree.cuts, interpret=interpret)
+
+    return kernels_or_definition(leaf_of, kernel, tree, vectors)
 
 
 def _worst(error: jax.Array, at: jax.Array) -> tuple[jax.Array, jax.Array]:

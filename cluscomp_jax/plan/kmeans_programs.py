@@ -34,7 +34,8 @@ def fit_programs(
     def program(name: str, traced: Any, held: int, count: float = 1.0) -> Program:
         return Program(STAGE, name, traced, held, calls * count)
 
-    traced = fit.make_blocks.trace(vectors, weights)
+    gpu = fit.on_gpu(vectors)
+    traced = fit.make_blocks.trace(vectors, weights, gpu=gpu)
     yield program("blocks", traced, nbytes((vectors, weights)))
     blocks = place.like(traced.out_info)
     held = nbytes(blocks)
@@ -52,7 +53,7 @@ def fit_programs(
     codebook = place.array(n, g)
     previous = place.array(*blocks.weights.shape, dtype="int32")
     held += nbytes((codebook, codebook, previous))
-    if n <= fit.COMPARE_ALL:
+    if fit.compares_all(n, gpu=gpu):
         traced = search.search_all.trace(blocks, codebook)
         found = place.like(traced.out_info)
         yield program("search", traced, held + nbytes(found), iterations + 1)

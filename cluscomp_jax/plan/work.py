@@ -77,8 +77,12 @@ def _count(jaxpr: core.Jaxpr) -> Work:
 def _count_equation(eqn: Any) -> Work:
     name = eqn.primitive.name
     if name == "cond":
-        branches = [_count(branch.jaxpr) for branch in eqn.params["branches"]]
-        return max(branches, key=lambda work: work.matrix + work.vector)
+        branches = [branch.jaxpr for branch in eqn.params["branches"]]
+        # Where a program chooses by platform, GPU kernels are what a card runs.
+        branches = [branch for branch in branches if "pallas_call" in _names(branch)] or branches
+        return max(map(_count, branches), key=lambda work: work.matrix + work.vector)
+    if name == "pallas_call" and (cost := eqn.params.get("cost_estimate")) is not None:
+        return Work(vector=float(cost.flops), moved=float(cost.bytes_accessed), steps=1.0)
     inner = [_open(value) for value in eqn.params.values() if isinstance(value, core.Jaxpr | core.ClosedJaxpr)]
     if inner:
         work = sum((_count(jaxpr) for jaxpr in inner), Work())

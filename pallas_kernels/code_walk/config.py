@@ -46,3 +46,57 @@ def walk_config(c: int, g: int, compared: int, *, listed: bool = False) -> WalkC
         vectors //= 2
     pairs = _PAIRS // (2 if listed else 1) // (2 if g > 6 else 1)
     return WalkConfig(vectors=vectors, codes=min(pairs // vectors, next_power(compared)))
+
+
+_SHORT, _LONG = 32, 64
+"""Steps of a strip of a channel: of a narrow matrix and of a wide one."""
+_MARGIN = 4
+"""Windows, L/b steps each, by which a strip is searched past either end."""
+_LARGEST = 16384
+"""Numbers of the largest codebook that a program holds in registers."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PathConfig:
+    """How a walk of trellis paths is cut.
+
+    Attributes:
+      steps: of a strip.
+      margin: steps that the window of an even strip has before and after it.
+      num_warps: of 32 threads each.
+    """
+
+    steps: int
+    margin: int
+    num_warps: int = 8
+
+
+def path_config(c: int, g: int, window_bits: int, step_bits: int) -> PathConfig | None:
+    """Returns how a walk of paths is cut; None where a program cannot hold the codebook.
+
+    Args:
+      c: codes of a channel.
+      g: weights of a vector.
+      window_bits, step_bits: L and b.
+    """
+    numbers = g << window_bits
+    if numbers > _LARGEST:
+        return None
+    window = -(-window_bits // step_bits)
+    steps = _LONG if c >= 2 * _LONG * _PROGRAMS_WANTED else _SHORT
+    margin = _MARGIN * window
+    return PathConfig(steps=max(steps, window), margin=margin, num_warps=8 if numbers > 2048 else 4)
+
+
+LISTED_TILE = 32
+"""Vectors of k-means that search one list."""
+
+
+def listed_config(g: int) -> WalkConfig:
+    """Returns the tiles of a search of lists: a tile of vectors with 64 codes at a time, fewer of many weights."""
+    return WalkConfig(vectors=LISTED_TILE, codes=64 if g <= 8 else 32, num_warps=4)
+
+
+def nearest_config(g: int) -> WalkConfig:
+    """Returns the tiles of a search of many vectors: 4,096 pairs, 16 codes at a time, which a thread reads once."""
+    return WalkConfig(vectors=256 if g <= 4 else 128 if g <= 8 else 64, codes=16)

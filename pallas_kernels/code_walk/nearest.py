@@ -1,8 +1,9 @@
-"""The GPU kernels that search nearest codes: for one channel after another (a walk), or for many vectors at once.
+"""The GPU kernel that searches nearest codes for one channel after another: a walk.
 
 A walk is error feedback, or a pass of refinement, over the channels of a block, from the last row to the first:
 
-    target_i = base_i + sum_{j>i} weights_ij delta_j,  code_i = nearest(target_i),  delta_i = value_i - codebook[code_i].
+    target_i = base_i + sum_{j>i} weights_ij delta_j,
+    code_i = the code nearest to target_i,    delta_i = value_i - codebook[code_i].
 
 Vectors of one channel do not depend on each other. So one program takes some vectors of every channel and walks all
 channels by itself; their deltas are in its registers.
@@ -55,7 +56,7 @@ class _Cut:
     partial: int
 
 
-def _squared(x: Vectors, codes: Vectors, counts: Vectors | None = None) -> jax.Array:
+def squared_distances(x: Vectors, codes: Vectors, counts: Vectors | None = None) -> jax.Array:
     """Returns the squared distances of vectors from codes that broadcast; `counts`: 0 or 1, the weights that count."""
     total: Any = None
     for t, (one, other) in enumerate(zip(x, codes, strict=True)):
@@ -66,13 +67,13 @@ def _squared(x: Vectors, codes: Vectors, counts: Vectors | None = None) -> jax.A
     return found
 
 
-def _least(distance: jax.Array, code: jax.Array, above: int) -> tuple[jax.Array, jax.Array]:
+def least_of(distance: jax.Array, code: jax.Array, above: int) -> tuple[jax.Array, jax.Array]:
     """Returns (least distance [v], the lowest code at it [v]) over the second axis; codes are below `above`."""
     least = jnp.min(distance, axis=1)
     return least, jnp.min(jnp.where(distance == least[:, None], code, above), axis=1)
 
 
-def _among_all(
+def among_all(
     x: Vectors, columns_ref: Ref, n: int, k: int, counts: Vectors | None = None, chunks: Any = None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (code int32 [v], squared distance [v]) of the nearest of all codes; of equal ones the first.
@@ -80,7 +81,7 @@ def _among_all(
     Args:
       x: the vectors, [v] each.
       columns_ref: float32 [g, n'], the codes padded to a multiple of k by inf.
-      counts: as `_squared` takes it, [v, 1] each.
+      counts: as `squared_distances` takes it, [v, 1] each.
       chunks: of k codes that are compared; None: all.
     """
     v = x[0].shape[0]
@@ -88,17 +89,17 @@ def _among_all(
 
     def compare(chunk: Any, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         codes = tuple(columns_ref[t, pl.ds(pl.multiple_of(chunk * k, k), k)][None, :] for t in range(len(x)))
-        distance = _squared(wide, codes, counts)
+        distance = squared_distances(wide, codes, counts)
         nearer = distance < best[0]
         return jnp.where(nearer, distance, best[0]), jnp.where(nearer, chunk, best[1])
 
     start = jnp.full((v, k), jnp.inf, jnp.float32), jnp.zeros((v, k), jnp.int32)
     distance, chunk = jax.lax.fori_loop(0, pl.cdiv(n, k) if chunks is None else chunks, compare, start)
-    least, code = _least(distance, chunk * k + jax.lax.broadcasted_iota(jnp.int32, (v, k), 1), 2**31 - 1)
+    least, code = least_of(distance, chunk * k + jax.lax.broadcasted_iota(jnp.int32, (v, k), 1), 2**31 - 1)
     return code, least
 
 
-def _leaves(x: Vectors, refs: SearchTrees) -> list[jax.Array]:
+def leaves_of_vectors(x: Vectors, refs: SearchTrees) -> list[jax.Array]:
     """Returns the leaf int32 [v] of every vector in each of the trees; the trees are descended side by side."""
     trees, g, dims = refs.directions.shape
     depth = refs.cuts.shape[1].bit_length()
@@ -128,7 +129,7 @@ def _among_listed(x: Vectors, refs: SearchTrees, k: int, best: tuple[jax.Array, 
       best: a code int32 [v] and its squared distance [v].
     """
     v, (trees, _, g, b), lists = x[0].shape[0], refs.codes.shape, refs.searched.shape[2]
-    wide, leaves = tuple(one[:, None] for one in x), _leaves(x, refs)
+    wide, leaves = tuple(one[:, None] for one in x), leaves_of_vectors(x, refs)
     place = jax.lax.broadcasted_iota(jnp.int32, (v, k), 1)
 
     def search(tree: Any, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -143,13 +144,13 @@ def _among_listed(x: Vectors, refs: SearchTrees, k: int, best: tuple[jax.Array, 
             where = plgpu.load(refs.searched.at[tree, leaf, at // b], mask=exists, other=None if exists is None else 0)
             other = None if exists is None else jnp.inf
             codes = tuple(plgpu.load(refs.codes.at[tree, where, t, at % b], mask=exists, other=other) for t in range(g))
-            distance = _squared(wide, codes)
+            distance = squared_distances(wide, codes)
             nearer = distance < best[0]
             return jnp.where(nearer, distance, best[0]), jnp.where(nearer, where * b + at % b, best[1])
 
         start = jnp.full((v, k), jnp.inf, jnp.float32), jnp.zeros((v, k), jnp.int32)
         distance, places = jax.lax.fori_loop(0, pl.cdiv(lists * b, k), compare, start)
-        found, where = _least(distance, places, refs.order.shape[1] - 1)
+        found, where = least_of(distance, places, refs.order.shape[1] - 1)
         nearer = found < best[1]
         code = jnp.where(nearer, plgpu.load(refs.order.at[tree, where]), best[0])
         return code, jnp.where(nearer, found, best[1])
@@ -177,15 +178,15 @@ def _walk_kernel(*refs: Ref, cut: _Cut, tile: WalkConfig, trees: bool, previous:
 
     def nearest(x: Vectors, i: Any) -> jax.Array:
         if not trees:
-            return _among_all(x, columns_ref, cut.n, tile.codes, counts)[0]
+            return among_all(x, columns_ref, cut.n, tile.codes, counts)[0]
         zero = jnp.zeros((v,), jnp.int32)
         held = zero if held_ref is None else plgpu.load(held_ref.at[i, vector], mask=exists, other=0)
-        code = _among_listed(x, SearchTrees(*more), tile.codes, (held, _squared(x, looked_up(held))))
+        code = _among_listed(x, SearchTrees(*more), tile.codes, (held, squared_distances(x, looked_up(held))))
         if not cut.partial:
             return code
         # Lists are made for whole vectors: one that extends past the outputs is compared with all codes.
         chunks = jnp.where(last, jnp.int32(pl.cdiv(cut.n, tile.codes)), jnp.int32(0))
-        whole, _ = _among_all(x, columns_ref, cut.n, tile.codes, counts, chunks)
+        whole, _ = among_all(x, columns_ref, cut.n, tile.codes, counts, chunks)
         return jnp.where(vector == cut.c - 1, whole, code)
 
     def walk(turn: Any, delta: Vectors) -> Vectors:
@@ -230,6 +231,7 @@ def walk_nearest(
     (r, width), (n, g) = base.shape, codebook.shape
     cut = _Cut(r, width // g, g, n, outputs % g)
     held = [] if previous is None or trees is None else [previous]
+    compared = n if trees is None else trees.codes.shape[0] * trees.codes.shape[3] * trees.searched.shape[2]
     launch = launcher(
         partial(_walk_kernel, cut=cut, tile=tile, trees=trees is not None, previous=bool(held)),
         "code_walk_nearest",
@@ -238,11 +240,13 @@ def walk_nearest(
         num_warps=tile.num_warps,
         num_stages=2,
         interpret=interpret,
+        operations=r * cut.c * (compared * (2 * g + 3) + 2 * next_power(r) * g),
+        moved=4 * (3 * r * width + 2 * r * cut.c + r * r + n * g),
     )
-    codes, delta = launch(base, value, weights, _columns(codebook, tile.codes), *(trees or ()), *held)
+    codes, delta = launch(base, value, weights, columns_of(codebook, tile.codes), *(trees or ()), *held)
     return codes, delta
 
 
-def _columns(codebook: jax.Array, k: int) -> jax.Array:
+def columns_of(codebook: jax.Array, k: int) -> jax.Array:
     """Returns the codes float32 [g, n'], n' a multiple of k, those that fill it at infinity."""
     return jnp.pad(codebook.T, ((0, 0), (0, -len(codebook) % k)), constant_values=jnp.inf)

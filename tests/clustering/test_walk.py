@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cluscomp_jax.clustering.code_search import NearestCodes
+from cluscomp_jax.clustering.code_search import NearestCodes, NearestPath
 from cluscomp_jax.clustering.error_feedback import assign_with_error_feedback, factor_hessian
 from cluscomp_jax.clustering.refine import curvature_of, reassign_codes
+from cluscomp_jax.clustering.walk import Rows
+from cluscomp_jax.trellis.viterbi import Trellis
 from pallas_kernels import implementation
 from pallas_kernels._compat import lowering_for
 from pallas_kernels.implementation import IMPLEMENTATION
-
-NAME = "code_walk_nearest"
 
 
 def problem(i, o, g, n):
@@ -53,6 +53,22 @@ def test_the_kernel_chooses_the_codes_of_the_scan(i, o, g, n):
         assert errors[1] <= 1.0001 * errors[0]
 
 
+def test_paths_by_the_kernel_have_the_output_error_of_the_scan():
+    weight, codebook, hessian = problem(10, 300, 2, 64)
+    search = NearestPath(Trellis(6, 2))
+    expected, found = (both_passes(weight, codebook, hessian, search, how) for how in ("definition", "interpret"))
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(other[:, :-1] >> 2, other[:, 1:] & 15)
+        errors = [output_error(weight, codebook, codes, hessian) for codes in (one, other)]
+        # Two searches of nearly the best paths part at the first tie; from there on channels have other errors.
+        assert errors[1] <= 1.02 * errors[0]
+
+
+def test_a_trellis_too_large_for_a_program_is_scanned():
+    rows = Rows(*jnp.zeros((3, 2, 2)), None)
+    assert NearestPath(Trellis(15, 2)).walk(rows, jnp.zeros((2**15, 1)), outputs=2, interpret=True) is None
+
+
 def lowered(platform, search):
     weight, codebook, hessian = problem(20, 16, 4, 8)
     factor = factor_hessian(hessian)
@@ -61,11 +77,15 @@ def lowered(platform, search):
         return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-def test_a_program_for_a_cuda_device_holds_the_kernel(monkeypatch):
+KERNELS = {NearestCodes(): "code_walk_nearest", NearestPath(Trellis(3, 2)): "code_paths"}
+
+
+@pytest.mark.parametrize("search", KERNELS, ids=KERNELS.values())
+def test_a_program_for_a_cuda_device_holds_the_kernel(search, monkeypatch):
     monkeypatch.setattr(implementation, "cuda_can_be_compiled", lambda: True)
     jax.clear_caches()
-    assert NAME in lowered("cuda", NearestCodes())
-    assert NAME not in lowered("cpu", NearestCodes())
+    assert KERNELS[search] in lowered("cuda", search)
+    assert KERNELS[search] not in lowered("cpu", search)
 
 
 def test_a_search_without_a_kernel_is_scanned(monkeypatch):
@@ -75,4 +95,4 @@ def test_a_search_without_a_kernel_is_scanned(monkeypatch):
 
     monkeypatch.setattr(implementation, "cuda_can_be_compiled", lambda: True)
     jax.tree_util.register_pytree_node(Plain, lambda _: ((), None), lambda *_: Plain())
-    assert NAME not in lowered("cuda", Plain())
+    assert "code_walk" not in lowered("cuda", Plain())

@@ -1,14 +1,15 @@
 """Writes the golden checkpoint of the current format version, and prints what its test pins.
 
-    python scripts/make_golden.py tests/fixtures/golden_v3
+    python scripts/make_golden.py tests/fixtures/golden_v4
 
-golden_v1 was made by the same program without trellises.
+golden_v3 was made by the same program without what is carried, golden_v1 without trellises too.
 
 Run once per format version: what is committed stays as it was written, because it represents the checkpoints of users.
 """
 
 import argparse
 import hashlib
+import json
 import pprint
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.core.coding import Axis, Form, TrellisCoding, index_dtype, index_shape
+from cluscomp_jax.io.hf.safetensors_writer import SafetensorsWriter, TensorSpec
 from cluscomp_jax.models.llama import LlamaConfig, LlamaModel
+from cluscomp_jax.models.model import model_config_to_dict
 
 CONFIG = LlamaConfig(
     vocab_size=32,
@@ -91,10 +94,26 @@ def write_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text('{"note": "carried along as it is"}\n', encoding="utf-8")
 
 
+def write_carried(folder: Path) -> None:
+    """Writes what is around the text model: an array of a dtype that no parameter has, and NaNs of two payloads."""
+    tower = {
+        "vision_tower.scale": np.array([0x7FC00000, 0x7FC12345, 0x3F800000], np.uint32).view(np.float32),
+        "vision_tower.steps": np.array(7, np.int64),
+    }
+    specs = [TensorSpec(name, array.dtype, array.shape) for name, array in tower.items()]
+    with SafetensorsWriter(folder, specs, shard_bytes=1 << 20) as writer:
+        for array in tower.values():
+            writer.write(array)
+    text = model_config_to_dict(CONFIG)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llava", "text_config": text}), encoding="utf-8")
+    (folder / "text_model.json").write_text('{"prefixes": [["language_model.", ""]]}\n', encoding="utf-8")
+
+
 def main(out: Path) -> None:
     params = make_params()
     cfg = CompressConfig(model=CONFIG)
-    save_checkpoint(out, params, cfg, provenance={"source": "scripts/make_golden.py"}, tokenizer=write_tokenizer)
+    provenance = {"source": "scripts/make_golden.py"}
+    save_checkpoint(out, params, cfg, provenance=provenance, tokenizer=write_tokenizer, carried=write_carried)
     pprint.pprint(digests(params), width=120, sort_dicts=False)
 
 

@@ -24,7 +24,7 @@ class RecoveryConfig:
       compute_dtype, remat_policy, offload_inputs: as in `TrainingConfig`.
     """
 
-    steps: int = 64
+    steps: int = 100
     trainable: tuple[str, ...] = (EVERY_CODEBOOK, ".*norm/weight")
     batch_size: int = 1
     learning_rate: float = 0.0012

@@ -117,8 +117,8 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
 
 
 def test_a_newer_format_is_refused_by_name(saved):
-    forge(saved, lambda f: f.update(format_version=4))
-    with pytest.raises(InputError, match=r"format version 4 is newer than 3.*install a newer cluscomp-jax"):
+    forge(saved, lambda f: f.update(format_version=5))
+    with pytest.raises(InputError, match=r"format version 5 is newer than 4.*install a newer cluscomp-jax"):
         open_checkpoint(saved)
 
 

@@ -16,6 +16,7 @@ from cluscomp_jax.core.coding import stored_bits
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.calibration import Calibration, Embeddings, check_embeddings, has_labels
 from cluscomp_jax.models.model import Model, check_tokens, parameter_shapes
+from cluscomp_jax.models.tensor_names import refuse_fused_aqlm
 
 Rules = dict[str, CompressionRule]
 _LARGEST_DENSE_BITS = 32
@@ -56,6 +57,7 @@ def rules_by_block(
                 chosen |= _within_budget(own, rule, cfg.cluster, sensitivities, codebooks, model.blocks_path, alike)
         matched = chosen
     if cfg.cluster.export == "aqlm":
+        refuse_fused_aqlm(model.config)
         _check_aqlm(matched, shapes)
     by_block: list[Rules] = []
     for i in range(model.num_blocks):

@@ -14,14 +14,19 @@ import numpy as np
 from cluscomp_jax.checkpoint.entries import DTYPES, Entry, MatrixEntry, TensorEntry
 from cluscomp_jax.checkpoint.reader import CheckpointSource
 from cluscomp_jax.core.codebook import CodebookArray
-from cluscomp_jax.errors import InputError
 from cluscomp_jax.export import aqlm
 from cluscomp_jax.export.format import DEFAULT_SHARD_BYTES, ExportOptions
 from cluscomp_jax.export.iterate_parameters import copy_tokenizer, dense_array, ordered_entries, walk
 from cluscomp_jax.io.hf.carried import open_carried
 from cluscomp_jax.io.hf.safetensors_source import GENERATION_CONFIG
 from cluscomp_jax.io.hf.safetensors_writer import SafetensorsWriter, TensorSpec
-from cluscomp_jax.models.tensor_names import TensorNames, is_transposed, names_of, stored_shape
+from cluscomp_jax.models.tensor_names import (
+    TensorNames,
+    is_transposed,
+    names_of,
+    refuse_fused_aqlm,
+    stored_shape,
+)
 from cluscomp_jax.runtime import atomic, json_files
 
 _TOKENIZER_USAGE = (
@@ -162,11 +167,7 @@ def write_aqlm(source: CheckpointSource, folder: Path, options: ExportOptions) -
     """
     entries = ordered_entries(source)
     names = names_of(source.model_config, "hugging_face")
-    if names.fused:
-        raise InputError(
-            f"{source.model_config.model_type} stores several matrices as one ({', '.join(names.fused)}), and each of "
-            "them has a codebook of its own here, which AQLM cannot hold; export it as dense"
-        )
+    refuse_fused_aqlm(source.model_config)
     scheme = aqlm.scheme_of(entries, names, bits=options.code_bits)
     specs = []
     for path, entry in entries.items():

@@ -97,6 +97,23 @@ def names_of(config: Any, form: Literal["hugging_face", "gguf"]) -> TensorNames:
     return tables[form]
 
 
+def fused_modules(config: Any) -> tuple[str, ...]:
+    """Returns the modules of Hugging Face folders that join several matrices; none where the family has no table."""
+    try:
+        return tuple(names_of(config, "hugging_face").fused)
+    except InputError:
+        return ()
+
+
+def refuse_fused_aqlm(config: Any) -> None:
+    """Raises InputError where a family joins matrices, which have a codebook each here: AQLM cannot hold them."""
+    if fused := fused_modules(config):
+        raise InputError(
+            f"{config.model_type} stores several matrices as one ({', '.join(fused)}), and each of them has a codebook "
+            "of its own here, which AQLM cannot hold; compress it for another form, and export it as dense"
+        )
+
+
 def is_transposed(path: str) -> bool:
     """Returns whether a parameter is stored [d_out, d_in] where Flax has [d_in, d_out]."""
     return path.endswith("/kernel")

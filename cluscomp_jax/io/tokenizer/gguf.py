@@ -41,6 +41,10 @@ def _byte_level() -> list[Any]:
     return [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
 
 
+def _digits_alone() -> list[Any]:
+    return [pre_tokenizers.Digits(individual_digits=True), *_byte_level()]
+
+
 _DEFAULT_SPLITS = (
     r"[\p{P}\$\+<=>\^~\|]+",
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
@@ -58,10 +62,13 @@ def _default() -> list[Any]:
 _PRE_TOKENIZERS: dict[str, Callable[[], list[Any]]] = {
     "default": _default,
     "gpt-2": _byte_level,
-    "smollm": lambda: [pre_tokenizers.Digits(individual_digits=True), *_byte_level()],
+    "smollm": _digits_alone,
+    "refact": _digits_alone,
     "llama-bpe": _split_by(_LLAMA3_SPLIT),
     "llama3": _split_by(_LLAMA3_SPLIT),
     "llama-v3": _split_by(_LLAMA3_SPLIT),
+    "dbrx": _split_by(_LLAMA3_SPLIT),
+    "smaug-bpe": _split_by(_LLAMA3_SPLIT),
     "qwen2": _split_by(_QWEN2_SPLIT),
     "deepseek-r1-qwen": _split_by(_QWEN2_SPLIT),
     "tekken": _split_by(_TEKKEN_SPLIT),

@@ -73,6 +73,16 @@ REBUILT = {
 }
 
 
+@pytest.mark.parametrize(("pre", "same"), [("refact", "smollm"), ("dbrx", "llama-bpe"), ("smaug-bpe", "llama-bpe")])
+def test_names_for_the_same_split(pre, same):
+    """llama.cpp has one case for the names of each pair; only llama-bpe begins texts by itself."""
+    one, other = (build_tokenizer(gguf_metadata(SMOLLM, pre=each), where="here") for each in (pre, same))
+    sample = "In 1984, it's 12345 o'clock;\n\n  DON'T stop"
+    mine, theirs = (encode_text(each, sample) for each in (one, other))
+    np.testing.assert_array_equal(mine, theirs[len(theirs) - len(mine) :])
+    assert len(theirs) - len(mine) == (same == "llama-bpe")
+
+
 def test_digits_are_split_one_by_one_for_smollm():
     pieces = REBUILT["smollm"].convert_ids_to_tokens(encode_text(REBUILT["smollm"], "in  1984"))
     assert pieces[-4:] == ["1", "9", "8", "4"]

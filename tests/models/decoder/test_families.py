@@ -174,6 +174,13 @@ def test_what_is_not_served_is_refused_by_name(name: str, changes: dict[str, Any
     assert "\n" not in str(caught.value)
 
 
+def test_aqlm_is_refused_for_fused_matrices_before_any_work() -> None:
+    config = parse_model_config(fields_of("phi4"))
+    cfg = CompressConfig(model=config, cluster=ClusterConfig(export="aqlm"), tuning=None)
+    with pytest.raises(InputError, match=r"phi3 stores several matrices as one \(self_attn.qkv_proj"):
+        compress(random_params(config), cfg)
+
+
 def test_the_old_names_of_longrope_mean_it() -> None:
     new, old = (fields_of("phi4_mini") for _ in range(2))
     old["rope_scaling"] = new["rope_scaling"] | {"type": "su"}

@@ -19,6 +19,7 @@ from cluscomp_jax import (
     open_model,
 )
 from cluscomp_jax.checkpoint.reader import open_checkpoint, save_checkpoint
+from cluscomp_jax.errors import InputError
 from cluscomp_jax.export import export_checkpoint
 from cluscomp_jax.models.decoder import DecoderConfig, LayerKind, build, forward
 from cluscomp_jax.models.decoder.hf_fields import read_sizes, write_sizes
@@ -89,6 +90,8 @@ def test_it_is_compressed_saved_exported_and_run(folder: Any) -> None:
     small = compress(opened.source, cfg, calibration=tokens)
     save_checkpoint(folder / "small", small, cfg)
     export_checkpoint(open_checkpoint(folder / "small"), folder / "dense", "dense", dtype="float32")
+    with pytest.raises(InputError, match="toy_sandwich stores several matrices as one"):
+        export_checkpoint(open_checkpoint(folder / "small"), folder / "aqlm", "aqlm")
     again = open_model(folder / "dense")
     assert again.config == opened.config
     expected = np.asarray(forward(small, tokens, opened.config))

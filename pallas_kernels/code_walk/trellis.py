@@ -8,7 +8,7 @@ An even strip is searched with a margin on either side and free ends. So its pat
 before and after it, as a search of the whole channel would. The targets of a margin follow from the errors of the odd
 strips, so that both kinds of strips advance together, in two launches a row. Strips that walk a whole block by
 themselves need 64 times fewer launches, but do not know their neighbours' targets: the output error was 1.2% larger
-with strips of 64 steps, 2.4% with 32 (docs/experiments.md).
+with strips of 64 steps, 2.4% with 32 (docs/kernels.md).
 
 Letters: r channels of a block, c codes of a channel, g weights per code.
 """

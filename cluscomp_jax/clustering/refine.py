@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from cluscomp_jax.clustering.code_search import CodeSearch
 from cluscomp_jax.clustering.error_feedback import HessianFactor
 from cluscomp_jax.clustering.walk import Rows, walked
+from cluscomp_jax.kmeans.assignment import add_by_code
 
 _ROWS = 128
 """Channels whose changes are added to the others in one product of matrices."""
@@ -178,7 +179,7 @@ def update_codebook(weight: jax.Array, codebook: jax.Array, index: jax.Array, cu
     def gathered(slopes: Callable[[_Piece], jax.Array]) -> jax.Array:
         def add(total: jax.Array, piece: _Piece) -> tuple[jax.Array, None]:
             values = jnp.where(piece.real, slopes(piece), 0.0)
-            return total.at[piece.codes].add(values.reshape(*piece.codes.shape, g)), None
+            return add_by_code(total, values.reshape(*piece.codes.shape, g), piece.codes), None
 
         total: jax.Array = jax.lax.scan(add, jnp.zeros((n, g), jnp.float32), pieces)[0]
         return total

@@ -59,23 +59,24 @@ def add_up(sums: jax.Array, offset: jax.Array, weights: jax.Array, index: jax.Ar
       index: int32 [m], the codes, below n.
     """
     rows = jnp.concatenate([offset * weights[:, None], weights[:, None]], axis=1)
-    return add_by_code(sums, rows, index), squared_lengths(offset) * weights
+    return add_by_code(sums, rows, index, mode="promise_in_bounds"), squared_lengths(offset) * weights
 
 
-def add_by_code(sums: jax.Array, rows: jax.Array, codes: jax.Array) -> jax.Array:
-    """Returns sums float32 [n, h] with rows float32 [m, h] added to those of their codes int32 [m], below n.
+def add_by_code(sums: jax.Array, rows: jax.Array, codes: jax.Array, *, mode: str | None = None) -> jax.Array:
+    """Returns sums float32 [n, h] with rows float32 [..., h] added to those of their codes int32 [...], below n.
 
     A scatter-add. On a GPU, where XLA adds by atomics in any order, the rows are sorted by code, and a kernel adds
     those of each code in that order: the same bytes every time.
     """
 
     def scattered(sums: jax.Array, rows: jax.Array, codes: jax.Array) -> jax.Array:
-        return sums.at[codes].add(rows, mode="promise_in_bounds")
+        return sums.at[codes].add(rows, mode=mode)
 
     def sorted_sums(sums: jax.Array, rows: jax.Array, codes: jax.Array, *, interpret: bool) -> jax.Array:
         from pallas_kernels.codebook_matmul.triton import segment_sum
 
         n, h = sums.shape
+        rows, codes = rows.reshape(-1, h), codes.reshape(-1)
         places = jnp.arange(len(codes), dtype=jnp.int32)
         codes, order = jax.lax.sort((codes, places), num_keys=1, is_stable=True)
         ends = jnp.arange(n + 1, dtype=jnp.int32)

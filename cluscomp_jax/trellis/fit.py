@@ -8,11 +8,15 @@ Letters: r lines of c vectors of g weights; n codes; t steps of a segment, z seg
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from cluscomp_jax.kmeans.assignment import add_by_code
 from cluscomp_jax.trellis.viterbi import LANES, Trellis, best_paths
+from pallas_kernels.code_walk.config import path_config
+from pallas_kernels.implementation import kernels_or_definition
 
 _STEPS = 64
 """Steps of a segment."""
@@ -86,15 +90,35 @@ def improve(
     line = jax.random.randint(of_line, (z,), 0, r)
     first = jax.random.randint(of_place, (z,), 0, c - t + 1)
     segments = jax.vmap(lambda i, j: jax.lax.dynamic_slice(lines, (i, j, 0), (1, t, g))[0])(line, first)
-    lanes = segments.reshape(-1, LANES, t, g).transpose(0, 2, 3, 1)
-    codes = jax.lax.map(lambda targets: best_paths(targets, codebook, trellis), lanes).transpose(0, 2, 1).reshape(z, t)
+    codes = _segment_codes(segments, codebook, trellis)
     # The ends of a segment are not those of a line: nothing before and after them restricts their codes.
     edge = min(-(-trellis.window_bits // trellis.step_bits), (t - 1) // 2) if t < c else 0
     inner = (jnp.arange(t) >= edge) & (jnp.arange(t) < t - edge)
     mass = jnp.where(inner, weights[line][:, None], 0.0)[..., None]
     sums = jnp.zeros((n, g + 1), jnp.float32)
-    sums = sums.at[codes].add(jnp.concatenate([segments * mass, mass], axis=2))
+    sums = add_by_code(sums, jnp.concatenate([segments * mass, mass], axis=2), codes)
     weight = sums[:, -1:]
     move = jnp.where(weight > 0, sums[:, :-1] / jnp.where(weight > 0, weight, 1.0) - codebook, 0.0)
     velocity = step * move + _MOMENTUM * velocity
     return codebook + velocity, velocity
+
+
+def _segment_codes(segments: jax.Array, codebook: jax.Array, trellis: Trellis) -> jax.Array:
+    """Returns the codes int32 [z, t] of the path of least squared error along every segment float32 [z, t, g]."""
+    z, t, g = segments.shape
+
+    def mapped(segments: jax.Array, codebook: jax.Array) -> jax.Array:
+        lanes = segments.reshape(-1, LANES, t, g).transpose(0, 2, 3, 1)
+        codes = jax.lax.map(lambda targets: best_paths(targets, codebook, trellis), lanes)
+        return codes.transpose(0, 2, 1).reshape(z, t)
+
+    def kernel(segments: jax.Array, codebook: jax.Array, *, interpret: bool) -> jax.Array:
+        tile = path_config(t, g, *trellis)
+        if tile is None:
+            return mapped(segments, codebook)
+        from pallas_kernels.code_walk.trellis import search_segments
+
+        fixed: dict[str, Any] = {"step_bits": trellis.step_bits, "num_warps": tile.num_warps}
+        return search_segments(segments, codebook, interpret=interpret, **fixed)
+
+    return kernels_or_definition(mapped, kernel, segments, codebook)

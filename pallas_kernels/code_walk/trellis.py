@@ -8,7 +8,7 @@ An even strip is searched with a margin on either side and free ends. So its pat
 before and after it, as a search of the whole channel would. The targets of a margin follow from the errors of the odd
 strips, so that both kinds of strips advance together, in two launches a row. Strips that walk a whole block by
 themselves need 64 times fewer launches, but do not know their neighbours' targets: the output error was 1.2% larger
-with strips of 64 steps, 2.4% with 32 (docs/experiments.md).
+with strips of 64 steps, 2.4% with 32 (docs/kernels.md).
 
 Letters: r channels of a block, c codes of a channel, g weights per code.
 """
@@ -69,3 +69,28 @@ def walk_trellis(
     codes, delta = jax.lax.fori_loop(0, r, walk_row, nothing)
     real = slice(margin, margin + c)
     return codes[:, real], delta[:, :, real].swapaxes(1, 2).reshape(r, width)
+
+
+def search_segments(
+    segments: jax.Array, codebook: jax.Array, *, step_bits: int, num_warps: int, interpret: bool = False
+) -> jax.Array:
+    """Returns the codes int32 [z, t] of the path of least squared error along every segment float32 [z, t, g].
+
+    The segments are the strips of one channel, with free ends; z is even.
+
+    Args:
+      segments: the targets.
+      codebook: float32 [n, g], finite, n a power of two.
+      step_bits: b.
+      num_warps: of 32 threads each, of a program.
+    """
+    z, t, g = segments.shape
+    targets = segments.reshape(1, z * t, g).swapaxes(1, 2)
+    state = jnp.zeros((1, z * t), jnp.int32), jnp.zeros_like(targets)
+    counts, weights, turn = jnp.ones((g, z * t)), jnp.zeros((1, 1)), jnp.zeros((1,), jnp.int32)
+    fixed: dict[str, Any] = {"step_bits": step_bits, "num_warps": num_warps, "interpret": interpret}
+    for first in (0, t):
+        launch = Launch(first=first, strips=z // 2, steps=t, margin=0, held=False, begin=0, end=z * t)
+        arrays = (targets, targets, counts, weights, codebook, turn)
+        state = search_strips(state[0], state[1], *arrays, launch=launch, **fixed)
+    return state[0].reshape(z, t)

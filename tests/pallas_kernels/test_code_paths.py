@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.code_walk.config import PathConfig, path_config
-from pallas_kernels.code_walk.trellis import walk_trellis
+from pallas_kernels.code_walk.trellis import search_segments, walk_trellis
 
 
 def least_error(target, table, step_bits, counts):
@@ -59,3 +59,14 @@ def test_strips_hold_a_window_and_large_codebooks_have_none():
         assert tile.steps * step_bits >= 12
         assert tile.margin * step_bits >= 12
     assert path_config(4096, 1, 16, 4) is None
+
+
+def test_every_segment_takes_the_path_of_least_error():
+    *_, table = problem(1, 1, 1, 2, 5)
+    segments = np.random.default_rng(2).standard_normal((4, 9, 2)).astype(np.float32)
+    arrays = (jnp.asarray(segments), jnp.asarray(table))
+    codes = np.asarray(search_segments(*arrays, step_bits=2, num_warps=4, interpret=True))
+    np.testing.assert_array_equal(codes[:, :-1] >> 2, codes[:, 1:] & 7)
+    for segment, path in zip(segments.astype(np.float64), codes, strict=True):
+        least = least_error(segment, table.astype(np.float64), 2, np.ones((9, 2)))
+        assert np.sum((segment - table[path]) ** 2) <= least * (1 + 1e-5)

@@ -78,8 +78,9 @@ def _count_equation(eqn: Any) -> Work:
     name = eqn.primitive.name
     if name == "cond":
         branches = [branch.jaxpr for branch in eqn.params["branches"]]
-        # Where a program chooses by platform, GPU kernels are what a card runs.
-        branches = [branch for branch in branches if "pallas_call" in _names(branch)] or branches
+        kernels = [branch for branch in branches if "pallas_call" in _names(branch)]
+        if kernels:  # a choice by platform: a card runs GPU kernels, and of two branches that hold some the shorter
+            return min(map(_count, kernels), key=lambda work: work.steps)
         return max(map(_count, branches), key=lambda work: work.matrix + work.vector)
     if name == "pallas_call" and (cost := eqn.params.get("cost_estimate")) is not None:
         return Work(vector=float(cost.flops), moved=float(cost.bytes_accessed), steps=1.0)

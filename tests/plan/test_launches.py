@@ -197,7 +197,7 @@ def test_programs_that_are_not_compiled_scale_with_their_steps() -> None:
     card = find_target("a6000")
     with compiling_for(card):
         place = AbstractDevice(placement(card))
-        programs = [feeding(place, d_in, d_out, 1.0) for d_in, d_out in ((256, 512), (512, 256), (1024, 256))]
+        programs = [feeding(place, d_in, d_out, 1.0) for d_in, d_out in ((2048, 512), (4096, 256), (8192, 256))]
         assert len(_compiled_of(programs)) == 1
         each = [compile_counted(program)[1] for program in programs]
     assert each[2].launches > 2 * each[0].launches

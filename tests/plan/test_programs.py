@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from cluscomp_jax import finetuning, llama, pipeline
+from cluscomp_jax.clustering.code_search import NearestCodes
 from cluscomp_jax.clustering.sensitivity import sensitivities
+from cluscomp_jax.clustering.walk import Rows
 from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
 from cluscomp_jax.config.data import CalibrationConfig, DataConfig
 from cluscomp_jax.config.finetune import FinetuneConfig
@@ -269,3 +271,12 @@ def test_operations_are_counted() -> None:
     assert chosen.vector >= 2 * 4**3
     assert product.times(3).matrix == 3 * product.matrix
     assert product.least_seconds(matrix_rate=210, vector_lr_scale=1, bandwidth=1e9) == pytest.approx(1, rel=1e-3)
+
+
+def test_the_operations_of_a_search_are_those_of_its_kernel() -> None:
+    """32 channels of 2 vectors of 4 weights, compared with 16 codes: 11 operations a pair, and the sums of deltas."""
+    shapes = (32, 8), (32, 8), (32, 32), (16, 4)
+    counted = work(lambda *a: NearestCodes().walk(Rows(*a[:3], None), a[3], outputs=8, interpret=True), *shapes)
+    operations = 32 * 2 * (16 * 11 + 2 * 32 * 4)
+    assert operations <= counted.vector <= operations + 200  # the codebook is laid out by columns and padded
+    assert counted.steps == 2  # the kernel, and the program that it is in

@@ -57,7 +57,7 @@ def compress(
     params: Any,
     cfg: CompressConfig,
     *,
-    calibration: Calibration | Any | None = None,
+    calibration: Calibration | None = None,
     reporter: Reporter | None = None,
     work_dir: str | Path | None = None,
     layout: layouts.Layouts = layouts.auto,

@@ -142,9 +142,10 @@ class Setting(NamedTuple):
     s: int
     window: int
 
-    def bits(self, size: int) -> int:
-        """Returns the stored bits of so many weights and their codebook."""
-        return -(-size // self.g) * self.s + 16 * self.g * 2**self.window
+    def bits(self, kernel: np.ndarray) -> int:
+        """Returns the stored bits of a kernel: a stream for each of its inputs, and the codebook."""
+        stream = -(-len(kernel) // self.g) * self.s + self.window - self.s
+        return kernel[0].size * stream + 16 * self.g * 2**self.window
 
     @property
     def error(self) -> float:
@@ -161,20 +162,20 @@ SETTINGS = [
 """Few, because a program is compiled for each setting and shape."""
 
 
-def frontier(size: int) -> list[Setting]:
-    """Returns settings of a kernel of so many weights, from few bits to many: each saves less error for a bit."""
+def frontier(kernel: np.ndarray) -> list[Setting]:
+    """Returns settings of a kernel from few bits to many: each saves less error for a bit than the one before."""
     chain: list[Setting] = []
-    for setting in sorted(SETTINGS, key=lambda one: (one.bits(size), one.error)):
-        while len(chain) > 1 and saved(size, chain[-2], chain[-1]) <= saved(size, chain[-2], setting):
+    for setting in sorted(SETTINGS, key=lambda one: (one.bits(kernel), one.error)):
+        while len(chain) > 1 and saved(kernel, chain[-2], chain[-1]) <= saved(kernel, chain[-2], setting):
             chain.pop()
         if not chain or setting.error < chain[-1].error:
             chain.append(setting)
     return chain
 
 
-def saved(size: int, few: Setting, many: Setting) -> float:
+def saved(kernel: np.ndarray, few: Setting, many: Setting) -> float:
     """Returns how much error a bit saves between two settings."""
-    return (few.error - many.error) / max(many.bits(size) - few.bits(size), 1)
+    return (few.error - many.error) / max(many.bits(kernel) - few.bits(kernel), 1)
 
 
 def choose_settings(weights: Weights, costs: Mapping[str, float], budget: int) -> dict[str, Setting]:
@@ -182,16 +183,16 @@ def choose_settings(weights: Weights, costs: Mapping[str, float], budget: int) -
 
     Every kernel begins with the fewest bits. The next setting of a kernel follows where the sum falls most for a bit.
     """
-    chains = {name: frontier(array.size) for name, array in weights.items()}
+    chains = {name: frontier(array) for name, array in weights.items()}
     chosen = {name: chain[0] for name, chain in chains.items()}
-    left = budget - sum(chain[0].bits(weights[name].size) for name, chain in chains.items())
+    left = budget - sum(chain[0].bits(weights[name]) for name, chain in chains.items())
     steps = [
-        (costs[name] * saved(weights[name].size, *pair), name, *pair)
+        (costs[name] * saved(weights[name], *pair), name, *pair)
         for name, chain in chains.items()
         for pair in itertools.pairwise(chain)
     ]
     for _, name, few, many in sorted(steps, reverse=True):
-        bits = many.bits(weights[name].size) - few.bits(weights[name].size)
+        bits = many.bits(weights[name]) - few.bits(weights[name])
         if chosen[name] == few and bits <= left:
             chosen[name], left = many, left - bits
     return chosen

@@ -103,7 +103,7 @@ def test_a_budget_is_kept_and_nearly_spent(example: Any, bits: int) -> None:
     assert budget == sum(bits * array.size + 16 * len(array) for array in weights.values())
     assert all(len(np.unique(array[0])) <= 2**bits for array in rounded.values())
     chosen = example.choose_settings(weights, costs, budget)
-    spent = sum(setting.bits(weights[name].size) for name, setting in chosen.items())
+    spent = sum(setting.bits(weights[name]) for name, setting in chosen.items())
     assert 0.97 * min(budget, spent + 1) <= spent <= budget
     errors = [chosen[name].error for name in weights]
     assert errors[-1] < errors[0]

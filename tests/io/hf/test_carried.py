@@ -14,6 +14,7 @@ from vlm_models import TRANSFORMERS_4, TRANSFORMERS_5, nested_fields, read_raw, 
 from cluscomp_jax import CompressConfig, CompressionRule, compress, load_checkpoint, open_model, save_checkpoint
 from cluscomp_jax.checkpoint.manifest import read_manifest
 from cluscomp_jax.checkpoint.reader import open_checkpoint
+from cluscomp_jax.checkpoint.writer import CheckpointWriter
 from cluscomp_jax.cli import main
 from cluscomp_jax.config.clustering import ClusterConfig
 from cluscomp_jax.core import trees
@@ -105,6 +106,47 @@ def test_the_command_line_carries_along_and_finetunes(tmp_path: Path, capsys: py
     assert main(["export", str(tuned), "--format", "dense", "--out", str(tmp_path / "out")]) == 0
     found = read_raw(tmp_path / "out/model.safetensors")
     assert {name: found[name] for name in around} == around
+
+
+@pytest.mark.parametrize("stopped", ["store_carried", "finish"])
+def test_an_interrupted_run_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: str) -> None:
+    around = write_vlm(tmp_path / "vlm")
+    command = ["compress", str(tmp_path / "vlm"), "--g", "2", "--num-codes", "16"]
+    assert main([*command, "--out", str(tmp_path / "whole")]) == 0
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, stopped, stop)
+        main([*command, "--out", str(tmp_path / "small")])
+    assert not (tmp_path / "small/manifest.json").exists()
+    assert (tmp_path / "small/carried").is_dir() is (stopped == "finish")
+    assert main([*command, "--out", str(tmp_path / "small")]) == 0
+    assert read_raw(tmp_path / "small/carried/model.safetensors") == around
+    for item in ("blocks", "carried"):
+        files = [file for file in sorted((tmp_path / "whole" / item).rglob("*")) if file.is_file()]
+        for file in files:
+            if file.name != "_CHECKPOINT_METADATA":
+                again = tmp_path / "small" / file.relative_to(tmp_path / "whole")
+                assert again.read_bytes() == file.read_bytes()
+
+
+def test_another_config_around_the_same_weights_is_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_vlm(tmp_path / "vlm")
+    command = ["compress", str(tmp_path / "vlm"), "--g", "2", "--num-codes", "16", "--out", str(tmp_path / "small")]
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "finish", stop)
+        main(command)
+    (tmp_path / "vlm/preprocessor_config.json").write_text("{}")
+    assert main(command) == 2
+    assert "carried" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_checkpoint_of_a_text_model_keeps_its_version(tmp_path: Path) -> None:

@@ -95,4 +95,4 @@ def test_a_search_without_a_kernel_is_scanned(monkeypatch):
 
     monkeypatch.setattr(implementation, "cuda_can_be_compiled", lambda: True)
     jax.tree_util.register_pytree_node(Plain, lambda _: ((), None), lambda *_: Plain())
-    assert "code_walk" not in lowered("cuda", Plain())
+    assert "code_walk_nearest" not in lowered("cuda", Plain())

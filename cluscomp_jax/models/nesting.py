@@ -63,11 +63,15 @@ class Nesting:
       text_config: the field of config.json that is the text model's config.
       names: the ways in which files name the text model's tensors; a file is of one of them.
       inner_tie: whether `tie_word_embeddings` of the text config counts where that of the whole config is not set.
+      tied: what it is where neither config says.
+      text_type: the model_type of a text config that names none.
     """
 
     names: tuple[NestedNames, ...]
     text_config: str = "text_config"
     inner_tie: bool = False
+    tied: bool = False
+    text_type: str = "llama"
 
 
 _LANGUAGE_MODEL = (
@@ -78,6 +82,7 @@ _LANGUAGE_MODEL = (
 NESTINGS: dict[str, Nesting] = {
     "llava": Nesting(_LANGUAGE_MODEL, inner_tie=True),
     "llava_next": Nesting(_LANGUAGE_MODEL),
+    "gemma3": Nesting(_LANGUAGE_MODEL, inner_tie=True, tied=True, text_type="gemma3_text"),
 }
 """{model_type: how it contains its text model}."""
 
@@ -87,6 +92,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"vocab_size": 32000, **dict(zip(_SIZES, (4096, 11008, 32, 32, None), strict=True))},
     "mistral": {"vocab_size": 32000, **dict(zip(_SIZES, (4096, 14336, 32, 32, 8), strict=True))},
     "qwen2": {"vocab_size": 151936, **dict(zip(_SIZES, (4096, 22016, 32, 32, 32), strict=True))},
+    "gemma3_text": {"vocab_size": 262208, **dict(zip(_SIZES, (2304, 9216, 26, 8, 4), strict=True))},
 }
 """The sizes that transformers takes where a nested config leaves them out, as those of hubs do."""
 
@@ -116,14 +122,15 @@ def text_fields(fields: Mapping[str, Any], nesting: Nesting) -> dict[str, Any]:
             f"config: {nesting.text_config} of {fields.get('model_type')} is {type(text).__name__}; "
             "it must be the mapping of the text model"
         )
-    model_type = text.get("model_type") or "llama"  # as transformers reads the oldest of these configs
+    model_type = text.get("model_type") or nesting.text_type  # as transformers reads the oldest of these configs
     given = {name: value for name, value in text.items() if value is not None or name not in _SIZES}
     merged = {**_DEFAULTS.get(str(model_type), {}), **given, "model_type": model_type}
     for name in (*_TOKENS, "quantization_config"):
         if fields.get(name) is not None:
             merged[name] = fields[name]
-    inner = merged.get("tie_word_embeddings") if nesting.inner_tie else False
-    merged["tie_word_embeddings"] = fields.get("tie_word_embeddings") or inner or False
+    ties = [fields.get("tie_word_embeddings"), merged.get("tie_word_embeddings") if nesting.inner_tie else None]
+    said = [tie for tie in ties if tie is not None]
+    merged["tie_word_embeddings"] = any(said) if said else nesting.tied
     return merged
 
 

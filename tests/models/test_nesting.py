@@ -1,6 +1,7 @@
 """Text models inside larger ones: names, configs, and what is refused."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -108,6 +109,24 @@ def test_which_field_ties_embeddings(model_type: str, outer: bool | None, inner:
     assert parse_model_config(fields).tie_word_embeddings is tied
 
 
+@pytest.mark.parametrize(
+    ("outer", "inner", "tied"), [(None, None, True), (False, None, False), (None, False, False), (False, True, True)]
+)
+def test_embeddings_of_gemma_3_are_tied_unless_its_config_says_otherwise(
+    outer: bool | None, inner: bool | None, tied: bool
+) -> None:
+    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    fields: dict[str, Any] = {"model_type": "gemma3", "text_config": text}
+    if outer is not None:
+        fields["tie_word_embeddings"] = outer
+    if inner is not None:
+        text["tie_word_embeddings"] = inner
+    config = parse_model_config(fields)
+    assert config.model_type == "gemma3_text"
+    assert config.vocab_size == 262208
+    assert config.tie_word_embeddings is tied
+
+
 def test_stop_tokens_of_the_whole_replace_those_of_the_text_model() -> None:
     text = config_fields(eos_token_id=3, pad_token_id=4)
     config = parse_model_config(nested_fields(text=text, eos_token_id=[5, 6]))
@@ -126,7 +145,7 @@ def test_stop_tokens_of_the_whole_replace_those_of_the_text_model() -> None:
         (nested_fields(text_config=None), "text_config of llava is NoneType; it must be the mapping"),
         (
             nested_fields("idefics3"),
-            "model_type 'idefics3' is not.*with one of these as text model: llava",
+            "model_type 'idefics3' is not.*with one of these as text model: gemma3, llava",
         ),
         (
             nested_fields(quantization_config={"quant_method": "awq"}),

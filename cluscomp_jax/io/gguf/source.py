@@ -78,15 +78,16 @@ class GgufSource:
                     raise InputError(f"{path}: tensor {tensor.name} is in {self._places[tensor.name].name} too")
                 self._tensors[tensor.name], self._places[tensor.name] = tensor, path
         self._dtype = np.dtype(_stored_dtype(self._tensors.values()) if dtype is None else dtype)
-        shapes = {name: _shape(tensor) for name, tensor in self._tensors.items()}
+        # Read now: the library's own are in the mapped header, and change with the file.
+        self._shapes = {name: _shape(tensor) for name, tensor in self._tensors.items()}
         self._check_types()
         try:
-            self.model_config = parse_model_config(config.config_fields(self.metadata, shapes, self._read_small))
+            self.model_config = parse_model_config(config.config_fields(self.metadata, self._shapes, self._read_small))
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from None
         self.model = build_model(self.model_config)
         self._naming, self._needed = tensor_names.names_of(self.model_config, "gguf"), parameter_shapes(self.model)
-        self._names, _ = tensor_names.match_tensors(shapes, self.model, self._naming, str(self.path))
+        self._names, _ = tensor_names.match_tensors(self._shapes, self.model, self._naming, str(self.path))
 
     def load_block(self, i: int) -> Params:
         """Returns block i's tree; kernels [d_in, d_out].
@@ -143,7 +144,7 @@ class GgufSource:
         if stored.size != raw.size:
             raise InputError(f"{path}: tensor {name} ends after {stored.size} of {raw.size} values; fetch it again")
         stored = stored.reshape(raw.shape)[rows]
-        array = np.empty((len(stored), *_shape(tensor)[1:]), dtype)
+        array = np.empty((len(stored), *self._shapes[name][1:]), dtype)
         for start in range(0, len(array), _ROWS_AT_ONCE):
             part = slice(start, start + _ROWS_AT_ONCE)
             array[part] = gguf.quants.dequantize(stored[part], tensor.tensor_type)

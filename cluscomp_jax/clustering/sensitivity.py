@@ -58,8 +58,8 @@ def sensitivities(
     if isinstance(calibration, Embeddings):
         embedded = np.asarray(calibration.inputs[:SAMPLES]).astype(np.float32)
     else:
-        run = partial(run_embed, outer, model=model, dtype=jnp.dtype("float32"))
-        embedded = np.concatenate([np.asarray(run(sample[None])) for sample in tokens])
+        dtype = jnp.dtype("float32")
+        embedded = np.concatenate([np.asarray(run_embed(outer, row[None], model=model, dtype=dtype)) for row in tokens])
     stores = [_store(work_dir, 0, embedded.shape)]
     stores[0].write(slice(0, len(tokens)), embedded)
     kept: dict[str, float] = {}

@@ -17,19 +17,19 @@ from cluscomp_jax.io.gguf.source import GgufSource
 from cluscomp_jax.models.model import build_model, parameter_shapes, parse_model_config
 from cluscomp_jax.models.source import load_all
 
-ARCH = gguf.MODEL_ARCH
 CASES = {
-    "smollm3": ARCH.SMOLLM3,
-    "granite": ARCH.GRANITE,
-    "olmo2": ARCH.OLMO2,
-    "olmo3": ARCH.OLMO2,
-    "gemma2": ARCH.GEMMA2,
-    "gemma3": ARCH.GEMMA3,
-    "phi4": ARCH.PHI3,
-    "phi4_mini": ARCH.PHI3,
-    "ministral3": ARCH.MISTRAL3,
-    "seed_oss_biased": ARCH.SEED_OSS,
+    "smollm3": "SMOLLM3",
+    "granite": "GRANITE",
+    "olmo2": "OLMO2",
+    "olmo3": "OLMO2",
+    "gemma2": "GEMMA2",
+    "gemma3": "GEMMA3",
+    "phi4": "PHI3",
+    "phi4_mini": "PHI3",
+    "ministral3": "MISTRAL3",
+    "seed_oss_biased": "SEED_OSS",
 }
+"""{case: name of its architecture in the gguf package, of which older releases know fewer}."""
 CHANGES: dict[str, dict[str, Any]] = {
     "olmo3": {"rope_scaling": None},
     "seed_oss_biased": {"mlp_bias": False},
@@ -38,9 +38,9 @@ CHANGES: dict[str, dict[str, Any]] = {
 FUSED = {"self_attn/qkv_proj": ("q", "k", "v"), "mlp/gate_up_proj": ("gate", "up")}
 
 
-def stored_tensors(config: Any, flat: dict[str, np.ndarray], arch: Any) -> dict[str, np.ndarray]:
+def stored_tensors(config: Any, flat: dict[str, np.ndarray], arch: str) -> dict[str, np.ndarray]:
     """Returns {GGUF name: array} of parameters; names by the gguf package, of the names of Hugging Face."""
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch], config.num_hidden_layers)
     hugging_face = {path.rpartition("/")[0]: None for path in flat}
     assert hugging_face
     found: dict[str, list[np.ndarray]] = {}
@@ -49,11 +49,11 @@ def stored_tensors(config: Any, flat: dict[str, np.ndarray], arch: Any) -> dict[
         rows = array.T if leaf == "kernel" else array
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         name = module.rpartition("/")[2]
-        if arch in (ARCH.SMOLLM3, ARCH.GRANITE, ARCH.MISTRAL3) and name in heads:
+        if arch in ("SMOLLM3", "GRANITE", "MISTRAL3") and name in heads:
             rows = interleave_halves(rows, heads[name])
-        if arch in (ARCH.GEMMA2, ARCH.GEMMA3) and leaf == "weight":
+        if arch in ("GEMMA2", "GEMMA3") and leaf == "weight":
             rows = rows + 1
-        if arch == ARCH.PHI3:
+        if arch == "PHI3":
             for stored, parts in FUSED.items():
                 if name.removesuffix("_proj") in parts and module.rpartition("/")[0].endswith(stored.split("/")[0]):
                     module = f"{module.rpartition('/')[0]}/{stored.rpartition('/')[2]}"
@@ -66,7 +66,7 @@ def stored_tensors(config: Any, flat: dict[str, np.ndarray], arch: Any) -> dict[
 
 def write(path: Path, case: str, config: Any, flat: dict[str, np.ndarray], metadata: Any = None) -> Path:
     fields, arch = fields_of(case) | CHANGES.get(case, {}), CASES[case]
-    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[arch])
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[arch]])
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -76,10 +76,10 @@ def write(path: Path, case: str, config: Any, flat: dict[str, np.ndarray], metad
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    if arch != ARCH.PHI3:
+    if arch != "PHI3":
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
-    if arch == ARCH.GRANITE:
+    if arch == "GRANITE":
         writer.add_attention_scale(fields["attention_multiplier"])
         writer.add_embedding_scale(fields["embedding_multiplier"])
         writer.add_residual_scale(fields["residual_multiplier"])
@@ -89,11 +89,12 @@ def write(path: Path, case: str, config: Any, flat: dict[str, np.ndarray], metad
     if fields.get("sliding_window"):
         writer.add_sliding_window(fields["sliding_window"])
     if case == "olmo3":
-        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in fields["layer_types"]])
+        pattern = [kind == "sliding_attention" for kind in fields["layer_types"]]
+        writer.add_array("olmo2.attention.sliding_window_pattern", pattern)
     if case == "gemma2":
         writer.add_attn_logit_softcapping(fields["attn_logit_softcapping"])
         writer.add_final_logit_softcapping(fields["final_logit_softcapping"])
-    if arch == ARCH.PHI3:
+    if arch == "PHI3":
         writer.add_rope_dimension_count(config.rotated)
         writer.add_rope_scaling_orig_ctx_len(fields.get("original_max_position_embeddings", 64))
     if case == "ministral3":
@@ -122,6 +123,8 @@ def write(path: Path, case: str, config: Any, flat: dict[str, np.ndarray], metad
 
 
 def problem(case: str) -> tuple[Any, dict[str, np.ndarray]]:
+    if CASES[case] not in gguf.MODEL_ARCH.__members__:
+        pytest.skip(f"this release of gguf has no map of {CASES[case]}")
     fields = fields_of(case) | CHANGES.get(case, {}) | {"pad_token_id": None}
     if case == "phi4":
         fields["original_max_position_embeddings"] = 64  # a GGUF file has it

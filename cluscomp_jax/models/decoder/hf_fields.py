@@ -189,6 +189,11 @@ def window_of(config: DecoderConfig) -> int | None:
     return next((kind.window for kind in config.layers if kind.window is not None), None)
 
 
+def some_window(config: DecoderConfig) -> int:
+    """Returns `window_of`, or 4096: for families whose code in transformers makes the mask of sliding layers always."""
+    return window_of(config) or 4096
+
+
 def one_rope(config: DecoderConfig) -> RopeConfig:
     """Returns the rotary embedding of the layers that have one; the default one where none has."""
     return next((kind.rope for kind in config.layers if kind.rope is not None), RopeConfig())

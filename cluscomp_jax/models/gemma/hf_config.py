@@ -69,7 +69,7 @@ def to_hf_dict(config: DecoderConfig) -> dict[str, Any]:
     fields |= {name: getattr(config, switch) for switch, name in _CAP_FIELDS.items()}
     fields |= dict(config.extra) | {
         "attention_bias": config.qkv_bias,
-        "sliding_window": hf_fields.window_of(config),
+        "sliding_window": hf_fields.some_window(config),
         "layer_types": hf_fields.layer_types(config),
     }
     if third:

@@ -42,7 +42,7 @@ def to_hf_dict(config: DecoderConfig) -> dict[str, Any]:
         return fields | {"rope_theta": rope.theta, "rope_scaling": rope_fields.rope_scaling(rope)}
     return fields | {
         "rope_parameters": hf_fields.ropes_by_type(config),
-        "sliding_window": hf_fields.window_of(config),
+        "sliding_window": hf_fields.some_window(config),
         "layer_types": hf_fields.layer_types(config),
     }
 

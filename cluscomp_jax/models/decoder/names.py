@@ -65,6 +65,7 @@ def gguf_names(
     renamed: Mapping[str, str] | None = None,
     fused: Mapping[str, tuple[str, ...]] | None = None,
     interleaved: tuple[str, ...] = (),
+    config_tensors: tuple[str, ...] = (),
 ) -> TensorNames:
     """Returns the names of a family's tensors in GGUF files.
 
@@ -72,7 +73,9 @@ def gguf_names(
       norms: where its norms are.
       renamed, fused: as for `hugging_face_names`.
       interleaved: see `TensorNames`.
+      config_tensors: stored names of what the family reads into its config, and not among the parameters.
     """
+    ignorable = (r"rope_freqs\.weight", r"blk\.\d+\.attn_rot_embd\.weight", *map(re.escape, config_tensors))
     block = {path: (stored, "kernel") for path, stored in zip(KERNELS, _GGUF_KERNELS, strict=True)}
     block |= {f"self_attn/{name}_norm": (f"attn_{name}_norm", "weight") for name in "qk"}
     block |= {path: (stored, "weight") for path, stored in _GGUF_NORMS[norms].items()}
@@ -88,8 +91,7 @@ def gguf_names(
         },
         head="lm_head/kernel",
         embedding="model/embed_tokens/embedding",
-        # What they hold is read into the config, not among the parameters.
-        ignorable=re.compile(r"rope_freqs\.weight|rope_factors_(long|short)\.weight|blk\.\d+\.attn_rot_embd\.weight"),
+        ignorable=re.compile("|".join(ignorable)),  # rope_freqs has the scaling of Llama 3's rope, read into the config
         fused=fused or {},
         interleaved=interleaved,
     )

@@ -4,7 +4,8 @@ from typing import Any
 
 from cluscomp_jax.models.gguf_header import GgufHeader
 
-_LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+"""The tensors of LongRoPE's factors."""
 
 
 def gguf_fields(header: GgufHeader) -> dict[str, Any]:
@@ -17,9 +18,9 @@ def gguf_fields(header: GgufHeader) -> dict[str, Any]:
         "partial_rotary_factor": 1.0 if rotary == head_dim else (rotary + 0.5) / head_dim,
         "original_max_position_embeddings": int(header.number("rope.scaling.original_context_length", context)),
     }
-    if _LONG in header.shapes and _SHORT in header.shapes:
+    if LONG in header.shapes and SHORT in header.shapes:
         scaling: dict[str, Any] = {"type": "longrope"}
-        for name, tensor in (("short_factor", _SHORT), ("long_factor", _LONG)):
+        for name, tensor in (("short_factor", SHORT), ("long_factor", LONG)):
             scaling[name] = [float(str(value)) for value in header.read(tensor)]
         if header.has("rope.scaling.attn_factor"):
             scaling["attention_factor"] = header.number("rope.scaling.attn_factor")

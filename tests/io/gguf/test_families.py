@@ -153,6 +153,11 @@ def test_config_and_weights_arrive(case: str, tmp_path: Path) -> None:
         ("olmo3", lambda w: w.add_rope_scaling_attn_factors(2.0), "rope.scaling.attn_factor"),
         ("gemma3", lambda w: w.add_final_logit_softcapping(-1.0), "logits_softcap is -1.0"),
         ("granite", lambda w: w.add_sliding_window(4), None),
+        (
+            "gemma2",
+            lambda w: w.add_tensor("rope_factors_long.weight", np.ones(4, np.float32)),
+            r"rope_factors_long\.weight \[4\] is used by nothing",
+        ),
         ("phi4", lambda w: w.add_string("phi3.embedding_scale", "x"), "phi3.embedding_scale"),
     ],
 )

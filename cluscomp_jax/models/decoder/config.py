@@ -5,6 +5,7 @@ A family reads its config.json into one of these. What the switches do is in `mo
 
 import dataclasses
 import math
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Literal, get_args
 
@@ -12,11 +13,56 @@ from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.layers.norms import NormWeight
 from cluscomp_jax.models.layers.rope import LongRopeConfig, RopeConfig
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""The layer types of config.json."""
 MAX_LAYERS = 4096
 MAX_SIZE = 2**31 - 1
+SIZES = {
+    "num_hidden_layers": MAX_LAYERS,
+    "vocab_size": MAX_SIZE,
+    "hidden_size": MAX_SIZE,
+    "intermediate_size": MAX_SIZE,
+    "num_attention_heads": MAX_SIZE,
+    "num_key_value_heads": MAX_SIZE,
+    "head_dim": MAX_SIZE,
+    "max_position_embeddings": MAX_SIZE,
+}
+"""{size that every config has: its limit}."""
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
 Norms = Literal["pre", "post", "sandwich"]
 QkNorm = Literal["none", "head", "projection"]
+
+
+def _within(value: object, limit: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= limit
+
+
+def check_sizes(config: object, limits: Mapping[str, int]) -> None:
+    """Raises InputError unless the sizes of a config are integers from 1 to their limits and its heads form groups."""
+    for name, limit in limits.items():
+        value = getattr(config, name)
+        if not _within(value, limit):
+            raise InputError(f"config: {name} is {value!r}; it must be an integer from 1 to {limit}")
+    heads, pairs = (getattr(config, name) for name in ("num_attention_heads", "num_key_value_heads"))
+    if heads % pairs:
+        raise InputError(
+            f"config: num_attention_heads is {heads} and num_key_value_heads {pairs}; the first must be a multiple of "
+            "the second"
+        )
+
+
+def check_not_negative(config: object, names: Iterable[str]) -> None:
+    """Raises InputError unless these numbers of a config are finite and at least 0."""
+    for name in names:
+        value = getattr(config, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise InputError(f"config: {name} is {value}; it must be a finite number, at least 0")
+
+
+def check_window(window: object) -> None:
+    """Raises InputError unless an attention window is an integer from 1, or None for all positions."""
+    if window is not None and not _within(window, MAX_SIZE):
+        raise InputError(f"config: sliding_window is {window!r}; it must be an integer from 1 to {MAX_SIZE}, or null")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +78,7 @@ class LayerKind:
     rope: RopeConfig | None = None
 
     def __post_init__(self) -> None:
-        window = self.window
-        whole = isinstance(window, int) and not isinstance(window, bool)
-        if window is not None and not (whole and 1 <= window <= MAX_SIZE):
-            raise InputError(
-                f"config: sliding_window is {window!r}; it must be an integer from 1 to {MAX_SIZE}, or null"
-            )
+        check_window(self.window)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,15 +172,7 @@ class DecoderConfig:
         return self.layers[i].window
 
     def _check_sizes(self) -> None:
-        for name, limit in _SIZES.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
-                raise InputError(f"config: {name} is {value!r}; it must be an integer from 1 to {limit}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(
-                f"config: num_attention_heads is {self.num_attention_heads} and num_key_value_heads "
-                f"{self.num_key_value_heads}; the first must be a multiple of the second"
-            )
+        check_sizes(self, SIZES | {"query_scale_period": MAX_SIZE})
         if len(self.layers) != self.num_hidden_layers:
             raise InputError(
                 f"config: there are {len(self.layers)} kinds of layers, num_hidden_layers is {self.num_hidden_layers}"
@@ -154,10 +187,7 @@ class DecoderConfig:
                 )
 
     def _check_numbers(self) -> None:
-        for name in ("rms_norm_eps", "initializer_range", "query_scale_beta"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise InputError(f"config: {name} is {value}; it must be a finite number, at least 0")
+        check_not_negative(self, ("rms_norm_eps", "initializer_range", "query_scale_beta"))
         for name in ("attention_scale", "attention_softcap", "logits_softcap", *_MULTIPLIERS):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -176,17 +206,6 @@ class DecoderConfig:
                 rope.check_pairs(self.rotated // 2)
 
 
-_SIZES = {
-    "num_hidden_layers": MAX_LAYERS,
-    "vocab_size": MAX_SIZE,
-    "hidden_size": MAX_SIZE,
-    "intermediate_size": MAX_SIZE,
-    "num_attention_heads": MAX_SIZE,
-    "num_key_value_heads": MAX_SIZE,
-    "head_dim": MAX_SIZE,
-    "max_position_embeddings": MAX_SIZE,
-    "query_scale_period": MAX_SIZE,
-}
 _CHOICES = {
     "hidden_act": ACTIVATIONS,
     "norms": get_args(Norms),

@@ -8,12 +8,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.models.decoder.config import MAX_LAYERS, DecoderConfig, LayerKind
+from cluscomp_jax.models.decoder.config import FULL, MAX_LAYERS, SLIDING, DecoderConfig, LayerKind
 from cluscomp_jax.models.layers import config_fields
 from cluscomp_jax.models.layers.rope import RopeConfig
 from cluscomp_jax.models.layers.rope_fields import parse_rope, rope_of_layers, rope_parameters
-
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 # Each of these changes the computation unless absent, null, false or the value given here.
 NEUTRAL: dict[str, Any] = {

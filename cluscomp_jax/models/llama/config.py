@@ -2,17 +2,14 @@
 
 import dataclasses
 import importlib
-import math
 from typing import Any
 
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.models.decoder.config import FULL, SIZES, SLIDING, check_not_negative, check_sizes, check_window
 from cluscomp_jax.models.layers.rope import RopeConfig
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh")
-MAX_LAYERS = 4096
-MAX_SIZE = 2**31 - 1
-FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,25 +109,12 @@ class LlamaConfig:
             raise InputError(f"config: mlp_bias is true; {self.model_type} has no such biases")
 
     def _check_sizes(self) -> None:
-        for name, limit in _SIZES.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
-                raise InputError(f"config: {name} is {value!r}; it must be an integer from 1 to {limit}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(
-                f"config: num_attention_heads is {self.num_attention_heads} and num_key_value_heads "
-                f"{self.num_key_value_heads}; the first must be a multiple of the second"
-            )
+        check_sizes(self, SIZES)
         if self.head_dim % 2:
             raise InputError(f"config: head_dim is {self.head_dim}; rotary embeddings need an even one")
         if self.rope.rope_type == "dynamic" and self.head_dim < 4:
             raise InputError(f"config: head_dim is {self.head_dim}; the dynamic rope type needs at least 4")
-        if not (math.isfinite(self.rms_norm_eps) and self.rms_norm_eps >= 0):
-            raise InputError(f"config: rms_norm_eps is {self.rms_norm_eps}; it must be a finite number, at least 0")
-        if not (math.isfinite(self.initializer_range) and self.initializer_range >= 0):
-            raise InputError(
-                f"config: initializer_range is {self.initializer_range}; it must be a finite number, at least 0"
-            )
+        check_not_negative(self, ("rms_norm_eps", "initializer_range"))
 
     def _check_windows(self) -> None:
         if len(self.layer_types) != self.num_hidden_layers:
@@ -145,24 +129,6 @@ class LlamaConfig:
             raise InputError(f"config: sliding_window is {self.sliding_window}; llama has no windows")
         if self.model_type in ("llama", "mistral") and len(set(self.layer_types)) > 1:
             raise InputError(f"config: layer_types differ; all layers of a {self.model_type} are of one type")
-        if self.sliding_window is None:
-            if SLIDING in self.layer_types:
-                raise InputError(f"config: layer_types names {SLIDING!r} but sliding_window is not set")
-            return
-        window = self.sliding_window
-        if not isinstance(window, int) or isinstance(window, bool) or not 1 <= window <= MAX_SIZE:
-            raise InputError(
-                f"config: sliding_window is {window!r}; it must be an integer from 1 to {MAX_SIZE}, or null"
-            )
-
-
-_SIZES = {
-    "num_hidden_layers": MAX_LAYERS,
-    "vocab_size": MAX_SIZE,
-    "hidden_size": MAX_SIZE,
-    "intermediate_size": MAX_SIZE,
-    "num_attention_heads": MAX_SIZE,
-    "num_key_value_heads": MAX_SIZE,
-    "head_dim": MAX_SIZE,
-    "max_position_embeddings": MAX_SIZE,
-}
+        if self.sliding_window is None and SLIDING in self.layer_types:
+            raise InputError(f"config: layer_types names {SLIDING!r} but sliding_window is not set")
+        check_window(self.sliding_window)

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.models.decoder.config import FULL, SLIDING
 from cluscomp_jax.models.decoder.hf_fields import refuse_unserved
 from cluscomp_jax.models.layers import config_fields, rope_fields
 from cluscomp_jax.models.layers.rope import RopeConfig
-from cluscomp_jax.models.llama.config import FULL, MODEL_TYPES, SLIDING, LlamaConfig
+from cluscomp_jax.models.llama.config import MODEL_TYPES, LlamaConfig
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

@@ -3,7 +3,7 @@
 from typing import Any
 
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.models.decoder.hf_fields import FULL, SLIDING
+from cluscomp_jax.models.decoder.config import FULL, SLIDING
 from cluscomp_jax.models.gguf_header import GgufHeader
 
 

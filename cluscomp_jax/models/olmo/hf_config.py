@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluscomp_jax.models.decoder import hf_fields
-from cluscomp_jax.models.decoder.config import DecoderConfig, LayerKind
-from cluscomp_jax.models.decoder.hf_fields import FULL, SLIDING
+from cluscomp_jax.models.decoder.config import FULL, SLIDING, DecoderConfig, LayerKind
 from cluscomp_jax.models.layers import config_fields, rope_fields
 
 _SLIDING_OF_4 = 3

@@ -6,8 +6,7 @@ from typing import Any
 
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.decoder import hf_fields
-from cluscomp_jax.models.decoder.config import DecoderConfig
-from cluscomp_jax.models.decoder.hf_fields import FULL, SLIDING
+from cluscomp_jax.models.decoder.config import FULL, SLIDING, DecoderConfig
 from cluscomp_jax.models.layers import config_fields, rope_fields
 
 _SERVED = ("attention_bias", "mlp_bias", "no_rope_layers", "sliding_window", "use_sliding_window")

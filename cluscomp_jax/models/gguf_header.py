@@ -21,6 +21,22 @@ def shortest_decimal(value: float) -> float:
     return float(str(np.float32(value)))
 
 
+def number_of(metadata: Mapping[str, Any], key: str, default: Any = None) -> Any:
+    """Returns one number of a header as it is stored; an array of equal ones counts as one.
+
+    Raises:
+      InputError: there is none and no default, or it is no number.
+    """
+    value = metadata.get(key, default)
+    if value is None:
+        raise InputError(f"the GGUF header has no {key}")
+    if isinstance(value, list) and value and all(v == value[0] for v in value):
+        value = value[0]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"{key} in the GGUF header is {str(value)[:60]}; one number for all blocks is expected")
+    return value
+
+
 @dataclasses.dataclass(frozen=True)
 class GgufHeader:
     """A header, its keys without the architecture that precedes them.
@@ -44,19 +60,8 @@ class GgufHeader:
         return f"{self.architecture}.{key}" in self.metadata
 
     def number(self, key: str, default: float | None = None) -> float | int:
-        """Returns one number; an array of equal ones counts as one.
-
-        Raises:
-          InputError: there is none and no default, or it is no number.
-        """
-        name = f"{self.architecture}.{key}"
-        value = self.metadata.get(name, default)
-        if value is None:
-            raise InputError(f"the GGUF header has no {name}")
-        if isinstance(value, list) and value and all(v == value[0] for v in value):
-            value = value[0]
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(f"{name} in the GGUF header is {str(value)[:60]}; one number for all blocks is expected")
+        """Returns `number_of` a key, a float as the shortest decimal. Raises as that does."""
+        value: float | int = number_of(self.metadata, f"{self.architecture}.{key}", default)
         return value if isinstance(value, int) else shortest_decimal(value)
 
     def bias(self, module: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.models.gguf_header import GgufHeader, shortest_decimal
+from cluscomp_jax.models.gguf_header import GgufHeader, number_of, shortest_decimal
 from cluscomp_jax.models.model import family_of, model_type_of
 
 _REQUIRED = {
@@ -48,19 +48,19 @@ def config_fields(
         raise InputError("the GGUF file has no tensor token_embd.weight; is it a language model?")
     family = family_of(model_type_of(arch))
     of_family = getattr(family, "gguf_fields", None)
-    fields: dict[str, Any] = {name: _scalar(metadata, f"{arch}.{key}") for name, key in _REQUIRED.items()}
+    fields: dict[str, Any] = {name: number_of(metadata, f"{arch}.{key}") for name, key in _REQUIRED.items()}
     heads = fields["num_attention_heads"]
     fields |= {
         "model_type": model_type_of(arch),
         "rms_norm_eps": shortest_decimal(fields["rms_norm_eps"]),
-        "num_key_value_heads": _scalar(metadata, f"{arch}.attention.head_count_kv", heads),
+        "num_key_value_heads": number_of(metadata, f"{arch}.attention.head_count_kv", heads),
         "head_dim": _head_dim(metadata, arch, fields["hidden_size"], heads),
         "vocab_size": shapes["token_embd.weight"][0],
         "tie_word_embeddings": "output.weight" not in shapes,
         "hidden_act": "silu",
         "attention_bias": arch != "qwen2" and "blk.0.attn_q.bias" in shapes,  # Qwen2 has q, k, v biases unsaid
         "mlp_bias": "blk.0.ffn_gate.bias" in shapes,
-        "rope_theta": shortest_decimal(_scalar(metadata, f"{arch}.rope.freq_base", 10000.0)),
+        "rope_theta": shortest_decimal(number_of(metadata, f"{arch}.rope.freq_base", 10000.0)),
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": _ends(metadata),
     }
@@ -73,23 +73,12 @@ def config_fields(
         fields["rope_scaling"] = scaling
     if of_family is not None:
         fields |= of_family(GgufHeader(arch, metadata, shapes, read, fields))
-    window = _scalar(metadata, f"{arch}.attention.sliding_window", 0)
+    window = number_of(metadata, f"{arch}.attention.sliding_window", 0)
     if window and "sliding_window" not in fields:
         if arch != "llama":
             raise InputError(f"{arch}.attention.sliding_window {window} is not supported; use the Hugging Face folder")
         fields |= {"model_type": "mistral", "sliding_window": window}
     return fields
-
-
-def _scalar(metadata: Mapping[str, Any], key: str, default: Any = None) -> Any:
-    value = metadata.get(key, default)
-    if value is None:
-        raise InputError(f"the GGUF header has no {key}")
-    if isinstance(value, list) and value and all(v == value[0] for v in value):
-        value = value[0]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(f"{key} in the GGUF header is {str(value)[:60]}; one number for all blocks is expected")
-    return value
 
 
 def _ends(metadata: Mapping[str, Any]) -> list[int] | None:
@@ -103,7 +92,7 @@ def _head_dim(metadata: Mapping[str, Any], arch: str, hidden_size: int, heads: i
     if heads < 1:
         raise InputError(f"{arch}.attention.head_count in the GGUF header is {heads}; at least 1 is expected")
     plain = hidden_size // heads
-    head_dim = int(_scalar(metadata, f"{arch}.attention.key_length", plain if arch in _PARTIAL else rotary or plain))
+    head_dim = int(number_of(metadata, f"{arch}.attention.key_length", plain if arch in _PARTIAL else rotary or plain))
     for key, value in (
         ("rope.dimension_count", head_dim if arch in _PARTIAL else rotary or head_dim),
         ("attention.value_length", metadata.get(f"{arch}.attention.value_length", head_dim)),
@@ -126,11 +115,11 @@ def _rope_scaling(metadata: Mapping[str, Any], arch: str, context: int) -> dict[
         raise InputError(f"{arch}.rope.scaling.type {kind!r} is not supported; supported: none, linear, yarn")
     scaling: dict[str, Any] = {
         "rope_type": kind,
-        "factor": shortest_decimal(_scalar(metadata, f"{arch}.rope.scaling.factor")),
+        "factor": shortest_decimal(number_of(metadata, f"{arch}.rope.scaling.factor")),
     }
     if kind == "yarn":
         scaling["original_max_position_embeddings"] = int(
-            _scalar(metadata, f"{arch}.rope.scaling.original_context_length", context)
+            number_of(metadata, f"{arch}.rope.scaling.original_context_length", context)
         )
     return scaling
 

@@ -11,7 +11,7 @@ from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.decoder.config import FULL, MAX_LAYERS, SLIDING, DecoderConfig, LayerKind
 from cluscomp_jax.models.layers import config_fields
 from cluscomp_jax.models.layers.rope import RopeConfig
-from cluscomp_jax.models.layers.rope_fields import parse_rope, rope_of_layers, rope_parameters
+from cluscomp_jax.models.layers.rope_fields import parse_rope, rope_of_layers, rope_parameters, rope_scaling
 
 # Each of these changes the computation unless absent, null, false or the value given here.
 NEUTRAL: dict[str, Any] = {
@@ -195,6 +195,26 @@ def some_window(config: DecoderConfig) -> int:
 def one_rope(config: DecoderConfig) -> RopeConfig:
     """Returns the rotary embedding of the layers that have one; the default one where none has."""
     return next((kind.rope for kind in config.layers if kind.rope is not None), RopeConfig())
+
+
+def read_rope(fields: Mapping[str, Any], sizes: Mapping[str, Any], *, theta: float = 10000.0) -> RopeConfig:
+    """Returns the one rotary embedding of a config.
+
+    Args:
+      fields: of the config.
+      sizes: of `read_sizes`.
+      theta: the base where the config gives none.
+
+    Raises:
+      InputError: what `parse_rope` refuses.
+    """
+    return parse_rope(fields, rope_parameters(fields), sizes["max_position_embeddings"], theta=theta)
+
+
+def write_rope(config: DecoderConfig) -> dict[str, Any]:
+    """Returns the fields of config.json that `read_rope` reads, in the style of transformers 4, JSON-ready."""
+    rope = one_rope(config)
+    return {"rope_theta": rope.theta, "rope_scaling": rope_scaling(rope)}
 
 
 def ropes_by_type(config: DecoderConfig, types: Sequence[str] = (FULL, SLIDING)) -> dict[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from cluscomp_jax.models.decoder import hf_fields
 from cluscomp_jax.models.decoder.config import FULL, SLIDING, DecoderConfig, LayerKind
-from cluscomp_jax.models.layers import config_fields, rope_fields
+from cluscomp_jax.models.layers import config_fields
 
 _SERVED = (
     "attention_bias", "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar",
@@ -73,12 +73,11 @@ def to_hf_dict(config: DecoderConfig) -> dict[str, Any]:
     }
     if third:
         return fields | {"rope_parameters": hf_fields.ropes_by_type(config)}
-    rope = hf_fields.one_rope(config)
-    return fields | {"rope_theta": rope.theta, "rope_scaling": rope_fields.rope_scaling(rope)}
+    return fields | hf_fields.write_rope(config)
 
 
 def _layers_of_2(fields: Mapping[str, Any], sizes: Mapping[str, Any]) -> tuple[LayerKind, ...]:
-    rope = rope_fields.parse_rope(fields, rope_fields.rope_parameters(fields), sizes["max_position_embeddings"])
+    rope = hf_fields.read_rope(fields, sizes)
     default = _every(2, sizes["num_hidden_layers"])
     return hf_fields.read_layers(
         fields, default, fields.get("sliding_window", 4096), dict.fromkeys((FULL, SLIDING), rope)

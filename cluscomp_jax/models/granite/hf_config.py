@@ -5,7 +5,7 @@ from typing import Any
 
 from cluscomp_jax.models.decoder import hf_fields
 from cluscomp_jax.models.decoder.config import DecoderConfig, LayerKind
-from cluscomp_jax.models.layers import config_fields, rope_fields
+from cluscomp_jax.models.layers import config_fields
 
 _MULTIPLIERS = {
     "embedding_multiplier": "embedding_multiplier",
@@ -24,7 +24,7 @@ def parse_config(fields: Mapping[str, Any]) -> DecoderConfig:
     """
     hf_fields.refuse_all_but(fields, ("attention_bias", "mlp_bias", *_MULTIPLIERS))
     sizes = hf_fields.read_sizes(fields)
-    rope = rope_fields.parse_rope(fields, rope_fields.rope_parameters(fields), sizes["max_position_embeddings"])
+    rope = hf_fields.read_rope(fields, sizes)
     sizes |= {switch: config_fields.number(fields, name, 1.0) for name, switch in _MULTIPLIERS.items()}
     bias = config_fields.flag(fields, "attention_bias")
     return DecoderConfig(
@@ -38,11 +38,9 @@ def parse_config(fields: Mapping[str, Any]) -> DecoderConfig:
 
 def to_hf_dict(config: DecoderConfig) -> dict[str, Any]:
     """Returns a JSON-ready config.json mapping. Invariant: parse_config(to_hf_dict(config)) == config."""
-    rope = hf_fields.one_rope(config)
     return hf_fields.write_sizes(config, "GraniteForCausalLM") | {
         **{name: getattr(config, switch) for name, switch in _MULTIPLIERS.items()},
-        "rope_theta": rope.theta,
-        "rope_scaling": rope_fields.rope_scaling(rope),
+        **hf_fields.write_rope(config),
         "attention_bias": config.qkv_bias,
         "mlp_bias": config.mlp_bias,
     }

@@ -5,7 +5,7 @@ from typing import Any
 
 from cluscomp_jax.models.decoder import hf_fields
 from cluscomp_jax.models.decoder.config import FULL, SLIDING, DecoderConfig, LayerKind
-from cluscomp_jax.models.layers import config_fields, rope_fields
+from cluscomp_jax.models.layers import config_fields
 
 _SLIDING_OF_4 = 3
 
@@ -37,8 +37,7 @@ def to_hf_dict(config: DecoderConfig) -> dict[str, Any]:
     fields = hf_fields.write_sizes(config, "Olmo3ForCausalLM" if windowed else "Olmo2ForCausalLM")
     fields["attention_bias"] = config.qkv_bias
     if not windowed:
-        rope = hf_fields.one_rope(config)
-        return fields | {"rope_theta": rope.theta, "rope_scaling": rope_fields.rope_scaling(rope)}
+        return fields | hf_fields.write_rope(config)
     return fields | {
         "rope_parameters": hf_fields.ropes_by_type(config),
         "sliding_window": hf_fields.some_window(config),
@@ -47,7 +46,7 @@ def to_hf_dict(config: DecoderConfig) -> dict[str, Any]:
 
 
 def _full(fields: Mapping[str, Any], sizes: Mapping[str, Any]) -> tuple[LayerKind, ...]:
-    rope = rope_fields.parse_rope(fields, rope_fields.rope_parameters(fields), sizes["max_position_embeddings"])
+    rope = hf_fields.read_rope(fields, sizes)
     return (LayerKind(rope=rope),) * sizes["num_hidden_layers"]
 
 

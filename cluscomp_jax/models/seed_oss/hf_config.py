@@ -5,7 +5,7 @@ from typing import Any
 
 from cluscomp_jax.models.decoder import hf_fields
 from cluscomp_jax.models.decoder.config import DecoderConfig, LayerKind
-from cluscomp_jax.models.layers import config_fields, rope_fields
+from cluscomp_jax.models.layers import config_fields
 
 
 def parse_config(fields: Mapping[str, Any]) -> DecoderConfig:
@@ -16,7 +16,7 @@ def parse_config(fields: Mapping[str, Any]) -> DecoderConfig:
     """
     hf_fields.refuse_all_but(fields, ("attention_bias", "attention_out_bias", "mlp_bias"))
     sizes = hf_fields.read_sizes(fields, max_positions=524288, head_dim=128, kv_heads=8)
-    rope = rope_fields.parse_rope(fields, rope_fields.rope_parameters(fields), sizes["max_position_embeddings"])
+    rope = hf_fields.read_rope(fields, sizes)
     return DecoderConfig(
         **sizes,
         layers=(LayerKind(rope=rope),) * sizes["num_hidden_layers"],
@@ -28,10 +28,8 @@ def parse_config(fields: Mapping[str, Any]) -> DecoderConfig:
 
 def to_hf_dict(config: DecoderConfig) -> dict[str, Any]:
     """Returns a JSON-ready config.json mapping. Invariant: parse_config(to_hf_dict(config)) == config."""
-    rope = hf_fields.one_rope(config)
     return hf_fields.write_sizes(config, "SeedOssForCausalLM") | {
-        "rope_theta": rope.theta,
-        "rope_scaling": rope_fields.rope_scaling(rope),
+        **hf_fields.write_rope(config),
         "attention_bias": config.qkv_bias,
         "attention_out_bias": config.o_bias,
         "mlp_bias": config.mlp_bias,

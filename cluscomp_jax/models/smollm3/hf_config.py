@@ -7,7 +7,7 @@ from typing import Any
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.decoder import hf_fields
 from cluscomp_jax.models.decoder.config import FULL, SLIDING, DecoderConfig
-from cluscomp_jax.models.layers import config_fields, rope_fields
+from cluscomp_jax.models.layers import config_fields
 
 _SERVED = ("attention_bias", "mlp_bias", "no_rope_layers", "sliding_window", "use_sliding_window")
 
@@ -23,9 +23,7 @@ def parse_config(fields: Mapping[str, Any]) -> DecoderConfig:
     rotated = _rotated(fields, sizes["num_hidden_layers"])
     window = fields.get("sliding_window") if config_fields.flag(fields, "use_sliding_window") else None
     default = (SLIDING if window is not None and not turns else FULL for turns in rotated)
-    rope = rope_fields.parse_rope(
-        fields, rope_fields.rope_parameters(fields), sizes["max_position_embeddings"], theta=2e6
-    )
+    rope = hf_fields.read_rope(fields, sizes, theta=2e6)
     kinds = hf_fields.read_layers(fields, default, window, dict.fromkeys((FULL, SLIDING), rope))
     bias = config_fields.flag(fields, "attention_bias")
     return DecoderConfig(
@@ -41,10 +39,9 @@ def parse_config(fields: Mapping[str, Any]) -> DecoderConfig:
 
 def to_hf_dict(config: DecoderConfig) -> dict[str, Any]:
     """Returns a JSON-ready config.json mapping. Invariant: parse_config(to_hf_dict(config)) == config."""
-    rope, window = hf_fields.one_rope(config), hf_fields.window_of(config)
+    window = hf_fields.window_of(config)
     return hf_fields.write_sizes(config, "SmolLM3ForCausalLM") | {
-        "rope_theta": rope.theta,
-        "rope_scaling": rope_fields.rope_scaling(rope),
+        **hf_fields.write_rope(config),
         "no_rope_layers": [int(kind.rope is not None) for kind in config.layers],
         "use_sliding_window": window is not None,
         "sliding_window": window,

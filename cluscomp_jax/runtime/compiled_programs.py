@@ -7,6 +7,8 @@ import platform
 import sys
 from pathlib import Path
 
+from cluscomp_jax.runtime.user_cache import user_cache
+
 _MAX_BYTES = 2 * 2**30
 """What the folder may grow to; the programs that were not used for longest go first."""
 _LEAST_SECONDS = 0.2
@@ -26,15 +28,14 @@ def keep_compiled_programs() -> bool:
         return False
     if importlib.util.find_spec("filelock") is None:
         return False
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(programs_folder(root / "cluscomp-jax" / "programs"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(programs_folder(user_cache() / "cluscomp-jax" / "programs"))
     os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(_MAX_BYTES))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", str(_LEAST_SECONDS))
     return True
 
 
-def programs_folder(root: Path) -> Path:
-    """Returns the folder in `root` for the programs of this processor and number of threads.
+def programs_folder(root: Path, *more: str) -> Path:
+    """Returns the folder in `root` for the programs of this processor and number of threads, and of what `more` says.
 
     A home folder can be that of several machines, and XLA compiles for the processor that it runs on.
     """
@@ -42,5 +43,5 @@ def programs_folder(root: Path) -> Path:
     lines = cpu.read_text().splitlines() if cpu.exists() else []
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    key = "\n".join([sys.platform, platform.machine(), flags, str(threads), os.environ.get("NPROC", "")])
+    key = "\n".join([sys.platform, platform.machine(), flags, str(threads), os.environ.get("NPROC", ""), *more])
     return root / hashlib.sha256(key.encode()).hexdigest()[:16]

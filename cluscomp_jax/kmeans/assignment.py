@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.codebook_matmul.config import segment_config
+from pallas_kernels.codebook_matmul.strips import sorted_by_code
 from pallas_kernels.implementation import kernels_or_definition
 
 _REFILLS_AT_ONCE = 4096
@@ -76,12 +77,8 @@ def add_by_code(sums: jax.Array, rows: jax.Array, codes: jax.Array, *, mode: str
         from pallas_kernels.codebook_matmul.triton import segment_sum
 
         n, h = sums.shape
-        rows, codes = rows.reshape(-1, h), codes.reshape(-1)
-        places = jnp.arange(len(codes), dtype=jnp.int32)
-        codes, order = jax.lax.sort((codes, places), num_keys=1, is_stable=True)
-        ends = jnp.arange(n + 1, dtype=jnp.int32)
-        starts = jnp.searchsorted(codes, ends, method="scan_unrolled").astype(jnp.int32)
-        return sums + segment_sum(rows, order, starts, tile=segment_config(n, h), interpret=interpret)
+        order, starts = sorted_by_code(codes.reshape(-1), n, method="scan_unrolled")
+        return sums + segment_sum(rows.reshape(-1, h), order, starts, tile=segment_config(n, h), interpret=interpret)
 
     return kernels_or_definition(scattered, sorted_sums, sums, rows, codes)
 

@@ -38,8 +38,7 @@ def finetuning(
       evaluated: whether there are evaluations.
     """
     training, model, place = cfg.training, settings[0].model, settings[0].place
-    members = {i: setting for setting in settings for i in setting.members}
-    blocks = (members[i].compressed() for i in range(model.num_blocks))
+    blocks = (setting.compressed() for setting in _by_block(settings))
     outer = place.tree(model.outer_shapes(), STORED)
     teacher = None if training.distillation is None else _original(settings, sharding)
     trained, frozen, layout = split_shapes(blocks, outer, model, training.trainable, sharding)
@@ -75,10 +74,15 @@ def finetuning(
     yield Program(stage, "step", traced, held + best + nbytes(batches), training.steps)
 
 
+def _by_block(settings: Sequence[BlockSpec]) -> list[BlockSpec]:
+    """Returns the kind of every block of the model."""
+    members = {i: setting for setting in settings for i in setting.members}
+    return [members[i] for i in range(settings[0].model.num_blocks)]
+
+
 def _original(settings: Sequence[BlockSpec], sharding: Sharding | None) -> Teacher:
     """Returns the whole original on the device or devices."""
     model, place = settings[0].model, settings[0].place
-    members = {i: setting for setting in settings for i in setting.members}
-    blocks = (members[i].dense() for i in range(model.num_blocks))
+    blocks = (setting.dense() for setting in _by_block(settings))
     _, frozen, layout = split_shapes(blocks, place.tree(model.outer_shapes(), STORED), model, (), sharding)
     return Teacher(frozen if sharding is not None else place.like(frozen), layout)

@@ -6,6 +6,7 @@ kept between calls: sorted positions of all matrices would take twice the memory
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,21 @@ STRIP_BYTES = 2**26
 """The largest strip of a dense float32 gradient; changes speed and memory, and the order of additions."""
 
 SegmentSum = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def sorted_by_code(
+    codes: jax.Array, num_codes: int, *, method: Literal["scan", "scan_unrolled"] = "scan"
+) -> tuple[jax.Array, jax.Array]:
+    """Returns (order int32 [p], starts int32 [n+1]) as a `SegmentSum` takes them, of equal codes the first place first.
+
+    Args:
+      codes: integer [p], below n.
+      num_codes: n.
+      method: of `jnp.searchsorted`; unrolled it has fewer launches and a larger program.
+    """
+    codes, order = jax.lax.sort((codes, jnp.arange(codes.size, dtype=jnp.int32)), num_keys=1, is_stable=True)
+    ends = jnp.arange(num_codes + 1, dtype=jnp.int32)
+    return order, jnp.searchsorted(codes.astype(jnp.int32), ends, method=method).astype(jnp.int32)
 
 
 def ordered_gradient(
@@ -53,10 +69,7 @@ def ordered_gradient(
         part = jax.lax.dynamic_slice_in_dim(rows_of, start, size, axis=1)
         precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
         dense = jnp.matmul(part.T, weights_of, preferred_element_type=jnp.float32, precision=precision)
-        codes, order = jax.lax.sort((codes, jnp.arange(codes.size, dtype=jnp.int32)), num_keys=1, is_stable=True)
-        ends = jnp.arange(num_codes + 1, dtype=jnp.int32)
-        starts = jnp.searchsorted(codes.astype(jnp.int32), ends).astype(jnp.int32)
-        return segment_sum(dense.reshape(-1, g), order, starts)
+        return segment_sum(dense.reshape(-1, g), *sorted_by_code(codes, num_codes))
 
     whole = rows // strip
     total: jax.Array = jax.lax.fori_loop(

@@ -13,7 +13,7 @@ from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.model import Model, check_tokens, width
 
 NO_TOKEN = -1
-"""Stands in `Embeddings.tokens` for a position that is no token: of an image, or padding."""
+"""The entry of `Embeddings.tokens` for a position that is no token: of an image, or padding."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -9,15 +9,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from cached_logits import cached_logits
 from family_cases import CASES, fields_of
 
 from cluscomp_jax import CalibrationConfig, ClusterConfig, CompressConfig, CompressionRule, compress, open_model
 from cluscomp_jax.checkpoint.reader import open_checkpoint, save_checkpoint
-from cluscomp_jax.core import trees
 from cluscomp_jax.export import export_checkpoint
 from cluscomp_jax.models.decoder import forward
 from cluscomp_jax.models.model import model_config_to_dict, parse_model_config
@@ -57,20 +55,6 @@ def assert_close(actual: Any, expected: np.ndarray) -> None:
     assert difference <= 1e-4
 
 
-def cached_logits(opened: Any, params: Any, tokens: np.ndarray) -> np.ndarray:
-    model = opened.model
-    step = jax.jit(model.cached_block, static_argnames="layer_type")
-    caches = [model.init_cache(i, len(tokens), LENGTH + 5, jnp.float32) for i in range(model.num_blocks)]
-    pieces = []
-    for start, end in itertools.pairwise(BOUNDS):
-        x = model.embed(params, tokens[:, start:end], dtype=jnp.float32)
-        for i in range(model.num_blocks):
-            block = trees.subtree(params, f"{model.blocks_path}/{i}")
-            x, caches[i] = step(block, x, caches[i], jnp.int32(start), layer_type=model.layer_type(i))
-        pieces.append(np.asarray(model.head(params, x)))
-    return np.concatenate(pieces, axis=1)
-
-
 def torch_cached(model: Any, tokens: np.ndarray) -> np.ndarray:
     cache, pieces = None, []
     for start, end in itertools.pairwise(BOUNDS):
@@ -89,7 +73,7 @@ def test_a_folder_of_transformers_gives_its_logits(name: str, tmp_path: Path) ->
     opened = open_model(tmp_path)
     params = load_all(opened.source, opened.model)
     assert_close(forward(params, tokens, opened.config), torch_logits(model, tokens))
-    assert_close(cached_logits(opened, params, tokens), torch_cached(model, tokens))
+    assert_close(cached_logits(opened.model, params, tokens, BOUNDS), torch_cached(model, tokens))
 
 
 @pytest.mark.parametrize("name", CASES)

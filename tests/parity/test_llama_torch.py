@@ -4,10 +4,9 @@ import copy
 import dataclasses
 import itertools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from cached_logits import cached_logits
 from script_modules import load_script
 
 from cluscomp_jax.core import trees
@@ -65,21 +64,7 @@ def test_forward_and_cached_decoding(name):
             out = unused(torch.from_numpy(tokens[:, start:end]), past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         pieces.append(out.logits.numpy())
-    assert_close(cached_logits(config, params, tokens, bounds), np.concatenate(pieces, axis=1))
-
-
-def cached_logits(config, params, tokens, bounds):
-    model = build(config)
-    step = jax.jit(model.cached_block, static_argnames="layer_type")
-    caches = [model.init_cache(i, tokens.shape[0], LENGTH + 5, jnp.float32) for i in range(model.num_blocks)]
-    pieces = []
-    for start, end in itertools.pairwise(bounds):
-        x = model.embed(params, tokens[:, start:end], dtype=jnp.float32)
-        for i in range(model.num_blocks):
-            block = trees.subtree(params, f"{model.blocks_path}/{i}")
-            x, caches[i] = step(block, x, caches[i], jnp.int32(start), layer_type=model.layer_type(i))
-        pieces.append(np.asarray(model.head(params, x)))
-    return np.concatenate(pieces, axis=1)
+    assert_close(cached_logits(build(config), params, tokens, bounds), np.concatenate(pieces, axis=1))
 
 
 @pytest.mark.parametrize("seed", range(3))

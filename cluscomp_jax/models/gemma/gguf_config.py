@@ -6,7 +6,7 @@ from cluscomp_jax.models.gguf_header import GgufHeader
 
 _LARGEST = {"gemma2": 46, "gemma3": 62}
 """Layers of the 27B models, whose queries are divided by sqrt(hidden_size / heads); GGUF files do not have the scale,
-and llama.cpp tells these models by their number of layers too."""
+and llama.cpp too knows these models by their number of layers."""
 
 
 def gguf_fields(header: GgufHeader) -> dict[str, Any]:

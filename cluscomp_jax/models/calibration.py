@@ -73,7 +73,9 @@ class Embeddings:
 
     def packed(self) -> "Embeddings":
         """Returns the same, the valid positions of each sample in their order at its beginning, zeros after them."""
-        if self.mask is None or self.mask.all():
+        if self.mask is None:
+            return self
+        if self.mask.all():
             return Embeddings(self.inputs, None, self.tokens)
         counts = self.mask.sum(axis=1)
         mask = np.arange(counts.max()) < counts[:, None]

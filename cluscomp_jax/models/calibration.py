@@ -151,7 +151,10 @@ def read_embeddings(path: str | Path) -> Embeddings:
         with Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays: dict[str, Any] = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: not read as embeddings (.npz): {error}") from None
+        # NumPy takes whatever it does not know for pickled objects, and its text advises to unpickle them.
+        pickled = isinstance(error, ValueError) and "pickle" in str(error)
+        reason = "it is no .npz file, or has objects, which are never unpickled" if pickled else error
+        raise InputError(f"{path}: not read as embeddings (.npz): {reason}") from None
     if "inputs" not in arrays or arrays.keys() - set(names):
         raise InputError(f"{path} has the arrays {sorted(arrays)}; inputs is needed, mask and tokens may be there")
     try:

@@ -133,9 +133,12 @@ def test_files_read_back(tmp_path: Path) -> None:
     [
         (lambda path: None, "not read as embeddings (.npz)"),
         (lambda path: path.write_bytes(b"PK\x03\x04 no zip"), "not read as embeddings (.npz)"),
-        (lambda path: path.write_text("words"), "not read as embeddings (.npz)"),
+        (lambda path: path.write_text("words"), "not read as embeddings (.npz): it is no .npz file"),
         (lambda path: np.savez(path, x=np.ones(3)), "has the arrays ['x']; inputs is needed"),
-        (lambda path: np.savez(path, inputs=np.array([{}], object)), "not read as embeddings (.npz)"),
+        (
+            lambda path: np.savez(path, inputs=np.array([{}], object)),
+            "not read as embeddings (.npz): it is no .npz file, or has objects",
+        ),
     ],
 )
 def test_files_that_cannot_be_read_end_in_one_line(tmp_path: Path, write: Any, message: str) -> None:

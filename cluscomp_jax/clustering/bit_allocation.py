@@ -84,6 +84,7 @@ def allocate_bits(
     coding: BudgetCoding = "auto",
     costs: Mapping[str, float] | None = None,
     projection: Callable[[str], str] = str,
+    unit: Callable[[str], str] = str,
     alike: bool = False,
 ) -> dict[str, CompressionRule]:
     """Returns {path: rule}, of nearly the least sum of cost times relative squared error within the budget.
@@ -96,6 +97,7 @@ def allocate_bits(
       costs: {path: loss per unit of relative squared error, by some measure, >= 0}; None: its number of weights, so
         that the error of every weight costs the same.
       projection: what a path has in common with the same matrix of other blocks.
+      unit: what a path has in common with those of its block that get the same.
       alike: all blocks get the same.
 
     Raises:
@@ -105,7 +107,7 @@ def allocate_bits(
         raise InputError("there is no matrix to spend bits on")
     items: dict[str, list[str]] = {}
     for path in matrices:
-        items.setdefault(projection(path) if alike else path, []).append(path)
+        items.setdefault(projection(path) if alike else unit(path), []).append(path)
     weights = sum(math.prod(shape) for shape in matrices.values())
     budget = math.floor(bits * weights)
     hulls_of, least_of = partial(_hulls, matrices, like), partial(_least_bits, matrices)

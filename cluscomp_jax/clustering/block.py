@@ -4,7 +4,7 @@ Knows a Model's input groups and the activation streams, not where blocks come f
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ import numpy as np
 
 from cluscomp_jax.clustering.drift_correction import LayerStatistics, corrected
 from cluscomp_jax.clustering.error_feedback import HessianFactor, factor_hessian
-from cluscomp_jax.clustering.hessian import collect_hessian_diagonals, collect_hessians
+from cluscomp_jax.clustering.hessian import collect_hessian_diagonals, collect_hessians, together
 from cluscomp_jax.clustering.matrix import ClusterStats, SharedStart, cluster_matrix, matrix_key, matrix_size
 from cluscomp_jax.clustering.tied_codebooks import fit_shared, sharing_groups
 from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
@@ -92,31 +92,50 @@ def cluster_block(
     positions = _position_weights(job, dense)
     weights = _channel_weights(job, dense, positions)
     starts = _tied_codebooks(job, original, weights) if settings.tie_codebooks != "none" else {}
-    last = list(model.input_groups)[-1]
-    for group, paths in model.input_groups.items():
-        kernels = {path: original[path] for path in paths if path in rules}
-        factor = None
-        if kernels and streams is not None and settings.error_feedback:
-            statistics = _collect_statistics(job, group, now, original, positions)
-            _check_activations(job, group, jnp.diagonal(statistics.hessian))
-            if group == last:
+    shapes = {path: leaf.shape for path, leaf in original.items()}
+    passes = statistics_passes(model, shapes, rules, settings)
+    for groups in passes:
+        statistics: dict[str, LayerStatistics] = {}
+        if streams is not None and settings.error_feedback:
+            statistics = _collect_statistics(job, groups, now, original, positions)
+            if groups == passes[-1]:
                 now.clear()  # no later stage reads it, and the factors of Hessians are large
-            kernels, hessian = _corrected(job, kernels, statistics), statistics.hessian
-            del statistics  # the drift would take memory next to the factor, and both are large
-            factor = _factored(job, hessian)
-            if settings.weighted:
-                weights |= dict.fromkeys(kernels, jax.device_get(jnp.diagonal(hessian)))
-            del hessian
-        task, matched = partial(_cluster, job, kernels, weights, factor, starts), list(kernels)
-        for path, done in zip(matched, _in_turn(job, task, matched), strict=True):
-            found[path] = done
-            reporter.advance(note=path)
-            timer.release()
-        if settings.true_sequential and factor is not None and now:
-            # Dense again, so that one program serves all blocks, however finely each is cut.
-            now |= {path: jax.device_get(decode(found[path][0])) for path in matched}
+        for group in groups:
+            kernels = {path: original[path] for path in model.input_groups[group] if path in rules}
+            factor = None
+            if group in statistics:
+                # Popped, as the drift would take memory next to the factor, and both are large.
+                kernels, factor, diagonal = _prepared(job, kernels, statistics.pop(group))
+                if settings.weighted:
+                    weights |= dict.fromkeys(kernels, diagonal)
+            task, matched = partial(_cluster, job, kernels, weights, factor, starts), list(kernels)
+            for path, done in zip(matched, _in_turn(job, task, matched), strict=True):
+                found[path] = done
+                reporter.advance(note=path)
+                timer.release()
+            if settings.true_sequential and factor is not None and now:
+                # Dense again, so that one program serves all blocks, however finely each is cut.
+                now |= {path: jax.device_get(decode(found[path][0])) for path in matched}
     records = [_record(job.full(path), *done) for path, done in found.items()]
     return trees.unflatten(original | {path: array for path, (array, _) in found.items()}), records
+
+
+def statistics_passes(
+    model: Model, shapes: Mapping[str, tuple[int, ...]], rules: Collection[str], settings: ClusterConfig
+) -> list[tuple[str, ...]]:
+    """Returns the input groups with kernels to cluster, those of one tuple seen in one pass over the calibration.
+
+    Args:
+      model: the decoder.
+      shapes: {block-relative path: shape} of the block.
+      rules: block-relative paths of the kernels to cluster.
+      settings: how they are.
+    """
+    wanted = (
+        [group for group in groups if any(path in rules for path in model.input_groups[group])]
+        for groups in model.independent_groups
+    )
+    return [names for groups in wanted for names in together(model, shapes, groups, drift=settings.corrects)]
 
 
 def _check_kernels(job: _Job, flat: Mapping[str, Any]) -> None:
@@ -171,9 +190,11 @@ def _position_weights(job: _Job, dense: Params) -> np.ndarray | None:
 
 
 def _collect_statistics(
-    job: _Job, group: str, now: dict[str, Any], original: dict[str, Any], positions: np.ndarray | None
-) -> LayerStatistics:
-    """Returns the Hessian of an input group, and how far its input and residual have drifted, if that is corrected.
+    job: _Job, groups: Sequence[str], now: dict[str, Any], original: dict[str, Any], positions: np.ndarray | None
+) -> dict[str, LayerStatistics]:
+    """Returns {input group: its Hessian, and how far input and residual have drifted, if that is corrected}.
+
+    Several groups' are on the host, one group's on the device.
 
     Args:
       now: {path: array} of the block with what is compressed so far.
@@ -189,7 +210,11 @@ def _collect_statistics(
             changed = {path: leaf for path, leaf in original.items() if leaf is not now[path]}
             wanted = trees.unflatten(there | put_whole(changed, job.sharding))
         block, layer_type = trees.unflatten(there), job.model.layer_type(job.i)
-        return _computed(collect_hessians(job.model, layer_type, group, block, batches, original=wanted))
+        found = _computed(collect_hessians(job.model, layer_type, groups, block, batches, original=wanted))
+        for group, statistics in found.items():
+            _check_activations(job, group, jnp.diagonal(statistics.hessian))
+        held: dict[str, LayerStatistics] = jax.device_get(found) if len(groups) > 1 else found
+        return held
 
 
 def _channel_weights(job: _Job, dense: Params, positions: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -204,6 +229,16 @@ def _channel_weights(job: _Job, dense: Params, positions: np.ndarray | None) -> 
             _check_activations(job, group, found[paths[0]])
         weights: dict[str, np.ndarray] = jax.device_get(found)
         return weights
+
+
+def _prepared(
+    job: _Job, kernels: dict[str, Any], statistics: LayerStatistics
+) -> tuple[dict[str, Any], HessianFactor, np.ndarray]:
+    """Returns (the kernels after drift correction, the factor of their Hessian, its diagonal), on the host."""
+    statistics = put_whole(statistics, job.sharding)
+    kernels, hessian = _corrected(job, kernels, statistics), statistics.hessian
+    del statistics
+    return kernels, _factored(job, hessian), jax.device_get(jnp.diagonal(hessian))
 
 
 def _corrected(job: _Job, kernels: dict[str, Any], statistics: LayerStatistics) -> dict[str, Any]:

@@ -7,9 +7,9 @@ module knows a Model and batches, no files.
 Letters: b samples of t positions, d channels between blocks, i input channels of a group (d_in).
 """
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,10 @@ from cluscomp_jax.clustering.drift_correction import LayerStatistics
 from cluscomp_jax.core.trees import Params, flatten
 from cluscomp_jax.models.model import Model
 from cluscomp_jax.models.streams import Batch
+
+Sums = dict[str, dict[str, jax.Array]]
+"""{input group: {name of a statistic: float32 array}}."""
+_TOGETHER_BYTES = 2**30
 
 
 def collect_hessian_diagonals(
@@ -41,20 +45,20 @@ def collect_hessian_diagonals(
 def collect_hessians(
     model: Model,
     layer_type: Hashable,
-    group: str,
+    groups: Sequence[str],
     block: Params,
     batches: Iterable[Batch],
     *,
     original: Params | None = None,
-) -> LayerStatistics:
-    """Returns the Hessian of one input group, and its drift statistics where `original` is given.
+) -> dict[str, LayerStatistics]:
+    """Returns {input group: its Hessian, and its drift statistics where `original` is given}.
 
-    All are float32 means over all positions of all batches.
+    All are float32 means over all positions of all batches, where the model weighs none (`Observer`).
 
     Args:
       model: the decoder.
       layer_type: what distinguishes the block's program (`Model.layer_type`).
-      group: an input group, a key of `model.input_groups`; the parts of the block after it are not computed.
+      groups: input groups, keys of `model.input_groups`; the parts of the block after them are not computed.
       block: parameters of the block at this point of the run, dense or compressed.
       batches: inputs of the block; with `original`, those of both streams.
       original: the block's dense parameters. They give the drift, the difference of the original stream's inputs from
@@ -63,15 +67,14 @@ def collect_hessians(
     Raises:
       ValueError: no batch.
     """
-    fixed = {"model": model, "layer_type": layer_type, "group": group, "block": block}
-    if original is None:
-        return LayerStatistics(**_means(batches, partial(add_products, **fixed)))
-    return LayerStatistics(**_means(batches, partial(add_pair, original=original, **fixed)))
+    fixed = {"model": model, "layer_type": layer_type, "groups": tuple(groups), "block": block}
+    add = partial(add_products, **fixed) if original is None else partial(add_pair, original=original, **fixed)
+    return {group: LayerStatistics(**means) for group, means in _means(batches, add).items()}
 
 
-def _means(batches: Iterable[Batch], add: Callable[[Any, Batch], dict[str, jax.Array]]) -> dict[str, jax.Array]:
+def _means(batches: Iterable[Batch], add: Callable[[Any, Batch], Any]) -> Any:
     """Returns the sums that `add(sums or None, batch)` makes over all batches, divided by the number of positions."""
-    sums: dict[str, jax.Array] | None = None
+    sums: Any = None
     positions = 0
     for batch in batches:
         # Without this, batches whose sums have not been added yet would fill the device.
@@ -80,20 +83,19 @@ def _means(batches: Iterable[Batch], add: Callable[[Any, Batch], dict[str, jax.A
         positions += batch.x.shape[0] * batch.x.shape[1]
     if sums is None:
         raise ValueError("no batches to collect a Hessian of")
-    means: dict[str, jax.Array] = divide(sums, positions)
-    return means
+    return divide(sums, positions)
 
 
 @partial(jax.jit, donate_argnums=0)
-def divide(sums: dict[str, jax.Array], count: jax.Array) -> dict[str, jax.Array]:
-    """Returns {name: float32 array / count}, in the memory of `sums`, which are gigabytes for the largest input group.
+def divide(sums: Any, count: jax.Array) -> Any:
+    """Returns the float32 arrays / count, in the memory of `sums`, which are gigabytes for the largest input group.
 
     Args:
-      sums: {name: float32 array of any shape}; donated.
+      sums: a tree of float32 arrays of any shape; donated.
       count: scalar, the number of positions, > 0.
     """
     number = jnp.asarray(count).astype(jnp.float32)
-    return {name: total / number for name, total in sums.items()}
+    return jax.tree.map(lambda total: total / number, sums)
 
 
 @partial(jax.jit, static_argnames=("model", "layer_type"), donate_argnames="sums")
@@ -110,43 +112,57 @@ def add_squares(
       block: parameters of the block.
     """
 
-    def observer(group: str, value: jax.Array, residual: jax.Array | None) -> jax.Array:
+    def observer(
+        group: str, value: jax.Array, residual: jax.Array | None, weights: jax.Array | None
+    ) -> jax.Array:
         rows = _rows(value)
-        total = jnp.sum(_weighted(rows, batch.weights) * rows, axis=0)
+        total = jnp.sum(_weighted(rows, _times(batch.weights, weights)) * rows, axis=0)
         return total if sums is None else sums[group] + total
 
     return dict(model.block(block, batch.x, layer_type=layer_type, observer=observer)[1])
 
 
-@partial(jax.jit, static_argnames=("model", "layer_type", "group"), donate_argnames="sums")
+@partial(jax.jit, static_argnames=("model", "layer_type", "groups"), donate_argnames="sums")
 def add_products(
-    sums: dict[str, jax.Array] | None, batch: Batch, *, model: Model, layer_type: Hashable, group: str, block: Params
-) -> dict[str, jax.Array]:
-    """Returns {"hessian": float32 [d_in, d_in]}, `sums` plus the sum of x x^T over a batch, for one input group.
+    sums: Sums | None,
+    batch: Batch,
+    *,
+    model: Model,
+    layer_type: Hashable,
+    groups: tuple[str, ...],
+    block: Params,
+) -> Sums:
+    """Returns {input group: {"hessian": float32 [d_in, d_in]}}, `sums` plus the sum of x x^T over a batch.
 
     Args:
       sums: the result so far; donated. None: zero.
       batch: x [b, t, d] of the compute dtype, weights float32 [b, t] or None.
       model: the decoder.
       layer_type: that of the block.
-      group: a key of `model.input_groups`.
+      groups: keys of `model.input_groups`.
       block: parameters of the block.
     """
-    value, _ = _at_group(model, layer_type, group, block, batch.x)
-    return _sum(sums, {"hessian": _product(_weighted(value, batch.weights), value)})
+    seen = _at_groups(model, layer_type, groups, block, batch.x)
+    return _sum(
+        sums,
+        {
+            group: {"hessian": _product(_weighted(found.rows, _times(batch.weights, found.weights)), found.rows)}
+            for group, found in seen.items()
+        },
+    )
 
 
-@partial(jax.jit, static_argnames=("model", "layer_type", "group"), donate_argnames="sums")
+@partial(jax.jit, static_argnames=("model", "layer_type", "groups"), donate_argnames="sums")
 def add_pair(
-    sums: dict[str, jax.Array] | None,
+    sums: Sums | None,
     batch: Batch,
     *,
     model: Model,
     layer_type: Hashable,
-    group: str,
+    groups: tuple[str, ...],
     block: Params,
     original: Params,
-) -> dict[str, jax.Array]:
+) -> Sums:
     """Returns what `add_products` does, and in addition the sum of x e^T under "drift" or "errors" (`LayerStatistics`).
 
     Args:
@@ -154,36 +170,48 @@ def add_pair(
       batch: x and original [b, t, d] of the compute dtype, weights float32 [b, t] or None.
       model: the decoder.
       layer_type: that of the block.
-      group: a key of `model.input_groups`.
-      block: parameters of the block, dense or compressed.
+      groups: keys of `model.input_groups`.
+      block: parameters of the block, dense or compressed; what it weighs positions by counts.
       original: the block's dense parameters.
     """
     assert batch.original is not None
-    x, onto = _at_group(model, layer_type, group, block, batch.x)
-    wanted, wanted_onto = _at_group(model, layer_type, group, original, batch.original)
-    drift, weighted = wanted - x, _weighted(x, batch.weights)
-    new = {"hessian": _product(weighted, x)}
-    if onto is None or wanted_onto is None:
-        new["drift"] = _product(weighted, drift)
-    else:
-        (path,) = model.input_groups[group]
-        kernel = flatten(original)[path].astype(jnp.float32)
-        new["errors"] = _product(weighted, wanted_onto - onto + jnp.dot(drift, kernel, precision="highest"))
+    seen = _at_groups(model, layer_type, groups, block, batch.x)
+    wanted = _at_groups(model, layer_type, groups, original, batch.original)
+    new: Sums = {}
+    for group, now in seen.items():
+        drift, weighted = wanted[group].rows - now.rows, _weighted(now.rows, _times(batch.weights, now.weights))
+        new[group] = {"hessian": _product(weighted, now.rows)}
+        onto, wanted_onto = now.residual, wanted[group].residual
+        if onto is None or wanted_onto is None:
+            new[group]["drift"] = _product(weighted, drift)
+        else:
+            (path,) = model.input_groups[group]
+            kernel = flatten(original)[path].astype(jnp.float32)
+            new[group]["errors"] = _product(weighted, wanted_onto - onto + jnp.dot(drift, kernel, precision="highest"))
     return _sum(sums, new)
 
 
-def _at_group(
-    model: Model, layer_type: Hashable, group: str, block: Params, x: jax.Array
-) -> tuple[jax.Array, jax.Array | None]:
-    """Returns (input float32 [m, d_in] of the group, residual float32 [m, d] that its output is added to or None)."""
+class _Observed(NamedTuple):
+    """Input float32 [m, d_in] of a group; residual float32 [m, d] that its output is added to, weights [..] of m
+    positions, or None."""
 
-    def observer(name: str, value: jax.Array, residual: jax.Array | None) -> Any:
-        return (_rows(value), None if residual is None else _rows(residual)) if name == group else None
+    rows: jax.Array
+    residual: jax.Array | None
+    weights: jax.Array | None
 
-    found: tuple[jax.Array, jax.Array | None] = model.block(block, x, layer_type=layer_type, observer=observer)[1][
-        group
-    ]
-    return found
+
+def _at_groups(
+    model: Model, layer_type: Hashable, groups: Sequence[str], block: Params, x: jax.Array
+) -> dict[str, _Observed]:
+    """Returns {input group: what a block's observer sees of it}."""
+
+    def observer(name: str, value: jax.Array, residual: jax.Array | None, weights: jax.Array | None) -> Any:
+        if name not in groups:
+            return None
+        return _Observed(_rows(value), None if residual is None else _rows(residual), weights)
+
+    found = model.block(block, x, layer_type=layer_type, observer=observer)[1]
+    return {group: found[group] for group in groups}
 
 
 def _rows(value: jax.Array) -> jax.Array:
@@ -194,9 +222,39 @@ def _weighted(rows: jax.Array, weights: jax.Array | None) -> jax.Array:
     return rows if weights is None else rows * weights.reshape(-1, 1)
 
 
+def _times(weights: jax.Array | None, others: jax.Array | None) -> jax.Array | None:
+    return others if weights is None else weights if others is None else weights * others.reshape(weights.shape)
+
+
 def _product(rows: jax.Array, others: jax.Array) -> jax.Array:
     return jnp.dot(rows.T, others, precision="highest")
 
 
-def _sum(sums: dict[str, jax.Array] | None, new: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return new if sums is None else {name: sums[name] + value for name, value in new.items()}
+def _sum(sums: Sums | None, new: Sums) -> Sums:
+    return new if sums is None else jax.tree.map(jnp.add, sums, new)
+
+
+def together(
+    model: Model, shapes: Mapping[str, tuple[int, ...]], groups: Sequence[str], *, drift: bool
+) -> list[tuple[str, ...]]:
+    """Returns independent input groups in sets whose statistics are collected by one pass over the calibration.
+
+    Args:
+      model: the decoder.
+      shapes: {block-relative path: shape} of the block.
+      groups: one of `model.independent_groups`, or a part of it.
+      drift: whether drift statistics are collected next to the Hessians, which take as much again.
+
+    Returns:
+      Sets of at most 1 GiB of statistics each, or of one group.
+    """
+    sets: list[list[str]] = []
+    left = 0
+    for group in groups:
+        size = 4 * shapes[model.input_groups[group][0]][0] ** 2 * (2 if drift else 1)
+        if not sets or size > left:
+            sets.append([])
+            left = _TOGETHER_BYTES
+        sets[-1].append(group)
+        left -= size
+    return [tuple(names) for names in sets]

@@ -1,5 +1,6 @@
 """Checks before any long work: which rule compresses which kernel, and whether the calibration fits."""
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -111,12 +112,17 @@ def _within_budget(
         return dict.fromkeys(shapes, one)
     costs = None if sensitivities is None else tempered(sensitivities, shapes)
     spend = partial(allocate_bits, shapes, settings.bits, like=rule, coding=settings.coding, costs=costs)
-    return spend(projection=partial(_projection, blocks_path), alike=alike)
+    return spend(projection=partial(_projection, blocks_path), unit=_for_any_expert, alike=alike)
 
 
 def _projection(blocks_path: str, path: str) -> str:
-    """Returns a path within its block."""
-    return path.removeprefix(f"{blocks_path}/").partition("/")[2]
+    """Returns a path within its block, and within any expert."""
+    return _for_any_expert(path.removeprefix(f"{blocks_path}/").partition("/")[2])
+
+
+def _for_any_expert(path: str) -> str:
+    """Returns a path with "*" for the number of its expert: the experts of a block have one form, to be stacked."""
+    return re.sub(r"/experts/\d+/", "/experts/*/", path)
 
 
 def _codebooks(model: Model, paths: Collection[str], rule: CompressionRule, tie_codebooks: TieCodebooks) -> int:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cluscomp_jax.clustering.error_feedback import HessianFactor, factor_hessian
-from cluscomp_jax.clustering.hessian import collect_hessians
+from cluscomp_jax.clustering.hessian import collect_hessians, together
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.losses import token_nll
 from cluscomp_jax.core.trees import Params
@@ -162,14 +162,19 @@ def _share_after_feedback(
 ) -> dict[str, float]:
     """Returns {block-relative path: sum_i R_ii^2 / sum_i E[x_i^2]}, the share that error feedback leaves."""
     shares: dict[str, float] = {}
-    for group, paths in model.input_groups.items():
-        batches = (
-            Batch(jnp.asarray(x), None, None if weights is None else jnp.asarray(weights[where]))
-            for where, x in inputs.batches(1)
-        )
-        hessian = collect_hessians(model, layer_type, group, block, batches).hessian
-        shares |= dict.fromkeys(paths, float(share_left(hessian, factor_hessian(hessian, damping=damping))))
-        del hessian  # the next one is collected without it on the device
+    shapes = {path: leaf.shape for path, leaf in trees.flatten(block).items()}
+    for independent in model.independent_groups:
+        for groups in together(model, shapes, independent, drift=False):
+            batches = (
+                Batch(jnp.asarray(x), None, None if weights is None else jnp.asarray(weights[where]))
+                for where, x in inputs.batches(1)
+            )
+            found = collect_hessians(model, layer_type, groups, block, batches)
+            for group in groups:
+                hessian = found.pop(group).hessian
+                left = float(share_left(hessian, factor_hessian(hessian, damping=damping)))
+                shares |= dict.fromkeys(model.input_groups[group], left)
+                del hessian  # the next ones are collected without it on the device
     return shares
 
 

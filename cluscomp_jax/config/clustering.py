@@ -12,7 +12,7 @@ from cluscomp_jax.errors import InputError
 
 BudgetCoding = Literal["auto", "plain", "trellis"]
 TieCodebooks = Literal["none", "input", "block"]
-DECODER_KERNELS = r"model/layers/\d+/(self_attn/[qkvo]_proj|mlp/(gate|up|down)_proj)/kernel"
+DECODER_KERNELS = r"model/layers/\d+/(self_attn/[qkvo]_proj|mlp/(experts/\d+/)?(gate|up|down)_proj)/kernel"
 """The seven projections of every decoder block; embeddings, norms and lm_head stay in 16 bit (paper section 4)."""
 
 

@@ -194,7 +194,7 @@ class Decoder:
             raise InputError(f"cache_dtype is {cache_dtype!r}; it must be one of {', '.join(get_args(CacheDtype))}")
         place = partial(_place, dtype=dtype, decode=decode_weights == "once")
         outer = trees.map_by_path(place, source.load_outer())
-        blocks = (trees.map_by_path(place, source.load_block(i)) for i in range(model.num_blocks))
+        blocks = (model.arranged(trees.map_by_path(place, source.load_block(i))) for i in range(model.num_blocks))
         return cls(model, outer, tuple(blocks), dtype, jnp.dtype(cache_dtype or dtype))
 
     def stream(

@@ -116,6 +116,11 @@ class ForeignModel:
             groups.setdefault(product.source, []).append(product.name)
         return {paths[0]: tuple(paths) for paths in groups.values()}
 
+    @property
+    def independent_groups(self) -> Sequence[tuple[str, ...]]:
+        """The input groups one by one."""
+        return [(group,) for group in self.input_groups]
+
     def layer_type(self, i: int) -> Hashable:
         """All blocks are of one type."""
         return None
@@ -135,7 +140,7 @@ class ForeignModel:
         return jnp.zeros((*tokens.shape, self.item_shape[-1]), dtype)
 
     def block(self, params: Params, x: jax.Array, *, layer_type: Hashable, observer: Observer | None = None) -> Any:
-        """x [b, t, d] -> y [b, t, d]; with an observer, (y, {group: observer(group, input, residual)})."""
+        """x [b, t, d] -> y [b, t, d]; with an observer, (y, {group: what the observer returns})."""
         shape, x = x.shape, x.reshape(x.shape[0], *self._positions(x), self.item_shape[-1])
         if observer is not None:
             y, products = self._trace(params, x)
@@ -145,6 +150,10 @@ class ForeignModel:
         if not any(isinstance(leaf, CodebookArray) for leaf in trees.flatten(params).values()):
             return self.apply(self.form.to_host(params), x).reshape(shape)
         return self._run(params, x, None).reshape(shape)
+
+    def arranged(self, params: Params) -> Params:
+        """Returns the parameters unchanged."""
+        return params
 
     def head(self, outer: Params, x: jax.Array) -> NoReturn:
         """There is none."""
@@ -166,7 +175,7 @@ class ForeignModel:
     def _observed(self, observer: Observer, found: Mapping[str, TracedProduct], group: str) -> Any:
         product, paths = found[group], self.input_groups[group]
         residual = product.residual if len(paths) == 1 else None
-        return observer(group, product.x, residual)
+        return observer(group, product.x, residual, None)
 
     def traced_products(self) -> list[TracedProduct]:
         """Returns the products of a block, by shapes alone; `x` and `residual` mean nothing after it."""

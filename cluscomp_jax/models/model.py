@@ -7,7 +7,7 @@ Knows no family's internals: a family is a module with `parse_config(dict) -> co
 """
 
 import importlib
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,9 +21,10 @@ from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.nesting import NESTINGS, nesting_of, text_fields
 
 Cache = dict[str, jax.Array]
-Observer = Callable[[str, jax.Array, jax.Array | None], Any]
-"""Called as observer(group, x [..., d_in], residual [..., d] or None): the name of an input group, the input x of its
-projections, and the residual that their output is added to, if there is one. `Model.block` returns its results."""
+Observer = Callable[[str, jax.Array, jax.Array | None, jax.Array | None], Any]
+"""Called as observer(group, x [..., d_in], residual [..., d] or None, weights float32 [...] or None): the name of an
+input group, the input x of its projections, the residual that their output is added to, if there is one, and how much
+an error of their output counts at each position, None being 1. `Model.block` returns its results."""
 
 
 @runtime_checkable
@@ -55,6 +56,11 @@ class Model(Protocol):
         ...
 
     @property
+    def independent_groups(self) -> Sequence[tuple[str, ...]]:
+        """The input groups in order of computation; those of one tuple do not depend on one another's kernels."""
+        ...
+
+    @property
     def row_parallel(self) -> frozenset[str]:
         """Block-relative paths of the kernels that tensor parallelism splits along their inputs; along their outputs
         all others (Megatron-LM, arXiv 1909.08053, section 3)."""
@@ -72,12 +78,16 @@ class Model(Protocol):
         """{path: shape} of all parameters outside the blocks."""
         ...
 
+    def arranged(self, params: Params) -> Params:
+        """A block's parameters as `cached_block` runs fastest with them; it takes both."""
+        ...
+
     def embed(self, outer: Params, tokens: jax.Array, *, dtype: Any) -> jax.Array:
         """tokens int [b, t] -> x [b, t, d] of `dtype`."""
         ...
 
     def block(self, params: Params, x: jax.Array, *, layer_type: Hashable, observer: Observer | None = None) -> Any:
-        """x [b, t, d] -> y [b, t, d]; with an observer, (y, {group: observer(group, input, residual)})."""
+        """x [b, t, d] -> y [b, t, d]; with an observer, (y, {group: what the observer returns})."""
         ...
 
     def head(self, outer: Params, x: jax.Array) -> jax.Array:
@@ -114,11 +124,13 @@ _FAMILIES: dict[str, str | Any] = {
     "llama": "cluscomp_jax.models.llama",
     "ministral3": "cluscomp_jax.models.ministral3",
     "mistral": "cluscomp_jax.models.llama",
+    "mixtral": "cluscomp_jax.models.mixtral",
     "olmo2": "cluscomp_jax.models.olmo",
     "olmo3": "cluscomp_jax.models.olmo",
     "phi3": "cluscomp_jax.models.phi3",
     "qwen2": "cluscomp_jax.models.llama",
     "qwen3": "cluscomp_jax.models.llama",
+    "qwen3_moe": "cluscomp_jax.models.qwen3_moe",
     "seed_oss": "cluscomp_jax.models.seed_oss",
     "smollm3": "cluscomp_jax.models.smollm3",
 }

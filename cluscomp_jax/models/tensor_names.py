@@ -21,7 +21,8 @@ class TensorNames:
     Attributes:
       blocks_path: the Flax path of the blocks, e.g. "model/layers".
       block_prefix: what precedes a block's number in a stored name, e.g. "model.layers.".
-      block: {Flax module: (stored module, Flax name of its stored "weight")} inside a block.
+      block: {Flax module: (stored module, Flax name of its stored "weight")} inside a block; "*" in both stands for
+        the number of an expert.
       outer: the same outside the blocks.
       head: path of the output head, which is not stored, or stored in vain, where embeddings are tied.
       embedding: path of the embeddings.
@@ -53,10 +54,11 @@ class TensorNames:
         if module.startswith(f"{self.blocks_path}/"):
             number, _, module = module.removeprefix(f"{self.blocks_path}/").partition("/")
             prefix, table = f"{self.block_prefix}{number}.", self.block
+        expert, module = _without_number(module, "/")
         if module not in table or leaf not in (table[module][1], "bias"):
             raise InputError(f"parameter path {path!r} has no known stored name")
         stored = table[module][0] if table is self.outer else self._fused_with(module) or table[module][0]
-        return f"{prefix}{stored}.{'bias' if leaf == 'bias' else 'weight'}"
+        return f"{prefix}{stored.replace('*', expert)}.{'bias' if leaf == 'bias' else 'weight'}"
 
     def paths(self, name: str) -> tuple[str, ...]:
         """Returns the Flax paths whose parameters a stored tensor has, in their order; none where it is not known."""
@@ -76,12 +78,20 @@ class TensorNames:
         """Returns the Flax path of a stored name, or None where the table has no such name or it is fused."""
         module, _, leaf = name.rpartition(".")
         match = re.fullmatch(re.escape(self.block_prefix) + r"(0|[1-9]\d*)\.(.+)", module)
-        table, module = (self.block, match[2]) if match else (self.outer, module)
+        expert, module = _without_number(match[2] if match else module, ".")
+        table = self.block if match else self.outer
         found = next(((flax, weight) for flax, (stored, weight) in table.items() if stored == module), None)
         if found is None or (match and self._fused_with(found[0])) or leaf not in ("weight", "bias"):
             return None
         prefix = f"{self.blocks_path}/{match[1]}/" if match else ""
-        return f"{prefix}{found[0]}/{'bias' if leaf == 'bias' else found[1]}"
+        return f"{prefix}{found[0].replace('*', expert)}/{'bias' if leaf == 'bias' else found[1]}"
+
+
+def _without_number(module: str, separator: str) -> tuple[str, str]:
+    """Returns (the number of an expert in a module's name, or "", and the name with "*" for it)."""
+    parts = module.split(separator)
+    numbers = [part for part in parts if re.fullmatch(r"0|[1-9]\d*", part)]
+    return (numbers[0] if numbers else ""), separator.join("*" if part in numbers else part for part in parts)
 
 
 def names_of(config: Any, form: Literal["hugging_face", "gguf"]) -> TensorNames:

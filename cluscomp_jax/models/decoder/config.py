@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Literal, get_args
 
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.models.decoder.experts import ExpertsConfig
 from cluscomp_jax.models.layers.norms import NormWeight
 from cluscomp_jax.models.layers.rope import LongRopeConfig, RopeConfig
 
@@ -98,6 +99,7 @@ class DecoderConfig:
       qk_norm: norms on queries and keys before the rotation: "none", over each "head", or over the whole "projection".
       qkv_bias, o_bias, mlp_bias: biases on q, k and v; on o; on the projections of the MLP.
       hidden_act: one of ACTIVATIONS, of the gate.
+      experts: those of every layer, each an MLP of intermediate_size; None: one MLP.
       rotary_dim: how many channels of a head rotate, from the first, even; None: all.
       attention_scale: of the scores, above 0; None: 1 / sqrt(head_dim).
       attention_softcap, logits_softcap: c above 0: values x become c tanh(x / c); None: they stay.
@@ -133,6 +135,7 @@ class DecoderConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     hidden_act: str = "silu"
+    experts: ExpertsConfig | None = None
     rotary_dim: int | None = None
     attention_scale: float | None = None
     attention_softcap: float | None = None

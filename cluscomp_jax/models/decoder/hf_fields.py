@@ -16,6 +16,7 @@ from cluscomp_jax.models.layers.rope_fields import parse_rope, rope_of_layers, r
 # Each of these changes the computation unless absent, null, false or the value given here.
 NEUTRAL: dict[str, Any] = {
     "add_cross_attention": False,
+    "decoder_sparse_step": 1,
     "attention_chunk_size": None,
     "attention_multiplier": None,
     "attn_logit_softcapping": None,
@@ -26,6 +27,7 @@ NEUTRAL: dict[str, Any] = {
     "is_encoder_decoder": False,
     "logit_scale": 1.0,
     "logits_scaling": 1.0,
+    "mlp_only_layers": [],
     "no_rope_layers": None,
     "num_experts": None,
     "num_local_experts": None,

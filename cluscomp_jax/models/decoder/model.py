@@ -6,8 +6,8 @@ Letters: b batch, t time, d hidden_size, v vocab_size, h head_dim, q query heads
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping
-from functools import partial
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from cluscomp_jax.core.linear import linear
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.models.decoder import experts
 from cluscomp_jax.models.decoder.config import DecoderConfig, LayerKind
 from cluscomp_jax.models.layers import kv_cache
 from cluscomp_jax.models.layers.attention import attention, causal_attention, causal_mask
@@ -25,14 +26,22 @@ from cluscomp_jax.models.layers.rope import rotary_tables, rotate
 from cluscomp_jax.models.model import Cache, Observer
 
 BLOCKS_PATH = "model/layers"
-INPUT_GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "self_attn/input": tuple(f"self_attn/{name}_proj/kernel" for name in "qkv"),
-        "self_attn/output": ("self_attn/o_proj/kernel",),
-        "mlp/input": ("mlp/gate_proj/kernel", "mlp/up_proj/kernel"),
-        "mlp/hidden": ("mlp/down_proj/kernel",),
+_ATTENTION_GROUPS = {
+    "self_attn/input": tuple(f"self_attn/{name}_proj/kernel" for name in "qkv"),
+    "self_attn/output": ("self_attn/o_proj/kernel",),
+}
+
+
+def _mlp_groups(path: str) -> dict[str, tuple[str, ...]]:
+    """Returns the input groups of the MLP at a block-relative path."""
+    return {
+        f"{path}/input": (f"{path}/gate_proj/kernel", f"{path}/up_proj/kernel"),
+        f"{path}/hidden": (f"{path}/down_proj/kernel",),
     }
-)
+
+
+INPUT_GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(_ATTENTION_GROUPS | _mlp_groups("mlp"))
+"""The input groups of a block without experts."""
 
 
 def _relu2(x: jax.Array) -> jax.Array:
@@ -86,6 +95,10 @@ def _capped(x: jax.Array, cap: float | None) -> jax.Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
+def _unseen(*_: Any) -> None:
+    """Is told of an input group where there is no observer."""
+
+
 def _times(x: jax.Array, factor: float) -> jax.Array:
     return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
 
@@ -124,12 +137,39 @@ class DecoderModel:
     @property
     def input_groups(self) -> Mapping[str, tuple[str, ...]]:
         """{input group: block-relative paths of the kernels that read one input}, in order of computation."""
-        return INPUT_GROUPS
+        return INPUT_GROUPS if self.switches.experts is None else self._groups_with_experts
+
+    @cached_property
+    def _groups_with_experts(self) -> Mapping[str, tuple[str, ...]]:
+        each = [_mlp_groups(path) for path in self._mlp_paths]
+        ordered = {name: paths for k in (0, 1) for groups in each for name, paths in list(groups.items())[k : k + 1]}
+        return MappingProxyType(_ATTENTION_GROUPS | ordered)
+
+    @property
+    def _mlp_paths(self) -> tuple[str, ...]:
+        """The block-relative paths of the MLP, or of all experts."""
+        mixture = self.switches.experts
+        return ("mlp",) if mixture is None else tuple(f"mlp/experts/{i}" for i in range(mixture.count))
+
+    @property
+    def independent_groups(self) -> Sequence[tuple[str, ...]]:
+        """The input groups in order of computation, those of one tuple independent of one another."""
+        names = tuple(self.input_groups)
+        if self.switches.experts is None:
+            return tuple((name,) for name in names)
+        inputs, hidden = (tuple(name for name in names if name.endswith(end)) for end in ("/input", "/hidden"))
+        return ((names[0],), (names[1],), inputs[1:], hidden)
 
     @property
     def row_parallel(self) -> frozenset[str]:
         """The kernels whose inputs come in parts out of column-parallel ones: those that end attention and MLP."""
-        return frozenset({"self_attn/o_proj/kernel", "mlp/down_proj/kernel"})
+        return frozenset({"self_attn/o_proj/kernel", *(f"{path}/down_proj/kernel" for path in self._mlp_paths)})
+
+    def arranged(self, params: Params) -> Params:
+        """Returns a block's parameters with its experts stacked, which otherwise every call does."""
+        if self.switches.experts is None:
+            return params
+        return {**params, "mlp": {**params["mlp"], "experts": experts.stacked(params["mlp"]["experts"])}}
 
     def layer_type(self, i: int) -> Hashable:
         """Returns the LayerKind of block i; blocks of one kind share compiled programs."""
@@ -162,10 +202,13 @@ class DecoderModel:
             widths = {"q": queries, "k": pairs} if c.qk_norm == "projection" else dict.fromkeys("qk", c.head_dim)
             shapes |= {f"self_attn/{name}_norm/weight": (width,) for name, width in widths.items()}
         shapes |= self._norm_shapes(norms.after_attention) | self._norm_shapes(norms.before_mlp)
-        for name, sides in mlp_sides.items():
-            shapes[f"mlp/{name}_proj/kernel"] = sides
-            if c.mlp_bias:
-                shapes[f"mlp/{name}_proj/bias"] = sides[1:]
+        if c.experts is not None:
+            shapes["mlp/router/kernel"] = (d, c.experts.count)
+        for path in self._mlp_paths:
+            for name, sides in mlp_sides.items():
+                shapes[f"{path}/{name}_proj/kernel"] = sides
+                if c.mlp_bias:
+                    shapes[f"{path}/{name}_proj/bias"] = sides[1:]
         return shapes | self._norm_shapes(norms.after_mlp)
 
     def _norm_shapes(self, name: str | None) -> dict[str, tuple[int, ...]]:
@@ -215,12 +258,17 @@ class DecoderModel:
 
         observed: dict[str, Any] = {}
 
-        def observe(group: str, value: jax.Array, residual: jax.Array | None = None) -> None:
+        def observe(
+            group: str,
+            value: jax.Array,
+            residual: jax.Array | None = None,
+            weights: jax.Array | None = None,
+        ) -> None:
             if observer is not None:
-                observed[group] = observer(group, value, residual)
+                observed[group] = observer(group, value, residual, weights)
 
         place = _Place(jnp.arange(x.shape[1]), x.shape[1], kind)
-        y = self._residual_block(params, x, place, attend, observe)
+        y = self._residual_block(params, x, place, attend, None if observer is None else observe)
         return y if observer is None else (y, observed)
 
     def init_cache(self, i: int, batch: int, length: int, dtype: Any) -> Cache:
@@ -262,7 +310,7 @@ class DecoderModel:
                 return causal_attention(queries, stored_keys[:, :, :t], stored_values[:, :, :t], kind.window, **how)
             return attention(queries, stored_keys, stored_values, mask, **how)
 
-        y = self._residual_block(params, x, _Place(positions, length, kind), attend, lambda *_: None)
+        y = self._residual_block(params, x, _Place(positions, length, kind), attend, None)
         return y, written
 
     def _norm(self, params: Params, name: str | None, x: jax.Array) -> jax.Array:
@@ -270,21 +318,45 @@ class DecoderModel:
         return x if name is None else rms_norm(x, params[name]["weight"], c.rms_norm_eps, c.norm_weight)
 
     def _residual_block(
-        self, params: Params, x: jax.Array, place: _Place, attend: Attend, observe: Callable[..., None]
+        self, params: Params, x: jax.Array, place: _Place, attend: Attend, observe: Callable[..., None] | None
     ) -> jax.Array:
-        c, norms = self.switches, _NORMS[self.switches.norms]
+        norms, saw = _NORMS[self.switches.norms], observe or _unseen
         normed = self._norm(params, norms.before_attention, x)
-        observe("self_attn/input", normed)
+        saw("self_attn/input", normed)
         mixed = self._attention_mix(params["self_attn"], normed, place, attend)
-        observe("self_attn/output", mixed, self._observed_residual(x, norms.after_attention))
+        saw("self_attn/output", mixed, self._observed_residual(x, norms.after_attention))
         x = x + self._branch(params, norms.after_attention, _project(params["self_attn"]["o_proj"], mixed))
         normed = self._norm(params, norms.before_mlp, x)
-        observe("mlp/input", normed)
-        mlp = params["mlp"]
-        gate = _ACTIVATIONS[c.hidden_act](_project(mlp["gate_proj"], normed))
-        hidden = gate * _project(mlp["up_proj"], normed)
-        observe("mlp/hidden", hidden, self._observed_residual(x, norms.after_mlp))
-        return x + self._branch(params, norms.after_mlp, _project(mlp["down_proj"], hidden))
+        if self.switches.experts is not None:
+            return x + self._branch(params, norms.after_mlp, self._expert_mix(params["mlp"], normed, observe))
+        saw("mlp/input", normed)
+        hidden = self._hidden(params["mlp"], normed)
+        saw("mlp/hidden", hidden, self._observed_residual(x, norms.after_mlp))
+        return x + self._branch(params, norms.after_mlp, _project(params["mlp"]["down_proj"], hidden))
+
+    def _hidden(self, mlp: Params, x: jax.Array) -> jax.Array:
+        """Returns the input [..., inner] of down_proj."""
+        gate = _ACTIVATIONS[self.switches.hidden_act](_project(mlp["gate_proj"], x))
+        return gate * _project(mlp["up_proj"], x)
+
+    def _expert_mix(self, mlp: Params, x: jax.Array, observe: Callable[..., None] | None) -> jax.Array:
+        """Returns the output [b, t, d] of the mixture of experts; an observer sees all positions of every expert."""
+        mixture = self.switches.experts
+        assert mixture is not None
+        rows = x.reshape(-1, x.shape[-1])
+        routing = experts.route(_project(mlp["router"], rows), mixture)
+        if observe is not None:
+            for i, path in enumerate(self._mlp_paths):
+                weights = routing.weights(i, mixture).reshape(x.shape[:-1])
+                observe(f"{path}/input", x, None, weights)
+                observe(f"{path}/hidden", self._hidden(mlp["experts"][str(i)], x), None, weights)
+        stack = experts.stacked(mlp["experts"])
+
+        def run(expert: jax.Array, rows: jax.Array) -> jax.Array:
+            own = experts.expert_at(stack, expert)
+            return _project(own["down_proj"], self._hidden(own, rows))
+
+        return experts.mix(rows, routing, mixture.count, run).reshape(x.shape)
 
     def _branch(self, params: Params, norm: str | None, y: jax.Array) -> jax.Array:
         """Returns what is added to the residual, of the output y of attention or MLP."""

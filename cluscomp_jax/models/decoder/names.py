@@ -14,21 +14,31 @@ NORMS = (
     "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
     "self_attn/q_norm", "self_attn/k_norm",
 )  # fmt: skip
-KERNELS = (*(f"self_attn/{name}_proj" for name in "qkvo"), *(f"mlp/{name}_proj" for name in ("gate", "up", "down")))
+_MLP = ("gate", "up", "down")
+KERNELS = (*(f"self_attn/{name}_proj" for name in "qkvo"), *(f"mlp/{name}_proj" for name in _MLP))
 _IGNORABLE = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq"
 
 
 def hugging_face_names(
-    *, renamed: Mapping[str, str] | None = None, fused: Mapping[str, tuple[str, ...]] | None = None
+    *,
+    renamed: Mapping[str, str] | None = None,
+    fused: Mapping[str, tuple[str, ...]] | None = None,
+    experts: tuple[str, tuple[str, str, str]] | None = None,
 ) -> TensorNames:
     """Returns the names of a family's tensors.
 
     Args:
       renamed: {our module inside a block: stored module} where it is not ours.
       fused: {stored module inside a block: our modules whose outputs it has one after another}.
+      experts: of a mixture: (stored module of router and experts, stored names of gate, up and down of an expert).
     """
     block = {path: (path.replace("/", "."), "weight") for path in NORMS}
     block |= {path: (path.replace("/", "."), "kernel") for path in KERNELS}
+    if experts is not None:
+        place, stored_names = experts
+        block["mlp/router"] = (f"{place}.gate", "kernel")
+        for name, stored in zip(_MLP, stored_names, strict=True):
+            block[f"mlp/experts/*/{name}_proj"] = (f"{place}.experts.*.{stored}", "kernel")
     block |= {path: (stored, block[path][1]) for path, stored in (renamed or {}).items()}
     return TensorNames(
         blocks_path=BLOCKS_PATH,

@@ -1,0 +1,10 @@
+"""Qwen3-MoE: Qwen3 with a mixture of experts in every layer."""
+
+from cluscomp_jax.models.decoder.model import build
+from cluscomp_jax.models.decoder.names import hugging_face_names
+from cluscomp_jax.models.qwen3_moe.hf_config import parse_config, to_hf_dict
+
+TENSOR_NAMES = {"hugging_face": hugging_face_names(experts=("mlp", ("gate_proj", "up_proj", "down_proj")))}
+"""{form: names of its tensors}."""
+
+__all__ = ["TENSOR_NAMES", "build", "parse_config", "to_hf_dict"]

@@ -45,7 +45,7 @@ def hessians_of(opened: Any, block: int, samples: int) -> dict[str, jax.Array]:
     dense = jax.tree.map(jnp.asarray, source.load_block(block))
     layer_type = model.layer_type(block)
     return {
-        group: collect_hessians(model, layer_type, group, dense, map(Batch, stream)).hessian
+        group: collect_hessians(model, layer_type, [group], dense, map(Batch, stream))[group].hessian
         for group in model.input_groups
     }
 

@@ -195,8 +195,8 @@ def quantise(
             on_device = jax.tree.map(jnp.asarray, block)
             for group in model.input_groups:
                 hessians[group] = collect_hessians(
-                    model, layer_type, group, on_device, (Batch(jnp.asarray(x)) for x in stream)
-                ).hessian
+                    model, layer_type, [group], on_device, (Batch(jnp.asarray(x)) for x in stream)
+                )[group].hessian
         for path, group in ((path, group) for group, paths in model.input_groups.items() for path in paths):
             kernel = as_tensor(flat[path])
             hessian = as_tensor(hessians[group]) if stream else None

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures" / "family_logits"
 LENGTH = 24
@@ -81,6 +81,8 @@ CASES: dict[str, dict[str, Any]] = {
         },
     },
     "seed_oss": {"head_dim": 6, "attention_out_bias": True},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 12},
+    "qwen3_moe": {"head_dim": 6, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 8},
 }
 
 
@@ -98,20 +100,23 @@ def torch_model(fields: dict[str, Any], seed: int) -> Any:
 
 
 def main() -> None:
-    """Writes every case."""
-    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    """Writes every case, or those named."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("families", nargs="*", choices=[*CASES, []], help="model types to write; all by default")
+    chosen = parser.parse_args().families
     FIXTURES.mkdir(parents=True, exist_ok=True)
     for seed, (model_type, fields) in enumerate(CASES.items()):
+        if chosen and model_type not in chosen:
+            continue
         model = torch_model(TINY | fields | {"model_type": model_type}, seed)
         tokens = np.random.default_rng(seed).integers(0, TINY["vocab_size"], (1, LENGTH))
         with torch.no_grad():
             logits = model(torch.from_numpy(tokens)).logits.numpy()
         with tempfile.TemporaryDirectory() as folder:
-            model.config.save_pretrained(folder)
+            model.save_pretrained(folder)
             config = json.loads((Path(folder) / "config.json").read_text())
-        tensors = {name: tensor.numpy().astype(np.float16) for name, tensor in model.state_dict().items()}
-        if model.config.tie_word_embeddings:
-            tensors.pop("lm_head.weight", None)
+            stored = load_file(Path(folder) / "model.safetensors")
+        tensors = {name: tensor.astype(np.float16) for name, tensor in stored.items()}
         path = FIXTURES / f"{model_type}.safetensors"
         extra = {"tokens": tokens.astype(np.int32), "logits": logits}
         save_file(tensors | extra, path, metadata={"config": json.dumps(config)})

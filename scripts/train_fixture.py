@@ -23,6 +23,7 @@ import tokenizers
 
 from cluscomp_jax import data, llama
 from cluscomp_jax.core import losses, trees
+from cluscomp_jax.models.model import model_config_to_dict
 from cluscomp_jax.models.tensor_names import is_transposed, names_of
 
 END_OF_TEXT = "<|endoftext|>"
@@ -115,18 +116,18 @@ def unigram_perplexity(train_tokens: np.ndarray, test_tokens: np.ndarray) -> flo
     return math.exp(-np.mean(np.log(counts / counts.sum())[test_tokens]))
 
 
-def write_folder(folder: Path, params: Params, tokenizer: tokenizers.Tokenizer) -> None:
+def write_folder(folder: Path, params: Params, tokenizer: tokenizers.Tokenizer, model_config: Any) -> None:
     """Writes config.json, model.safetensors (the dtype of params), tokenizer.json and tokenizer_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
-        names_of(CONFIG, "hugging_face").name(path): np.ascontiguousarray(
+        names_of(model_config, "hugging_face").name(path): np.ascontiguousarray(
             np.asarray(leaf).T if is_transposed(path) else leaf
         )
         for path, leaf in trees.flatten(params).items()
     }
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    config = {**llama.to_hf_dict(CONFIG), "dtype": "bfloat16"}
+    config = {**model_config_to_dict(model_config), "dtype": "bfloat16"}
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_TEXT,
@@ -159,7 +160,7 @@ def main() -> None:
         seed=options.seed,
     )
     stored = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    write_folder(options.folder, stored, tokenizer)
+    write_folder(options.folder, stored, tokenizer, CONFIG)
     size = sum(leaf.size for leaf in jax.tree.leaves(stored))
     print(f"parameters {size}")
     print(f"perplexity on wiki_test, context {CONTEXT}: {held_out_perplexity(stored, test_tokens):.2f}")

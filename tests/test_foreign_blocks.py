@@ -128,7 +128,7 @@ def test_a_decoder_seen_from_outside_shows_what_it_says_itself(config):
     seen = [{}, {}]
 
     def observe(into):
-        return lambda group, x, residual: into.setdefault(group, (x, residual))
+        return lambda group, x, residual, _: into.setdefault(group, (x, residual))
 
     want, _ = model.block(block, x, layer_type=model.layer_type(0), observer=observe(seen[0]))
     got, _ = foreign.block(foreign.form.to_params(block), x, layer_type=None, observer=observe(seen[1]))
@@ -269,7 +269,7 @@ def model_of(apply, block, item_shape, axes=None):
 def residuals(model, block, x):
     found = {}
     model.block(
-        model.form.to_params(block), x, layer_type=None, observer=lambda group, x, r: found.setdefault(group, (x, r))
+        model.form.to_params(block), x, layer_type=None, observer=lambda group, x, r, _: found.setdefault(group, (x, r))
     )
     return found
 

@@ -108,10 +108,10 @@ def test_short_samples_count_by_their_positions(params: Any) -> None:
     block, layer_type = as_source(params, MODEL).load_block(0), MODEL.layer_type(0)
     group = next(iter(MODEL.input_groups))
     batches = [Batch(jnp.asarray(x[i : i + 1]), None, jnp.asarray(given.weights[i : i + 1])) for i in range(len(x))]
-    found = collect_hessians(MODEL, layer_type, group, block, batches).hessian
+    found = collect_hessians(MODEL, layer_type, [group], block, batches)[group].hessian
     rows: list[np.ndarray] = []
 
-    def observer(name: str, value: jax.Array, residual: Any) -> None:
+    def observer(name: str, value: jax.Array, *_: Any) -> None:
         if name == group:
             rows.append(np.asarray(value, np.float64))
 

@@ -235,7 +235,7 @@ def _prepared(
     job: _Job, kernels: dict[str, Any], statistics: LayerStatistics
 ) -> tuple[dict[str, Any], HessianFactor, np.ndarray]:
     """Returns (the kernels after drift correction, the factor of their Hessian, its diagonal), on the host."""
-    statistics = put_whole(statistics, job.sharding)
+    statistics = LayerStatistics(**put_whole(statistics._asdict(), job.sharding))
     kernels, hessian = _corrected(job, kernels, statistics), statistics.hessian
     del statistics
     return kernels, _factored(job, hessian), jax.device_get(jnp.diagonal(hessian))

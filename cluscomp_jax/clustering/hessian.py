@@ -112,9 +112,7 @@ def add_squares(
       block: parameters of the block.
     """
 
-    def observer(
-        group: str, value: jax.Array, residual: jax.Array | None, weights: jax.Array | None
-    ) -> jax.Array:
+    def observer(group: str, value: jax.Array, residual: jax.Array | None, weights: jax.Array | None) -> jax.Array:
         rows = _rows(value)
         total = jnp.sum(_weighted(rows, _times(batch.weights, weights)) * rows, axis=0)
         return total if sums is None else sums[group] + total

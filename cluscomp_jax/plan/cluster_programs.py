@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from cluscomp_jax.clustering import coders, drift_correction, error_feedback, hessian, matrix, refine
+from cluscomp_jax.clustering.block import statistics_passes
 from cluscomp_jax.clustering.drift_correction import LayerStatistics
 from cluscomp_jax.clustering.error_feedback import HessianFactor
 from cluscomp_jax.config.clustering import CompressionRule
@@ -41,22 +42,36 @@ def clustering(setting: BlockSpec) -> Iterator[Program]:
         yield Program("statistics", "token weights", traced, nbytes((dense, x, y)), setting.passes)
     yield from _shared_fits(setting)
     now = trees.flatten(dense)
-    last = list(model.input_groups)[-1]
-    for group, paths in model.input_groups.items():
-        matched = [path for path in paths if path in setting.rules]
-        if not matched:
-            continue
-        sums = yield from _statistics(setting, group, dense, now)
-        if group == last:
+    passes = statistics_passes(model, setting.shapes, setting.rules, settings)
+    for groups in passes:
+        sums = yield from _statistics(setting, groups, dense, now)
+        if groups == passes[-1]:
             now = {}
-        factor = yield from _factor(setting, matched, sums)
-        for path in matched:
-            weight = setting.place.array(*setting.shapes[path], dtype="float32" if settings.corrects else STORED)
-            array = yield from _matrix(setting, path, weight, factor)
-            if settings.true_sequential and now:
-                traced = decode_arrays.trace(array.codebook, array.index, form=array.form, coding=array.coding)
-                yield Program(STAGE, "decode", traced, nbytes(array), setting.blocks)
-                now[path] = setting.place.like(traced.out_info)
+        for alike in _alike_groups(setting, groups):
+            one, paths = setting.repeated(len(alike)), [_matched(setting, group) for group in alike]
+            factor = yield from _factor(one, paths[0], sums[alike[0]])
+            for same in zip(*paths, strict=True):
+                shape = setting.shapes[same[0]]
+                weight = setting.place.array(*shape, dtype="float32" if settings.corrects else STORED)
+                array = yield from _matrix(one, same[0], weight, factor)
+                if settings.true_sequential and now:
+                    traced = decode_arrays.trace(array.codebook, array.index, form=array.form, coding=array.coding)
+                    yield Program(STAGE, "decode", traced, nbytes(array), one.blocks)
+                    now |= {path: setting.place.like(traced.out_info) for path in same}
+
+
+def _matched(setting: BlockSpec, group: str) -> list[str]:
+    return [path for path in setting.model.input_groups[group] if path in setting.rules]
+
+
+def _alike_groups(setting: BlockSpec, groups: tuple[str, ...]) -> list[list[str]]:
+    """Returns the input groups in lists of those whose kernels have the same shapes and rules: experts of one block."""
+    found: dict[Any, list[str]] = {}
+    shared = {path for sharing in setting.sharing for path in sharing}
+    for group in groups:
+        kernels = ((setting.shapes[path], setting.rules[path], path in shared) for path in _matched(setting, group))
+        found.setdefault(tuple(kernels), []).append(group)
+    return list(found.values())
 
 
 def _without_feedback(setting: BlockSpec) -> Iterator[Program]:
@@ -64,9 +79,11 @@ def _without_feedback(setting: BlockSpec) -> Iterator[Program]:
     if setting.cfg.cluster.weighted:
         yield from _squares(setting)
     yield from _shared_fits(setting, measured=True)
-    for path in setting.rules:
-        weight = setting.place.array(*setting.shapes[path], dtype=trees.flatten(dense)[path].dtype)
-        yield from _matrix(setting, path, weight, None)
+    for groups in setting.model.independent_groups:
+        for alike in _alike_groups(setting, groups):
+            for path in _matched(setting, alike[0]):
+                weight = setting.place.array(*setting.shapes[path], dtype=trees.flatten(dense)[path].dtype)
+                yield from _matrix(setting.repeated(len(alike)), path, weight, None)
 
 
 def _squares(setting: BlockSpec) -> Iterator[Program]:
@@ -110,13 +127,13 @@ def _shared_fits(setting: BlockSpec, *, measured: bool = False) -> Iterator[Prog
         )
 
 
-def _statistics(setting: BlockSpec, group: str, dense: Any, now: dict[str, Any]) -> Any:
-    """Yields the statistics of an input group; returns its sums, which become its means in place.
+def _statistics(setting: BlockSpec, groups: tuple[str, ...], dense: Any, now: dict[str, Any]) -> Any:
+    """Yields the statistics of some input groups; returns their sums, which become their means in place.
 
     Args:
       now: {path: array} of the block at this point of the run; an array that is also in `dense` is counted once.
     """
-    fixed = {"model": setting.model, "layer_type": setting.layer_type, "group": group, "block": trees.unflatten(now)}
+    fixed = {"model": setting.model, "layer_type": setting.layer_type, "groups": groups, "block": trees.unflatten(now)}
     add: Any = hessian.add_products
     batch, live = _batch(setting, original=setting.cfg.cluster.corrects), nbytes(now)
     if setting.cfg.cluster.corrects:
@@ -124,9 +141,9 @@ def _statistics(setting: BlockSpec, group: str, dense: Any, now: dict[str, Any])
         live += nbytes([leaf for path, leaf in trees.flatten(dense).items() if leaf is not now[path]])
     sums = setting.place.like(add.trace(None, batch, **fixed).out_info)
     live += nbytes((batch, batch, sums))  # the next batch is being copied
-    yield Program("statistics", f"Hessian of {group}", add.trace(sums, batch, **fixed), live, setting.passes)
+    yield Program("statistics", f"Hessian of {groups[0]}", add.trace(sums, batch, **fixed), live, setting.passes)
     count = setting.place.array(dtype="int32")
-    yield Program("statistics", f"means of {group}", hessian.divide.trace(sums, count), live, setting.blocks)
+    yield Program("statistics", f"means of {groups[0]}", hessian.divide.trace(sums, count), live, setting.blocks)
     return sums
 
 

@@ -48,17 +48,21 @@ def _forward(setting: BlockSpec, held: int, x: Any, samples: int) -> Iterator[Pr
     yield Program(STAGE, "block", traced, live, samples * setting.blocks)
     if not setting.cfg.cluster.error_feedback:
         return
-    for group in setting.model.input_groups:
-        add, of_group = hessian.add_products, {**fixed, "group": group, "block": block}
-        sums = place.like(add.trace(None, Batch(x), **of_group).out_info)
-        traced = add.trace(sums, Batch(x), **of_group)
-        yield Program(STAGE, f"Hessian of {group}", traced, live + nbytes(sums), samples * setting.blocks)
-        traced = hessian.divide.trace(sums, place.array(dtype="int32"))
-        yield Program(STAGE, f"means of {group}", traced, live + nbytes(sums), setting.blocks)
-        traced = error_feedback.factor_damped.trace(sums["hessian"], place.array())
-        yield Program(STAGE, "root", traced, live + nbytes(sums), setting.blocks)
-        factor = place.like(traced.out_info)
-        traced = error_feedback.is_root.trace(factor.root)
-        yield Program(STAGE, "root found", traced, live + nbytes((sums, factor)), setting.blocks)
-        traced = sensitivity.share_left.trace(sums["hessian"], factor)
-        yield Program(STAGE, "share", traced, live + nbytes((sums, factor)), setting.blocks)
+    model = setting.model
+    for independent in model.independent_groups:
+        for groups in hessian.together(model, setting.shapes, independent, drift=False):
+            add, of_groups = hessian.add_products, {**fixed, "groups": groups, "block": block}
+            sums = place.like(add.trace(None, Batch(x), **of_groups).out_info)
+            held, calls = live + nbytes(sums), len(groups) * setting.blocks
+            traced = add.trace(sums, Batch(x), **of_groups)
+            yield Program(STAGE, f"Hessian of {groups[0]}", traced, held, samples * setting.blocks)
+            traced = hessian.divide.trace(sums, place.array(dtype="int32"))
+            yield Program(STAGE, f"means of {groups[0]}", traced, held, setting.blocks)
+            one = sums[groups[0]]["hessian"]
+            traced = error_feedback.factor_damped.trace(one, place.array())
+            yield Program(STAGE, "root", traced, held, calls)
+            factor = place.like(traced.out_info)
+            traced = error_feedback.is_root.trace(factor.root)
+            yield Program(STAGE, "root found", traced, held + nbytes(factor), calls)
+            traced = sensitivity.share_left.trace(one, factor)
+            yield Program(STAGE, "share", traced, held + nbytes(factor), calls)

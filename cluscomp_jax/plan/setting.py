@@ -50,6 +50,10 @@ class BlockSpec:
         """How many blocks of the model are alike."""
         return len(self.members)
 
+    def repeated(self, count: int) -> "BlockSpec":
+        """Returns the setting of so many times as many blocks: what is done `count` times in each is planned once."""
+        return dataclasses.replace(self, members=self.members * count)
+
     @property
     def sharing(self) -> list[tuple[str, ...]]:
         """The kernels that share a codebook, group by group, the owner first."""

@@ -74,7 +74,7 @@ def test_hessian_diagonals_are_the_mean_squares_of_what_each_kernel_reads(dense,
         dense,
         jnp.asarray(inputs.read(slice(0, 6))),
         layer_type=TYPE,
-        observer=lambda group, x, _: seen.update({group: x}),
+        observer=lambda group, x, *_: seen.update({group: x}),
     )
     for group, paths in MODEL.input_groups.items():
         expected = np.mean(np.asarray(seen[group], np.float64).reshape(60, -1) ** 2, axis=0)
@@ -88,7 +88,8 @@ def test_hessian_diagonals_are_the_mean_squares_of_what_each_kernel_reads(dense,
 def seen_by_group(block, x):
     """{input group: (input, residual)} float64 [positions, channels] of a block, by the observer alone."""
     seen = {}
-    MODEL.block(block, jnp.asarray(x), layer_type=TYPE, observer=lambda group, x, onto: seen.update({group: (x, onto)}))
+    observer = lambda group, x, onto, _: seen.update({group: (x, onto)})  # noqa: E731
+    MODEL.block(block, jnp.asarray(x), layer_type=TYPE, observer=observer)
     rows = lambda a: None if a is None else np.asarray(a, np.float64).reshape(-1, a.shape[-1])  # noqa: E731
     return {group: (rows(x), rows(onto)) for group, (x, onto) in seen.items()}
 
@@ -96,12 +97,13 @@ def seen_by_group(block, x):
 def test_hessians_are_the_mean_products_of_what_the_input_group_reads(dense, streams):
     inputs, _ = streams
     for group, (rows, _) in seen_by_group(dense, inputs.read(slice(0, 6))).items():
-        statistics = collect_hessians(MODEL, TYPE, group, dense, (Batch(jnp.asarray(x)) for _, x in inputs.batches(4)))
+        batches = (Batch(jnp.asarray(x)) for _, x in inputs.batches(4))
+        statistics = collect_hessians(MODEL, TYPE, [group], dense, batches)[group]
         np.testing.assert_allclose(statistics.hessian, rows.T @ rows / 60, rtol=1e-4, atol=1e-6)
         assert statistics.drift is None
         assert statistics.errors is None
     with pytest.raises(ValueError, match="no batches"):
-        collect_hessians(MODEL, TYPE, "mlp/input", dense, [])
+        collect_hessians(MODEL, TYPE, ["mlp/input"], dense, [])
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -118,7 +120,7 @@ def test_statistics_of_two_streams_give_the_error_of_the_outputs(dense, streams,
         for where in (slice(0, 4), slice(4, 6))
     ]
     for group, paths in MODEL.input_groups.items():
-        statistics = collect_hessians(MODEL, TYPE, group, block, batches, original=dense)
+        statistics = collect_hessians(MODEL, TYPE, [group], block, batches, original=dense)[group]
         (rows, onto), (rows0, onto0) = now[group], was[group]
         kernel = np.asarray(trees.flatten(dense)[paths[0]], np.float64)
         lacking = rows0 @ kernel - rows @ kernel + (0 if onto is None else onto0 - onto)

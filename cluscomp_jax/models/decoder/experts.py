@@ -37,7 +37,9 @@ class ExpertsConfig:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.count, int) and 2 <= self.count <= 2**16):
-            raise InputError(f"config: the number of experts is {self.count!r}; it must be an integer from 2 to {2**16}")
+            raise InputError(
+                f"config: the number of experts is {self.count!r}; it must be an integer from 2 to {2**16}"
+            )
         if not (isinstance(self.per_position, int) and 1 <= self.per_position <= self.count):
             raise InputError(
                 f"config: num_experts_per_tok is {self.per_position!r}; it must be an integer from 1 to the "

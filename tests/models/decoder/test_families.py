@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from family_cases import CASES, SIZES, fields_of
+from family_cases import CASES, SIZES, fields_of, random_params
 
 from cluscomp_jax import CalibrationConfig, ClusterConfig, CompressConfig, CompressionRule, compress, generate
 from cluscomp_jax.checkpoint.reader import open_checkpoint, save_checkpoint
@@ -24,19 +24,8 @@ from cluscomp_jax.models.tensor_names import match_tensors, names_of, stored_sha
 
 ONE_OF_EACH = (
     "smollm3_window", "granite_biased", "olmo3_nested", "gemma2", "gemma3", "phi4_mini", "ministral3_window",
-    "seed_oss_biased",
+    "seed_oss_biased", "mixtral_window", "qwen3_moe_shares",
 )  # fmt: skip
-
-
-def random_params(config: Any, seed: int = 0) -> Any:
-    """Every leaf random, norms and biases too, so that none is idle; norms near what leaves numbers as they are."""
-    rng = np.random.default_rng(seed)
-
-    def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
-        noise = rng.normal(0, 0.3, shape).astype(np.float32)
-        return noise + (path.endswith("weight") and config.norm_weight != "offset")
-
-    return trees.unflatten({p: draw(p, shape) for p, shape in parameter_shapes(build_model(config)).items()})
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -99,7 +88,7 @@ def test_the_observed_residual_is_in_the_unit_of_the_projection(name: str) -> No
     block = trees.subtree(params, "model/layers/0")
     x = model.embed(params, np.arange(8).reshape(1, 8), dtype=jnp.float32)
     y, seen = model.block(
-        block, x, layer_type=model.layer_type(0), observer=lambda _, value, residual: (value, residual)
+        block, x, layer_type=model.layer_type(0), observer=lambda _, value, residual, weights: (value, residual)
     )
     assert seen.keys() == model.input_groups.keys()
     hidden, residual = seen["mlp/hidden"]

@@ -171,7 +171,7 @@ def test_taps_see_the_input_of_every_kernel():
     y, both = jax.jit(lambda block, x: model.block(block, x, layer_type=None, observer=lambda group, *seen: seen))(
         block, x
     )
-    tapped = {group: value for group, (value, _) in both.items()}
+    tapped = {group: value for group, (value, *_) in both.items()}
     assert tapped.keys() == model.input_groups.keys()
     for group, paths in model.input_groups.items():
         for path in paths:
@@ -181,7 +181,7 @@ def test_taps_see_the_input_of_every_kernel():
     after_attention = x + tapped["self_attn/output"] @ block["self_attn"]["o_proj"]["kernel"]
     down = tapped["mlp/hidden"] @ block["mlp"]["down_proj"]["kernel"]
     chex.assert_trees_all_close(y, after_attention + down, atol=1e-5)
-    residuals = {group: residual for group, (_, residual) in both.items()}
+    residuals = {group: residual for group, (_, residual, _) in both.items()}
     chex.assert_trees_all_close(residuals["self_attn/output"], x)
     chex.assert_trees_all_close(residuals["mlp/hidden"], after_attention, atol=1e-5)
     assert residuals["self_attn/input"] is None

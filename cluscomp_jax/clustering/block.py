@@ -105,7 +105,7 @@ def cluster_block(
             factor = None
             if group in statistics:
                 # Popped, as the drift would take memory next to the factor, and both are large.
-                kernels, factor, diagonal = _prepared(job, kernels, statistics.pop(group))
+                kernels, factor, diagonal = _prepared(job, group, kernels, statistics.pop(group))
                 if settings.weighted:
                     weights |= dict.fromkeys(kernels, diagonal)
             task, matched = partial(_cluster, job, kernels, weights, factor, starts), list(kernels)
@@ -211,8 +211,6 @@ def _collect_statistics(
             wanted = trees.unflatten(there | put_whole(changed, job.sharding))
         block, layer_type = trees.unflatten(there), job.model.layer_type(job.i)
         found = _computed(collect_hessians(job.model, layer_type, groups, block, batches, original=wanted))
-        for group, statistics in found.items():
-            _check_activations(job, group, jnp.diagonal(statistics.hessian))
         held: dict[str, LayerStatistics] = jax.device_get(found) if len(groups) > 1 else found
         return held
 
@@ -232,10 +230,11 @@ def _channel_weights(job: _Job, dense: Params, positions: np.ndarray | None) -> 
 
 
 def _prepared(
-    job: _Job, kernels: dict[str, Any], statistics: LayerStatistics
+    job: _Job, group: str, kernels: dict[str, Any], statistics: LayerStatistics
 ) -> tuple[dict[str, Any], HessianFactor, np.ndarray]:
     """Returns (the kernels after drift correction, the factor of their Hessian, its diagonal), on the host."""
     statistics = LayerStatistics(**put_whole(statistics._asdict(), job.sharding))
+    _check_activations(job, group, jnp.diagonal(statistics.hessian))
     kernels, hessian = _corrected(job, kernels, statistics), statistics.hessian
     del statistics
     return kernels, _factored(job, hessian), jax.device_get(jnp.diagonal(hessian))

@@ -136,7 +136,7 @@ _FAMILIES: dict[str, str | Any] = {
 }
 
 
-_ARCHITECTURES: dict[str, str] = {"gemma3": "gemma3_text", "mistral3": "ministral3"}
+_ARCHITECTURES: dict[str, str] = {"gemma3": "gemma3_text", "mistral3": "ministral3", "qwen3moe": "qwen3_moe"}
 """{architecture of a GGUF file: model_type} where they have different names."""
 
 

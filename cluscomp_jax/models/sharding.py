@@ -138,11 +138,13 @@ def make_sharding(settings: MeshConfig, model: Model) -> Sharding | None:
     """Returns the Sharding of `model` on all devices of all processes; None for one process on one device.
 
     Raises:
-      InputError: the mesh takes another number of devices than there are.
+      InputError: the mesh takes another number of devices than there are, or the model has experts.
     """
     devices, processes = jax.device_count(), jax.process_count()
     if settings.size == 1 and processes == 1:
         return None
+    if any("/experts/" in path for path in model.block_shapes(0)):
+        raise InputError(f"mesh {settings}: a mixture of experts runs on one device; take sizes of 1")
     if settings.size != devices:
         raise InputError(
             f"mesh {settings} takes {settings.size} devices, there are {devices} in {processes} process(es); choose "

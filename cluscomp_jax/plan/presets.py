@@ -64,6 +64,15 @@ _GEMMA_3_27B = _GEMMA_3 | {
     "sliding_window": 1024,
     "rope_scaling": {"rope_type": "linear", "factor": 8.0},
 }
+_QWEN3_30B_A3B: dict[str, Any] = {
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+}
 _MINISTRAL_8B: dict[str, Any] = {
     "head_dim": 128,
     "rope_parameters": {
@@ -90,6 +99,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             126, 16384, 53248, 128, 8, 128256, 131072, rope_theta=500000.0, rope_scaling=_LLAMA_3_1_ROPE
         ),
         "mistral-7b": _fields(32, 4096, 14336, 32, 8, 32768, 32768, model_type="mistral", rope_theta=1e6),
+        "mixtral-8x7b": _fields(32, 4096, 14336, 32, 8, 32000, 32768, model_type="mixtral", rope_theta=1e6),
+        "qwen3-30b-a3b": _fields(48, 2048, 6144, 32, 4, 151936, 40960, model_type="qwen3_moe", **_QWEN3_30B_A3B),
         "qwen2.5-72b": _fields(80, 8192, 29568, 64, 8, 152064, 131072, model_type="qwen2", rope_theta=1e6),
         "smollm3-3b": _fields(
             36, 2048, 11008, 16, 4, 128256, 65536, model_type="smollm3", rope_theta=5e6, tie_word_embeddings=True

@@ -46,12 +46,14 @@ def config_fields(
         raise InputError("the GGUF header has no general.architecture")
     if "token_embd.weight" not in shapes:
         raise InputError("the GGUF file has no tensor token_embd.weight; is it a language model?")
-    family = family_of(model_type_of(arch))
+    experts = number_of(metadata, f"{arch}.expert_count", 0)
+    model_type = "mixtral" if arch == "llama" and experts else model_type_of(arch)  # llama.cpp has one name for both
+    family = family_of(model_type)
     of_family = getattr(family, "gguf_fields", None)
     fields: dict[str, Any] = {name: number_of(metadata, f"{arch}.{key}") for name, key in _REQUIRED.items()}
     heads = fields["num_attention_heads"]
     fields |= {
-        "model_type": model_type_of(arch),
+        "model_type": model_type,
         "rms_norm_eps": shortest_decimal(fields["rms_norm_eps"]),
         "num_key_value_heads": number_of(metadata, f"{arch}.attention.head_count_kv", heads),
         "head_dim": _head_dim(metadata, arch, fields["hidden_size"], heads),

@@ -7,9 +7,9 @@ import hashlib
 import importlib.metadata
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -28,7 +28,16 @@ with needed_for("a GGUF file", "hf"):
     import gguf
 
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_EXPERTS, _MOST_EXPERTS = re.compile(r"(.+_exps)\.(weight|bias)"), 2**16
 _ROWS_AT_ONCE = 4096  # bounds the float32 copy while a large embedding is dequantised
+
+
+class _Stored(NamedTuple):
+    """A matrix or vector in a file: rows of a tensor from `first_row` on, of row-major `shape`."""
+
+    tensor: "gguf.ReaderTensor"
+    first_row: int
+    shape: tuple[int, ...]
 
 
 class _CheckedReader(gguf.GGUFReader):  # type: ignore[misc]
@@ -70,16 +79,16 @@ class GgufSource:
             self.files = tuple(readers)
             self._stamps = FileStamps(self.files)
         self._header_bytes = {path: int(reader.data_offset) for path, reader in readers.items()}
-        self._tensors: dict[str, gguf.ReaderTensor] = {}
+        self._tensors: dict[str, _Stored] = {}
         self._places: dict[str, Path] = {}
         for path, reader in readers.items():
-            for tensor in reader.tensors:
-                if tensor.name in self._tensors:
-                    raise InputError(f"{path}: tensor {tensor.name} is in {self._places[tensor.name].name} too")
-                self._tensors[tensor.name], self._places[tensor.name] = tensor, path
-        self._dtype = np.dtype(_stored_dtype(self._tensors.values()) if dtype is None else dtype)
-        # Read now: the library's own are in the mapped header, and change with the file.
-        self._shapes = {name: _shape(tensor) for name, tensor in self._tensors.items()}
+            for name, stored in (found for tensor in reader.tensors for found in _matrices(tensor)):
+                if name in self._tensors:
+                    raise InputError(f"{path}: tensor {name} is in {self._places[name].name} too")
+                self._tensors[name], self._places[name] = stored, path
+        tensors = [tensor for reader in readers.values() for tensor in reader.tensors]
+        self._dtype = np.dtype(_stored_dtype(tensors) if dtype is None else dtype)
+        self._shapes = {name: stored.shape for name, stored in self._tensors.items()}
         self._check_types()
         try:
             self.model_config = parse_model_config(config.config_fields(self.metadata, self._shapes, self._read_small))
@@ -114,12 +123,11 @@ class GgufSource:
 
     def _check_types(self) -> None:
         """Dequantises one row of zeros of each type, so that a type the library cannot read fails before the work."""
-        for kind, tensor in {t.tensor_type: t for t in self._tensors.values()}.items():
+        for kind, (name, tensor) in {s.tensor.tensor_type: (n, s.tensor) for n, s in self._tensors.items()}.items():
             try:
                 gguf.quants.dequantize(np.zeros(tensor.data.shape[-1:], tensor.data.dtype), kind)
             except NotImplementedError as error:
-                place = self._places[tensor.name]
-                raise InputError(f"{place}: tensor {tensor.name}: {error}; use another file") from None
+                raise InputError(f"{self._places[name]}: tensor {tensor.name}: {error}; use another file") from None
 
     def _load(self, path: str) -> np.ndarray:
         name, model_type = self._names[path], self.model_config.model_type
@@ -138,13 +146,16 @@ class GgufSource:
 
     def _read(self, name: str, dtype: np.dtype[Any], rows: slice) -> np.ndarray:
         """Returns rows of a tensor as stored, dequantised to `dtype`; read, not mapped: pages do not pile up."""
-        tensor, path = self._tensors[name], self._places[name]
-        raw = tensor.data
-        stored = np.fromfile(path, raw.dtype, count=raw.size, offset=int(tensor.data_offset))
-        if stored.size != raw.size:
-            raise InputError(f"{path}: tensor {name} ends after {stored.size} of {raw.size} values; fetch it again")
-        stored = stored.reshape(raw.shape)[rows]
-        array = np.empty((len(stored), *self._shapes[name][1:]), dtype)
+        (tensor, first_row, shape), path = self._tensors[name], self._places[name]
+        raw = tensor.data.reshape(-1, tensor.data.shape[-1]) if first_row or len(shape) > 1 else tensor.data
+        begin, end, _ = rows.indices(shape[0])
+        row, count = raw[:1].size, (end - begin) * raw[:1].size
+        offset = int(tensor.data_offset) + (first_row + begin) * row * raw.itemsize
+        stored = np.fromfile(path, raw.dtype, count=count, offset=offset)
+        if stored.size != count:
+            raise InputError(f"{path}: tensor {name} ends after {stored.size} of {count} values; fetch it again")
+        stored = stored.reshape(end - begin, *raw.shape[1:])
+        array = np.empty((len(stored), *shape[1:]), dtype)
         for start in range(0, len(array), _ROWS_AT_ONCE):
             part = slice(start, start + _ROWS_AT_ONCE)
             array[part] = gguf.quants.dequantize(stored[part], tensor.tensor_type)
@@ -227,6 +238,16 @@ def _stored_dtype(tensors: Iterable[gguf.ReaderTensor]) -> Any:
 def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
     """The row-major shape; GGUF lists the fastest axis first."""
     return tuple(int(d) for d in reversed(tensor.shape))
+
+
+def _matrices(tensor: "gguf.ReaderTensor") -> Iterator[tuple[str, _Stored]]:
+    """Yields (name, where it is) of a tensor; of the experts in one, each with its number before ".weight"."""
+    shape, named = _shape(tensor), _EXPERTS.fullmatch(tensor.name)
+    if named is None or len(shape) != 3 or shape[0] > _MOST_EXPERTS:
+        yield tensor.name, _Stored(tensor, 0, shape)
+        return
+    for expert in range(shape[0]):
+        yield f"{named[1]}.{expert}.{named[2]}", _Stored(tensor, expert * shape[1], shape[1:])
 
 
 def _undo_permutation(stored: np.ndarray, heads: int) -> np.ndarray:

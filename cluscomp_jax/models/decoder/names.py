@@ -75,6 +75,7 @@ def gguf_names(
     renamed: Mapping[str, str] | None = None,
     fused: Mapping[str, tuple[str, ...]] | None = None,
     interleaved: tuple[str, ...] = (),
+    experts: bool = False,
     config_tensors: tuple[str, ...] = (),
 ) -> TensorNames:
     """Returns the names of a family's tensors in GGUF files.
@@ -83,12 +84,16 @@ def gguf_names(
       norms: where its norms are.
       renamed, fused: as for `hugging_face_names`.
       interleaved: see `TensorNames`.
+      experts: whether it is a mixture; the reader of files gives each expert's matrix a name of its own.
       config_tensors: stored names of what the family reads into its config, and not among the parameters.
     """
     ignorable = (r"rope_freqs\.weight", r"blk\.\d+\.attn_rot_embd\.weight", *map(re.escape, config_tensors))
     block = {path: (stored, "kernel") for path, stored in zip(KERNELS, _GGUF_KERNELS, strict=True)}
     block |= {f"self_attn/{name}_norm": (f"attn_{name}_norm", "weight") for name in "qk"}
     block |= {path: (stored, "weight") for path, stored in _GGUF_NORMS[norms].items()}
+    if experts:
+        block |= {f"mlp/experts/*/{name}_proj": (f"ffn_{name}_exps.*", "kernel") for name in _MLP}
+        block["mlp/router"] = ("ffn_gate_inp", "kernel")
     block |= {path: (stored, block[path][1]) for path, stored in (renamed or {}).items()}
     return TensorNames(
         blocks_path=BLOCKS_PATH,

@@ -28,6 +28,8 @@ CASES = {
     "phi4_mini": "PHI3",
     "ministral3": "MISTRAL3",
     "seed_oss_biased": "SEED_OSS",
+    "mixtral": "LLAMA",
+    "qwen3_moe": "QWEN3MOE",
 }
 """{case: name of its architecture in the gguf package, of which older releases know fewer}."""
 CHANGES: dict[str, dict[str, Any]] = {
@@ -35,6 +37,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "seed_oss_biased": {"mlp_bias": False},
 }
 """What GGUF cannot say, or llama.cpp's map has no name for."""
+EXPERTS = {"LLAMA": "layers.{}.feed_forward.experts.w{}", "QWEN3MOE": "model.layers.{}.mlp.experts.{}"}
+"""{architecture: the name under which llama.cpp's converter stacks the matrices of a block's experts}."""
 FUSED = {"self_attn/qkv_proj": ("q", "k", "v"), "mlp/gate_up_proj": ("gate", "up")}
 
 
@@ -49,7 +53,7 @@ def stored_tensors(config: Any, flat: dict[str, np.ndarray], arch: str) -> dict[
         rows = array.T if leaf == "kernel" else array
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
         name = module.rpartition("/")[2]
-        if arch in ("SMOLLM3", "GRANITE", "MISTRAL3") and name in heads:
+        if arch in ("SMOLLM3", "GRANITE", "MISTRAL3", "LLAMA") and name in heads:
             rows = interleave_halves(rows, heads[name])
         if arch in ("GEMMA2", "GEMMA3") and leaf == "weight":
             rows = rows + 1
@@ -57,6 +61,10 @@ def stored_tensors(config: Any, flat: dict[str, np.ndarray], arch: str) -> dict[
             for stored, parts in FUSED.items():
                 if name.removesuffix("_proj") in parts and module.rpartition("/")[0].endswith(stored.split("/")[0]):
                     module = f"{module.rpartition('/')[0]}/{stored.rpartition('/')[2]}"
+        if "/experts/" in module:
+            which = {"gate_proj": 1, "up_proj": 3, "down_proj": 2}[name] if arch == "LLAMA" else name
+            module, rows = EXPERTS[arch].format(module.split("/")[2], which), rows[None]
+        module = module.replace("mlp/router", "block_sparse_moe/gate" if arch == "LLAMA" else "mlp/gate")
         whole = f"{module.replace('/', '.')}.{'bias' if leaf == 'bias' else 'weight'}"
         gguf_name = names.get_name(whole, try_suffixes=(".weight", ".bias"))
         assert gguf_name is not None, whole
@@ -70,7 +78,7 @@ def write(path: Path, case: str, config: Any, flat: dict[str, np.ndarray], metad
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_feed_forward_length(dict(config.extra).get("intermediate_size", config.intermediate_size))
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -79,6 +87,10 @@ def write(path: Path, case: str, config: Any, flat: dict[str, np.ndarray], metad
     if arch != "PHI3":
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
+    if config.experts is not None:
+        writer.add_expert_count(config.experts.count)
+        writer.add_expert_used_count(config.experts.per_position)
+        writer.add_expert_feed_forward_length(config.intermediate_size)
     if arch == "GRANITE":
         writer.add_attention_scale(fields["attention_multiplier"])
         writer.add_embedding_scale(fields["embedding_multiplier"])

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
     from cluscomp_jax.config.data import CalibrationConfig, DataConfig
     from cluscomp_jax.config.finetune import FinetuneConfig, load_finetune_config
+    from cluscomp_jax.config.recovery import RecoveryConfig
     from cluscomp_jax.config.run import CompressConfig, load_config
     from cluscomp_jax.config.training import DistillationConfig, TrainingConfig
     from cluscomp_jax.config.tuning import BlockTuningConfig
@@ -52,6 +53,7 @@ _HOMES = {
     "InputError": "errors",
     "LlamaConfig": "models.llama",
     "Perplexity": "evaluation.perplexity",
+    "RecoveryConfig": "config.recovery",
     "SizeReport": "clustering.matrix",
     "TokenRows": "text.token_rows",
     "TrainingConfig": "config.training",
@@ -100,6 +102,7 @@ __all__ = [
     "InputError",
     "LlamaConfig",
     "Perplexity",
+    "RecoveryConfig",
     "SizeReport",
     "TokenRows",
     "TrainingConfig",

@@ -116,7 +116,12 @@ def fused_modules(config: Any) -> tuple[str, ...]:
 
 
 def refuse_fused_aqlm(config: Any) -> None:
-    """Raises InputError where a family joins matrices, which have a codebook each here: AQLM cannot hold them."""
+    """Raises InputError where matrices that have a codebook each here are one tensor there: AQLM cannot hold them."""
+    if getattr(config, "experts", None) is not None:
+        raise InputError(
+            f"{config.model_type} is a mixture of experts, whose matrices are one tensor in transformers, which AQLM "
+            "cannot hold; compress it for another form, and export it as dense"
+        )
     if fused := fused_modules(config):
         raise InputError(
             f"{config.model_type} stores several matrices as one ({', '.join(fused)}), and each of them has a codebook "

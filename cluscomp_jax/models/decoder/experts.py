@@ -89,12 +89,14 @@ def mix(x: jax.Array, routing: Routing, count: int, run: Callable[[jax.Array, ja
     m, k = routing.chosen.shape
     tile = _tile_size(m * k, count)
     if tile == 1:  # every pair of a position and an expert is a tile, in any order
-        outputs = jax.lax.map(lambda pair: run(pair[0], pair[1][None])[0], _pairs(x, routing.chosen))
-        each = outputs.reshape(m, k, -1)
+        owner, position = routing.chosen.reshape(-1), jnp.repeat(jnp.arange(m), k)[:, None]
+        place = jnp.arange(m * k).reshape(m, k)
     else:
         owner, position, place = _tiles(routing.chosen, count, tile)
-        outputs = jax.lax.map(lambda each: run(each[0], x[each[1]]), (owner, position))
-        each = outputs.reshape(-1, outputs.shape[-1])[place]
+    # The backward pass computes a tile again, rather than to keep the decoded kernels of all tiles.
+    once = jax.checkpoint(lambda tile: run(tile[0], x[tile[1]]), prevent_cse=False)
+    outputs = jax.lax.map(once, (owner, position))
+    each = outputs.reshape(-1, outputs.shape[-1])[place]
     return jnp.einsum("mkd,mk->md", each, routing.shares.astype(x.dtype))
 
 
@@ -137,10 +139,6 @@ def _joined(leaves: Sequence[Any]) -> Any:
 def _tile_size(pairs: int, count: int) -> int:
     """Returns the rows of a tile: at most half of what an average expert gets, so that padding stays small."""
     return 1 << max(pairs // (2 * count), 1).bit_length() - 1
-
-
-def _pairs(x: jax.Array, chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return chosen.reshape(-1), jnp.repeat(x, chosen.shape[1], axis=0)
 
 
 def _tiles(chosen: jax.Array, count: int, tile: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -11,9 +11,23 @@ from family_cases import fields_of, random_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluscomp_jax import CalibrationConfig, ClusterConfig, CompressConfig, CompressionRule, InputError, compress
+from cluscomp_jax import (
+    CalibrationConfig,
+    ClusterConfig,
+    CompressConfig,
+    CompressionRule,
+    DataConfig,
+    FinetuneConfig,
+    InputError,
+    RecoveryConfig,
+    TrainingConfig,
+    compress,
+    finetune,
+    perplexity,
+)
 from cluscomp_jax.clustering.hessian import collect_hessians, together
 from cluscomp_jax.clustering.matrix import decompress
+from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.inference.decoder import Decoder, generate
@@ -186,3 +200,26 @@ def test_a_decoder_holds_its_experts_stacked() -> None:
     assert list(stack) == ["stack"]
     chex.assert_shape(stack["stack"]["gate_proj"]["kernel"], (8, CONFIG.hidden_size, CONFIG.intermediate_size))
     assert experts.stacked(stack) is stack
+
+
+@pytest.mark.long
+def test_experts_are_tuned_recovered_and_finetuned() -> None:
+    cluster = ClusterConfig(rules=(CompressionRule(group_size=4, num_codes=16),), iterations=2, refine_rounds=0)
+    cfg = CompressConfig(
+        model=CONFIG,
+        cluster=cluster,
+        tuning=BlockTuningConfig(epochs=2, batch_size=2, validation_samples=0),
+        calibration=CalibrationConfig(samples=4, length=16),
+        recovery=RecoveryConfig(steps=3),
+    )
+    original = random_params(CONFIG)
+    params = compress(original, cfg, calibration=TOKENS)
+    chex.assert_trees_all_equal(params, compress(original, cfg, calibration=TOKENS))
+    training = TrainingConfig(steps=4, batch_size=2, learning_rate=1e-2)
+    how = FinetuneConfig(model=CONFIG, training=training, data=DataConfig(length=16))
+    moved = finetune(params, TOKENS, how, evaluation=TOKENS)
+    before, after = (perplexity(each, TOKENS.reshape(-1), CONFIG, context=16).perplexity for each in (params, moved))
+    assert after < before
+    for path, leaf in trees.flatten(moved).items():
+        if isinstance(leaf, CodebookArray):
+            np.testing.assert_array_equal(leaf.index, trees.flatten(params)[path].index)

@@ -155,6 +155,11 @@ def test_compressed_saved_loaded_evaluated(name: str, tmp_path: Any) -> None:
         ("ministral3", {"rope_parameters": {"rope_type": "default"}}, "llama_4_scaling_beta is missing"),
         ("seed_oss", {"head_dim": 7}, "of the 7 channels"),
         ("seed_oss", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9; it must be an integer from 1 to the 8"),
+        ("mixtral", {"num_local_experts": 10**9}, "the number of experts is 1000000000"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
+        ("qwen3_moe", {"moe_intermediate_size": 0}, "intermediate_size is 0"),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(name: str, changes: dict[str, Any], message: str) -> None:
@@ -163,10 +168,17 @@ def test_what_is_not_served_is_refused_by_name(name: str, changes: dict[str, Any
     assert "\n" not in str(caught.value)
 
 
-def test_aqlm_is_refused_for_fused_matrices_before_any_work() -> None:
-    config = parse_model_config(fields_of("phi4"))
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("phi4", r"phi3 stores several matrices as one \(self_attn.qkv_proj"),
+        ("qwen3_moe", "qwen3_moe is a mixture of experts"),
+    ],
+)
+def test_aqlm_is_refused_before_any_work_where_it_cannot_hold_the_matrices(name: str, message: str) -> None:
+    config = parse_model_config(fields_of(name))
     cfg = CompressConfig(model=config, cluster=ClusterConfig(export="aqlm"), tuning=None)
-    with pytest.raises(InputError, match=r"phi3 stores several matrices as one \(self_attn.qkv_proj"):
+    with pytest.raises(InputError, match=message):
         compress(random_params(config), cfg)
 
 

@@ -36,7 +36,6 @@ from cluscomp_jax.evaluation.perplexity import perplexity
 from cluscomp_jax.models.decoder.experts import ExpertsConfig, route
 from cluscomp_jax.models.llama.init import initial_value
 from cluscomp_jax.models.model import Model, build_model, parameter_shapes, parse_model_config
-from cluscomp_jax.runtime.reporter import ConsoleReporter
 from train_fixture import CONTEXT, train_tokenizer, write_folder
 
 Params = dict[str, Any]
@@ -129,7 +128,7 @@ def compressed(folder: Path, cfg: CompressConfig, train_tokens: np.ndarray, test
     cfg = dataclasses.replace(cfg, model=opened.config)
     how = cfg.calibration
     samples = calibration_samples(train_tokens, samples=how.samples, length=how.length, seed=cfg.seed)
-    params = compress(opened.source, cfg, calibration=samples, reporter=ConsoleReporter())
+    params = compress(opened.source, cfg, calibration=samples)
     before, after = (
         perplexity(source, test, opened.config, context=CONTEXT).perplexity for source in (opened.source, params)
     )

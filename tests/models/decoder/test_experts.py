@@ -181,6 +181,10 @@ def test_compressed_experts_compute_as_decoded_ones(tied: Any) -> None:
         generate(params, TOKENS[:2, :5], CONFIG, max_new_tokens=6, decode_weights=how) for how in ("once", "call")
     ]
     np.testing.assert_array_equal(*tokens)
+    prompts = [TOKENS[0, :5], TOKENS[1, :3]]
+    ragged = generate(params, prompts, CONFIG, max_new_tokens=6)
+    for row, prompt in zip(ragged, prompts, strict=True):
+        np.testing.assert_array_equal(row, generate(params, prompt, CONFIG, max_new_tokens=6))
 
 
 def test_experts_of_several_forms_are_decoded_and_run() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from family_cases import fields_of, random_params
 
 from cluscomp_jax import compress, generate, kmeans, llama, perplexity
 from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
@@ -14,7 +15,8 @@ from cluscomp_jax.config.data import CalibrationConfig
 from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.core import trees
-from cluscomp_jax.models.model import build_model, parameter_shapes
+from cluscomp_jax.models.decoder import forward
+from cluscomp_jax.models.model import build_model, parameter_shapes, parse_model_config
 from pallas_kernels.codebook_matmul import codebook_matmul
 
 CONFIG = llama.LlamaConfig(
@@ -77,6 +79,8 @@ def main(out: Path) -> None:
     ]
     results["perplexity"] = round(perplexity(params, tokens.reshape(-1), CONFIG, context=16).perplexity, 3)
     results["tokens"] = generate(params, [1, 2, 3], CONFIG, max_new_tokens=5).tolist()
+    mixture = parse_model_config(fields_of("mixtral"))
+    results["experts"] = digest(forward(random_params(mixture), tokens, mixture))
     results["kernels"] = kernels()
     out.write_text(json.dumps(results))
 

@@ -7,6 +7,7 @@ Letters: m positions, k experts of a position, d channels, E experts.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -89,7 +90,7 @@ def mix(x: jax.Array, routing: Routing, count: int, run: Callable[[jax.Array, ja
     m, k = routing.chosen.shape
     tile = _tile_size(m * k, count)
     if tile == 1:  # every pair of a position and an expert is a tile, in any order
-        owner, position = routing.chosen.reshape(-1), jnp.repeat(jnp.arange(m), k)[:, None]
+        owner, position = routing.chosen.reshape(-1), jnp.repeat(jnp.arange(m, dtype=jnp.int32), k)[:, None]
         place = jnp.arange(m * k).reshape(m, k)
     else:
         owner, position, place = _tiles(routing.chosen, count, tile)
@@ -148,16 +149,17 @@ def _tiles(chosen: jax.Array, count: int, tile: int) -> tuple[jax.Array, jax.Arr
     each pair is among all places.
     """
     m, k = chosen.shape
-    flat = chosen.reshape(-1)
-    order = jnp.argsort(flat, stable=True)
-    held = jnp.bincount(flat, length=count)
-    first_pair = jnp.cumsum(held) - held
-    ends = jnp.cumsum(-(-held // tile))
+    flat, numbers = chosen.reshape(-1), partial(jnp.arange, dtype=jnp.int32)  # int32 whatever a caller's default is
+    _, order = jax.lax.sort_key_val(flat, numbers(m * k), is_stable=True)
+    held = jnp.zeros(count, jnp.int32).at[flat].add(1)
+    needed = -(-held // tile)
+    first_pair, ends = (jnp.cumsum(each, dtype=jnp.int32) for each in (held, needed))
+    first_pair, first_place = first_pair - held, (ends - needed) * tile
     tiles = m * k // tile + min(count, m * k)
-    owner = jnp.minimum(jnp.searchsorted(ends, jnp.arange(tiles), side="right"), count - 1).astype(jnp.int32)
-    first_place = (ends - -(-held // tile)) * tile
-    within = jnp.arange(tiles * tile).reshape(tiles, tile) - first_place[owner][:, None]
+    owner = jnp.sum(numbers(tiles)[:, None] >= ends, axis=1, dtype=jnp.int32)
+    owner = jnp.minimum(owner, count - 1)
+    within = numbers(tiles * tile).reshape(tiles, tile) - first_place[owner][:, None]
     pair = order[jnp.minimum(first_pair[owner][:, None] + within, m * k - 1)]
-    rank = jnp.zeros(m * k, jnp.int32).at[order].set(jnp.arange(m * k, dtype=jnp.int32), unique_indices=True)
+    rank = jnp.zeros(m * k, jnp.int32).at[order].set(numbers(m * k), unique_indices=True)
     place = first_place[flat] + rank - first_pair[flat]
-    return owner, (pair // k).astype(jnp.int32), place.reshape(m, k)
+    return owner, pair // k, place.reshape(m, k)

@@ -15,8 +15,11 @@ from typing import Any
 import numpy as np
 
 from cluscomp_jax import CalibrationConfig, ClusterConfig, CompressConfig, compress, open_model, perplexity, size_report
+from cluscomp_jax.checkpoint.reader import save_checkpoint
+from cluscomp_jax.config.recovery import RecoveryConfig
 from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.io.gguf.source import GgufSource
+from cluscomp_jax.runtime.reporter import console_reporter
 from cluscomp_jax.text.text import begin_windows, calibration_samples, load_tokens
 
 
@@ -49,6 +52,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--recover", type=int, default=0, metavar="STEPS")
+    parser.add_argument("--out", type=Path, help="new folder for the compressed model")
     parser.add_argument("--epochs", type=int, default=BlockTuningConfig().epochs)
     parser.add_argument("--torch", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
@@ -67,15 +72,19 @@ def main() -> None:
         return
     cfg = CompressConfig(
         model=opened.config,
-        cluster=ClusterConfig(bits=options.bits, mixed_precision="none"),
+        cluster=ClusterConfig(bits=options.bits),
         tuning=BlockTuningConfig(epochs=options.epochs) if options.epochs else None,
         calibration=CalibrationConfig(samples=options.samples, length=context),
+        recovery=RecoveryConfig(steps=options.recover) if options.recover else None,
     )
     tokens = load_tokens(options.calibration, tokenizer, split="train")
     crops = calibration_samples(tokens, samples=options.samples, length=context, seed=cfg.seed, begin=begin)
     began = time.monotonic()
-    small = compress(source, cfg, calibration=crops)
+    with console_reporter() as reporter:
+        small = compress(source, cfg, calibration=crops, reporter=reporter)
     seconds = time.monotonic() - began
+    if options.out is not None:
+        save_checkpoint(options.out, small, cfg)
     measured = perplexity(small, stream, opened.config, context=context)
     bits = size_report(small).bits_per_weight
     print(json.dumps({"bits": bits, "compressed": measured.perplexity, "seconds": seconds}), flush=True)

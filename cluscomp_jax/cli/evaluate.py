@@ -20,6 +20,7 @@ from cluscomp_jax.evaluation.perplexity import Perplexity, perplexity, scratch_b
 from cluscomp_jax.inference.decoder import Decoder
 from cluscomp_jax.io.open import OpenedModel, open_model
 from cluscomp_jax.io.tokenizer import stop_tokens, tokenizer_digest
+from cluscomp_jax.models.model import check_length
 from cluscomp_jax.reporting.tables import format_bytes
 from cluscomp_jax.runtime.reporter import console_reporter
 from cluscomp_jax.runtime.scratch import require_room, scratch_parent
@@ -106,7 +107,12 @@ def _begin(opened: OpenedModel, text: str) -> int:
 
 
 def note_context(what: str, length: int, opened: OpenedModel) -> None:
-    """Notes where windows or samples are longer than the model's own context."""
+    """Notes where windows or samples are longer than the model's own context.
+
+    Raises:
+      InputError: they are longer than its table of learned positions.
+    """
+    check_length(length, opened.model, what)
     most = getattr(opened.config, "max_position_embeddings", None)
     if most is not None and length > most:
         note(f"{what} {length} is more than the model's own context of {most}; it may do badly there")

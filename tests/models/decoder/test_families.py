@@ -23,7 +23,7 @@ from cluscomp_jax.models.source import load_all
 from cluscomp_jax.models.tensor_names import match_tensors, names_of, stored_shape
 
 ONE_OF_EACH = (
-    "smollm3_window", "granite_biased", "olmo3_nested", "gemma2", "gemma3", "phi4_mini", "ministral3_window",
+    "smollm3_window", "granite_biased", "olmo3_nested", "gemma2", "gemma3", "opt", "opt_post_norm", "phi4_mini", "ministral3_window",
     "seed_oss_biased",
 )  # fmt: skip
 

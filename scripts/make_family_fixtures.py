@@ -81,6 +81,7 @@ CASES: dict[str, dict[str, Any]] = {
         },
     },
     "seed_oss": {"head_dim": 6, "attention_out_bias": True},
+    "opt": {"ffn_dim": 24, "do_layer_norm_before": False, "word_embed_proj_dim": 12},
 }
 
 

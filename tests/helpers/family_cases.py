@@ -5,6 +5,11 @@ Sizes are small; names, and which fields there are, are those of the published m
 
 from typing import Any
 
+import numpy as np
+
+from cluscomp_jax.core import trees
+from cluscomp_jax.models.model import build_model, parameter_shapes
+
 SIZES = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -290,3 +295,14 @@ CASES: dict[str, dict[str, Any]] = {
 def fields_of(name: str) -> dict[str, Any]:
     """Returns the config.json fields of a case."""
     return SIZES | CASES[name]
+
+
+def random_params(config: Any, seed: int = 0) -> Any:
+    """Every leaf random, norms and biases too, so that none is idle; norms near what leaves numbers as they are."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        noise = rng.normal(0, 0.3, shape).astype(np.float32)
+        return noise + (path.endswith("weight") and config.norm_weight != "offset")
+
+    return trees.unflatten({p: draw(p, shape) for p, shape in parameter_shapes(build_model(config)).items()})

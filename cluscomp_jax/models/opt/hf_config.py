@@ -25,9 +25,7 @@ def parse_config(fields: Mapping[str, Any]) -> DecoderConfig:
         "intermediate_size": config_fields.integer(fields, "ffn_dim"),
         "initializer_range": config_fields.number(fields, "init_std", 0.02),
     }
-    sizes = hf_fields.read_sizes(
-        own, eps=_EPS, tied=True, activation="activation_function", activation_default="relu"
-    )
+    sizes = hf_fields.read_sizes(own, eps=_EPS, tied=True, activation="activation_function", activation_default="relu")
     before = config_fields.flag(fields, "do_layer_norm_before", True)
     embedded = config_fields.integer(fields, "word_embed_proj_dim", sizes["hidden_size"])
     bias = config_fields.flag(fields, "enable_bias", True)

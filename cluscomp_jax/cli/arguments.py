@@ -77,6 +77,9 @@ class CompressArguments(Common):
     """tokens per calibration sample"""
     sample_offsets: Annotated[str | None, _recipe("drawn by --seed", "FILE")] = None
     """file of start positions of the samples, one token position per line"""
+    begin_windows: Annotated[bool, FlagCreatePairsOff, _recipe(False)] = False
+    """begin every calibration sample, and every window of --evaluate, with the model's begin token, as Gemma expects
+    it"""
     bits: Annotated[float | None, _recipe("no budget", "FLOAT")] = None
     """budget in stored bits per weight, codebooks included, instead of --g and --num-codes"""
     mixed_precision: Annotated[Literal["auto", "none", "per_matrix"] | None, _recipe("auto")] = None

@@ -11,7 +11,7 @@ from cluscomp_jax.checkpoint.evaluations import add_evaluation, read_evaluations
 from cluscomp_jax.checkpoint.reader import describe as describe_checkpoint
 from cluscomp_jax.checkpoint.recorded import recorded
 from cluscomp_jax.cli.arguments import DEFAULT_ANSWER_TOKENS, EvaluateArguments
-from cluscomp_jax.cli.inputs import read_tokens, require_windows
+from cluscomp_jax.cli.inputs import begin_token, read_tokens, require_windows
 from cluscomp_jax.cli.outcome import DONE, FAILED, Result, note
 from cluscomp_jax.config.numerics import Dtype
 from cluscomp_jax.errors import InputError, RunError
@@ -57,7 +57,7 @@ def _run_perplexity(arguments: EvaluateArguments) -> Result:
         tokenizer = _same_tokenizer(opened, arguments.text, Path(arguments.record))
     tokens = read_tokens(opened, arguments.text, first=arguments.tokens)
     require_windows(arguments.text, tokens, arguments.context)
-    begin = _begin(opened, arguments.text) if arguments.begin_windows else None
+    begin = begin_token(opened, arguments.text) if arguments.begin_windows else None
     if begin is not None:
         tokens = begin_windows(tokens, begin, arguments.context)
     note_context("--context", arguments.context, opened)
@@ -91,19 +91,6 @@ def _run_perplexity(arguments: EvaluateArguments) -> Result:
             return Result("\n".join(lines), {**fields, "stage": stage}, FAILED)
         lines.append(f"noted as {stage!r} in {file}")
     return Result("\n".join(lines), {**fields, "stage": stage}, DONE if math.isfinite(measured.perplexity) else FAILED)
-
-
-def _begin(opened: OpenedModel, text: str) -> int:
-    """Returns the token that begins every window: the tokenizer's, of a token array the config's.
-
-    Raises:
-      InputError: the model names none.
-    """
-    owner = opened.config if Path(text).suffix == ".npy" else opened.load_tokenizer()
-    begin = getattr(owner, "bos_token_id", None)
-    if begin is None:
-        raise InputError(f"--begin-windows: {opened.name} names no token that begins a text; leave it out")
-    return int(begin)
 
 
 def note_context(what: str, length: int, opened: OpenedModel) -> None:

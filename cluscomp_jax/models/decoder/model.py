@@ -33,7 +33,7 @@ INPUT_GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "mlp/hidden": ("mlp/down_proj/kernel",),
     }
 )
-_UNGATED: Mapping[str, tuple[str, ...]] = MappingProxyType(INPUT_GROUPS | {"mlp/input": ("mlp/up_proj/kernel",)})
+_UNGATED: Mapping[str, tuple[str, ...]] = MappingProxyType(dict(INPUT_GROUPS) | {"mlp/input": ("mlp/up_proj/kernel",)})
 
 
 def _relu2(x: jax.Array) -> jax.Array:

@@ -47,6 +47,8 @@ def config_fields(
     if "token_embd.weight" not in shapes:
         raise InputError("the GGUF file has no tensor token_embd.weight; is it a language model?")
     family = family_of(model_type_of(arch))
+    if "gguf" not in getattr(family, "TENSOR_NAMES", {}):
+        raise InputError(f"architecture {arch!r} is not read from GGUF files; use the Hugging Face folder")
     of_family = getattr(family, "gguf_fields", None)
     fields: dict[str, Any] = {name: number_of(metadata, f"{arch}.{key}") for name, key in _REQUIRED.items()}
     heads = fields["num_attention_heads"]

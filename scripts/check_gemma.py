@@ -2,7 +2,8 @@
 
     python scripts/check_gemma.py gemma3-270m.gguf --text wiki_test.txt.gz --calibration wiki_train.txt.gz --bits 3
 
-Every window begins with BOS, as Gemma expects it. The file's weights are 4-bit, so the figures are not those of the
+Every window and every calibration sample begins with BOS, as Gemma expects it; the recipe is the default one, followed
+by `--recover` steps of recovery. `cluscomp compress --begin-windows` makes the same and resumes. The file's weights are 4-bit, so the figures are not those of the
 original model. transformers is asked where it is installed with PyTorch (`pip install ".[parity]"`), else left out.
 """
 
@@ -15,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from cluscomp_jax import CalibrationConfig, ClusterConfig, CompressConfig, compress, open_model, perplexity, size_report
-from cluscomp_jax.checkpoint.reader import save_checkpoint
 from cluscomp_jax.config.recovery import RecoveryConfig
 from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.io.gguf.source import GgufSource
@@ -53,7 +53,6 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--recover", type=int, default=0, metavar="STEPS")
-    parser.add_argument("--out", type=Path, help="new folder for the compressed model")
     parser.add_argument("--epochs", type=int, default=BlockTuningConfig().epochs)
     parser.add_argument("--torch", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
@@ -74,7 +73,7 @@ def main() -> None:
         model=opened.config,
         cluster=ClusterConfig(bits=options.bits),
         tuning=BlockTuningConfig(epochs=options.epochs) if options.epochs else None,
-        calibration=CalibrationConfig(samples=options.samples, length=context),
+        calibration=CalibrationConfig(samples=options.samples, length=context, begin_windows=True),
         recovery=RecoveryConfig(steps=options.recover) if options.recover else None,
     )
     tokens = load_tokens(options.calibration, tokenizer, split="train")
@@ -83,8 +82,6 @@ def main() -> None:
     with console_reporter() as reporter:
         small = compress(source, cfg, calibration=crops, reporter=reporter)
     seconds = time.monotonic() - began
-    if options.out is not None:
-        save_checkpoint(options.out, small, cfg)
     measured = perplexity(small, stream, opened.config, context=context)
     bits = size_report(small).bits_per_weight
     print(json.dumps({"bits": bits, "compressed": measured.perplexity, "seconds": seconds}), flush=True)

@@ -3,8 +3,9 @@
     python scripts/check_gemma.py gemma3-270m.gguf --text wiki_test.txt.gz --calibration wiki_train.txt.gz --bits 3
 
 Every window and every calibration sample begins with BOS, as Gemma expects it; the recipe is the default one, followed
-by `--recover` steps of recovery. `cluscomp compress --begin-windows` makes the same and resumes. The file's weights are 4-bit, so the figures are not those of the
-original model. transformers is asked where it is installed with PyTorch (`pip install ".[parity]"`), else left out.
+by `--recover` steps of recovery. `cluscomp compress --begin-windows` makes the same and resumes. The file's weights are
+4-bit, so the figures are not those of the original model. transformers is asked where it is installed with PyTorch
+(`pip install ".[parity]"`), else left out.
 """
 
 import argparse

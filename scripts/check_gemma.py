@@ -2,8 +2,10 @@
 
     python scripts/check_gemma.py gemma3-270m.gguf --text wiki_test.txt.gz --calibration wiki_train.txt.gz --bits 3
 
-Every window begins with BOS, as Gemma expects it. The file's weights are 4-bit, so the figures are not those of the
-original model. transformers is asked where it is installed with PyTorch (`pip install ".[parity]"`), else left out.
+Every window and every calibration sample begins with BOS, as Gemma expects it; the recipe is the default one, followed
+by `--recover` steps of recovery. `cluscomp compress --begin-windows` makes the same and resumes. The file's weights are
+4-bit, so the figures are not those of the original model. transformers is asked where it is installed with PyTorch
+(`pip install ".[parity]"`), else left out.
 """
 
 import argparse
@@ -15,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from cluscomp_jax import CalibrationConfig, ClusterConfig, CompressConfig, compress, open_model, perplexity, size_report
+from cluscomp_jax.config.recovery import RecoveryConfig
 from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.io.gguf.source import GgufSource
+from cluscomp_jax.runtime.reporter import console_reporter
 from cluscomp_jax.text.text import begin_windows, calibration_samples, load_tokens
 
 
@@ -49,6 +53,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--recover", type=int, default=0, metavar="STEPS")
     parser.add_argument("--epochs", type=int, default=BlockTuningConfig().epochs)
     parser.add_argument("--torch", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
@@ -67,14 +72,16 @@ def main() -> None:
         return
     cfg = CompressConfig(
         model=opened.config,
-        cluster=ClusterConfig(bits=options.bits, mixed_precision="none"),
+        cluster=ClusterConfig(bits=options.bits),
         tuning=BlockTuningConfig(epochs=options.epochs) if options.epochs else None,
-        calibration=CalibrationConfig(samples=options.samples, length=context),
+        calibration=CalibrationConfig(samples=options.samples, length=context, begin_windows=True),
+        recovery=RecoveryConfig(steps=options.recover) if options.recover else None,
     )
     tokens = load_tokens(options.calibration, tokenizer, split="train")
     crops = calibration_samples(tokens, samples=options.samples, length=context, seed=cfg.seed, begin=begin)
     began = time.monotonic()
-    small = compress(source, cfg, calibration=crops)
+    with console_reporter() as reporter:
+        small = compress(source, cfg, calibration=crops, reporter=reporter)
     seconds = time.monotonic() - began
     measured = perplexity(small, stream, opened.config, context=context)
     bits = size_report(small).bits_per_weight

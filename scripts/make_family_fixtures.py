@@ -83,6 +83,7 @@ CASES: dict[str, dict[str, Any]] = {
     "seed_oss": {"head_dim": 6, "attention_out_bias": True},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 12},
     "qwen3_moe": {"head_dim": 6, "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 8},
+    "opt": {"ffn_dim": 24, "do_layer_norm_before": False, "word_embed_proj_dim": 12},
 }
 
 

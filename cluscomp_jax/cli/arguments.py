@@ -77,6 +77,9 @@ class CompressArguments(Common):
     """tokens per calibration sample"""
     sample_offsets: Annotated[str | None, _recipe("drawn by --seed", "FILE")] = None
     """file of start positions of the samples, one token position per line"""
+    begin_windows: Annotated[bool, FlagCreatePairsOff, _recipe(False)] = False
+    """begin every calibration sample, and every window of --evaluate, with the model's begin token, as Gemma expects
+    it"""
     bits: Annotated[float | None, _recipe("no budget", "FLOAT")] = None
     """budget in stored bits per weight, codebooks included, instead of --g and --num-codes"""
     mixed_precision: Annotated[Literal["auto", "none", "per_matrix"] | None, _recipe("auto")] = None
@@ -341,7 +344,7 @@ class PlanArguments(Common):
     model: Model
     """Hugging Face folder, config.json, or preset: llama-2-7b/13b/70b, llama-3-8b/70b, llama-3.1-405b, mistral-7b,
     qwen2.5-72b, smollm3-3b, granite-3.3-8b, olmo-2-7b, olmo-3-32b, gemma-2-27b, gemma-3-1b/27b, phi-3-mini, phi-4,
-    ministral-3-8b, seed-oss-36b"""
+    ministral-3-8b, seed-oss-36b, opt-125m/350m/1.3b/2.7b/6.7b/13b/30b/66b"""
     target: Annotated[str, arg(metavar="CARD")]
     """card: a6000, a100_80, h100, h200, l40s, rtx4090, or a .txtpb file that describes another"""
     config: Annotated[str | None, _without("no file", "FILE")] = None

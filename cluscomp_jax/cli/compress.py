@@ -9,7 +9,7 @@ from cluscomp_jax.cli.arguments import DEFAULT_CONTEXT, CompressArguments
 from cluscomp_jax.cli.command_line import command_line
 from cluscomp_jax.cli.evaluate import check_scratch, describe, note_context
 from cluscomp_jax.cli.folder import Compressed, Measure, compress_to_folder
-from cluscomp_jax.cli.inputs import read_tokens, require_windows
+from cluscomp_jax.cli.inputs import begin_token, read_tokens, require_windows
 from cluscomp_jax.cli.outcome import Result, note
 from cluscomp_jax.cli.overrides import run_config
 from cluscomp_jax.clustering.resolve import Rules, bits_per_weight, check_calibration, mixes, rules_by_block
@@ -24,7 +24,7 @@ from cluscomp_jax.models.sharding import make_sharding
 from cluscomp_jax.models.source import ParamSource
 from cluscomp_jax.reporting.tables import format_bytes, format_table, stage_rows
 from cluscomp_jax.runtime.reporter import Reporter
-from cluscomp_jax.text.text import calibration_samples, read_starts
+from cluscomp_jax.text.text import begin_windows, calibration_samples, read_starts
 
 _BITS_OF_THE_ORIGINAL = 16.0
 
@@ -43,14 +43,17 @@ def run(arguments: CompressArguments) -> Result:
         calibration = read_calibration(opened, cfg, arguments.calibration)
         if isinstance(calibration, Embeddings):
             samples, length = calibration.shape
-            cfg = dataclasses.replace(cfg, calibration=CalibrationConfig(samples=samples, length=max(2, length)))
+            given = CalibrationConfig(
+                samples=samples, length=max(2, length), begin_windows=cfg.calibration.begin_windows
+            )
+            cfg = dataclasses.replace(cfg, calibration=given)
         check_calibration(opened.model, cfg, calibration, by_block)
     bits = bits_per_weight(opened.model, cfg, by_block)
     if bits >= _BITS_OF_THE_ORIGINAL:
         note(
             f"{bits:.1f} bits per weight: the codebooks weigh more than the matrices; fewer codes, or --bits, take less"
         )
-    measure = None if arguments.evaluate is None else _measure(opened, arguments)
+    measure = None if arguments.evaluate is None else _measure(opened, cfg, arguments)
     note(f"{opened.name}: {_describe_rules(cfg, by_block, calibration)}; {_describe_stages(cfg, calibration)}")
     done = compress_to_folder(
         opened,
@@ -61,7 +64,10 @@ def run(arguments: CompressArguments) -> Result:
         measure=measure,
         command=command_line(arguments),
     )
-    return Result(_text(done, out), _fields(done, out))
+    text, fields = _text(done, out), _fields(done, out)
+    if measure is not None and cfg.calibration.begin_windows:
+        return Result(f"{text}\nevery window begins with the model's begin token", fields | {"begin_windows": True})
+    return Result(text, fields)
 
 
 def read_calibration(opened: OpenedModel, cfg: CompressConfig, spec: str) -> Calibration:
@@ -77,15 +83,22 @@ def read_calibration(opened: OpenedModel, cfg: CompressConfig, spec: str) -> Cal
     sample_offsets = None if settings.sample_offsets is None else read_starts(settings.sample_offsets)
     tokens = read_tokens(opened, spec, split="train")
     return calibration_samples(
-        tokens, samples=settings.samples, length=settings.length, seed=cfg.seed, sample_offsets=sample_offsets
+        tokens,
+        samples=settings.samples,
+        length=settings.length,
+        seed=cfg.seed,
+        sample_offsets=sample_offsets,
+        begin=begin_token(opened, spec) if settings.begin_windows else None,
     )
 
 
-def _measure(opened: OpenedModel, arguments: CompressArguments) -> Measure:
+def _measure(opened: OpenedModel, cfg: CompressConfig, arguments: CompressArguments) -> Measure:
     assert arguments.evaluate is not None
     tokens = read_tokens(opened, arguments.evaluate, first=arguments.tokens)
     context = DEFAULT_CONTEXT if arguments.context is None else arguments.context
     require_windows(arguments.evaluate, tokens, context)
+    if cfg.calibration.begin_windows:
+        tokens = begin_windows(tokens, begin_token(opened, arguments.evaluate), context)
     note_context("--context", context, opened)
     check_scratch((len(tokens) // context, context), opened, "float32")
 
@@ -123,7 +136,12 @@ def _describe_stages(cfg: CompressConfig, calibration: Calibration | None) -> st
     if cfg.recovery is not None:
         stages.append(f"{_count(cfg.recovery.steps, 'step')} of recovery")
     only = " only" if len(stages) == 1 else ""
-    return f"{', '.join(stages)}{only}, {samples} x {length} {positions}"
+    begun = ", every sample begun by the begin token" if _begins(cfg, calibration) else ""
+    return f"{', '.join(stages)}{only}, {samples} x {length} {positions}{begun}"
+
+
+def _begins(cfg: CompressConfig, calibration: Calibration) -> bool:
+    return cfg.calibration.begin_windows and not isinstance(calibration, Embeddings)
 
 
 def _count(number: int, what: str) -> str:

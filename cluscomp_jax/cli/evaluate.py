@@ -11,7 +11,7 @@ from cluscomp_jax.checkpoint.evaluations import add_evaluation, read_evaluations
 from cluscomp_jax.checkpoint.reader import describe as describe_checkpoint
 from cluscomp_jax.checkpoint.recorded import recorded
 from cluscomp_jax.cli.arguments import DEFAULT_ANSWER_TOKENS, EvaluateArguments
-from cluscomp_jax.cli.inputs import read_tokens, require_windows
+from cluscomp_jax.cli.inputs import begin_token, read_tokens, require_windows
 from cluscomp_jax.cli.outcome import DONE, FAILED, Result, note
 from cluscomp_jax.config.numerics import Dtype
 from cluscomp_jax.errors import InputError, RunError
@@ -20,6 +20,7 @@ from cluscomp_jax.evaluation.perplexity import Perplexity, perplexity, scratch_b
 from cluscomp_jax.inference.decoder import Decoder
 from cluscomp_jax.io.open import OpenedModel, open_model
 from cluscomp_jax.io.tokenizer import stop_tokens, tokenizer_digest
+from cluscomp_jax.models.model import check_length
 from cluscomp_jax.reporting.tables import format_bytes
 from cluscomp_jax.runtime.reporter import console_reporter
 from cluscomp_jax.runtime.scratch import require_room, scratch_parent
@@ -56,7 +57,7 @@ def _run_perplexity(arguments: EvaluateArguments) -> Result:
         tokenizer = _same_tokenizer(opened, arguments.text, Path(arguments.record))
     tokens = read_tokens(opened, arguments.text, first=arguments.tokens)
     require_windows(arguments.text, tokens, arguments.context)
-    begin = _begin(opened, arguments.text) if arguments.begin_windows else None
+    begin = begin_token(opened, arguments.text) if arguments.begin_windows else None
     if begin is not None:
         tokens = begin_windows(tokens, begin, arguments.context)
     note_context("--context", arguments.context, opened)
@@ -92,21 +93,13 @@ def _run_perplexity(arguments: EvaluateArguments) -> Result:
     return Result("\n".join(lines), {**fields, "stage": stage}, DONE if math.isfinite(measured.perplexity) else FAILED)
 
 
-def _begin(opened: OpenedModel, text: str) -> int:
-    """Returns the token that begins every window: the tokenizer's, of a token array the config's.
+def note_context(what: str, length: int, opened: OpenedModel) -> None:
+    """Notes where windows or samples are longer than the model's own context.
 
     Raises:
-      InputError: the model names none.
+      InputError: they are longer than its table of learned positions.
     """
-    owner = opened.config if Path(text).suffix == ".npy" else opened.load_tokenizer()
-    begin = getattr(owner, "bos_token_id", None)
-    if begin is None:
-        raise InputError(f"--begin-windows: {opened.name} names no token that begins a text; leave it out")
-    return int(begin)
-
-
-def note_context(what: str, length: int, opened: OpenedModel) -> None:
-    """Notes where windows or samples are longer than the model's own context."""
+    check_length(length, opened.model, what)
     most = getattr(opened.config, "max_position_embeddings", None)
     if most is not None and length > most:
         note(f"{what} {length} is more than the model's own context of {most}; it may do badly there")

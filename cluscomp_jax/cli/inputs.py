@@ -23,6 +23,19 @@ def read_tokens(opened: OpenedModel, spec: str, *, split: Split = "test", first:
     return tokens[:first]
 
 
+def begin_token(opened: OpenedModel, spec: str) -> int:
+    """Returns the token that begins every window of a text: the tokenizer's, of a token array the config's.
+
+    Raises:
+      InputError: the model names none.
+    """
+    owner = opened.config if Path(spec).suffix == ".npy" else opened.load_tokenizer()
+    begin = getattr(owner, "bos_token_id", None)
+    if begin is None:
+        raise InputError(f"--begin-windows: {opened.name} names no token that begins a text; leave it out")
+    return int(begin)
+
+
 def require_windows(spec: str, tokens: np.ndarray, context: int) -> None:
     """Raises InputError where the tokens do not fill one window of `context`."""
     if context < 2:

@@ -45,7 +45,7 @@ def run_config(arguments: CompressArguments) -> CompressConfig:
     changed = dataclasses.replace(
         config,
         cluster=_cluster(arguments, config.cluster),
-        calibration=_replaced(config.calibration, arguments, "samples", "length", "sample_offsets"),
+        calibration=_calibration(arguments, config.calibration),
         tuning=_tuning(arguments, config.tuning),
         recovery=_recovery(arguments, config.recovery),
         seed=config.seed if arguments.seed is None else arguments.seed,
@@ -98,6 +98,12 @@ def _refuse_contradictions(arguments: CompressArguments) -> None:
                 raise InputError(
                     f"{_given(arguments, name)} has no effect without --{needed} TEXT; add that, or leave it out"
                 )
+    no_text = arguments.calibration is None or is_embeddings(arguments.calibration)
+    if arguments.begin_windows and no_text and arguments.evaluate is None:
+        raise InputError(
+            "--begin-windows has no effect without a text, --calibration TEXT or --evaluate TEXT; add one, or leave it "
+            "out"
+        )
 
 
 def _refuse_samples(arguments: CompressArguments) -> None:
@@ -130,6 +136,11 @@ def _cluster(arguments: CompressArguments, settings: ClusterConfig) -> ClusterCo
     elif any(getattr(arguments, name) is not None for name in _CODES):
         alone = {"mixed_precision": "auto", "coding": "auto", **alone, "bits": None}
     return dataclasses.replace(settings, rules=rules, **alone)
+
+
+def _calibration(arguments: CompressArguments, settings: CalibrationConfig) -> CalibrationConfig:
+    settings = _replaced(settings, arguments, "samples", "length", "sample_offsets")
+    return dataclasses.replace(settings, begin_windows=True) if arguments.begin_windows else settings
 
 
 def _tuning(arguments: CompressArguments, settings: BlockTuningConfig | None) -> BlockTuningConfig | None:

@@ -16,7 +16,7 @@ from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.core.coding import stored_bits
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.calibration import Calibration, Embeddings, check_embeddings, has_labels
-from cluscomp_jax.models.model import Model, check_tokens, parameter_shapes
+from cluscomp_jax.models.model import Model, check_length, check_tokens, parameter_shapes
 from cluscomp_jax.models.tensor_names import refuse_fused_aqlm
 
 Rules = dict[str, CompressionRule]
@@ -170,6 +170,7 @@ def check_calibration(model: Model, cfg: CompressConfig, calibration: Calibratio
         raise InputError(f"calibration has shape {calibration.shape}; it must be [samples, length], 1 and 2 at least")
     check_samples(cfg, calibration.shape[0], by_block)
     check_tokens(calibration, model, "calibration")
+    check_length(calibration.shape[1], model, "calibration")
 
 
 def check_samples(cfg: CompressConfig, samples: int, by_block: list[Rules]) -> None:

@@ -13,12 +13,14 @@ class CalibrationConfig:
     Attributes:
       samples: number of samples, >= 1 (paper: 128).
       length: tokens per sample, >= 2 (paper: 2048).
-      starts: file of start positions, one integer per line; None draws them from the run's seed.
+      sample_offsets: file of start positions, one integer per line; None draws them from the run's seed.
+      begin_windows: the model's begin token takes the place of each sample's first.
     """
 
     samples: int = 128
     length: int = 2048
     sample_offsets: str | None = None
+    begin_windows: bool = False
 
     def __post_init__(self) -> None:
         require(self.samples >= 1, "samples", self.samples, "1 or more")

@@ -76,6 +76,8 @@ class CompressConfig:
         del fields["model"]
         if self.recovery is None:  # as settings were recorded before there was a recovery
             del fields["recovery"]
+        if not self.calibration.begin_windows:  # as settings were recorded before samples could begin with a token
+            del fields["calibration"]["begin_windows"]
         for rule in fields["cluster"]["rules"]:
             if rule["axes"] is None:  # a decoder's kernels need none
                 del rule["axes"]

@@ -20,7 +20,7 @@ from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.inference.decoder import Decoder, positions_held
 from cluscomp_jax.inference.ragged import cached_rows
-from cluscomp_jax.models.model import Cache, Model, run_block, run_embed
+from cluscomp_jax.models.model import Cache, Model, check_length, run_block, run_embed
 
 _STEP = 16
 """Lengths are padded to a multiple of it, so that few shapes are compiled."""
@@ -94,6 +94,7 @@ def score_continuations(
       InputError: an empty context or continuation, or a continuation longer than `max_length`.
     """
     trees = sorted(_trees(requests, max_length), key=lambda tree: (not tree.branches, -len(tree.trunk)))
+    check_length(max((len(tree.trunk) for tree in trees), default=0), decoder.model, "context and continuation")
     log_likelihoods, greedy = np.zeros(len(requests)), np.ones(len(requests), bool)
     branching = sum(bool(tree.branches) for tree in trees)
     for same in (trees[:branching], trees[branching:]):
@@ -174,7 +175,7 @@ def _pass_size(lengths: Sequence[int], batch_size: int, positions: int) -> int:
 
 
 def _through_blocks(decoder: Decoder, inputs: np.ndarray) -> jax.Array:
-    x: jax.Array = run_embed(decoder.outer, jnp.asarray(inputs), model=decoder.model, dtype=decoder.dtype)
+    x: jax.Array = run_embed(decoder.outer, jnp.asarray(inputs), 0, model=decoder.model, dtype=decoder.dtype)
     for i, block in enumerate(decoder.blocks):
         x = run_block(block, x, model=decoder.model, layer_type=decoder.model.layer_type(i))
     return x
@@ -192,7 +193,7 @@ def _branched(
 
     Copies of one block's cache exist at a time.
     """
-    x: jax.Array = run_embed(decoder.outer, jnp.asarray(inputs), model=decoder.model, dtype=decoder.dtype)
+    x: jax.Array = run_embed(decoder.outer, jnp.asarray(inputs), begin, model=decoder.model, dtype=decoder.dtype)
     for i, block in enumerate(decoder.blocks):
         copies = _copies(caches[i], owner)
         x, _ = cached_rows(decoder.model, decoder.model.layer_type(i), block, x, copies, begin, lengths)

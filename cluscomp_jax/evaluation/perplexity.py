@@ -19,7 +19,7 @@ from cluscomp_jax.core.losses import token_nll
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.activations import ActivationStore, run_through
-from cluscomp_jax.models.model import Model, build_model, check_tokens, run_block, run_embed, width
+from cluscomp_jax.models.model import Model, build_model, check_length, check_tokens, run_block, run_embed, width
 from cluscomp_jax.models.source import ParamSource, as_source
 from cluscomp_jax.runtime.reporter import Reporter, SilentReporter
 from cluscomp_jax.runtime.scratch import scratch_folder
@@ -132,6 +132,7 @@ def _windows(tokens: np.ndarray, context: int, model: Model) -> np.ndarray:
             "use a longer text or a smaller context"
         )
     check_tokens(tokens, model, "the text")
+    check_length(context, model, "context")
     return tokens[: len(tokens) // context * context].reshape(-1, context).astype(np.int32)
 
 

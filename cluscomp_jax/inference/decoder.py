@@ -245,7 +245,7 @@ class Decoder:
         The sequences have `length` positions in all; what follows them is padding. Both are numbers, or
         int [b] where the rows differ; `position` None is the beginning of all.
         """
-        x: jax.Array = embed_tokens(self.model, self.dtype, self.outer, tokens)
+        x: jax.Array = embed_tokens(self.model, self.dtype, self.outer, tokens, 0 if position is None else position)
         step = cached_rows if np.ndim(length) else cached_block
         for i, block in enumerate(self.blocks):
             x, caches[i] = step(self.model, self.model.layer_type(i), block, x, caches[i], position, length)
@@ -266,9 +266,9 @@ def _place(_path: str, leaf: Any, *, dtype: Any, decode: bool) -> Any:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def embed_tokens(model: Model, dtype: Any, outer: Params, tokens: jax.Array) -> jax.Array:
-    """Jitted `model.embed`: tokens int32 [b, t] -> [b, t, d] of `dtype`."""
-    return model.embed(outer, tokens, dtype=dtype)
+def embed_tokens(model: Model, dtype: Any, outer: Params, tokens: jax.Array, position: Any) -> jax.Array:
+    """Jitted `model.embed`: tokens int32 [b, t] from a position, a number or int [b], on -> [b, t, d] of `dtype`."""
+    return model.embed(outer, tokens, dtype=dtype, position=position)
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)

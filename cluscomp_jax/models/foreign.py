@@ -135,7 +135,7 @@ class ForeignModel:
         """Nothing is outside the blocks."""
         return {}
 
-    def embed(self, outer: Params, tokens: jax.Array, *, dtype: Any) -> jax.Array:
+    def embed(self, outer: Params, tokens: jax.Array, *, dtype: Any, position: Any = None) -> jax.Array:
         """Returns zeros [b, t, d]: the blocks' inputs are given as activations, and only their shape is asked for."""
         return jnp.zeros((*tokens.shape, self.item_shape[-1]), dtype)
 

@@ -82,8 +82,12 @@ class Model(Protocol):
         """A block's parameters as `cached_block` runs fastest with them; it takes both."""
         ...
 
-    def embed(self, outer: Params, tokens: jax.Array, *, dtype: Any) -> jax.Array:
-        """tokens int [b, t] -> x [b, t, d] of `dtype`."""
+    def embed(self, outer: Params, tokens: jax.Array, *, dtype: Any, position: Any = None) -> jax.Array:
+        """tokens int [b, t] -> x [b, t, d] of `dtype`.
+
+        `position` is that of the first column, a number or int [b]; then columns past a table of learned positions are
+        padding, and mean nothing. None: 0, and no column is padding. Models without such a table have no use for it.
+        """
         ...
 
     def block(self, params: Params, x: jax.Array, *, layer_type: Hashable, observer: Observer | None = None) -> Any:
@@ -127,6 +131,7 @@ _FAMILIES: dict[str, str | Any] = {
     "mixtral": "cluscomp_jax.models.mixtral",
     "olmo2": "cluscomp_jax.models.olmo",
     "olmo3": "cluscomp_jax.models.olmo",
+    "opt": "cluscomp_jax.models.opt",
     "phi3": "cluscomp_jax.models.phi3",
     "qwen2": "cluscomp_jax.models.llama",
     "qwen3": "cluscomp_jax.models.llama",
@@ -208,9 +213,9 @@ def build_model(config: Any) -> Model:
 
 
 @partial(jax.jit, static_argnames=("model", "dtype"))
-def run_embed(outer: Params, tokens: jax.Array, *, model: Model, dtype: Any) -> jax.Array:
+def run_embed(outer: Params, tokens: jax.Array, position: Any = None, *, model: Model, dtype: Any) -> jax.Array:
     """Jitted `model.embed`."""
-    return model.embed(outer, tokens, dtype=dtype)
+    return model.embed(outer, tokens, dtype=dtype, position=position)
 
 
 @partial(jax.jit, static_argnames=("model", "layer_type"))
@@ -236,6 +241,16 @@ def width(model: Model) -> int:
         return model.embed(trees.unflatten(outer), jnp.zeros((1, 2), jnp.int32), dtype=jnp.bfloat16)
 
     return int(jax.eval_shape(embedded).shape[-1])
+
+
+def check_length(length: int, model: Model, what: str) -> None:
+    """Raises InputError where `length` positions, called `what`, are more than a table of learned positions has."""
+    config = model.config
+    if getattr(config, "position_offset", None) is not None and length > config.max_position_embeddings:
+        raise InputError(
+            f"{what}: {length} positions, and the model has learned {config.max_position_embeddings}; make it "
+            f"{config.max_position_embeddings} or less"
+        )
 
 
 def check_tokens(tokens: np.ndarray, model: Model, what: str) -> None:

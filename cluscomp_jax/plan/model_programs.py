@@ -53,7 +53,7 @@ def generating(settings: Sequence[BlockSpec], *, context: int) -> Iterator[Progr
     prompt = decoder.prompt_width(context // 2)
     for name, width, begin, calls in (("prompt", prompt, None, 1.0), ("token", 1, 0, context / 2)):
         tokens = place.array(1, width, dtype="int32")
-        traced = decoder.embed_tokens.trace(model, setting.compute, outer, tokens)
+        traced = decoder.embed_tokens.trace(model, setting.compute, outer, tokens, 0)
         x = place.like(traced.out_info)
         for each in settings:
             block = each.compressed()

@@ -30,6 +30,22 @@ def _fields(
     )
 
 
+def _opt(layers: int, hidden: int, heads: int, **more: Any) -> Mapping[str, Any]:
+    """Returns the config.json of an OPT, with `more` in place of its values."""
+    return MappingProxyType(
+        {
+            "model_type": "opt",
+            "num_hidden_layers": layers,
+            "hidden_size": hidden,
+            "ffn_dim": 4 * hidden,
+            "num_attention_heads": heads,
+            "vocab_size": 50272,
+            "max_position_embeddings": 2048,
+            **more,
+        }
+    )
+
+
 _LLAMA_3_1_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -119,6 +135,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "seed-oss-36b": _fields(
             64, 5120, 27648, 80, 8, 155136, 524288, model_type="seed_oss", head_dim=128, rope_theta=1e7
         ),
+        "opt-125m": _opt(12, 768, 12),
+        "opt-350m": _opt(24, 1024, 16, do_layer_norm_before=False, word_embed_proj_dim=512),
+        "opt-1.3b": _opt(24, 2048, 32),
+        "opt-2.7b": _opt(32, 2560, 32),
+        "opt-6.7b": _opt(32, 4096, 32),
+        "opt-13b": _opt(40, 5120, 40),
+        "opt-30b": _opt(48, 7168, 56),
+        "opt-66b": _opt(64, 9216, 72),
     }
 )
 """{name: the fields of its config.json that decide shapes and programs}.

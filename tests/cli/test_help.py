@@ -31,6 +31,7 @@ RECIPE: dict[str, Any] = {
     "samples": RUN.calibration.samples,
     "length": RUN.calibration.length,
     "sample_offsets": RUN.calibration.sample_offsets,
+    "begin_windows": RUN.calibration.begin_windows,
     "bits": CLUSTER.bits,
     "mixed_precision": CLUSTER.mixed_precision,
     "coding": CLUSTER.coding,

@@ -17,7 +17,7 @@ def cached_logits(model: Any, params: Any, tokens: np.ndarray, bounds: Sequence[
     caches = [model.init_cache(i, len(tokens), bounds[-1] + 5, jnp.float32) for i in range(model.num_blocks)]
     pieces = []
     for start, end in itertools.pairwise(bounds):
-        x = model.embed(params, tokens[:, start:end], dtype=jnp.float32)
+        x = model.embed(params, tokens[:, start:end], dtype=jnp.float32, position=start)
         for i in range(model.num_blocks):
             block = trees.subtree(params, f"{model.blocks_path}/{i}")
             x, caches[i] = step(block, x, caches[i], jnp.int32(start), layer_type=model.layer_type(i))

@@ -79,6 +79,8 @@ def test_the_reserve_leaves_room_inside_and_outside_what_jax_may_take() -> None:
         ("smollm3-3b", 3.075), ("granite-3.3-8b", 8.171), ("olmo-2-7b", 7.299), ("olmo-3-32b", 32.234),
         ("gemma-2-27b", 27.227), ("gemma-3-1b", 1.000), ("gemma-3-27b", 27.009), ("phi-3-mini", 3.821),
         ("phi-4", 14.660), ("ministral-3-8b", 8.490), ("seed-oss-36b", 36.151),
+        ("opt-125m", 0.125), ("opt-350m", 0.331), ("opt-1.3b", 1.316), ("opt-2.7b", 2.652), ("opt-6.7b", 6.658),
+        ("opt-13b", 12.853), ("opt-30b", 29.975), ("opt-66b", 65.720),
     ],
 )  # fmt: skip
 def test_a_preset_has_as_many_parameters_as_its_model(name: str, billions: float) -> None:
@@ -87,7 +89,7 @@ def test_a_preset_has_as_many_parameters_as_its_model(name: str, billions: float
 
 
 def test_an_unknown_preset_is_refused() -> None:
-    assert len(PRESETS) == 19
+    assert len(PRESETS) == 27
     with pytest.raises(InputError, match="no preset is called 'llama-9'"):
         preset_config("llama-9")
 

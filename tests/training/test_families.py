@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 from family_cases import fields_of
 
 from cluscomp_jax.config.training import TrainingConfig
@@ -26,13 +27,18 @@ def compressed(model):
     return trees.unflatten({path: one(path, shape) for path, shape in parameter_shapes(model).items()})
 
 
-def test_the_loss_of_blocks_of_two_kinds_is_that_of_the_forward_pass():
-    model = build_model(parse_model_config(fields_of("gemma3_nested") | {"num_hidden_layers": 3, "layer_types": None}
-                                           | {"sliding_window_pattern": 3}))  # fmt: skip
+TWO_KINDS = {"num_hidden_layers": 3, "layer_types": None, "sliding_window_pattern": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "spans"), [("gemma3_nested", TWO_KINDS, [(0, 2), (2, 1)]), ("opt_post_norm", {}, [(0, 4)])]
+)
+def test_the_loss_is_that_of_the_forward_pass_and_a_step_lowers_it(name, changes, spans):
+    model = build_model(parse_model_config(fields_of(name) | changes))
     params = compressed(model)
     settings = TrainingConfig(steps=4, batch_size=2, learning_rate=0.01, trainable=(".*/codebook", ".*norm/weight"))
     trained, frozen, layout = split_params(DictSource(params, model), model, settings.trainable)
-    assert [(span.first, span.count) for span in layout.spans] == [(0, 2), (2, 1)]
+    assert [(span.first, span.count) for span in layout.spans] == spans
     rng = np.random.default_rng(1)
     tokens, mask = rng.integers(0, 96, (2, 9)).astype(np.int32), rng.random((2, 9)) < 0.7
     found = summed_loss(trained, frozen, tokens, mask, layout=layout, settings=settings)

@@ -49,6 +49,8 @@ def config_fields(
     experts = number_of(metadata, f"{arch}.expert_count", 0)
     model_type = "mixtral" if arch == "llama" and experts else model_type_of(arch)  # llama.cpp has one name for both
     family = family_of(model_type)
+    if "gguf" not in getattr(family, "TENSOR_NAMES", {}):
+        raise InputError(f"architecture {arch!r} is not read from GGUF files; use the Hugging Face folder")
     of_family = getattr(family, "gguf_fields", None)
     fields: dict[str, Any] = {name: number_of(metadata, f"{arch}.{key}") for name, key in _REQUIRED.items()}
     heads = fields["num_attention_heads"]

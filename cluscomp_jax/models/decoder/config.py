@@ -30,7 +30,8 @@ SIZES = {
 }
 """{size that every config has: its limit}."""
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
-Norms = Literal["pre", "post", "sandwich"]
+Norms = Literal["pre", "post", "sandwich", "after_sum"]
+NormKind = Literal["rms", "layer", "bare_layer"]
 QkNorm = Literal["none", "head", "projection"]
 
 
@@ -93,11 +94,13 @@ class DecoderConfig:
       head_dim: width of one head; need not be hidden_size / num_attention_heads.
       layers: the kind of each layer, num_hidden_layers of them.
       norms: "pre": a norm before attention and one before the MLP; "post": one after each, before the sum; "sandwich":
-        both.
-      norm_weight: how norms multiply by their weight, see `NormWeight`.
+        both; "after_sum": one after each sum.
+      norm: "rms": RMSNorm; "layer": LayerNorm with weight and bias; "bare_layer": LayerNorm without parameters.
+      norm_weight: how an RMSNorm multiplies by its weight, see `NormWeight`.
       rms_norm_eps: of all norms, finite, at least 0.
       qk_norm: norms on queries and keys before the rotation: "none", over each "head", or over the whole "projection".
       qkv_bias, o_bias, mlp_bias: biases on q, k and v; on o; on the projections of the MLP.
+      gated_mlp: whether the MLP has a gate; without one the activation is that of up.
       hidden_act: one of ACTIVATIONS, of the gate.
       experts: those of every layer, each an MLP of intermediate_size; None: one MLP.
       rotary_dim: how many channels of a head rotate, from the first, even; None: all.
@@ -107,6 +110,11 @@ class DecoderConfig:
         1 + beta ln(1 + floor(p / period)) (Llama 4's temperature); beta 0: they stay.
       embedding_multiplier, residual_multiplier, logits_divisor: embeddings and what is added to the residual are
         multiplied, logits divided.
+      position_offset: rows of the table of learned positions before that of position 0; the table has
+        max_position_embeddings more. None: no learned positions.
+      embedding_size: width of token embeddings that are projected to hidden_size, and to which the head's input is
+        projected; None: they have hidden_size, and nothing is projected.
+      final_norm: whether a norm comes before the head.
       initializer_range: deviation of random matrices.
       extra: (name, value) of fields of config.json that no switch holds and that an export gives back.
 
@@ -128,12 +136,14 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
     layers: tuple[LayerKind, ...]
     norms: Norms = "pre"
+    norm: NormKind = "rms"
     norm_weight: NormWeight = "cast"
     rms_norm_eps: float = 1e-6
     qk_norm: QkNorm = "none"
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    gated_mlp: bool = True
     hidden_act: str = "silu"
     experts: ExpertsConfig | None = None
     rotary_dim: int | None = None
@@ -145,6 +155,9 @@ class DecoderConfig:
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
+    position_offset: int | None = None
+    embedding_size: int | None = None
+    final_norm: bool = True
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()
@@ -175,7 +188,8 @@ class DecoderConfig:
         return self.layers[i].window
 
     def _check_sizes(self) -> None:
-        check_sizes(self, SIZES | {"query_scale_period": MAX_SIZE})
+        own = SIZES | {"query_scale_period": MAX_SIZE}
+        check_sizes(self, own if self.embedding_size is None else own | {"embedding_size": MAX_SIZE})
         if len(self.layers) != self.num_hidden_layers:
             raise InputError(
                 f"config: there are {len(self.layers)} kinds of layers, num_hidden_layers is {self.num_hidden_layers}"
@@ -188,9 +202,13 @@ class DecoderConfig:
                     f"config: {name} is {getattr(self, name)!r}, which is not supported; supported: "
                     f"{', '.join(allowed)}"
                 )
+        if self.norm != "rms" and self.qk_norm != "none":
+            raise InputError(f"config: norm is {self.norm!r} and qk_norm {self.qk_norm!r}; norms on q and k are 'rms'")
 
     def _check_numbers(self) -> None:
         check_not_negative(self, ("rms_norm_eps", "initializer_range", "query_scale_beta"))
+        if self.position_offset is not None:
+            check_not_negative(self, ("position_offset",))
         for name in ("attention_scale", "attention_softcap", "logits_softcap", *_MULTIPLIERS):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
@@ -211,6 +229,7 @@ class DecoderConfig:
 
 _CHOICES = {
     "hidden_act": ACTIVATIONS,
+    "norm": get_args(NormKind),
     "norms": get_args(Norms),
     "norm_weight": get_args(NormWeight),
     "qk_norm": get_args(QkNorm),

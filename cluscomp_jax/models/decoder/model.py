@@ -21,9 +21,9 @@ from cluscomp_jax.models.decoder import experts
 from cluscomp_jax.models.decoder.config import DecoderConfig, LayerKind
 from cluscomp_jax.models.layers import kv_cache
 from cluscomp_jax.models.layers.attention import attention, causal_attention, causal_mask
-from cluscomp_jax.models.layers.norms import rms_norm
+from cluscomp_jax.models.layers.norms import layer_norm, rms_norm
 from cluscomp_jax.models.layers.rope import rotary_tables, rotate
-from cluscomp_jax.models.model import Cache, Observer
+from cluscomp_jax.models.model import Cache, Observer, check_length
 
 BLOCKS_PATH = "model/layers"
 _ATTENTION_GROUPS = {
@@ -42,6 +42,7 @@ def _mlp_groups(path: str) -> dict[str, tuple[str, ...]]:
 
 INPUT_GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(_ATTENTION_GROUPS | _mlp_groups("mlp"))
 """The input groups of a block without experts."""
+_UNGATED: Mapping[str, tuple[str, ...]] = MappingProxyType(dict(INPUT_GROUPS) | {"mlp/input": ("mlp/up_proj/kernel",)})
 
 
 def _relu2(x: jax.Array) -> jax.Array:
@@ -66,6 +67,8 @@ class _NormNames(NamedTuple):
     after_attention: str | None = None
     before_mlp: str | None = None
     after_mlp: str | None = None
+    after_attention_sum: str | None = None
+    after_mlp_sum: str | None = None
 
 
 _NORMS = {
@@ -74,6 +77,8 @@ _NORMS = {
     "sandwich": _NormNames(
         "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
     ),
+    # Under the names of "pre": OPT's files, too, have the same names for both.
+    "after_sum": _NormNames(after_attention_sum="input_layernorm", after_mlp_sum="post_attention_layernorm"),
 }
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """attend(queries [b, t, q, h], keys [b, k, t, h], values [b, k, t, h]) -> [b, t, q, h]; keys already rotated."""
@@ -137,7 +142,9 @@ class DecoderModel:
     @property
     def input_groups(self) -> Mapping[str, tuple[str, ...]]:
         """{input group: block-relative paths of the kernels that read one input}, in order of computation."""
-        return INPUT_GROUPS if self.switches.experts is None else self._groups_with_experts
+        if self.switches.experts is not None:
+            return self._groups_with_experts
+        return INPUT_GROUPS if self.switches.gated_mlp else _UNGATED
 
     @cached_property
     def _groups_with_experts(self) -> Mapping[str, tuple[str, ...]]:
@@ -191,9 +198,10 @@ class DecoderModel:
         d, inner = c.hidden_size, c.intermediate_size
         queries, pairs = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         attention_sides = {"q": (d, queries), "k": (d, pairs), "v": (d, pairs), "o": (queries, d)}
-        mlp_sides = {"gate": (d, inner), "up": (d, inner), "down": (inner, d)}
+        mlp_sides = {"gate": (d, inner)} if c.gated_mlp else {}
+        mlp_sides |= {"up": (d, inner), "down": (inner, d)}
         norms = _NORMS[c.norms]
-        shapes: dict[str, tuple[int, ...]] = self._norm_shapes(norms.before_attention)
+        shapes: dict[str, tuple[int, ...]] = self._norm_shapes(norms.before_attention or norms.after_attention_sum)
         for name, sides in attention_sides.items():
             shapes[f"self_attn/{name}_proj/kernel"] = sides
             if c.o_bias if name == "o" else c.qkv_bias:
@@ -201,7 +209,7 @@ class DecoderModel:
         if c.qk_norm != "none":
             widths = {"q": queries, "k": pairs} if c.qk_norm == "projection" else dict.fromkeys("qk", c.head_dim)
             shapes |= {f"self_attn/{name}_norm/weight": (width,) for name, width in widths.items()}
-        shapes |= self._norm_shapes(norms.after_attention) | self._norm_shapes(norms.before_mlp)
+        shapes |= self._norm_shapes(norms.after_attention) | self._norm_shapes(norms.before_mlp or norms.after_mlp_sum)
         if c.experts is not None:
             shapes["mlp/router/kernel"] = (d, c.experts.count)
         for path in self._mlp_paths:
@@ -212,29 +220,56 @@ class DecoderModel:
         return shapes | self._norm_shapes(norms.after_mlp)
 
     def _norm_shapes(self, name: str | None) -> dict[str, tuple[int, ...]]:
-        return {} if name is None else {f"{name}/weight": (self.switches.hidden_size,)}
+        leaves = {"rms": ("weight",), "layer": ("weight", "bias"), "bare_layer": ()}[self.switches.norm]
+        return {} if name is None else {f"{name}/{leaf}": (self.switches.hidden_size,) for leaf in leaves}
 
     def outer_shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns {path: shape} of the parameters outside the blocks."""
         c = self.switches
-        shapes: dict[str, tuple[int, ...]] = {
-            "model/embed_tokens/embedding": (c.vocab_size, c.hidden_size),
-            "model/norm/weight": (c.hidden_size,),
-        }
+        wide, own = c.hidden_size, c.embedding_size or c.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {"model/embed_tokens/embedding": (c.vocab_size, own)}
+        if c.position_offset is not None:
+            shapes["model/embed_positions/embedding"] = (c.position_offset + c.max_position_embeddings, wide)
+        if c.embedding_size is not None:
+            shapes |= {"model/project_in/kernel": (own, wide), "model/project_out/kernel": (wide, own)}
+        shapes |= self._norm_shapes("model/norm" if c.final_norm else None)
         if not c.tie_word_embeddings:
-            shapes["lm_head/kernel"] = (c.hidden_size, c.vocab_size)
+            shapes["lm_head/kernel"] = (own, c.vocab_size)
         return shapes
 
-    def embed(self, outer: Params, tokens: jax.Array, *, dtype: Any) -> jax.Array:
-        """Returns x [b, t, d] of `dtype` for int tokens [b, t]; NaN where a token is past the vocabulary."""
+    def embed(self, outer: Params, tokens: jax.Array, *, dtype: Any, position: Any = None) -> jax.Array:
+        """Returns x [b, t, d] of `dtype` for int tokens [b, t]; NaN where a token is past the vocabulary.
+
+        `position` is that of the first column, a number or int [b]; None: 0. Only learned positions read it.
+
+        Raises:
+          InputError: `position` is None and there are more columns than learned positions.
+        """
         table = jnp.asarray(outer["model"]["embed_tokens"]["embedding"])
         found = jnp.take(table, tokens, axis=0, mode="fill").astype(dtype)
-        return _times(found, self.switches.embedding_multiplier)
+        if self.switches.embedding_size is not None:
+            found = _project(outer["model"]["project_in"], found)
+        found = _times(found, self.switches.embedding_multiplier)
+        return found if self.switches.position_offset is None else found + self._positions(outer, found, position)
+
+    def _positions(self, outer: Params, x: jax.Array, position: Any) -> jax.Array:
+        """Returns the learned positions [t, d], or [b, t, d] where rows differ, that are added to x [b, t, d].
+
+        A column past the table takes its last row: as NaN, padding would come through attention's product with zero.
+        """
+        if position is None:
+            check_length(x.shape[1], self, "a sequence")
+        first = jnp.asarray(0 if position is None else position, jnp.int32) + jnp.int32(self.switches.position_offset)
+        rows = first[..., None] + jnp.arange(x.shape[1], dtype=jnp.int32)
+        table = jnp.asarray(outer["model"]["embed_positions"]["embedding"])
+        return jnp.take(table, rows, axis=0, mode="clip").astype(x.dtype)
 
     def head(self, outer: Params, x: jax.Array) -> jax.Array:
         """Returns logits float32 [b, t, v] of x [b, t, d]; products are of x's dtype, sums float32."""
         c = self.switches
-        normed = self._norm(outer["model"], "norm", x)
+        normed = self._norm(outer["model"], "norm" if c.final_norm else None, x)
+        if c.embedding_size is not None:
+            normed = _project(outer["model"]["project_out"], normed)
         if c.tie_word_embeddings:
             table = jnp.asarray(outer["model"]["embed_tokens"]["embedding"]).astype(x.dtype)
             logits = jnp.einsum("btd,vd->btv", normed, table, preferred_element_type=jnp.float32)
@@ -315,7 +350,12 @@ class DecoderModel:
 
     def _norm(self, params: Params, name: str | None, x: jax.Array) -> jax.Array:
         c = self.switches
-        return x if name is None else rms_norm(x, params[name]["weight"], c.rms_norm_eps, c.norm_weight)
+        if name is None:
+            return x
+        if c.norm == "rms":
+            return rms_norm(x, params[name]["weight"], c.rms_norm_eps, c.norm_weight)
+        leaves = params[name] if c.norm == "layer" else {}
+        return layer_norm(x, leaves.get("weight"), leaves.get("bias"), c.rms_norm_eps)
 
     def _residual_block(
         self, params: Params, x: jax.Array, place: _Place, attend: Attend, observe: Callable[..., None] | None
@@ -326,18 +366,23 @@ class DecoderModel:
         mixed = self._attention_mix(params["self_attn"], normed, place, attend)
         saw("self_attn/output", mixed, self._observed_residual(x, norms.after_attention))
         x = x + self._branch(params, norms.after_attention, _project(params["self_attn"]["o_proj"], mixed))
+        x = self._norm(params, norms.after_attention_sum, x)
         normed = self._norm(params, norms.before_mlp, x)
-        if self.switches.experts is not None:
-            return x + self._branch(params, norms.after_mlp, self._expert_mix(params["mlp"], normed, observe))
-        saw("mlp/input", normed)
-        hidden = self._hidden(params["mlp"], normed)
-        saw("mlp/hidden", hidden, self._observed_residual(x, norms.after_mlp))
-        return x + self._branch(params, norms.after_mlp, _project(params["mlp"]["down_proj"], hidden))
+        if self.switches.experts is None:
+            saw("mlp/input", normed)
+            hidden = self._hidden(params["mlp"], normed)
+            saw("mlp/hidden", hidden, self._observed_residual(x, norms.after_mlp))
+            y = _project(params["mlp"]["down_proj"], hidden)
+        else:
+            y = self._expert_mix(params["mlp"], normed, observe)
+        x = x + self._branch(params, norms.after_mlp, y)
+        return self._norm(params, norms.after_mlp_sum, x)
 
     def _hidden(self, mlp: Params, x: jax.Array) -> jax.Array:
         """Returns the input [..., inner] of down_proj."""
-        gate = _ACTIVATIONS[self.switches.hidden_act](_project(mlp["gate_proj"], x))
-        return gate * _project(mlp["up_proj"], x)
+        gated = self.switches.gated_mlp
+        hidden = _ACTIVATIONS[self.switches.hidden_act](_project(mlp["gate_proj" if gated else "up_proj"], x))
+        return hidden * _project(mlp["up_proj"], x) if gated else hidden
 
     def _expert_mix(self, mlp: Params, x: jax.Array, observe: Callable[..., None] | None) -> jax.Array:
         """Returns the output [b, t, d] of the mixture of experts; an observer sees all positions of every expert."""

@@ -1,4 +1,4 @@
-"""RMSNorm in the three ways in which decoders multiply by its weight. Knows no parameter tree."""
+"""RMSNorm in the three ways in which decoders multiply by its weight, and LayerNorm. Knows no parameter tree."""
 
 from typing import Literal
 
@@ -25,3 +25,22 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, way: NormWeight = "cas
         return scaled.astype(x.dtype) * jnp.asarray(weight).astype(x.dtype)
     factor = jnp.asarray(weight).astype(jnp.float32)
     return (scaled * (1.0 + factor if way == "offset" else factor)).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, weight: jax.Array | None, bias: jax.Array | None, eps: float) -> jax.Array:
+    """Returns (x - mean(x)) / sqrt(var(x) + eps) * weight + bias in the dtype of x, computed in float32 (arXiv
+    1607.06450).
+
+    Args:
+      x: [..., d].
+      weight, bias: [d]; None: 1 and 0.
+      eps: at least 0.
+    """
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+    if weight is not None:
+        y = y * jnp.asarray(weight).astype(jnp.float32)
+    if bias is not None:
+        y = y + jnp.asarray(bias).astype(jnp.float32)
+    return y.astype(x.dtype)

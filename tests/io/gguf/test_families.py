@@ -13,6 +13,7 @@ from io_models import interleave_halves
 
 from cluscomp_jax.core import trees
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.io.gguf.config import config_fields
 from cluscomp_jax.io.gguf.source import GgufSource
 from cluscomp_jax.models.model import build_model, parameter_shapes, parse_model_config
 from cluscomp_jax.models.source import load_all
@@ -181,3 +182,9 @@ def test_what_a_header_says_and_is_not_served_is_refused(
     with pytest.raises(InputError, match=message or "sliding_window 4 is not supported") as caught:
         GgufSource(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_family_without_such_files_is_refused_by_name() -> None:
+    shapes = {"token_embd.weight": (4, 8)}
+    with pytest.raises(InputError, match="architecture 'opt' is not read from GGUF files; use the Hugging"):
+        config_fields({"general.architecture": "opt"}, shapes, lambda name: np.zeros(shapes[name], np.float32))

@@ -15,9 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from cluscomp_jax.clustering.drift_correction import LayerStatistics
+from cluscomp_jax.core.second_moments import cross_moment, dot, second_moment, symmetric
 from cluscomp_jax.core.trees import Params, flatten
 from cluscomp_jax.models.model import Model
 from cluscomp_jax.models.streams import Batch
+
+Sums = dict[str, Any]
+"""{name: float32 array}, the blocks of `second_moment` under "hessian"."""
 
 
 def collect_hessian_diagonals(
@@ -64,14 +68,15 @@ def collect_hessians(
       ValueError: no batch.
     """
     fixed = {"model": model, "layer_type": layer_type, "group": group, "block": block}
-    if original is None:
-        return LayerStatistics(**_means(batches, partial(add_products, **fixed)))
-    return LayerStatistics(**_means(batches, partial(add_pair, original=original, **fixed)))
+    add = partial(add_products, **fixed) if original is None else partial(add_pair, original=original, **fixed)
+    means = _means(batches, add)
+    blocks = means.pop("hessian")
+    return LayerStatistics(assemble(blocks) if len(blocks) > 1 else blocks[0], **means)
 
 
-def _means(batches: Iterable[Batch], add: Callable[[Any, Batch], dict[str, jax.Array]]) -> dict[str, jax.Array]:
+def _means(batches: Iterable[Batch], add: Callable[[Any, Batch], Sums]) -> Sums:
     """Returns the sums that `add(sums or None, batch)` makes over all batches, divided by the number of positions."""
-    sums: dict[str, jax.Array] | None = None
+    sums: Sums | None = None
     positions = 0
     for batch in batches:
         # Without this, batches whose sums have not been added yet would fill the device.
@@ -80,26 +85,29 @@ def _means(batches: Iterable[Batch], add: Callable[[Any, Batch], dict[str, jax.A
         positions += batch.x.shape[0] * batch.x.shape[1]
     if sums is None:
         raise ValueError("no batches to collect a Hessian of")
-    means: dict[str, jax.Array] = divide(sums, positions)
+    means: Sums = divide(sums, positions)
     return means
 
 
 @partial(jax.jit, donate_argnums=0)
-def divide(sums: dict[str, jax.Array], count: jax.Array) -> dict[str, jax.Array]:
-    """Returns {name: float32 array / count}, in the memory of `sums`, which are gigabytes for the largest input group.
+def divide(sums: Sums, count: jax.Array) -> Sums:
+    """Returns the sums / count, in their own memory, which is gigabytes for the largest input group.
 
     Args:
-      sums: {name: float32 array of any shape}; donated.
+      sums: float32 arrays of any shapes; donated.
       count: scalar, the number of positions, > 0.
     """
     number = jnp.asarray(count).astype(jnp.float32)
-    return {name: total / number for name, total in sums.items()}
+    means: Sums = jax.tree.map(lambda total: total / number, sums)
+    return means
+
+
+assemble = jax.jit(symmetric)
+"""The Hessian of its blocks: a program of its own, because it takes new memory."""
 
 
 @partial(jax.jit, static_argnames=("model", "layer_type"), donate_argnames="sums")
-def add_squares(
-    sums: dict[str, jax.Array] | None, batch: Batch, *, model: Model, layer_type: Hashable, block: Params
-) -> dict[str, jax.Array]:
+def add_squares(sums: Sums | None, batch: Batch, *, model: Model, layer_type: Hashable, block: Params) -> Sums:
     """Returns {input group: float32 [d_in]}, `sums` plus the sum of x_i^2 over a batch.
 
     Args:
@@ -111,8 +119,9 @@ def add_squares(
     """
 
     def observer(group: str, value: jax.Array, residual: jax.Array | None) -> jax.Array:
-        rows = _rows(value)
-        total = jnp.sum(_weighted(rows, batch.weights) * rows, axis=0)
+        rows = _rows(value).astype(jnp.float32)
+        weighted = rows if batch.weights is None else rows * batch.weights.reshape(-1, 1)
+        total = jnp.sum(weighted * rows, axis=0)
         return total if sums is None else sums[group] + total
 
     return dict(model.block(block, batch.x, layer_type=layer_type, observer=observer)[1])
@@ -120,9 +129,9 @@ def add_squares(
 
 @partial(jax.jit, static_argnames=("model", "layer_type", "group"), donate_argnames="sums")
 def add_products(
-    sums: dict[str, jax.Array] | None, batch: Batch, *, model: Model, layer_type: Hashable, group: str, block: Params
-) -> dict[str, jax.Array]:
-    """Returns {"hessian": float32 [d_in, d_in]}, `sums` plus the sum of x x^T over a batch, for one input group.
+    sums: Sums | None, batch: Batch, *, model: Model, layer_type: Hashable, group: str, block: Params
+) -> Sums:
+    """Returns {"hessian": blocks}, `sums` plus the sum of x x^T over a batch, for one input group.
 
     Args:
       sums: the result so far; donated. None: zero.
@@ -133,12 +142,12 @@ def add_products(
       block: parameters of the block.
     """
     value, _ = _at_group(model, layer_type, group, block, batch.x)
-    return _sum(sums, {"hessian": _product(_weighted(value, batch.weights), value)})
+    return _sum(sums, {"hessian": second_moment(value, batch.weights)})
 
 
 @partial(jax.jit, static_argnames=("model", "layer_type", "group"), donate_argnames="sums")
 def add_pair(
-    sums: dict[str, jax.Array] | None,
+    sums: Sums | None,
     batch: Batch,
     *,
     model: Model,
@@ -146,7 +155,7 @@ def add_pair(
     group: str,
     block: Params,
     original: Params,
-) -> dict[str, jax.Array]:
+) -> Sums:
     """Returns what `add_products` does, and in addition the sum of x e^T under "drift" or "errors" (`LayerStatistics`).
 
     Args:
@@ -161,21 +170,21 @@ def add_pair(
     assert batch.original is not None
     x, onto = _at_group(model, layer_type, group, block, batch.x)
     wanted, wanted_onto = _at_group(model, layer_type, group, original, batch.original)
-    drift, weighted = wanted - x, _weighted(x, batch.weights)
-    new = {"hessian": _product(weighted, x)}
+    drift = _difference(wanted, x)
+    new: Sums = {"hessian": second_moment(x, batch.weights)}
     if onto is None or wanted_onto is None:
-        new["drift"] = _product(weighted, drift)
+        new["drift"] = cross_moment(x, drift, batch.weights)
     else:
         (path,) = model.input_groups[group]
-        kernel = flatten(original)[path].astype(jnp.float32)
-        new["errors"] = _product(weighted, wanted_onto - onto + jnp.dot(drift, kernel, precision="highest"))
+        errors = _difference(wanted_onto, onto) + dot(drift.astype(x.dtype), flatten(original)[path])
+        new["errors"] = cross_moment(x, errors, batch.weights)
     return _sum(sums, new)
 
 
 def _at_group(
     model: Model, layer_type: Hashable, group: str, block: Params, x: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns (input float32 [m, d_in] of the group, residual float32 [m, d] that its output is added to or None)."""
+    """Returns (input [m, d_in] of the group, residual [m, d] that its output is added to or None)."""
 
     def observer(name: str, value: jax.Array, residual: jax.Array | None) -> Any:
         return (_rows(value), None if residual is None else _rows(residual)) if name == group else None
@@ -187,16 +196,13 @@ def _at_group(
 
 
 def _rows(value: jax.Array) -> jax.Array:
-    return value.astype(jnp.float32).reshape(-1, value.shape[-1])
+    return value.reshape(-1, value.shape[-1])
 
 
-def _weighted(rows: jax.Array, weights: jax.Array | None) -> jax.Array:
-    return rows if weights is None else rows * weights.reshape(-1, 1)
+def _difference(one: jax.Array, other: jax.Array) -> jax.Array:
+    return one.astype(jnp.float32) - other.astype(jnp.float32)
 
 
-def _product(rows: jax.Array, others: jax.Array) -> jax.Array:
-    return jnp.dot(rows.T, others, precision="highest")
-
-
-def _sum(sums: dict[str, jax.Array] | None, new: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return new if sums is None else {name: sums[name] + value for name, value in new.items()}
+def _sum(sums: Sums | None, new: Sums) -> Sums:
+    total: Sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
+    return total

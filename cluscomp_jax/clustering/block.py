@@ -211,8 +211,8 @@ def _corrected(job: _Job, kernels: dict[str, Any], statistics: LayerStatistics) 
     if not job.settings.corrects:
         return kernels
     with job.timer("statistics"):
-        ridge = job.settings.ridge
-        return {path: jax.device_get(corrected(w, statistics, ridge=ridge)) for path, w in kernels.items()}
+        moved = corrected(kernels.values(), statistics, ridge=job.settings.ridge)
+        return {path: jax.device_get(kernel) for path, kernel in zip(kernels, moved, strict=True)}
 
 
 def _factored(job: _Job, hessian: jax.Array) -> HessianFactor:

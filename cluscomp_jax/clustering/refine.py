@@ -19,7 +19,9 @@ import jax.numpy as jnp
 from cluscomp_jax.clustering.code_search import CodeSearch
 from cluscomp_jax.clustering.error_feedback import HessianFactor
 from cluscomp_jax.clustering.walk import Rows, walked
+from cluscomp_jax.core.second_moments import MATRIX_UNITS, row_blocks, symmetric
 from cluscomp_jax.kmeans.assignment import add_by_code
+from pallas_kernels.implementation import kernels_or_definition
 
 _ROWS = 128
 """Channels whose changes are added to the others in one product of matrices."""
@@ -52,7 +54,22 @@ def curvature_of(factor: HessianFactor) -> Curvature:
     Args:
       factor: act_order int32 [i] and root float32 [i, i].
     """
-    return Curvature(factor.act_order, jnp.dot(factor.root, factor.root.T, precision="highest"))
+    return Curvature(factor.act_order, kernels_or_definition(_squared, _squared_in_blocks, factor.root))
+
+
+def _squared(root: jax.Array) -> jax.Array:
+    return jnp.dot(root, root.T, precision="highest")
+
+
+def _squared_in_blocks(root: jax.Array, *, interpret: bool) -> jax.Array:
+    """Returns root root^T in a quarter of the operations: above the diagonal only, without most zeros of the root."""
+    del interpret  # no kernel is written here
+    return symmetric(
+        tuple(
+            jnp.dot(root[begin:end, :end], root[begin:, :end].T, precision="highest")
+            for begin, end in row_blocks(len(root))
+        )
+    )
 
 
 def refine(
@@ -131,7 +148,7 @@ def reassign_codes(
     def choose_rows(carry: tuple[jax.Array, jax.Array], first: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         errors, index = carry
         hessian = jax.lax.dynamic_slice_in_dim(padded, first, rows)
-        slopes = jnp.dot(hessian, errors, precision="highest")
+        slopes = jnp.dot(hessian, errors, precision=MATRIX_UNITS)
         within = jax.lax.dynamic_slice_in_dim(hessian, first, rows, axis=1)
         own = jnp.where(jnp.diagonal(within) > 0, jnp.diagonal(within), 1.0)  # 0 in channels of padding
         before = jax.lax.dynamic_slice_in_dim(errors, first, rows)
@@ -187,7 +204,7 @@ def update_codebook(weight: jax.Array, codebook: jax.Array, index: jax.Array, cu
         return total
 
     def weighed(errors: jax.Array) -> jax.Array:
-        return jnp.dot(curvature.hessian, errors, precision="highest")
+        return jnp.dot(curvature.hessian, errors, precision=MATRIX_UNITS)
 
     squares = jnp.diagonal(curvature.hessian)[:, None]
     mass = gathered(lambda piece: jnp.broadcast_to(squares, piece.weight.shape))
@@ -224,9 +241,7 @@ def _solved(times: Callable[[jax.Array], jax.Array], right: jax.Array, inverse: 
         return x, residual, slope + jnp.where(goes_on, now / strength, 0.0) * direction, now
 
     first = inverse * right
-    found: jax.Array = jax.lax.fori_loop(
-        0, _STEPS, step, (jnp.zeros_like(right), right, first, inner(right, first))
-    )[0]
+    found: jax.Array = jax.lax.fori_loop(0, _STEPS, step, (jnp.zeros_like(right), right, first, inner(right, first)))[0]
     return found
 
 

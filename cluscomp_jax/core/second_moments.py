@@ -10,8 +10,11 @@ Letters: m positions, i channels of x, j channels of e.
 import jax
 import jax.numpy as jnp
 
-_PARTS = 4
-"""Blocks of rows of a symmetric sum: 5/8 of it is computed. With 8 it would be 9/16, and x be read twice as often."""
+MATRIX_UNITS = "tensorfloat32"
+"""The precision of products of a moment, or its root, with many columns. On a GPU they are TensorFloat-32: operands of
+11 bits, sums of float32. On a CPU they are float32, as with "highest"."""
+_PARTS = 8
+"""Most blocks of rows of a symmetric matrix: 9/16 of it is computed."""
 _MULTIPLE = 128
 """Rows of a block are a multiple of this, a tile of matrix units."""
 
@@ -56,9 +59,13 @@ def second_moment(x: jax.Array, weights: jax.Array | None = None) -> tuple[jax.A
     if not _has_16_bit(x):
         return (cross_moment(x, x.astype(jnp.float32), weights),)
     x = x if weights is None else _scaled(x, weights).astype(x.dtype)
-    i = x.shape[1]
+    return tuple(dot(x[:, begin:end].T, x[:, begin:]) for begin, end in row_blocks(x.shape[1]))
+
+
+def row_blocks(i: int) -> list[tuple[int, int]]:
+    """Returns (first row, row after the last) of each block of a symmetric matrix of i rows."""
     rows = -(-i // (_PARTS * _MULTIPLE)) * _MULTIPLE
-    return tuple(dot(x[:, first : first + rows].T, x[:, first:]) for first in range(0, i, rows))
+    return [(begin, min(begin + rows, i)) for begin in range(0, i, rows)]
 
 
 def symmetric(blocks: tuple[jax.Array, ...]) -> jax.Array:

@@ -111,7 +111,7 @@ def _shared_fits(setting: BlockSpec, *, measured: bool = False) -> Iterator[Prog
 
 
 def _statistics(setting: BlockSpec, group: str, dense: Any, now: dict[str, Any]) -> Any:
-    """Yields the statistics of an input group; returns its sums, which become its means in place.
+    """Yields the statistics of an input group, as fields of `LayerStatistics`; returns them.
 
     Args:
       now: {path: array} of the block at this point of the run; an array that is also in `dense` is counted once.
@@ -127,17 +127,23 @@ def _statistics(setting: BlockSpec, group: str, dense: Any, now: dict[str, Any])
     yield Program("statistics", f"Hessian of {group}", add.trace(sums, batch, **fixed), live, setting.passes)
     count = setting.place.array(dtype="int32")
     yield Program("statistics", f"means of {group}", hessian.divide.trace(sums, count), live, setting.blocks)
-    return sums
+    blocks = sums.pop("hessian")  # the sums have become means in place
+    if len(blocks) == 1:
+        return {"hessian": blocks[0], **sums}
+    traced = hessian.assemble.trace(blocks)
+    yield Program("statistics", f"whole Hessian of {group}", traced, live, setting.blocks)
+    return {"hessian": setting.place.like(traced.out_info), **sums}
 
 
 def _factor(setting: BlockSpec, paths: list[str], sums: dict[str, Any]) -> Any:
     """Yields the drift correction of a group's kernels and the root for error feedback; returns the HessianFactor."""
     statistics, ratio = LayerStatistics(**sums), setting.place.array()
     if setting.cfg.cluster.corrects:
+        traced = drift_correction.ridge_root.trace(statistics.hessian, ratio)
+        yield Program("correct", "root", traced, nbytes(sums), setting.blocks)
+        root = setting.place.like(traced.out_info)
         for path in paths:
-            traced = drift_correction.ridge_root.trace(statistics.hessian, ratio)
-            yield Program("correct", "root", traced, nbytes(sums), setting.blocks)
-            weight, root = trees.flatten(setting.dense())[path], setting.place.like(traced.out_info)
+            weight = trees.flatten(setting.dense())[path]
             traced = drift_correction.corrected_kernel.trace(weight, root, statistics.drift, statistics.errors)
             yield Program("correct", "kernel", traced, nbytes((sums, weight, root)), setting.blocks)
     traced = error_feedback.factor_damped.trace(statistics.hessian, ratio)

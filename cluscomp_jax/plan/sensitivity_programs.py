@@ -55,10 +55,11 @@ def _forward(setting: BlockSpec, held: int, x: Any, samples: int) -> Iterator[Pr
         yield Program(STAGE, f"Hessian of {group}", traced, live + nbytes(sums), samples * setting.blocks)
         traced = hessian.divide.trace(sums, place.array(dtype="int32"))
         yield Program(STAGE, f"means of {group}", traced, live + nbytes(sums), setting.blocks)
-        traced = error_feedback.factor_damped.trace(sums["hessian"], place.array())
+        (whole,) = sums["hessian"]  # activations are float32 here
+        traced = error_feedback.factor_damped.trace(whole, place.array())
         yield Program(STAGE, "root", traced, live + nbytes(sums), setting.blocks)
         factor = place.like(traced.out_info)
         traced = error_feedback.is_root.trace(factor.root)
         yield Program(STAGE, "root found", traced, live + nbytes((sums, factor)), setting.blocks)
-        traced = sensitivity.share_left.trace(sums["hessian"], factor)
+        traced = sensitivity.share_left.trace(whole, factor)
         yield Program(STAGE, "share", traced, live + nbytes((sums, factor)), setting.blocks)

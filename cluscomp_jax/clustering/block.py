@@ -211,8 +211,9 @@ def _corrected(job: _Job, kernels: dict[str, Any], statistics: LayerStatistics) 
     if not job.settings.corrects:
         return kernels
     with job.timer("statistics"):
-        moved = corrected(kernels.values(), statistics, ridge=job.settings.ridge)
-        return {path: jax.device_get(kernel) for path, kernel in zip(kernels, moved, strict=True)}
+        # Nothing here holds a corrected kernel on the device while the next one is computed.
+        moved = map(jax.device_get, corrected(kernels.values(), statistics, ridge=job.settings.ridge))
+        return dict(zip(kernels, moved, strict=True))
 
 
 def _factored(job: _Job, hessian: jax.Array) -> HessianFactor:

@@ -27,7 +27,8 @@ from cluscomp_jax.core.second_moments import MATRIX_UNITS
 _BLOCK_SIZE = 128
 """Channels whose errors are added to the channels after them in one product of matrices, instead of many sums."""
 _PARTS = 8
-"""Most products of different lengths: a block's begins with the part of the channels that it is in."""
+"""Most parts of the channels, of four blocks at least. A block's product begins with its own part: what comes before
+has no errors yet. So 9/16 of the product of all channels is computed."""
 
 
 class HessianFactor(NamedTuple):

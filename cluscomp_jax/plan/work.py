@@ -17,6 +17,9 @@ LAUNCH_SECONDS = 5e-6
 """Seconds from one kernel to the next, as usually published: what a loop of short steps is made of."""
 _MOVING = {"gather", "sort", "cholesky", "triangular_solve", "dot_general", "top_k"}
 
+_OPAQUE = {"pallas_call", "custom_vjp_call", "custom_jvp_call"}
+"""Operations that may hold a GPU kernel, of which not every one states its operations."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Work:
@@ -110,8 +113,11 @@ def _count_branches(eqn: Any) -> Work:
     """Returns the work of a branch: of a choice by platform, that of a card."""
     branches = [branch.jaxpr for branch in eqn.params["branches"]]
     for branch, platforms in zip(branches, eqn.params.get("branches_platforms", ()), strict=False):
-        if platforms is not None and "cuda" in platforms:
+        if platforms is not None and "cuda" in platforms and not _OPAQUE.intersection(_names(branch)):
             return _count(branch)
+    kernels = [branch for branch in branches if "pallas_call" in _names(branch)]
+    if kernels:  # a card runs GPU kernels, and of two branches that hold some the shorter
+        return min(map(_count, kernels), key=lambda work: work.steps)
     works = [_count(branch) for branch in branches]
     if len(works) > 2:
         return sum(works, Work()).times(1 / len(works))

@@ -245,8 +245,9 @@ def _corrected(job: _Job, kernels: dict[str, Any], statistics: LayerStatistics) 
     if not job.settings.corrects:
         return kernels
     with job.timer("statistics"):
-        ridge = job.settings.ridge
-        return {path: jax.device_get(corrected(w, statistics, ridge=ridge)) for path, w in kernels.items()}
+        # Nothing here holds a corrected kernel on the device while the next one is computed.
+        moved = map(jax.device_get, corrected(kernels.values(), statistics, ridge=job.settings.ridge))
+        return dict(zip(kernels, moved, strict=True))
 
 
 def _factored(job: _Job, hessian: jax.Array) -> HessianFactor:

@@ -6,6 +6,7 @@ correction first replaces W by the ridge regression of the original outputs x0 W
 without the residual, is in GPTAQ, Li et al. 2025, and Qronos, Zhang et al. 2025.)
 """
 
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cluscomp_jax.core.cholesky import DAMPING_RETRIES, blocked_cholesky
+from cluscomp_jax.core.second_moments import MATRIX_UNITS
 
 
 class LayerStatistics(NamedTuple):
@@ -32,12 +34,14 @@ class LayerStatistics(NamedTuple):
     errors: jax.Array | None = None
 
 
-def corrected(weight: jax.Array | np.ndarray, statistics: LayerStatistics, *, ridge: float) -> jax.Array:
-    """Returns the kernel float32 [d_in, d_out] W + (H + ridge m I)^-1 E[x e^T], m the mean of H's diagonal.
+def corrected(
+    weights: Iterable[jax.Array | np.ndarray], statistics: LayerStatistics, *, ridge: float
+) -> Iterator[jax.Array]:
+    """Yields the kernels float32 [d_in, d_out] W + (H + ridge m I)^-1 E[x e^T], m the mean of H's diagonal.
 
     Args:
-      weight: [d_in, d_out], the original W, floating. An array of the host is copied to the device after the root is
-        computed, which needs the memory.
+      weights: [d_in, d_out] each, the original W, floating. An array of the host is copied to the device after the root
+        is computed, which needs the memory.
       statistics: the Hessian, with drift or errors.
       ridge: > 0; the larger it is, the closer the result is to W. Where it is too little for a Cholesky root, it is
         raised tenfold, up to four times.
@@ -48,8 +52,9 @@ def corrected(weight: jax.Array | np.ndarray, statistics: LayerStatistics, *, ri
     for retry in range(DAMPING_RETRIES):
         root = ridge_root(statistics.hessian, ridge * 10.0**retry)
         if bool(jnp.isfinite(jnp.diagonal(root)).all()):
-            moved: jax.Array = corrected_kernel(weight, root, statistics.drift, statistics.errors)
-            return moved
+            for weight in weights:
+                yield corrected_kernel(weight, root, statistics.drift, statistics.errors)
+            return
     raise FloatingPointError(
         f"the Hessian of {statistics.hessian.shape[0]} channels has no Cholesky root even with a ridge of "
         f"{ridge * 10.0 ** (DAMPING_RETRIES - 1)} times the mean of its diagonal"
@@ -86,7 +91,7 @@ def corrected_kernel(
     weight = weight.astype(jnp.float32)
     if errors is None:
         assert drift is not None
-        errors = jnp.dot(drift, weight, precision="highest")
+        errors = jnp.dot(drift, weight, precision=MATRIX_UNITS)
     # Solved from the right, transposed: GPU solvers expect column-major arrays, which the transposed rows are.
     solve = partial(jax.lax.linalg.triangular_solve, root.T, left_side=False, lower=False)
     return weight + solve(solve(errors.T), transpose_a=True).T

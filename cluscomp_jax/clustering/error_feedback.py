@@ -13,6 +13,7 @@ Here no inverse is computed (the equivalence is that of Babai's nearest plane: C
 Letters: i input channels, o outputs, n codes, g weights per code, c = ceil(o/g) codes per channel.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -21,9 +22,13 @@ import jax.numpy as jnp
 from cluscomp_jax.clustering.code_search import CodeSearch
 from cluscomp_jax.clustering.walk import Rows, walked
 from cluscomp_jax.core.cholesky import DAMPING_RETRIES, blocked_cholesky
+from cluscomp_jax.core.second_moments import MATRIX_UNITS
 
 _BLOCK_SIZE = 128
 """Channels whose errors are added to the channels after them in one product of matrices, instead of many sums."""
+_PARTS = 8
+"""Most parts of the channels, of four blocks at least. A block's product begins with its own part: what comes before
+has no errors yet. So 9/16 of the product of all channels is computed."""
 
 
 class HessianFactor(NamedTuple):
@@ -91,6 +96,17 @@ def factor_damped(hessian: jax.Array, damping: jax.Array) -> HessianFactor:
     return HessianFactor(order, blocked_cholesky(damped))
 
 
+def _added(begin: int, columns: jax.Array, errors: jax.Array) -> jax.Array:
+    """Returns columns^T errors float32 [r, o]; errors of channels not coded yet are 0, those before `begin` among them.
+
+    Args:
+      begin: static.
+      columns: of the root, float32 [i, r].
+      errors: float32 [i, o].
+    """
+    return jnp.dot(columns[begin:].T, errors[begin:], precision=MATRIX_UNITS)
+
+
 @jax.jit
 def assign_with_error_feedback(
     weight: jax.Array, codebook: jax.Array, factor: HessianFactor, search: CodeSearch
@@ -133,7 +149,7 @@ def assign_with_error_feedback(
 
     def code_rows(errors: jax.Array, first: jax.Array) -> tuple[jax.Array, jax.Array]:
         columns = jax.lax.dynamic_slice_in_dim(root, first, rows, axis=1)
-        before = jnp.dot(columns.T, errors, precision="highest")  # of channels not coded yet there are no errors
+        before = jax.lax.switch(first // part, [partial(_added, begin) for begin in begins], columns, errors)
         block = jax.lax.dynamic_slice_in_dim(ordered, first, rows)
         within = jax.lax.dynamic_slice_in_dim(columns, first, rows)
         scale = jax.lax.dynamic_slice_in_dim(diagonal, first, rows)
@@ -142,5 +158,7 @@ def assign_with_error_feedback(
         return jax.lax.dynamic_update_slice_in_dim(errors, own, first, axis=0), coded
 
     firsts = jnp.arange(0, spare + channels, rows)
+    part = -(-len(firsts) // max(1, min(_PARTS, len(firsts) // 4))) * rows
+    begins = range(0, spare + channels, part)
     _, index = jax.lax.scan(code_rows, jnp.zeros_like(ordered), firsts, reverse=True)
     return index.reshape(spare + channels, -1)[jnp.argsort(factor.act_order) + spare]

@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from cluscomp_jax.clustering.drift_correction import LayerStatistics
+from cluscomp_jax.core.second_moments import cross_moment, dot, second_moment, symmetric
 from cluscomp_jax.core.trees import Params, flatten
 from cluscomp_jax.models.model import Model
 from cluscomp_jax.models.streams import Batch
 
-Sums = dict[str, dict[str, jax.Array]]
-"""{input group: {name of a statistic: float32 array}}."""
+Sums = dict[str, dict[str, Any]]
+"""{input group: {name of a statistic: float32 array, the blocks of `second_moment` under "hessian"}}."""
 _TOGETHER_BYTES = 2**30
 
 
@@ -69,7 +70,11 @@ def collect_hessians(
     """
     fixed = {"model": model, "layer_type": layer_type, "groups": tuple(groups), "block": block}
     add = partial(add_products, **fixed) if original is None else partial(add_pair, original=original, **fixed)
-    return {group: LayerStatistics(**means) for group, means in _means(batches, add).items()}
+    return {group: _statistics(**means) for group, means in _means(batches, add).items()}
+
+
+def _statistics(hessian: tuple[jax.Array, ...], **others: jax.Array) -> LayerStatistics:
+    return LayerStatistics(assemble(hessian) if len(hessian) > 1 else hessian[0], **others)
 
 
 def _means(batches: Iterable[Batch], add: Callable[[Any, Batch], Any]) -> Any:
@@ -88,14 +93,18 @@ def _means(batches: Iterable[Batch], add: Callable[[Any, Batch], Any]) -> Any:
 
 @partial(jax.jit, donate_argnums=0)
 def divide(sums: Any, count: jax.Array) -> Any:
-    """Returns the float32 arrays / count, in the memory of `sums`, which are gigabytes for the largest input group.
+    """Returns the sums / count, in their own memory, which is gigabytes for the largest input group.
 
     Args:
-      sums: a tree of float32 arrays of any shape; donated.
+      sums: a tree of float32 arrays of any shapes; donated.
       count: scalar, the number of positions, > 0.
     """
     number = jnp.asarray(count).astype(jnp.float32)
     return jax.tree.map(lambda total: total / number, sums)
+
+
+assemble = jax.jit(symmetric)
+"""The Hessian of its blocks: a program of its own, because it takes new memory."""
 
 
 @partial(jax.jit, static_argnames=("model", "layer_type"), donate_argnames="sums")
@@ -113,8 +122,9 @@ def add_squares(
     """
 
     def observer(group: str, value: jax.Array, residual: jax.Array | None, weights: jax.Array | None) -> jax.Array:
-        rows = _rows(value)
-        total = jnp.sum(_weighted(rows, _times(batch.weights, weights)) * rows, axis=0)
+        rows, weights = _rows(value).astype(jnp.float32), _times(batch.weights, weights)
+        weighted = rows if weights is None else rows * weights.reshape(-1, 1)
+        total = jnp.sum(weighted * rows, axis=0)
         return total if sums is None else sums[group] + total
 
     return dict(model.block(block, batch.x, layer_type=layer_type, observer=observer)[1])
@@ -130,7 +140,7 @@ def add_products(
     groups: tuple[str, ...],
     block: Params,
 ) -> Sums:
-    """Returns {input group: {"hessian": float32 [d_in, d_in]}}, `sums` plus the sum of x x^T over a batch.
+    """Returns {input group: {"hessian": blocks}}, `sums` plus the sum of x x^T over a batch.
 
     Args:
       sums: the result so far; donated. None: zero.
@@ -141,13 +151,8 @@ def add_products(
       block: parameters of the block.
     """
     seen = _at_groups(model, layer_type, groups, block, batch.x)
-    return _sum(
-        sums,
-        {
-            group: {"hessian": _product(_weighted(found.rows, _times(batch.weights, found.weights)), found.rows)}
-            for group, found in seen.items()
-        },
-    )
+    moments = {name: second_moment(found.rows, _times(batch.weights, found.weights)) for name, found in seen.items()}
+    return _sum(sums, {name: {"hessian": moment} for name, moment in moments.items()})
 
 
 @partial(jax.jit, static_argnames=("model", "layer_type", "groups"), donate_argnames="sums")
@@ -177,21 +182,20 @@ def add_pair(
     wanted = _at_groups(model, layer_type, groups, original, batch.original)
     new: Sums = {}
     for group, now in seen.items():
-        drift, weighted = wanted[group].rows - now.rows, _weighted(now.rows, _times(batch.weights, now.weights))
-        new[group] = {"hessian": _product(weighted, now.rows)}
+        drift, weights = _difference(wanted[group].rows, now.rows), _times(batch.weights, now.weights)
+        new[group] = {"hessian": second_moment(now.rows, weights)}
         onto, wanted_onto = now.residual, wanted[group].residual
         if onto is None or wanted_onto is None:
-            new[group]["drift"] = _product(weighted, drift)
+            new[group]["drift"] = cross_moment(now.rows, drift, weights)
         else:
             (path,) = model.input_groups[group]
-            kernel = flatten(original)[path].astype(jnp.float32)
-            new[group]["errors"] = _product(weighted, wanted_onto - onto + jnp.dot(drift, kernel, precision="highest"))
+            errors = _difference(wanted_onto, onto) + dot(drift.astype(now.rows.dtype), flatten(original)[path])
+            new[group]["errors"] = cross_moment(now.rows, errors, weights)
     return _sum(sums, new)
 
 
 class _Observed(NamedTuple):
-    """Input float32 [m, d_in] of a group; residual float32 [m, d] that its output is added to, weights [..] of m
-    positions, or None."""
+    """Input [m, d_in] of a group; residual [m, d] that its output is added to, weights [..] of m positions, or None."""
 
     rows: jax.Array
     residual: jax.Array | None
@@ -213,23 +217,20 @@ def _at_groups(
 
 
 def _rows(value: jax.Array) -> jax.Array:
-    return value.astype(jnp.float32).reshape(-1, value.shape[-1])
+    return value.reshape(-1, value.shape[-1])
 
 
-def _weighted(rows: jax.Array, weights: jax.Array | None) -> jax.Array:
-    return rows if weights is None else rows * weights.reshape(-1, 1)
+def _difference(one: jax.Array, other: jax.Array) -> jax.Array:
+    return one.astype(jnp.float32) - other.astype(jnp.float32)
 
 
 def _times(weights: jax.Array | None, others: jax.Array | None) -> jax.Array | None:
     return others if weights is None else weights if others is None else weights * others.reshape(weights.shape)
 
 
-def _product(rows: jax.Array, others: jax.Array) -> jax.Array:
-    return jnp.dot(rows.T, others, precision="highest")
-
-
 def _sum(sums: Sums | None, new: Sums) -> Sums:
-    return new if sums is None else jax.tree.map(jnp.add, sums, new)
+    total: Sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
+    return total
 
 
 def together(

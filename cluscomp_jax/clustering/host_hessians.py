@@ -15,6 +15,7 @@ from cluscomp_jax.config.clustering import CompressionRule
 from cluscomp_jax.core import pytrees
 from cluscomp_jax.core.caller_mesh import partitioned
 from cluscomp_jax.core.host_axes import HostAxes, parse_axes
+from cluscomp_jax.core.second_moments import second_moment, symmetric
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.tracing.evaluate import Record, evaluate
 from cluscomp_jax.tracing.kernel import TracedKernel
@@ -88,8 +89,7 @@ def _products_of(name: str, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns (the sum of x x^T over all rows, their number)."""
 
     def product(x: jax.Array) -> jax.Array:
-        rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
-        return jnp.dot(rows.T, rows, precision="highest")
+        return symmetric(second_moment(x.reshape(-1, x.shape[-1])))
 
     return partitioned(product, (x,), (None, None)), jnp.float32(x.size // x.shape[-1])
 

@@ -19,12 +19,16 @@ import jax.numpy as jnp
 from cluscomp_jax.clustering.code_search import CodeSearch
 from cluscomp_jax.clustering.error_feedback import HessianFactor
 from cluscomp_jax.clustering.walk import Rows, walked
+from cluscomp_jax.core.second_moments import MATRIX_UNITS, row_blocks, symmetric
 from cluscomp_jax.kmeans.assignment import add_by_code
+from pallas_kernels.implementation import kernels_or_definition
 
 _ROWS = 128
 """Channels whose changes are added to the others in one product of matrices."""
 _STEPS = 3
 """Steps of conjugate gradients: sixteen end within 0.1% of the error of three (docs/experiments.md)."""
+_CONVERGED = 1e-12
+"""Share of the squared residual at which they end: few codes converge early, and another step would divide 0 by 0."""
 _OUTPUTS = 4096
 """Outputs whose errors are in memory at one time while the codebook is solved for."""
 _HELD = 1e-3
@@ -50,7 +54,22 @@ def curvature_of(factor: HessianFactor) -> Curvature:
     Args:
       factor: act_order int32 [i] and root float32 [i, i].
     """
-    return Curvature(factor.act_order, jnp.dot(factor.root, factor.root.T, precision="highest"))
+    return Curvature(factor.act_order, kernels_or_definition(_squared, _squared_in_blocks, factor.root))
+
+
+def _squared(root: jax.Array) -> jax.Array:
+    return jnp.dot(root, root.T, precision="highest")
+
+
+def _squared_in_blocks(root: jax.Array, *, interpret: bool) -> jax.Array:
+    """Returns root root^T in a quarter of the operations: above the diagonal only, without most zeros of the root."""
+    del interpret  # no kernel is written here
+    return symmetric(
+        tuple(
+            jnp.dot(root[begin:end, :end], root[begin:, :end].T, precision="highest")
+            for begin, end in row_blocks(len(root))
+        )
+    )
 
 
 def refine(
@@ -129,7 +148,7 @@ def reassign_codes(
     def choose_rows(carry: tuple[jax.Array, jax.Array], first: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         errors, index = carry
         hessian = jax.lax.dynamic_slice_in_dim(padded, first, rows)
-        slopes = jnp.dot(hessian, errors, precision="highest")
+        slopes = jnp.dot(hessian, errors, precision=MATRIX_UNITS)
         within = jax.lax.dynamic_slice_in_dim(hessian, first, rows, axis=1)
         own = jnp.where(jnp.diagonal(within) > 0, jnp.diagonal(within), 1.0)  # 0 in channels of padding
         before = jax.lax.dynamic_slice_in_dim(errors, first, rows)
@@ -185,21 +204,45 @@ def update_codebook(weight: jax.Array, codebook: jax.Array, index: jax.Array, cu
         return total
 
     def weighed(errors: jax.Array) -> jax.Array:
-        return jnp.dot(curvature.hessian, errors, precision="highest")
+        return jnp.dot(curvature.hessian, errors, precision=MATRIX_UNITS)
 
     squares = jnp.diagonal(curvature.hessian)[:, None]
     mass = gathered(lambda piece: jnp.broadcast_to(squares, piece.weight.shape))
     held = _HELD * mass
     inverse = jnp.where(mass > 0, 1.0 / jnp.where(mass > 0, mass, 1.0), 0.0)
     start = codebook.astype(jnp.float32)
-    solved: jax.Array = jax.scipy.sparse.linalg.cg(  # type: ignore[no-untyped-call]
+    return start + _solved(
         lambda move: gathered(lambda piece: weighed(spread(move, piece))) + held * move,
         gathered(lambda piece: weighed(piece.weight - spread(start, piece))),
-        M=lambda slope: inverse * slope,
-        tol=1e-6,  # few codes converge early, and another step would divide 0 by 0
-        maxiter=_STEPS,
-    )[0]
-    return start + solved
+        inverse,
+    )
+
+
+def _solved(times: Callable[[jax.Array], jax.Array], right: jax.Array, inverse: jax.Array) -> jax.Array:
+    """Returns nearly the x of `times(x)` = `right`, by conjugate gradients from 0.
+
+    Args:
+      times: multiplies by a symmetric positive definite matrix.
+      right: of any shape.
+      inverse: the preconditioner, numbers by which the residual is multiplied.
+    """
+
+    def inner(one: jax.Array, other: jax.Array) -> jax.Array:
+        return jnp.vdot(one, other, precision="highest")
+
+    def step(_: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        x, residual, direction, strength = state
+        goes_on = inner(residual, residual) > _CONVERGED * inner(right, right)
+        product = times(direction)
+        length = jnp.where(goes_on, strength / inner(direction, product), 0.0)
+        x, residual = x + length * direction, residual - length * product
+        slope = inverse * residual
+        now = inner(residual, slope)
+        return x, residual, slope + jnp.where(goes_on, now / strength, 0.0) * direction, now
+
+    first = inverse * right
+    found: jax.Array = jax.lax.fori_loop(0, _STEPS, step, (jnp.zeros_like(right), right, first, inner(right, first)))[0]
+    return found
 
 
 class _Piece(NamedTuple):

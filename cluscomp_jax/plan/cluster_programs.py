@@ -128,7 +128,7 @@ def _shared_fits(setting: BlockSpec, *, measured: bool = False) -> Iterator[Prog
 
 
 def _statistics(setting: BlockSpec, groups: tuple[str, ...], dense: Any, now: dict[str, Any]) -> Any:
-    """Yields the statistics of some input groups; returns their sums, which become their means in place.
+    """Yields the statistics of some input groups; returns {input group: fields of `LayerStatistics`}.
 
     Args:
       now: {path: array} of the block at this point of the run; an array that is also in `dense` is counted once.
@@ -144,17 +144,27 @@ def _statistics(setting: BlockSpec, groups: tuple[str, ...], dense: Any, now: di
     yield Program("statistics", f"Hessian of {groups[0]}", add.trace(sums, batch, **fixed), live, setting.passes)
     count = setting.place.array(dtype="int32")
     yield Program("statistics", f"means of {groups[0]}", hessian.divide.trace(sums, count), live, setting.blocks)
-    return sums
+    means: dict[str, Any] = {}
+    for group, own in sums.items():  # the sums have become means in place
+        blocks = own["hessian"]
+        means[group] = {**own, "hessian": blocks[0]}
+        if len(blocks) > 1:
+            traced = hessian.assemble.trace(blocks)
+            means[group]["hessian"] = setting.place.like(traced.out_info)
+            yield Program("statistics", f"whole Hessian of {groups[0]}", traced, live, setting.blocks)
+            live += nbytes(means[group]["hessian"]) if len(sums) > 1 else 0
+    return means
 
 
 def _factor(setting: BlockSpec, paths: list[str], sums: dict[str, Any]) -> Any:
     """Yields the drift correction of a group's kernels and the root for error feedback; returns the HessianFactor."""
     statistics, ratio = LayerStatistics(**sums), setting.place.array()
     if setting.cfg.cluster.corrects:
+        traced = drift_correction.ridge_root.trace(statistics.hessian, ratio)
+        yield Program("correct", "root", traced, nbytes(sums), setting.blocks)
+        root = setting.place.like(traced.out_info)
         for path in paths:
-            traced = drift_correction.ridge_root.trace(statistics.hessian, ratio)
-            yield Program("correct", "root", traced, nbytes(sums), setting.blocks)
-            weight, root = trees.flatten(setting.dense())[path], setting.place.like(traced.out_info)
+            weight = trees.flatten(setting.dense())[path]
             traced = drift_correction.corrected_kernel.trace(weight, root, statistics.drift, statistics.errors)
             yield Program("correct", "kernel", traced, nbytes((sums, weight, root)), setting.blocks)
     traced = error_feedback.factor_damped.trace(statistics.hessian, ratio)

@@ -1,7 +1,8 @@
 """The arithmetic and memory traffic of a traced program, counted; and the least time they take at given rates.
 
 Counted from the jaxpr, before XLA: products of matrices, gathers, scatters and sorts read and write their operands,
-everything else is taken to be fused into what surrounds it. A loop whose length is not known counts once.
+everything else is taken to be fused into what surrounds it. What no result depends on is not counted, as XLA leaves it
+out. A loop whose length is not known counts once, and a switch of several branches as if they took turns.
 """
 
 import dataclasses
@@ -9,11 +10,15 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from jax.extend import core
 
 LAUNCH_SECONDS = 5e-6
 """Seconds from one kernel to the next, as usually published: what a loop of short steps is made of."""
 _MOVING = {"gather", "sort", "cholesky", "triangular_solve", "dot_general", "top_k"}
+
+_OPAQUE = {"pallas_call", "custom_vjp_call", "custom_jvp_call"}
+"""Operations that may hold a GPU kernel, of which not every one states its operations."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +26,8 @@ class Work:
     """What a program does.
 
     Attributes:
-      matrix: operations of matrix products with 16-bit operands.
+      matrix: operations of matrix products with 16-bit operands; those of TensorFloat-32 count twice, because matrix
+        units have half the rate for them.
       vector: all other operations, float32.
       moved: bytes read and written.
       steps: kernels that must follow one another, at the least; a plan for a GPU puts the launches that XLA's module
@@ -68,20 +74,24 @@ def _names(jaxpr: core.Jaxpr) -> Iterator[str]:
 
 
 def _count(jaxpr: core.Jaxpr) -> Work:
-    total = Work()
-    for eqn in jaxpr.eqns:
-        total += _count_equation(eqn)
-    return total
+    return sum(map(_count_equation, _needed(jaxpr)), Work())
+
+
+def _needed(jaxpr: core.Jaxpr) -> list[Any]:
+    """Returns the equations that the results depend on, or that have effects, in order."""
+    read = {var for var in jaxpr.outvars if isinstance(var, core.Var)}
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or read.intersection(eqn.outvars):
+            kept.append(eqn)
+            read.update(var for var in eqn.invars if isinstance(var, core.Var))
+    return kept[::-1]
 
 
 def _count_equation(eqn: Any) -> Work:
     name = eqn.primitive.name
     if name == "cond":
-        branches = [branch.jaxpr for branch in eqn.params["branches"]]
-        kernels = [branch for branch in branches if "pallas_call" in _names(branch)]
-        if kernels:  # a choice by platform: a card runs GPU kernels, and of two branches that hold some the shorter
-            return min(map(_count, kernels), key=lambda work: work.steps)
-        return max(map(_count, branches), key=lambda work: work.matrix + work.vector)
+        return _count_branches(eqn)
     if name == "pallas_call" and (cost := eqn.params.get("cost_estimate")) is not None:
         return Work(vector=float(cost.flops), moved=float(cost.bytes_accessed), steps=1.0)
     inner = [_open(value) for value in eqn.params.values() if isinstance(value, core.Jaxpr | core.ClosedJaxpr)]
@@ -89,15 +99,38 @@ def _count_equation(eqn: Any) -> Work:
         work = sum((_count(jaxpr) for jaxpr in inner), Work())
         # A step of a loop is a kernel at least, even where everything in it is fused.
         return (work + Work(steps=1.0)).times(eqn.params["length"]) if name == "scan" else work
-    operations = _operations(eqn)
-    matrix = name == "dot_general" and all(var.aval.dtype.itemsize <= 2 for var in eqn.invars)
+    operations, on_matrix_units = _operations(eqn), _matrix_cost(eqn)
     moves = name in _MOVING or name.startswith("scatter")
     return Work(
-        matrix=operations if matrix else 0.0,
-        vector=0.0 if matrix else operations,
+        matrix=on_matrix_units * operations,
+        vector=0.0 if on_matrix_units else operations,
         moved=float(sum(_bytes(var) for var in (*eqn.invars, *eqn.outvars))) if moves else 0.0,
         steps=1.0 if moves else 0.0,
     )
+
+
+def _count_branches(eqn: Any) -> Work:
+    """Returns the work of a branch: of a choice by platform, that of a card."""
+    branches = [branch.jaxpr for branch in eqn.params["branches"]]
+    for branch, platforms in zip(branches, eqn.params.get("branches_platforms", ()), strict=False):
+        if platforms is not None and "cuda" in platforms and not _OPAQUE.intersection(_names(branch)):
+            return _count(branch)
+    kernels = [branch for branch in branches if "pallas_call" in _names(branch)]
+    if kernels:  # a card runs GPU kernels, and of two branches that hold some the shorter
+        return min(map(_count, kernels), key=lambda work: work.steps)
+    works = [_count(branch) for branch in branches]
+    if len(works) > 2:
+        return sum(works, Work()).times(1 / len(works))
+    return max(works, key=lambda work: work.matrix + work.vector)
+
+
+def _matrix_cost(eqn: Any) -> float:
+    """Returns what an operation of a product costs on matrix units, next to one of 16-bit operands; 0: not on them."""
+    if eqn.primitive.name != "dot_general":
+        return 0.0
+    if all(var.aval.dtype.itemsize <= 2 for var in eqn.invars):
+        return 1.0
+    return 2.0 if eqn.params["precision"] == (jax.lax.Precision.HIGH,) * 2 else 0.0
 
 
 def _open(value: core.Jaxpr | core.ClosedJaxpr) -> core.Jaxpr:

@@ -4,7 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cluscomp_jax.clustering.drift_correction import LayerStatistics, corrected
+from cluscomp_jax.clustering.drift_correction import LayerStatistics
+from cluscomp_jax.clustering.drift_correction import corrected as corrected_of_all
+
+
+def corrected(weight, statistics, *, ridge):
+    (moved,) = corrected_of_all([weight], statistics, ridge=ridge)
+    return moved
 
 
 def drifted(*, residual: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cluscomp_jax.clustering import error_feedback
 from cluscomp_jax.clustering.code_search import NearestCodes
 from cluscomp_jax.clustering.error_feedback import assign_with_error_feedback, factor_hessian
 from cluscomp_jax.kmeans import assign
@@ -56,6 +57,25 @@ def test_codes_are_those_of_optimal_brain_quantisation(i: int, o: int, g: int) -
     assert index.shape == (i, -(-o // g))
     # A vector between two codes may round to either, and what comes after it then differs.
     assert np.mean(np.asarray(index) == expected) > 0.98
+
+
+def test_codes_are_the_same_where_products_begin_with_the_part_of_the_channels(monkeypatch) -> None:
+    weight, codes, moments = problem(140, 21, 4, 32)
+    factor = factor_hessian(jnp.asarray(moments))
+    monkeypatch.setattr(error_feedback, "_BLOCK_SIZE", 8)
+    lengths, added = set(), error_feedback._added
+
+    def watched(begin, columns, errors):
+        lengths.add(len(errors) - begin)
+        return added(begin, columns, errors)
+
+    monkeypatch.setattr(error_feedback, "_added", watched)
+    jax.clear_caches()
+    index = assign_with_error_feedback(jnp.asarray(weight), jnp.asarray(codes), factor, NearestCodes())
+    assert sorted(lengths) == [24, 64, 104, 144]  # 18 blocks of 8 channels, 5 of them in a part
+    expected = brain_quantise(weight, codes, moments, np.asarray(factor.act_order)[::-1], 4)
+    assert np.mean(np.asarray(index) == expected) > 0.98
+    jax.clear_caches()
 
 
 def test_the_output_error_falls() -> None:

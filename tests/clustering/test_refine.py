@@ -12,6 +12,7 @@ from cluscomp_jax.clustering.code_search import NearestCodes
 from cluscomp_jax.clustering.error_feedback import assign_with_error_feedback, factor_hessian
 from cluscomp_jax.clustering.refine import curvature_of, reassign_codes, refine, update_codebook
 from cluscomp_jax.kmeans import assign, build_code_index
+from pallas_kernels.implementation import IMPLEMENTATION
 
 KEY = jax.random.key(0)
 
@@ -51,6 +52,17 @@ def descend(weight: np.ndarray, codes: np.ndarray, index: np.ndarray, moments: n
             gain = moments[i, i] * (own**2).sum(1) + 2 * own @ others
             index[i, j] = np.argmin(gain)
     return index
+
+
+@pytest.mark.parametrize("i", [20, 300])
+def test_a_curvature_in_blocks_is_the_damped_hessian(i: int) -> None:
+    moments = problem(i, 4, 2, 4)[2]
+    factor = factor_hessian(jnp.asarray(moments))
+    with IMPLEMENTATION("interpret"):
+        order, hessian = curvature_of(factor)
+    expected = damped(moments)[np.ix_(order, order)]
+    scale = np.sqrt(np.outer(np.diag(expected), np.diag(expected)))
+    np.testing.assert_allclose(np.asarray(hessian) / scale, expected / scale, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("i", "o", "g"), [(40, 24, 4), (140, 12, 4), (130, 10, 4), (1, 8, 2), (7, 3, 9)])

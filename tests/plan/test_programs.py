@@ -275,6 +275,14 @@ def test_operations_are_counted() -> None:
     assert root.vector >= 30**3 / 3
     chosen = work(lambda a: jax.lax.cond(a[0] > 0, lambda x: x @ x, lambda x: x, a.reshape(4, 4)), (16,))
     assert chosen.vector >= 2 * 4**3
+    rounded = work(lambda a, b: jnp.dot(a, b, precision="tensorfloat32"), (3, 5), (5, 7))
+    assert (rounded.matrix, rounded.vector) == (2 * 2 * 3 * 5 * 7, 0)
+    unread = work(lambda a: (jnp.sin(a @ a), a + a)[1], (4, 4))
+    assert (unread.vector, unread.steps) == (16, 1)
+    turned = work(lambda a: jax.lax.switch(jnp.int32(a[0]), [lambda x: x] * 2 + [lambda x: jnp.sort(x)], a), (12,))
+    assert turned.moved == 2 * 4 * 12 * (1 + 1 / 3)
+    by_platform = work(lambda a: jax.lax.platform_dependent(a, cuda=lambda x: x, default=lambda x: x * x), (12,))
+    assert by_platform.vector <= 1  # a card multiplies nothing
     assert product.times(3).matrix == 3 * product.matrix
     assert product.least_seconds(matrix_rate=210, vector_lr_scale=1, bandwidth=1e9) == pytest.approx(1, rel=1e-3)
 

@@ -89,7 +89,7 @@ def test_a_preset_has_as_many_parameters_as_its_model(name: str, billions: float
 
 
 def test_an_unknown_preset_is_refused() -> None:
-    assert len(PRESETS) == 27
+    assert len(PRESETS) == 29
     with pytest.raises(InputError, match="no preset is called 'llama-9'"):
         preset_config("llama-9")
 

@@ -52,9 +52,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the plans")
     parser.add_argument("--against", type=Path, help="folder of plans to compare with")
     parser.add_argument("--targets", nargs="*", choices=shipped_targets(), default=shipped_targets())
+    parser.add_argument("--models", nargs="*", choices=MODELS, default=MODELS)
+    parser.add_argument("--bits", nargs="*", type=int, choices=BITS, default=BITS)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    for target, bits, model in itertools.product(arguments.targets, BITS, MODELS):
+    for target, bits, model in itertools.product(arguments.targets, arguments.bits, arguments.models):
         name = f"{model}-{bits}bit-{target}"
         found, other = arguments.out / f"{name}.json", arguments.against and arguments.against / f"{name}.json"
         if not found.exists():

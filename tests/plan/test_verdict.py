@@ -76,6 +76,7 @@ def test_the_reserve_leaves_room_inside_and_outside_what_jax_may_take() -> None:
     [
         ("llama-2-7b", 6.738), ("llama-2-13b", 13.016), ("llama-2-70b", 68.977), ("llama-3-8b", 8.030),
         ("llama-3-70b", 70.554), ("llama-3.1-405b", 405.853), ("mistral-7b", 7.248), ("qwen2.5-72b", 72.706),
+        ("mixtral-8x7b", 46.703), ("qwen3-30b-a3b", 30.532),
         ("smollm3-3b", 3.075), ("granite-3.3-8b", 8.171), ("olmo-2-7b", 7.299), ("olmo-3-32b", 32.234),
         ("gemma-2-27b", 27.227), ("gemma-3-1b", 1.000), ("gemma-3-27b", 27.009), ("phi-3-mini", 3.821),
         ("phi-4", 14.660), ("ministral-3-8b", 8.490), ("seed-oss-36b", 36.151),

@@ -13,6 +13,10 @@ __all__ = ["Ref", "launcher", "pl", "plgpu", "span"]
 Ref = Any
 
 
+MATRIX_KERNELS = frozenset({"codebook_gemm", "codebook_scatter"})
+"""The names of kernels that multiply on matrix units, where their operands have 16 bit."""
+
+
 def launcher(
     kernel: Callable[..., None],
     name: str,
@@ -35,7 +39,7 @@ def launcher(
       out: (shape, dtype) of the result, or a list of them.
       num_warps, num_stages: of 32 threads each; loads in flight.
       interpret: step by step on any device.
-      operations: float32 operations of all programs together; None: not stated.
+      operations: of all programs together; None: not stated. Those of MATRIX_KERNELS are of matrix units.
       moved: bytes that they read and write of device memory, where `operations` is stated.
       options: of `pallas_call`.
     """

@@ -13,6 +13,8 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from pallas_kernels.backend import MATRIX_KERNELS
+
 LAUNCH_SECONDS = 5e-6
 """Seconds from one kernel to the next, as usually published: what a loop of short steps is made of."""
 _MOVING = {"gather", "sort", "cholesky", "triangular_solve", "dot_general", "top_k"}
@@ -93,7 +95,9 @@ def _count_equation(eqn: Any) -> Work:
     if name == "cond":
         return _count_branches(eqn)
     if name == "pallas_call" and (cost := eqn.params.get("cost_estimate")) is not None:
-        return Work(vector=float(cost.flops), moved=float(cost.bytes_accessed), steps=1.0)
+        narrow = eqn.invars[0].aval.dtype.itemsize <= 2
+        kind = "matrix" if narrow and eqn.params["name"] in MATRIX_KERNELS else "vector"
+        return Work(**{kind: float(cost.flops)}, moved=float(cost.bytes_accessed), steps=1.0)
     inner = [_open(value) for value in eqn.params.values() if isinstance(value, core.Jaxpr | core.ClosedJaxpr)]
     if inner:
         work = sum((_count(jaxpr) for jaxpr in inner), Work())

@@ -7,6 +7,7 @@ knows no differentiation.
 """
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -244,6 +245,8 @@ def gemm(
         "codebook_gemm",
         grid=(pl.cdiv(m, tile.block_m) * tile.splits, tiles_n),
         out=((tile.splits, m, width), jnp.float32 if tile.splits > 1 else a.dtype),
+        operations=2 * m * math.prod(shape),
+        moved=_bytes(a, codebook, index) + m * width * a.dtype.itemsize,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         interpret=interpret,
@@ -296,6 +299,8 @@ def scatter_gradient(
         _SCATTER,
         grid=(pl.cdiv(cut.rows, tile.block_row), pl.cdiv(cut.groups, tile.block_group // cut.lanes)),
         out=(zeros.shape, zeros.dtype),
+        operations=2 * math.prod(x.shape) * dy.shape[1],
+        moved=_bytes(x, dy, index, zeros),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         interpret=interpret,
@@ -349,11 +354,17 @@ def segment_sum(
         "codebook_segment_sum",
         grid=(pl.cdiv(n, tile.block_codes), tile.splits),
         out=((tile.splits, n, g), jnp.float32),
+        operations=vectors.size,
+        moved=_bytes(vectors, order, starts) + 4 * n * g,
         num_warps=tile.num_warps,
         num_stages=2,
         interpret=interpret,
     )
     return _sum_parts(launch(vectors, order, starts))
+
+
+def _bytes(*arrays: jax.Array) -> int:
+    return sum(array.size * array.dtype.itemsize for array in arrays)
 
 
 def _sum_parts(parts: jax.Array) -> jax.Array:

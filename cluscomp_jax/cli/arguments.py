@@ -343,8 +343,8 @@ class PlanArguments(Common):
 
     model: Model
     """Hugging Face folder, config.json, or preset: llama-2-7b/13b/70b, llama-3-8b/70b, llama-3.1-405b, mistral-7b,
-    qwen2.5-72b, smollm3-3b, granite-3.3-8b, olmo-2-7b, olmo-3-32b, gemma-2-27b, gemma-3-1b/27b, phi-3-mini, phi-4,
-    ministral-3-8b, seed-oss-36b, opt-125m/350m/1.3b/2.7b/6.7b/13b/30b/66b"""
+    mixtral-8x7b, qwen3-30b-a3b, qwen2.5-72b, smollm3-3b, granite-3.3-8b, olmo-2-7b, olmo-3-32b, gemma-2-27b,
+    gemma-3-1b/27b, phi-3-mini, phi-4, ministral-3-8b, seed-oss-36b, opt-125m/350m/1.3b/2.7b/6.7b/13b/30b/66b"""
     target: Annotated[str, arg(metavar="CARD")]
     """card: a6000, a100_80, h100, h200, l40s, rtx4090, or a .txtpb file that describes another"""
     config: Annotated[str | None, _without("no file", "FILE")] = None

@@ -245,7 +245,7 @@ def width(model: Model) -> int:
 
 def check_length(length: int, model: Model, what: str) -> None:
     """Raises InputError where `length` positions, called `what`, are more than a table of learned positions has."""
-    config = model.config
+    config = getattr(model, "switches", model.config)
     if getattr(config, "position_offset", None) is not None and length > config.max_position_embeddings:
         raise InputError(
             f"{what}: {length} positions, and the model has learned {config.max_position_embeddings}; make it "

@@ -138,13 +138,11 @@ def make_sharding(settings: MeshConfig, model: Model) -> Sharding | None:
     """Returns the Sharding of `model` on all devices of all processes; None for one process on one device.
 
     Raises:
-      InputError: the mesh takes another number of devices than there are, or the model has experts.
+      InputError: the mesh takes another number of devices than there are, or what `sharding_on` refuses.
     """
     devices, processes = jax.device_count(), jax.process_count()
     if settings.size == 1 and processes == 1:
         return None
-    if any("/experts/" in path for path in model.block_shapes(0)):
-        raise InputError(f"mesh {settings}: a mixture of experts runs on one device; take sizes of 1")
     if settings.size != devices:
         raise InputError(
             f"mesh {settings} takes {settings.size} devices, there are {devices} in {processes} process(es); choose "
@@ -155,7 +153,14 @@ def make_sharding(settings: MeshConfig, model: Model) -> Sharding | None:
 
 
 def sharding_on(mesh: Mesh, model: Model) -> Sharding:
-    """Returns the Sharding of `model` on a mesh with the AXES."""
+    """Returns the Sharding of `model` on a mesh with the AXES.
+
+    Raises:
+      InputError: the model has experts.
+    """
+    if any("/experts/" in path for path in model.block_shapes(0)):
+        sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        raise InputError(f"mesh {sizes}: a mixture of experts runs on one device; take sizes of 1")
     return Sharding(mesh, model.row_parallel)
 
 

@@ -1,9 +1,11 @@
 """The arithmetic of a plan, the presets, and the command, with and without a compiler for cards."""
 
 import dataclasses
+import inspect
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ import pytest
 from io_models import config_fields
 
 from cluscomp_jax import cli, llama
+from cluscomp_jax.cli.arguments import PlanArguments
 from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
 from cluscomp_jax.config.data import CalibrationConfig, DataConfig
 from cluscomp_jax.config.finetune import FinetuneConfig
@@ -89,8 +92,17 @@ def test_a_preset_has_as_many_parameters_as_its_model(name: str, billions: float
     assert sum(map(math.prod, shapes.values())) / 1e9 == pytest.approx(billions, abs=0.001)
 
 
+def test_the_help_names_every_preset() -> None:
+    text = re.search(r"or preset: (.*?)\"\"\"", inspect.getsource(PlanArguments), re.DOTALL)
+    assert text is not None
+    named = set()
+    for entry in re.split(r",\s+", text[1]):
+        first, *others = entry.split("/")
+        named |= {first, *(f"{first.rpartition('-')[0]}-{other}" for other in others)}
+    assert named == set(PRESETS)
+
+
 def test_an_unknown_preset_is_refused() -> None:
-    assert len(PRESETS) == 29
     with pytest.raises(InputError, match="no preset is called 'llama-9'"):
         preset_config("llama-9")
 

@@ -85,6 +85,10 @@ class GgufSource:
             for name, stored in (found for tensor in reader.tensors for found in _matrices(tensor)):
                 if name in self._tensors:
                     raise InputError(f"{path}: tensor {name} is in {self._places[name].name} too")
+                if len(self._tensors) >= header.MOST_ENTRIES:
+                    raise InputError(
+                        f"{path}: more than {header.MOST_ENTRIES:,} tensors, those of experts counted each"
+                    )
                 self._tensors[name], self._places[name] = stored, path
         tensors = [tensor for reader in readers.values() for tensor in reader.tensors]
         self._dtype = np.dtype(_stored_dtype(tensors) if dtype is None else dtype)
@@ -147,7 +151,7 @@ class GgufSource:
     def _read(self, name: str, dtype: np.dtype[Any], rows: slice) -> np.ndarray:
         """Returns rows of a tensor as stored, dequantised to `dtype`; read, not mapped: pages do not pile up."""
         (tensor, first_row, shape), path = self._tensors[name], self._places[name]
-        raw = tensor.data.reshape(-1, tensor.data.shape[-1]) if first_row or len(shape) > 1 else tensor.data
+        raw = tensor.data if tensor.data.ndim == len(shape) else tensor.data.reshape(-1, tensor.data.shape[-1])
         begin, end, _ = rows.indices(shape[0])
         row, count = raw[:1].size, (end - begin) * raw[:1].size
         offset = int(tensor.data_offset) + (first_row + begin) * row * raw.itemsize
@@ -243,7 +247,7 @@ def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
 def _matrices(tensor: "gguf.ReaderTensor") -> Iterator[tuple[str, _Stored]]:
     """Yields (name, where it is) of a tensor; of the experts in one, each with its number before ".weight"."""
     shape, named = _shape(tensor), _EXPERTS.fullmatch(tensor.name)
-    if named is None or len(shape) != 3 or shape[0] > _MOST_EXPERTS:
+    if named is None or len(shape) != 3 or 0 in shape or shape[0] > _MOST_EXPERTS:
         yield tensor.name, _Stored(tensor, 0, shape)
         return
     for expert in range(shape[0]):

@@ -17,6 +17,8 @@ from cluscomp_jax.models.layers.rope import LongRopeConfig, RopeConfig
 FULL, SLIDING = "full_attention", "sliding_attention"
 """The layer types of config.json."""
 MAX_LAYERS = 4096
+MAX_EXPERTS = 2**17
+"""Of all layers together: each has parameters of its own, which a damaged config must not fill the memory with."""
 MAX_SIZE = 2**31 - 1
 SIZES = {
     "num_hidden_layers": MAX_LAYERS,
@@ -190,6 +192,9 @@ class DecoderConfig:
     def _check_sizes(self) -> None:
         own = SIZES | {"query_scale_period": MAX_SIZE}
         check_sizes(self, own if self.embedding_size is None else own | {"embedding_size": MAX_SIZE})
+        experts = 0 if self.experts is None else self.experts.count * self.num_hidden_layers
+        if experts > MAX_EXPERTS:
+            raise InputError(f"config: all layers together have {experts} experts; at most {MAX_EXPERTS} are served")
         if len(self.layers) != self.num_hidden_layers:
             raise InputError(
                 f"config: there are {len(self.layers)} kinds of layers, num_hidden_layers is {self.num_hidden_layers}"

@@ -66,7 +66,8 @@ class Routing(NamedTuple):
         are mostly those of all positions.
         """
         share = jnp.sum(jnp.where(self.chosen == expert, self.shares, 0.0), axis=1)
-        return jnp.square(share) + EVERY_POSITION / (config.count * config.per_position)
+        of_average_expert = jnp.mean(jnp.sum(jnp.square(self.shares), axis=1)) / config.count
+        return jnp.square(share) + EVERY_POSITION * of_average_expert
 
 
 def route(logits: jax.Array, config: ExpertsConfig) -> Routing:
@@ -104,7 +105,7 @@ def mix(x: jax.Array, routing: Routing, count: int, run: Callable[[jax.Array, ja
 def stacked(experts: Params) -> Params:
     """Returns {"stack": tree} of experts {"0": tree, …}, every array with a leading axis [E]; such a one is unchanged.
 
-    CodebookArrays of one form are stacked as they are. Those of several forms are decoded first.
+    CodebookArrays of one form are stacked as they are. Those of several forms, or next to dense kernels, are decoded.
     """
     if "stack" in experts:
         return experts
@@ -125,10 +126,12 @@ def expert_at(experts: Params, expert: jax.Array) -> Params:
 
 def _joined(leaves: Sequence[Any]) -> Any:
     """Returns the leaves along a new first axis. A codebook that is tied is there as often as it is used."""
-    if not isinstance(leaves[0], CodebookArray):
-        return jnp.stack([jnp.asarray(leaf) for leaf in leaves])
+    if not all(isinstance(leaf, CodebookArray) for leaf in leaves):
+        decoded = [decode(leaf) if isinstance(leaf, CodebookArray) else jnp.asarray(leaf) for leaf in leaves]
+        same = len({jnp.dtype(each.dtype) for each in decoded}) == 1
+        return jnp.stack(decoded if same else [each.astype(jnp.float32) for each in decoded])
     if len({(leaf.form, leaf.coding, jnp.dtype(leaf.codebook.dtype)) for leaf in leaves}) > 1:
-        return jnp.stack([decode(leaf) for leaf in leaves])
+        return jnp.stack([decode(leaf).astype(jnp.float32) for leaf in leaves])
     return dataclasses.replace(
         leaves[0],
         codebook=jnp.stack([jnp.asarray(leaf.codebook) for leaf in leaves]),

@@ -184,6 +184,24 @@ def test_what_a_header_says_and_is_not_served_is_refused(
     assert "\n" not in str(caught.value)
 
 
+def test_a_window_of_mixtral_arrives(tmp_path: Path) -> None:
+    config, flat = problem("mixtral")
+    path = write(tmp_path / "m.gguf", "mixtral", config, flat, lambda w: w.add_sliding_window(8))
+    assert GgufSource(path).model_config.window(0) == 8
+
+
+def test_forged_experts_are_refused(tmp_path: Path) -> None:
+    config, flat = problem("mixtral")
+    tensors = {f"blk.{i}.ffn_odd_exps.weight": np.zeros((40_000, 1, 1), np.float32) for i in range(3)}
+
+    def forge(writer: Any) -> None:
+        for name, tensor in tensors.items():
+            writer.add_tensor(name, tensor)
+
+    with pytest.raises(InputError, match="more than 100,000 tensors"):
+        GgufSource(write(tmp_path / "m.gguf", "mixtral", config, flat, forge))
+
+
 def test_a_family_without_such_files_is_refused_by_name() -> None:
     shapes = {"token_embd.weight": (4, 8)}
     with pytest.raises(InputError, match="architecture 'opt' is not read from GGUF files; use the Hugging"):

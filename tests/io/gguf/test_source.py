@@ -214,9 +214,13 @@ def test_the_rope_scaling_of_llama_3_is_recovered_from_its_divisors(tmp_path, fa
     assert rope.original_max_positions == 8192
 
 
-def test_divisors_of_another_rule_are_refused(tmp_path):
-    extra = {"rope_freqs.weight": llama3_divisors(8.0) * np.linspace(1, 1.1, HEAD_DIM // 2, dtype=np.float32)}
-    path = write_gguf(tmp_path / "m.gguf", hf_tensors(), extra=extra)
+@pytest.mark.parametrize(
+    "divisors",
+    [llama3_divisors(8.0) * np.linspace(1, 1.1, HEAD_DIM // 2, dtype=np.float32), np.ones((3, 2, 8), np.float32)],
+    ids=["scaled", "three axes"],
+)
+def test_divisors_of_another_rule_are_refused(tmp_path, divisors):
+    path = write_gguf(tmp_path / "m.gguf", hf_tensors(), extra={"rope_freqs.weight": divisors})
     with pytest.raises(InputError, match=r"rope_freqs\.weight"):
         GgufSource(path)
 

@@ -10,6 +10,7 @@ import pytest
 from family_cases import fields_of, random_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType
 
 from cluscomp_jax import (
     CalibrationConfig,
@@ -34,6 +35,7 @@ from cluscomp_jax.inference.decoder import Decoder, generate
 from cluscomp_jax.models.decoder import experts, forward
 from cluscomp_jax.models.decoder.experts import ExpertsConfig, Routing
 from cluscomp_jax.models.model import build_model, parse_model_config
+from cluscomp_jax.models.sharding import AXES, sharding_on
 from cluscomp_jax.models.source import as_source
 from cluscomp_jax.models.streams import Batch
 
@@ -114,25 +116,28 @@ def test_experts_that_cannot_be_are_refused(count: Any, each: Any) -> None:
         ExpertsConfig(count, each)
 
 
-def test_an_experts_hessian_is_that_of_its_positions_by_their_shares() -> None:
-    params = random_params(CONFIG)
-    block, layer_type = as_source(params, MODEL).load_block(0), MODEL.layer_type(0)
-    x = np.random.default_rng(2).standard_normal((3, 16, CONFIG.hidden_size)).astype(np.float32)
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe_shares"])
+def test_an_experts_hessian_is_that_of_its_positions_by_their_shares(name: str) -> None:
+    model = build_model(parse_model_config(fields_of(name)))
+    mixture, params = model.config.experts, random_params(model.config)
+    block, layer_type = as_source(params, model).load_block(0), model.layer_type(0)
+    x = np.random.default_rng(2).standard_normal((3, 16, model.config.hidden_size)).astype(np.float32)
     seen: dict[str, tuple[Any, ...]] = {}
-    MODEL.block(block, jnp.asarray(x), layer_type=layer_type, observer=lambda name, *found: seen.update({name: found}))
+    model.block(block, jnp.asarray(x), layer_type=layer_type, observer=lambda name, *found: seen.update({name: found}))
     rows = np.asarray(seen["mlp/experts/0/input"][0], np.float64).reshape(48, -1)
     router = np.asarray(block["mlp"]["router"]["kernel"], np.float64)
     probabilities = np.exp(rows @ router)
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     kept = np.where(probabilities >= np.sort(probabilities, axis=1)[:, [-2]], probabilities, 0)
-    shares = kept / kept.sum(axis=1, keepdims=True)
-    groups = [name for name in MODEL.input_groups if "experts" in name]
-    found = collect_hessians(MODEL, layer_type, groups, block, [Batch(jnp.asarray(x))])
+    shares = kept / kept.sum(axis=1, keepdims=True) if mixture.normalised else kept
+    every = 0.05 * np.mean(np.sum(shares**2, axis=0)) / 48  # a position, of 5% of what the experts get on average
+    groups = [name for name in model.input_groups if "experts" in name]
+    found = collect_hessians(model, layer_type, groups, block, [Batch(jnp.asarray(x))])
     assert sorted(found) == sorted(groups)
-    for i in range(8):
+    for i in range(mixture.count):
         expert = block["mlp"]["experts"][str(i)]
         gate, up = (rows @ np.asarray(expert[f"{name}_proj"]["kernel"], np.float64) for name in ("gate", "up"))
-        weights = (shares[:, i] ** 2 + experts.EVERY_POSITION / 16)[:, None]
+        weights = (shares[:, i] ** 2 + every)[:, None]
         for name, value in (("input", rows), ("hidden", gate / (1 + np.exp(-gate)) * up)):
             want = (weights * value).T @ value / 48
             np.testing.assert_allclose(
@@ -187,14 +192,19 @@ def test_compressed_experts_compute_as_decoded_ones(tied: Any) -> None:
         np.testing.assert_array_equal(row, generate(params, prompt, CONFIG, max_new_tokens=6))
 
 
-def test_experts_of_several_forms_are_decoded_and_run() -> None:
-    rules = (
-        CompressionRule(pattern=r".*/experts/[0-3]/.*", group_size=4, num_codes=16),
-        CompressionRule(pattern=r".*/experts/\d+/.*", group_size=2, num_codes=8),
-    )
-    params = compress(random_params(CONFIG), tiny_run(rules=rules), calibration=TOKENS)
+@pytest.mark.parametrize("others", [r".*/experts/\d+/.*", r".*_proj/kernel", None])
+def test_experts_of_several_forms_are_decoded_and_run(others: str | None) -> None:
+    rules = [CompressionRule(pattern=r".*/experts/[0-3]/.*", group_size=4, num_codes=16)]
+    if others is not None:
+        rules.append(CompressionRule(pattern=others, group_size=2, num_codes=8))
+    params = compress(random_params(CONFIG), tiny_run(rules=tuple(rules)), calibration=TOKENS)
     want = forward(decompress(params), TOKENS, CONFIG)
     chex.assert_trees_all_close(forward(params, TOKENS, CONFIG), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mesh_is_refused() -> None:
+    with pytest.raises(InputError, match="mesh data=1, fsdp=1, tensor=1: a mixture of experts runs on one device"):
+        sharding_on(jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3), MODEL)
 
 
 def test_a_decoder_holds_its_experts_stacked() -> None:

@@ -163,6 +163,7 @@ def test_compressed_saved_loaded_evaluated(name: str, tmp_path: Any) -> None:
         ("seed_oss", {"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
         ("mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9; it must be an integer from 1 to the 8"),
         ("mixtral", {"num_local_experts": 10**9}, "the number of experts is 1000000000"),
+        ("mixtral", {"num_local_experts": 2**16}, "all layers together have 262144 experts"),
         ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
         ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step is 2"),
         ("qwen3_moe", {"moe_intermediate_size": 0}, "intermediate_size is 0"),

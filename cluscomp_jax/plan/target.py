@@ -66,7 +66,7 @@ def find_target(spec: str | Path) -> Target:
     if path.suffix != ".txtpb" or not path.is_file():
         raise InputError(
             f"target {name!r} is neither one of {', '.join(shipped_targets())} nor a .txtpb file; "
-            "copy one of cluscomp_jax/targets/ to describe another card"
+            "copy one of cluscomp_jax/plan/targets/ to describe another card"
         )
     if path.stat().st_size > _MAX_BYTES:
         raise InputError(f"target {path}: {path.stat().st_size} bytes; a description has fewer than {_MAX_BYTES}")
@@ -92,7 +92,7 @@ def _parsed(name: str, text: str) -> Target:
     def needed(key: str) -> float:
         value = number(key)
         if value is None:
-            raise InputError(f"target {name}: has no positive {key}; compare it with those in cluscomp_jax/targets/")
+            raise InputError(f"target {name}: has no positive {key}; compare it with those in cluscomp_jax/plan/targets/")
         return value
 
     vector = 2 * needed("core_count") * needed("fpus_per_core") * needed("clock_rate_ghz") * 1e9

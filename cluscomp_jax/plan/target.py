@@ -92,7 +92,9 @@ def _parsed(name: str, text: str) -> Target:
     def needed(key: str) -> float:
         value = number(key)
         if value is None:
-            raise InputError(f"target {name}: has no positive {key}; compare it with those in cluscomp_jax/plan/targets/")
+            raise InputError(
+                f"target {name}: has no positive {key}; compare it with those in cluscomp_jax/plan/targets/"
+            )
         return value
 
     vector = 2 * needed("core_count") * needed("fpus_per_core") * needed("clock_rate_ghz") * 1e9

@@ -19,7 +19,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from cluscomp_jax import (
     CalibrationConfig,
@@ -34,9 +33,9 @@ from cluscomp_jax import (
 from cluscomp_jax.core import losses, trees
 from cluscomp_jax.evaluation.perplexity import perplexity
 from cluscomp_jax.models.decoder.experts import ExpertsConfig, route
-from cluscomp_jax.models.llama.init import initial_value
+from cluscomp_jax.models.llama.init import initial_params
 from cluscomp_jax.models.model import Model, build_model, parameter_shapes, parse_model_config
-from train_fixture import CONTEXT, train_tokenizer, write_folder
+from train_fixture import CONTEXT, train, train_tokenizer, write_folder
 
 Params = dict[str, Any]
 _BALANCE = 0.02
@@ -86,42 +85,6 @@ def _balance(logits: jax.Array, mixture: ExpertsConfig) -> jax.Array:
     return mixture.count * jnp.sum(chosen * probabilities) / mixture.per_position
 
 
-def train(model: Model, tokens: np.ndarray, *, steps: int, batch: int, learning_rate: float) -> Params:
-    """Returns float32 parameters after `steps` of AdamW on random crops."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(100, steps // 10), steps, learning_rate / 50)
-    decayed = partial(jax.tree.map, lambda leaf: leaf.ndim == 2)
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.1, mask=decayed)
-    )
-    params = _random_params(model)
-    state = optimizer.init(params)
-    loss_of = partial(model_loss, model=model, mixture=getattr(model.config, "experts", None))
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Params, state: Any, tokens: jax.Array) -> tuple[Params, Any, jax.Array]:
-        loss, gradient = jax.value_and_grad(loss_of)(params, tokens)
-        update, state = optimizer.update(gradient, state, params)
-        return optax.apply_updates(params, update), state, loss
-
-    crops = np.random.default_rng(0)
-    for number in range(1, steps + 1):
-        starts = crops.integers(0, len(tokens) - CONTEXT, size=batch)
-        params, state, loss = step(params, state, tokens[starts[:, None] + np.arange(CONTEXT + 1)])
-        if number % 100 == 0:
-            print(f"step {number}/{steps}  loss {float(loss):.3f}", flush=True)
-    return params
-
-
-def _random_params(model: Model) -> Params:
-    key, deviation = jax.random.key(0), model.config.initializer_range
-    shapes = sorted(parameter_shapes(model).items())
-    flat = {
-        path: initial_value(path.rpartition("/")[2], shape, jax.random.fold_in(key, number), deviation)
-        for number, (path, shape) in enumerate(shapes)
-    }
-    return trees.unflatten(flat)
-
-
 def compressed(folder: Path, cfg: CompressConfig, train_tokens: np.ndarray, test: np.ndarray) -> dict[str, Any]:
     """Returns the perplexity of the model in a folder before and after compression, and its stored bits per weight."""
     opened = open_model(folder)
@@ -168,9 +131,15 @@ def main() -> None:
         folder = options.folder / name
         config = parse_model_config(fields)
         if not (folder / "config.json").exists():
-            rate = options.learning_rate
+            model = build_model(config)
             params = train(
-                build_model(config), train_tokens, steps=options.steps, batch=options.batch, learning_rate=rate
+                initial_params(parameter_shapes(model), config.initializer_range, jax.random.key(0)),
+                partial(model_loss, model=model, mixture=getattr(config, "experts", None)),
+                train_tokens,
+                steps=options.steps,
+                batch=options.batch,
+                learning_rate=options.learning_rate,
+                seed=0,
             )
             write_folder(folder, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params), tokenizer, config)
         found[name] = compressed(folder, cfg, train_tokens, test)

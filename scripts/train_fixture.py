@@ -69,20 +69,36 @@ def model_loss(params: Params, tokens: jax.Array) -> jax.Array:
     return losses.token_nll(model.head(params, x), tokens[:, 1:]).mean()
 
 
-def build_step(optimizer: optax.GradientTransformation) -> Callable[..., tuple[Params, Any, jax.Array]]:
+def build_step(
+    loss_of: Callable[[Params, jax.Array], jax.Array], optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[Params, Any, jax.Array]]:
     """Returns the jitted step (params, state, tokens [b, t]) -> (params, state, loss)."""
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Params, state: Any, tokens: jax.Array) -> tuple[Params, Any, jax.Array]:
-        loss, gradient = jax.value_and_grad(model_loss)(params, tokens)
+        loss, gradient = jax.value_and_grad(loss_of)(params, tokens)
         update, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, update), state, loss
 
     return step
 
 
-def train(tokens: np.ndarray, *, steps: int, batch: int, learning_rate: float, seed: int) -> Params:
-    """Returns float32 params after `steps` of AdamW on random crops of CONTEXT targets."""
+def train(
+    params: Params,
+    loss_of: Callable[[Params, jax.Array], jax.Array],
+    tokens: np.ndarray,
+    *,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    seed: int,
+) -> Params:
+    """Returns float32 params after `steps` of AdamW on random crops of CONTEXT targets.
+
+    Args:
+      params: where it begins.
+      loss_of: (params, tokens int [b, t]) -> loss.
+    """
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(100, steps // 10), steps, learning_rate / 50)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -90,9 +106,8 @@ def train(tokens: np.ndarray, *, steps: int, batch: int, learning_rate: float, s
             schedule, b2=0.98, weight_decay=0.1, mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim == 2, params)
         ),
     )
-    params = llama.init_params(CONFIG, jax.random.key(seed))
     state = optimizer.init(params)
-    step = build_step(optimizer)
+    step = build_step(loss_of, optimizer)
     crops = np.random.default_rng(seed)
     started = time.monotonic()
     for number in range(1, steps + 1):
@@ -153,6 +168,8 @@ def main() -> None:
     )
     print(f"{len(train_tokens)} tokens to train on, {len(test_tokens)} held out")
     params = train(
+        llama.init_params(CONFIG, jax.random.key(options.seed)),
+        model_loss,
         train_tokens,
         steps=options.steps,
         batch=options.batch,

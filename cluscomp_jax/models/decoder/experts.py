@@ -126,12 +126,12 @@ def expert_at(experts: Params, expert: jax.Array) -> Params:
 
 def _joined(leaves: Sequence[Any]) -> Any:
     """Returns the leaves along a new first axis. A codebook that is tied is there as often as it is used."""
-    if not all(isinstance(leaf, CodebookArray) for leaf in leaves):
-        decoded = [decode(leaf) if isinstance(leaf, CodebookArray) else jnp.asarray(leaf) for leaf in leaves]
-        same = len({jnp.dtype(each.dtype) for each in decoded}) == 1
-        return jnp.stack(decoded if same else [each.astype(jnp.float32) for each in decoded])
-    if len({(leaf.form, leaf.coding, jnp.dtype(leaf.codebook.dtype)) for leaf in leaves}) > 1:
-        return jnp.stack([decode(leaf).astype(jnp.float32) for leaf in leaves])
+    coded = [leaf for leaf in leaves if isinstance(leaf, CodebookArray)]
+    forms = {(leaf.form, leaf.coding, jnp.dtype(leaf.codebook.dtype)) for leaf in coded}
+    if len(coded) < len(leaves) or len(forms) > 1:
+        dense = [decode(leaf) if isinstance(leaf, CodebookArray) else jnp.asarray(leaf) for leaf in leaves]
+        same = len({jnp.dtype(each.dtype) for each in dense}) == 1
+        return jnp.stack(dense if same else [each.astype(jnp.float32) for each in dense])
     return dataclasses.replace(
         leaves[0],
         codebook=jnp.stack([jnp.asarray(leaf.codebook) for leaf in leaves]),

@@ -148,9 +148,8 @@ class DecoderModel:
 
     @cached_property
     def _groups_with_experts(self) -> Mapping[str, tuple[str, ...]]:
-        each = [_mlp_groups(path) for path in self._mlp_paths]
-        ordered = {name: paths for k in (0, 1) for groups in each for name, paths in list(groups.items())[k : k + 1]}
-        return MappingProxyType(_ATTENTION_GROUPS | ordered)
+        inputs, hidden = zip(*(_mlp_groups(path).items() for path in self._mlp_paths), strict=True)
+        return MappingProxyType(_ATTENTION_GROUPS | dict(inputs) | dict(hidden))
 
     @property
     def _mlp_paths(self) -> tuple[str, ...]:
@@ -161,11 +160,8 @@ class DecoderModel:
     @property
     def independent_groups(self) -> Sequence[tuple[str, ...]]:
         """The input groups in order of computation, those of one tuple independent of one another."""
-        names = tuple(self.input_groups)
-        if self.switches.experts is None:
-            return tuple((name,) for name in names)
-        inputs, hidden = (tuple(name for name in names if name.endswith(end)) for end in ("/input", "/hidden"))
-        return ((names[0],), (names[1],), inputs[1:], hidden)
+        names, count = tuple(self.input_groups), len(self._mlp_paths)
+        return names[:1], names[1:2], names[2 : 2 + count], names[2 + count :]
 
     @property
     def row_parallel(self) -> frozenset[str]:

@@ -1,5 +1,6 @@
 """The whole parameter layout of a config, and random parameters in it. Knows no checkpoint."""
 
+from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -39,11 +40,14 @@ def init_params(config: LlamaConfig, key: jax.Array) -> Params:
       config: of the model.
       key: a JAX random key; the same key gives the same parameters.
     """
+    return initial_params(param_shapes(config), config.initializer_range, key)
+
+
+def initial_params(shapes: Mapping[str, tuple[int, ...]], deviation: float, key: jax.Array) -> Params:
+    """Returns the tree float32 of `initial_value` at every path of {path: shape}."""
     return trees.unflatten(
         {
-            path: initial_value(
-                path.rpartition("/")[2], shape, jax.random.fold_in(key, number), config.initializer_range
-            )
-            for number, (path, shape) in enumerate(sorted(param_shapes(config).items()))
+            path: initial_value(path.rpartition("/")[2], shape, jax.random.fold_in(key, number), deviation)
+            for number, (path, shape) in enumerate(sorted(shapes.items()))
         }
     )

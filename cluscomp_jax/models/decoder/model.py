@@ -8,7 +8,6 @@ Letters: b batch, t time, d hidden_size, v vocab_size, h head_dim, q query heads
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property, partial
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -17,32 +16,13 @@ import jax.numpy as jnp
 from cluscomp_jax.core.linear import linear
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.models.decoder import experts
+from cluscomp_jax.models.decoder import experts, parameters
 from cluscomp_jax.models.decoder.config import DecoderConfig, LayerKind
 from cluscomp_jax.models.layers import kv_cache
 from cluscomp_jax.models.layers.attention import attention, causal_attention, causal_mask
 from cluscomp_jax.models.layers.norms import layer_norm, rms_norm
 from cluscomp_jax.models.layers.rope import rotary_tables, rotate
 from cluscomp_jax.models.model import Cache, Observer, check_length
-
-BLOCKS_PATH = "model/layers"
-_ATTENTION_GROUPS = {
-    "self_attn/input": tuple(f"self_attn/{name}_proj/kernel" for name in "qkv"),
-    "self_attn/output": ("self_attn/o_proj/kernel",),
-}
-
-
-def _mlp_groups(path: str) -> dict[str, tuple[str, ...]]:
-    """Returns the input groups of the MLP at a block-relative path."""
-    return {
-        f"{path}/input": (f"{path}/gate_proj/kernel", f"{path}/up_proj/kernel"),
-        f"{path}/hidden": (f"{path}/down_proj/kernel",),
-    }
-
-
-INPUT_GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(_ATTENTION_GROUPS | _mlp_groups("mlp"))
-"""The input groups of a block without experts."""
-_UNGATED: Mapping[str, tuple[str, ...]] = MappingProxyType(dict(INPUT_GROUPS) | {"mlp/input": ("mlp/up_proj/kernel",)})
 
 
 def _relu2(x: jax.Array) -> jax.Array:
@@ -60,26 +40,6 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-class _NormNames(NamedTuple):
-    """The norms of a block by where they are; None: there is none."""
-
-    before_attention: str | None = None
-    after_attention: str | None = None
-    before_mlp: str | None = None
-    after_mlp: str | None = None
-    after_attention_sum: str | None = None
-    after_mlp_sum: str | None = None
-
-
-_NORMS = {
-    "pre": _NormNames(before_attention="input_layernorm", before_mlp="post_attention_layernorm"),
-    "post": _NormNames(after_attention="post_attention_layernorm", after_mlp="post_feedforward_layernorm"),
-    "sandwich": _NormNames(
-        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
-    ),
-    # Under the names of "pre": OPT's files, too, have the same names for both.
-    "after_sum": _NormNames(after_attention_sum="input_layernorm", after_mlp_sum="post_attention_layernorm"),
-}
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """attend(queries [b, t, q, h], keys [b, k, t, h], values [b, k, t, h]) -> [b, t, q, h]; keys already rotated."""
 
@@ -137,19 +97,18 @@ class DecoderModel:
     @property
     def blocks_path(self) -> str:
         """The path of the blocks in the parameters."""
-        return BLOCKS_PATH
+        return parameters.BLOCKS_PATH
 
     @property
     def input_groups(self) -> Mapping[str, tuple[str, ...]]:
         """{input group: block-relative paths of the kernels that read one input}, in order of computation."""
         if self.switches.experts is not None:
             return self._groups_with_experts
-        return INPUT_GROUPS if self.switches.gated_mlp else _UNGATED
+        return parameters.INPUT_GROUPS if self.switches.gated_mlp else parameters.UNGATED
 
     @cached_property
     def _groups_with_experts(self) -> Mapping[str, tuple[str, ...]]:
-        inputs, hidden = zip(*(_mlp_groups(path).items() for path in self._mlp_paths), strict=True)
-        return MappingProxyType(_ATTENTION_GROUPS | dict(inputs) | dict(hidden))
+        return parameters.groups_with_experts(self._mlp_paths)
 
     @property
     def _mlp_paths(self) -> tuple[str, ...]:
@@ -190,48 +149,11 @@ class DecoderModel:
 
     def block_shapes(self, i: int) -> dict[str, tuple[int, ...]]:
         """Returns {block-relative path: shape} of the dense parameters of block i."""
-        c = self.switches
-        d, inner = c.hidden_size, c.intermediate_size
-        queries, pairs = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        attention_sides = {"q": (d, queries), "k": (d, pairs), "v": (d, pairs), "o": (queries, d)}
-        mlp_sides = {"gate": (d, inner)} if c.gated_mlp else {}
-        mlp_sides |= {"up": (d, inner), "down": (inner, d)}
-        norms = _NORMS[c.norms]
-        shapes: dict[str, tuple[int, ...]] = self._norm_shapes(norms.before_attention or norms.after_attention_sum)
-        for name, sides in attention_sides.items():
-            shapes[f"self_attn/{name}_proj/kernel"] = sides
-            if c.o_bias if name == "o" else c.qkv_bias:
-                shapes[f"self_attn/{name}_proj/bias"] = sides[1:]
-        if c.qk_norm != "none":
-            widths = {"q": queries, "k": pairs} if c.qk_norm == "projection" else dict.fromkeys("qk", c.head_dim)
-            shapes |= {f"self_attn/{name}_norm/weight": (width,) for name, width in widths.items()}
-        shapes |= self._norm_shapes(norms.after_attention) | self._norm_shapes(norms.before_mlp or norms.after_mlp_sum)
-        if c.experts is not None:
-            shapes["mlp/router/kernel"] = (d, c.experts.count)
-        for path in self._mlp_paths:
-            for name, sides in mlp_sides.items():
-                shapes[f"{path}/{name}_proj/kernel"] = sides
-                if c.mlp_bias:
-                    shapes[f"{path}/{name}_proj/bias"] = sides[1:]
-        return shapes | self._norm_shapes(norms.after_mlp)
-
-    def _norm_shapes(self, name: str | None) -> dict[str, tuple[int, ...]]:
-        leaves = {"rms": ("weight",), "layer": ("weight", "bias"), "bare_layer": ()}[self.switches.norm]
-        return {} if name is None else {f"{name}/{leaf}": (self.switches.hidden_size,) for leaf in leaves}
+        return parameters.block_shapes(self.switches, self._mlp_paths)
 
     def outer_shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns {path: shape} of the parameters outside the blocks."""
-        c = self.switches
-        wide, own = c.hidden_size, c.embedding_size or c.hidden_size
-        shapes: dict[str, tuple[int, ...]] = {"model/embed_tokens/embedding": (c.vocab_size, own)}
-        if c.position_offset is not None:
-            shapes["model/embed_positions/embedding"] = (c.position_offset + c.max_position_embeddings, wide)
-        if c.embedding_size is not None:
-            shapes |= {"model/project_in/kernel": (own, wide), "model/project_out/kernel": (wide, own)}
-        shapes |= self._norm_shapes("model/norm" if c.final_norm else None)
-        if not c.tie_word_embeddings:
-            shapes["lm_head/kernel"] = (own, c.vocab_size)
-        return shapes
+        return parameters.outer_shapes(self.switches)
 
     def embed(self, outer: Params, tokens: jax.Array, *, dtype: Any, position: Any = None) -> jax.Array:
         """Returns x [b, t, d] of `dtype` for int tokens [b, t]; NaN where a token is past the vocabulary.
@@ -287,20 +209,18 @@ class DecoderModel:
         def attend(queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
             return causal_attention(queries, keys, values, kind.window, c.attention_scale, c.attention_softcap)
 
+        place = _Place(jnp.arange(x.shape[1]), x.shape[1], kind)
+        if observer is None:
+            return self._residual_block(params, x, place, attend, None)
         observed: dict[str, Any] = {}
+        see = observer
 
         def observe(
-            group: str,
-            value: jax.Array,
-            residual: jax.Array | None = None,
-            weights: jax.Array | None = None,
+            group: str, value: jax.Array, residual: jax.Array | None = None, weights: jax.Array | None = None
         ) -> None:
-            if observer is not None:
-                observed[group] = observer(group, value, residual, weights)
+            observed[group] = see(group, value, residual, weights)
 
-        place = _Place(jnp.arange(x.shape[1]), x.shape[1], kind)
-        y = self._residual_block(params, x, place, attend, None if observer is None else observe)
-        return y if observer is None else (y, observed)
+        return self._residual_block(params, x, place, attend, observe), observed
 
     def init_cache(self, i: int, batch: int, length: int, dtype: Any) -> Cache:
         """Returns the empty cache of block i: keys and values [batch, k, length, h] of `dtype`, floating or int8."""
@@ -356,7 +276,7 @@ class DecoderModel:
     def _residual_block(
         self, params: Params, x: jax.Array, place: _Place, attend: Attend, observe: Callable[..., None] | None
     ) -> jax.Array:
-        norms, saw = _NORMS[self.switches.norms], observe or _unseen
+        norms, saw = parameters.NORMS[self.switches.norms], observe or _unseen
         normed = self._norm(params, norms.before_attention, x)
         saw("self_attn/input", normed)
         mixed = self._attention_mix(params["self_attn"], normed, place, attend)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 
 from cluscomp_jax.models.decoder.config import Norms
-from cluscomp_jax.models.decoder.model import BLOCKS_PATH
+from cluscomp_jax.models.decoder.parameters import BLOCKS_PATH
 from cluscomp_jax.models.tensor_names import TensorNames
 
 NORMS = (

@@ -1,4 +1,4 @@
-"""What of a model trains and what is frozen, its blocks stacked so that one scan runs through them.
+"""What of a model trains and what is frozen, its blocks stacked so that a few scans run through them.
 
 Two trees come out of one: the differentiated tree holds floating arrays only; an index is never in it. Knows no loss
 and no optimiser.
@@ -6,6 +6,7 @@ and no optimiser.
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -31,16 +32,35 @@ _Parts = tuple[dict[str, Any], dict[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """Consecutive blocks that differ in numbers alone: `first` to `first + count - 1`, of one `layer_type`."""
+    """Blocks that differ in numbers alone, of one `layer_type`: `count` consecutive ones from `first` on, and as many
+    after every `period` blocks, `repeats` times in all.
+    """
 
     first: int
     count: int
     layer_type: Hashable
+    repeats: int = 1
+    period: int = 0
 
     @property
     def name(self) -> str:
-        """The group of these blocks' arrays, each of which has a leading axis of `count`."""
-        return f"{self.first}-{self.first + self.count - 1}"
+        """The group of these blocks' arrays, each of which has them along a leading axis: "0-29", or "0-4x10"."""
+        once = f"{self.first}-{self.first + self.count - 1}"
+        return once if self.repeats == 1 else f"{once}x{self.repeats}"
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """The numbers of the blocks, in order."""
+        begins = [self.first + i * self.period for i in range(self.repeats)]
+        return tuple(begin + i for begin in begins for i in range(self.count))
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """Spans that the model passes through in turn, `repeats` times: five windowed layers and a full one, say."""
+
+    repeats: int
+    spans: tuple[Span, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +69,24 @@ class Layout:
 
     Attributes:
       model: the decoder.
-      spans: all its blocks, in order.
+      sections: all its blocks, in order.
       dtypes: (name, dtype it is stored in) of every trained array, by its name in the trained tree.
       sharding: the shardings of the arrays on several devices; None: on one.
     """
 
     model: Model
-    spans: tuple[Span, ...]
+    sections: tuple[Section, ...]
     dtypes: tuple[tuple[str, str], ...]
     sharding: Sharding | None = None
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """The spans of all sections."""
+        return tuple(span for section in self.sections for span in section.spans)
+
+    def place_of(self, block: int) -> tuple[Span, int]:
+        """Returns the span of a block and its place along the leading axis there."""
+        return next((span, span.members.index(block)) for span in self.spans if block in span.members)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["layout"])
@@ -140,9 +169,9 @@ def _split(
     parts = [chosen.part(f"{model.blocks_path}/{i}/", block) for i, block in enumerate(blocks)]
     outer = chosen.part("", outside)
     chosen.refuse_unused()
-    spans = _spans(model, parts)
+    layout = Layout(model, _sections(model, parts), (), sharding)
     trained, frozen, dtypes = {}, {}, {}
-    groups = [(span.name, parts[span.first : span.first + span.count], stack) for span in spans]
+    groups = [(span.name, [parts[i] for i in span.members], stack) for span in layout.spans]
     for group, members, joined in [(OUTER, [outer], _alone), *groups]:
         masters, others = (_stacked([member[side] for member in members], joined) for side in (0, 1))
         for path, leaf in masters:
@@ -151,18 +180,40 @@ def _split(
             trained[name] = put(name, leaf, np.float32)
         for path, leaf in others:
             frozen[f"{group}/{path}"] = put(f"{group}/{path}", leaf, None)
-    layout = Layout(model, spans, tuple(dtypes.items()), sharding)
+    layout = dataclasses.replace(layout, dtypes=tuple(dtypes.items()))
     return trees.unflatten(trained), trees.unflatten(frozen), layout
 
 
-def _spans(model: Model, parts: Sequence[_Parts]) -> tuple[Span, ...]:
-    """Returns the spans of all blocks, of whose trees `parts` are made."""
+def _sections(model: Model, parts: Sequence[_Parts]) -> tuple[Section, ...]:
+    """Returns the sections of all blocks, of whose trees `parts` are made: few, so that few programs are compiled."""
     signatures = [(model.layer_type(i), _signature(*part)) for i, part in enumerate(parts)]
-    spans = []
-    for (layer_type, _), numbers in itertools.groupby(range(len(parts)), key=signatures.__getitem__):
-        members = list(numbers)
-        spans.append(Span(members[0], len(members), layer_type))
-    return tuple(spans)
+    numbers = {signature: number for number, signature in enumerate(dict.fromkeys(signatures))}
+    kinds = [numbers[signature] for signature in signatures]
+    sections, at = list[Section](), 0
+    while at < len(kinds):
+        period, repeats = _longest_pattern(kinds[at:])
+        spans = list[Span]()
+        for _, run in itertools.groupby(range(at, at + period), key=kinds.__getitem__):
+            members = list(run)
+            spans.append(Span(members[0], len(members), signatures[members[0]][0]))
+        if len(spans) == 1:
+            sections.append(Section(1, (dataclasses.replace(spans[0], count=period * repeats),)))
+        else:
+            again = [dataclasses.replace(span, repeats=repeats, period=period) for span in spans]
+            sections.append(Section(repeats, tuple(again)))
+        at += period * repeats
+    return tuple(sections)
+
+
+def _longest_pattern(kinds: Sequence[int]) -> tuple[int, int]:
+    """Returns (period, repeats) of the beginning that repeats itself and covers most; (1, 1) where none does."""
+    found = 1, 1
+    for period in range(1, len(kinds) // 2 + 1):
+        same = (kind == before for kind, before in zip(kinds[period:], kinds, strict=False))
+        repeats = 1 + sum(itertools.takewhile(bool, same)) // period
+        if repeats > 1 and period * repeats > math.prod(found):
+            found = period, repeats
+    return found
 
 
 class _Choice:
@@ -252,11 +303,11 @@ def merge_params(trained: Params, frozen: Params, layout: Layout) -> Iterator[tu
     Trained arrays are rounded to the dtype they came in, as `round_codebook` does.
     """
     dtypes = dict(layout.dtypes)
-    for span in layout.spans:
+    for i in range(layout.model.num_blocks):
+        span, place = layout.place_of(i)
         group = trained.get(span.name, {}), frozen.get(span.name, {})
-        for place in range(span.count):
-            block = _fetched(jax.tree.map(lambda leaf, place=place: leaf[place], group))
-            yield span.first + place, _rounded(block, span.name, dtypes)
+        block = _fetched(jax.tree.map(lambda leaf, place=place: leaf[place], group))
+        yield i, _rounded(block, span.name, dtypes)
     yield None, _rounded(_fetched((trained.get(OUTER, {}), frozen.get(OUTER, {}))), OUTER, dtypes)
 
 
@@ -272,7 +323,7 @@ def changed_dtypes(tree: Params, block: int | None, layout: Layout) -> list[str]
     """
     group, prefix = OUTER, ""
     if block is not None:
-        group = next(span.name for span in layout.spans if span.first <= block < span.first + span.count)
+        group = layout.place_of(block)[0].name
         prefix = f"{layout.model.blocks_path}/{block}/"
     dtypes, changed = dict(layout.dtypes), []
     for path, leaf in trees.iterate(tree):

@@ -22,7 +22,7 @@ from cluscomp_jax.core import trees
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.models.sharding import OUTER, Sharding, gathered, hold
 from cluscomp_jax.training.head_loss import HeadLoss, TeacherHead
-from cluscomp_jax.training.partition import Layout, Teacher, join_group
+from cluscomp_jax.training.partition import Layout, Section, Teacher, join_group
 from cluscomp_jax.tuning.optimizer import make_optimizer
 from pallas_kernels.codebook_matmul import ATOMIC_GRADIENTS
 
@@ -142,17 +142,25 @@ def _through_blocks(
 
     outer = joined(trained.get(OUTER, {}), frozen.get(OUTER, {}))
     x = by_rows(model.embed(outer, tokens, dtype=jnp.dtype(compute_dtype_of(settings))))
-    for span in layout.spans:
 
-        def block(
-            x: jax.Array, parts: tuple[Params, Params], layer_type: Any = span.layer_type
-        ) -> tuple[jax.Array, None]:
-            x = checkpoint_name(x, _BLOCK_INPUT)  # type: ignore[no-untyped-call]
-            return by_rows(model.block(joined(*parts), x, layer_type=layer_type)), None
+    def block(layer_type: Any, x: jax.Array, parts: tuple[Params, Params]) -> tuple[jax.Array, None]:
+        x = checkpoint_name(x, _BLOCK_INPUT)  # type: ignore[no-untyped-call]
+        return by_rows(model.block(joined(*parts), x, layer_type=layer_type)), None
 
-        stacked = (trained.get(span.name, {}), frozen.get(span.name, {}))
-        # Inside a scan XLA cannot merge the second forward pass with the first, so no barrier is needed.
-        x, _ = jax.lax.scan(jax.checkpoint(block, prevent_cse=False, policy=policy), x, stacked)
+    def once(section: Section, x: jax.Array, stacks: dict[str, tuple[Params, Params]]) -> tuple[jax.Array, None]:
+        for span in section.spans:
+            one = partial(block, span.layer_type)
+            # Inside a scan XLA cannot merge the second forward pass with the first, so no barrier is needed.
+            x, _ = jax.lax.scan(jax.checkpoint(one, prevent_cse=False, policy=policy), x, stacks[span.name])
+        return x, None
+
+    for section in layout.sections:
+        stacks = {span.name: (trained.get(span.name, {}), frozen.get(span.name, {})) for span in section.spans}
+        if section.repeats == 1:
+            x, _ = once(section, x, stacks)
+        else:
+            rounds = jax.tree.map(lambda leaf, of=section.repeats: leaf.reshape(of, -1, *leaf.shape[1:]), stacks)
+            x, _ = jax.lax.scan(partial(once, section), x, rounds)
     return x
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cluscomp_jax.core import trees
+from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.models.model import build_model, parameter_shapes
 
 SIZES = {
@@ -357,3 +358,17 @@ def random_params(config: Any, seed: int = 0) -> Any:
         return noise + (path.endswith("weight") and config.norm_weight != "offset")
 
     return trees.unflatten({p: draw(p, shape) for p, shape in parameter_shapes(build_model(config)).items()})
+
+
+def compressed(model):
+    """Returns random parameters of a small model, its projections CodebookArrays of 12 codes of 4 weights."""
+    rng = np.random.default_rng(0)
+
+    def one(path, shape):
+        if not path.endswith("_proj/kernel"):
+            return (0.2 * rng.standard_normal(shape)).astype(np.float32)
+        codebook = (0.3 * rng.standard_normal((12, 4))).astype(np.float16)
+        index = rng.integers(0, 12, (shape[0], -(-shape[1] // 4))).astype(np.uint8)
+        return CodebookArray(codebook, index, shape, "out")
+
+    return trees.unflatten({path: one(path, shape) for path, shape in parameter_shapes(model).items()})

@@ -3,29 +3,13 @@
 import jax
 import numpy as np
 import pytest
-from family_cases import fields_of
+from family_cases import compressed, fields_of
 
 from cluscomp_jax.config.training import TrainingConfig
-from cluscomp_jax.core import trees
-from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.models.decoder import forward
-from cluscomp_jax.models.model import build_model, parameter_shapes, parse_model_config
+from cluscomp_jax.models.model import build_model, parse_model_config
 from cluscomp_jax.models.source import DictSource
 from cluscomp_jax.training import init_state, split_params, summed_loss, train_step
-
-
-def compressed(model):
-    rng = np.random.default_rng(0)
-
-    def one(path, shape):
-        if not path.endswith("_proj/kernel"):
-            return (0.2 * rng.standard_normal(shape)).astype(np.float32)
-        codebook = (0.3 * rng.standard_normal((12, 4))).astype(np.float16)
-        index = rng.integers(0, 12, (shape[0], -(-shape[1] // 4))).astype(np.uint8)
-        return CodebookArray(codebook, index, shape, "out")
-
-    return trees.unflatten({path: one(path, shape) for path, shape in parameter_shapes(model).items()})
-
 
 TWO_KINDS = {"num_hidden_layers": 3, "layer_types": None, "sliding_window_pattern": 3}
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from family_cases import compressed, fields_of
 from training_models import batch, compressed_params
 
 from cluscomp_jax import llama
@@ -28,6 +29,7 @@ from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.core.sharded_kernel import ShardedKernel
 from cluscomp_jax.finetuning import finetune
+from cluscomp_jax.models.model import build_model, parse_model_config
 from cluscomp_jax.models.source import DictSource
 from cluscomp_jax.plan.program import compile_program
 from cluscomp_jax.plan.setting import layer_types_of
@@ -92,6 +94,25 @@ def train(settings: MeshConfig) -> dict:
         ],
         "collectives": re.findall(r"= (.*) (all-reduce|all-gather|reduce-scatter)\(", step.as_text()),
     }
+
+
+def patterned(settings: MeshConfig) -> list[float]:
+    """Losses of three steps of a model whose layers repeat a pattern."""
+    types = [*("sliding_attention", "sliding_attention", "full_attention") * 2, "sliding_attention"]
+    changes = {"num_hidden_layers": len(types), "layer_types": types, "sliding_window_pattern": None}
+    model = build_model(parse_model_config(fields_of("gemma3_nested") | changes))
+    sharding = make_sharding(settings, model)
+    trained, frozen, layout = split_params(
+        DictSource(compressed(model), model), model, SETTINGS.trainable[:1], sharding
+    )
+    training = dataclasses.replace(SETTINGS, trainable=SETTINGS.trainable[:1], grad_accumulation_steps=1)
+    put = jnp.asarray if sharding is None else sharding.put_rows
+    rows = [put(each[None]) for each in batch(rows=SETTINGS.batch_size, length=LENGTH, vocab=CONFIG.vocab_size)]
+    state, losses = init_state(trained, settings=training, sharding=sharding), []
+    for _ in range(3):
+        state, metrics = train_step(state, frozen, *rows, layout=layout, settings=training)
+        losses.append(float(metrics.loss))
+    return losses
 
 
 def planned(settings: MeshConfig) -> dict:
@@ -172,7 +193,9 @@ def main(out: Path) -> None:
     found = {name: train(mesh) for name, mesh in MESHES.items()}
     kernels = {f"{i}-{s}": kernel(s, i) for i in ("definition", "interpret") for s in ("in", "out")}
     plans = {name: planned(MESHES[name]) for name in ("one", "combined")}
-    out.write_text(json.dumps({"meshes": found, "kernels": kernels, "resumed": resume(), "planned": plans}))
+    patterns = {name: patterned(MESHES[name]) for name in ("one", "combined")}
+    found = {"meshes": found, "kernels": kernels, "resumed": resume(), "planned": plans, "patterned": patterns}
+    out.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -79,6 +79,12 @@ def test_a_sharded_product_and_its_gradients_are_those_of_the_whole(runs, implem
     assert max(runs["kernels"][f"{implementation}-{side}"]) <= of_sum(64)  # sides of 32 and 64 are summed
 
 
+def test_a_repeated_pattern_of_layers_has_the_losses_of_one_device(runs):
+    found = runs["patterned"]
+    assert found["one"][2] < found["one"][0]
+    np.testing.assert_allclose(found["combined"], found["one"], rtol=1e-5)
+
+
 def test_a_state_saved_on_one_mesh_goes_on_on_another_and_on_one_device(runs):
     resumed = runs["resumed"]
     found, expected = resumed["losses"]

@@ -20,6 +20,7 @@ from cluscomp_jax.models.model import Model, check_length, check_tokens, paramet
 from cluscomp_jax.models.tensor_names import refuse_fused_aqlm
 
 Rules = dict[str, CompressionRule]
+_LARGEST_BUDGET = 16
 _LARGEST_DENSE_BITS = 32
 
 
@@ -106,6 +107,10 @@ def _within_budget(
     alike: bool,
 ) -> Rules:
     assert settings.bits is not None
+    if settings.bits >= _LARGEST_BUDGET:
+        raise InputError(
+            f"bits is {settings.bits}; it must be below {_LARGEST_BUDGET}, what a weight takes in bfloat16"
+        )
     if settings.plain and not settings.uneven:
         groups = rules_of.groups_for_aqlm(shapes, axis=rule.axis) if settings.export == "aqlm" else rules_of.ALL_GROUPS
         one = rules_of.allocate(shapes, settings.bits, like=rule, groups=groups, codebooks=codebooks)

@@ -56,33 +56,26 @@ class Span:
 
 
 @dataclasses.dataclass(frozen=True)
-class Section:
-    """Spans that the model passes through in turn, `repeats` times: five windowed layers and a full one, say."""
-
-    repeats: int
-    spans: tuple[Span, ...]
-
-
-@dataclasses.dataclass(frozen=True)
 class Layout:
     """How `split_params` laid a model out; hashable, a static argument of the step.
 
     Attributes:
       model: the decoder.
-      sections: all its blocks, in order.
+      sections: all its blocks, in order. The spans of one section have the same `repeats`, as often the model passes
+        through them in turn: through five windowed layers and a full one, say.
       dtypes: (name, dtype it is stored in) of every trained array, by its name in the trained tree.
       sharding: the shardings of the arrays on several devices; None: on one.
     """
 
     model: Model
-    sections: tuple[Section, ...]
+    sections: tuple[tuple[Span, ...], ...]
     dtypes: tuple[tuple[str, str], ...]
     sharding: Sharding | None = None
 
     @property
     def spans(self) -> tuple[Span, ...]:
         """The spans of all sections."""
-        return tuple(span for section in self.sections for span in section.spans)
+        return tuple(span for section in self.sections for span in section)
 
     def place_of(self, block: int) -> tuple[Span, int]:
         """Returns the span of a block and its place along the leading axis there."""
@@ -184,12 +177,12 @@ def _split(
     return trees.unflatten(trained), trees.unflatten(frozen), layout
 
 
-def _sections(model: Model, parts: Sequence[_Parts]) -> tuple[Section, ...]:
+def _sections(model: Model, parts: Sequence[_Parts]) -> tuple[tuple[Span, ...], ...]:
     """Returns the sections of all blocks, of whose trees `parts` are made: few, so that few programs are compiled."""
     signatures = [(model.layer_type(i), _signature(*part)) for i, part in enumerate(parts)]
     numbers = {signature: number for number, signature in enumerate(dict.fromkeys(signatures))}
     kinds = [numbers[signature] for signature in signatures]
-    sections, at = list[Section](), 0
+    sections, at = list[tuple[Span, ...]](), 0
     while at < len(kinds):
         period, repeats = _longest_pattern(kinds[at:])
         spans = list[Span]()
@@ -197,10 +190,9 @@ def _sections(model: Model, parts: Sequence[_Parts]) -> tuple[Section, ...]:
             members = list(run)
             spans.append(Span(members[0], len(members), signatures[members[0]][0]))
         if len(spans) == 1:
-            sections.append(Section(1, (dataclasses.replace(spans[0], count=period * repeats),)))
+            sections.append((dataclasses.replace(spans[0], count=period * repeats),))
         else:
-            again = [dataclasses.replace(span, repeats=repeats, period=period) for span in spans]
-            sections.append(Section(repeats, tuple(again)))
+            sections.append(tuple(dataclasses.replace(span, repeats=repeats, period=period) for span in spans))
         at += period * repeats
     return tuple(sections)
 

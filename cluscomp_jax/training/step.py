@@ -22,7 +22,7 @@ from cluscomp_jax.core import trees
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.models.sharding import OUTER, Sharding, gathered, hold
 from cluscomp_jax.training.head_loss import HeadLoss, TeacherHead
-from cluscomp_jax.training.partition import Layout, Section, Teacher, join_group
+from cluscomp_jax.training.partition import Layout, Span, Teacher, join_group
 from cluscomp_jax.tuning.optimizer import make_optimizer
 from pallas_kernels.codebook_matmul import ATOMIC_GRADIENTS
 
@@ -147,19 +147,22 @@ def _through_blocks(
         x = checkpoint_name(x, _BLOCK_INPUT)  # type: ignore[no-untyped-call]
         return by_rows(model.block(joined(*parts), x, layer_type=layer_type)), None
 
-    def once(section: Section, x: jax.Array, stacks: dict[str, tuple[Params, Params]]) -> tuple[jax.Array, None]:
-        for span in section.spans:
+    def once(
+        section: tuple[Span, ...], x: jax.Array, stacks: dict[str, tuple[Params, Params]]
+    ) -> tuple[jax.Array, None]:
+        for span in section:
             one = partial(block, span.layer_type)
             # Inside a scan XLA cannot merge the second forward pass with the first, so no barrier is needed.
             x, _ = jax.lax.scan(jax.checkpoint(one, prevent_cse=False, policy=policy), x, stacks[span.name])
         return x, None
 
     for section in layout.sections:
-        stacks = {span.name: (trained.get(span.name, {}), frozen.get(span.name, {})) for span in section.spans}
-        if section.repeats == 1:
+        stacks = {span.name: (trained.get(span.name, {}), frozen.get(span.name, {})) for span in section}
+        repeats = section[0].repeats
+        if repeats == 1:
             x, _ = once(section, x, stacks)
         else:
-            rounds = jax.tree.map(lambda leaf, of=section.repeats: leaf.reshape(of, -1, *leaf.shape[1:]), stacks)
+            rounds = jax.tree.map(lambda leaf, of=repeats: leaf.reshape(of, -1, *leaf.shape[1:]), stacks)
             x, _ = jax.lax.scan(partial(once, section), x, rounds)
     return x
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
-from cluscomp_jax.models.model import build_model, parameter_shapes
+from cluscomp_jax.models.model import build_model, parameter_shapes, parse_model_config
 
 SIZES = {
     "vocab_size": 96,
@@ -358,6 +358,13 @@ def random_params(config: Any, seed: int = 0) -> Any:
         return noise + (path.endswith("weight") and config.norm_weight != "offset")
 
     return trees.unflatten({p: draw(p, shape) for p, shape in parameter_shapes(build_model(config)).items()})
+
+
+def model_of_kinds(kinds):
+    """Returns a small Gemma 3 with a windowed layer for every 0, and a full one for every 1."""
+    types = ["full_attention" if kind else "sliding_attention" for kind in kinds]
+    changes = {"num_hidden_layers": len(types), "layer_types": types, "sliding_window_pattern": None}
+    return build_model(parse_model_config(fields_of("gemma3_nested") | changes))
 
 
 def compressed(model):

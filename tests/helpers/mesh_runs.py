@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from family_cases import compressed, fields_of
+from family_cases import compressed, model_of_kinds
 from training_models import batch, compressed_params
 
 from cluscomp_jax import llama
@@ -29,7 +29,6 @@ from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.core.sharded_kernel import ShardedKernel
 from cluscomp_jax.finetuning import finetune
-from cluscomp_jax.models.model import build_model, parse_model_config
 from cluscomp_jax.models.source import DictSource
 from cluscomp_jax.plan.program import compile_program
 from cluscomp_jax.plan.setting import layer_types_of
@@ -98,9 +97,7 @@ def train(settings: MeshConfig) -> dict:
 
 def patterned(settings: MeshConfig) -> list[float]:
     """Losses of three steps of a model whose layers repeat a pattern."""
-    types = [*("sliding_attention", "sliding_attention", "full_attention") * 2, "sliding_attention"]
-    changes = {"num_hidden_layers": len(types), "layer_types": types, "sliding_window_pattern": None}
-    model = build_model(parse_model_config(fields_of("gemma3_nested") | changes))
+    model = model_of_kinds([0, 0, 1] * 2 + [0])
     sharding = make_sharding(settings, model)
     trained, frozen, layout = split_params(
         DictSource(compressed(model), model), model, SETTINGS.trainable[:1], sharding

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from family_cases import compressed, fields_of
+from family_cases import compressed, model_of_kinds
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,18 +15,8 @@ from cluscomp_jax.config.training import TrainingConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.models.decoder import forward
-from cluscomp_jax.models.model import build_model, parse_model_config
 from cluscomp_jax.models.source import DictSource, as_source
 from cluscomp_jax.training import merge_params, split_params, split_shapes, summed_loss
-
-WINDOWED, FULL = "sliding_attention", "full_attention"
-
-
-def model_of(kinds):
-    """Returns a small Gemma 3 whose layers are windowed or full."""
-    types = [FULL if kind else WINDOWED for kind in kinds]
-    changes = {"num_hidden_layers": len(types), "layer_types": types, "sliding_window_pattern": None}
-    return build_model(parse_model_config(fields_of("gemma3_nested") | changes))
 
 
 def layout_of(model):
@@ -38,15 +28,16 @@ def layout_of(model):
 def in_turn(layout):
     """Returns the blocks in the order in which the sections pass through them."""
     for section in layout.sections:
-        for turn in range(section.repeats):
-            for span in section.spans:
-                size = len(span.members) // section.repeats
+        (repeats,) = {span.repeats for span in section}
+        for turn in range(repeats):
+            for span in section:
+                size = len(span.members) // repeats
                 yield from ((i, span.layer_type) for i in span.members[turn * size : (turn + 1) * size])
 
 
 @given(st.lists(st.integers(0, 1), min_size=1, max_size=24))
 def test_sections_pass_through_every_block_in_order(kinds):
-    model = model_of(kinds)
+    model = model_of_kinds(kinds)
     layout = layout_of(model)
     assert list(in_turn(layout)) == [(i, model.layer_type(i)) for i in range(len(kinds))]
     assert len({span.name for span in layout.spans}) == len(layout.spans)
@@ -66,11 +57,11 @@ def test_sections_pass_through_every_block_in_order(kinds):
     ],
 )
 def test_a_repeated_pattern_of_layers_is_one_section(kinds, names):
-    assert [span.name for span in layout_of(model_of(kinds)).spans] == names
+    assert [span.name for span in layout_of(model_of_kinds(kinds)).spans] == names
 
 
 def test_a_patterned_model_has_the_loss_of_its_forward_pass_the_gradient_of_each_block_and_comes_back_in_order():
-    model = model_of([0, 0, 1] * 2 + [0])
+    model = model_of_kinds([0, 0, 1] * 2 + [0])
     params = compressed(model)
     settings = TrainingConfig(steps=1, batch_size=2, trainable=(".*/codebook",))
     trained, frozen, layout = split_params(DictSource(params, model), model, settings.trainable)

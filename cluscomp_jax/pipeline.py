@@ -226,12 +226,10 @@ def prepare(
     shape = (calibration.shape[0], calibration.shape[1])
     kept_out = 0 if cfg.tuning is None else cfg.tuning.validation_samples
     if not alike and mixes(cfg, calibration):
-        damping = cfg.cluster.damping if cfg.cluster.error_feedback else None
-
         def measure() -> dict[str, float]:
             with timer("sensitivity"):
                 judged = first_samples(calibration, shape[0] - kept_out)
-                return sensitivities(model, source, judged, damping=damping, work_dir=work_dir, reporter=reporter)
+                return sensitivities(model, source, judged, settings=cfg.cluster, work_dir=work_dir, reporter=reporter)
 
         rules = rules_by_block(model, cfg, records.sensitivities(measure))
     streams = None

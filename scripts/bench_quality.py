@@ -2,7 +2,9 @@
 
     cluscomp demo --fetch
     python scripts/bench_quality.py --out quality                            # the table of bit budgets, three seeds
+    python scripts/bench_quality.py --out quality --table recipes --seeds 1  # the default recipe and the best one
     python scripts/bench_quality.py --out quality --table parts --seeds 1    # what each part of the method buys
+    python scripts/bench_quality.py --out quality --table hessian            # shrinkage and damping
     python scripts/bench_quality.py --out quality --table calibration        # which text, and how much of it
 
 Calibration is the fixed set of cluscomp_jax/data, perplexity that of the first 8,192 tokens of wiki_test in windows of
@@ -34,6 +36,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 FOUR_BITS, DISTILL = CONFIGS / "smollm2_135m_4bit.toml", CONFIGS / "finetune/distill.toml"
 UNTUNED = "tuning = false"
 EVEN = "group_size = 4\nnum_codes = 1024"
+TRELLIS = "group_size = 2, num_codes = 1024, step_bits = 4"
 
 DISTILLED = "-distilled"
 """Ends the name of a row that goes on from the row before the ending: one more pass over its samples, with the
@@ -86,6 +89,20 @@ TABLES: dict[str, dict[str, Row]] = {
         f"{samples}x{length}": (even(), samples, length) for length in (256, 512) for samples in (8, 16, 64, 128)
     }
     | {"code-64x512": (even(), 64, 512)},
+}
+TABLES["recipes"] = {
+    f"{bits}-{recipe}-64": (f'recipe = "{recipe}"\n[cluster]\nbits = {bits}', 64, 512)
+    for bits in (1.08, 2.08, 2.65, 3.1, 4.06)
+    for recipe in ("default", "best")
+}
+TABLES["hessian"] = {
+    f"{name}-shrinkage-{shrinkage}-damping-{damping}": (
+        f"{UNTUNED}\n[cluster]\nshrinkage = {shrinkage}\ndamping = {damping}\nrules = [{{{rule}}}]",
+        16,
+        512,
+    )
+    for name, rule in (("trellis", TRELLIS), ("plain", "group_size = 4, num_codes = 256"))
+    for shrinkage, damping in ((0.0, 0.01), (0.0, 0.03), (0.1, 0.01), (0.2, 0.01))
 }
 TABLES["budgets"] |= {
     f"{name}{DISTILLED}": TABLES["budgets"][name]

@@ -253,7 +253,10 @@ def _corrected(job: _Job, kernels: dict[str, Any], statistics: LayerStatistics) 
 def _factored(job: _Job, hessian: jax.Array) -> HessianFactor:
     """Returns the factor of a Hessian, on the host."""
     with job.timer("statistics"):
-        factor: HessianFactor = jax.device_get(factor_hessian(hessian, damping=job.settings.damping))
+        settings = job.settings
+        factor: HessianFactor = jax.device_get(
+            factor_hessian(hessian, damping=settings.damping, shrinkage=settings.shrinkage)
+        )
         return factor
 
 

@@ -50,8 +50,8 @@ class HessianFactor(NamedTuple):
         return jnp.zeros_like(squares).at[self.act_order].set(squares)
 
 
-def factor_hessian(hessian: jax.Array, *, damping: float = 0.01) -> HessianFactor:
-    """Returns the HessianFactor of the damped Hessian.
+def factor_hessian(hessian: jax.Array, *, damping: float = 0.01, shrinkage: float = 0.0) -> HessianFactor:
+    """Returns the HessianFactor of the Hessian, shrunk towards its diagonal and damped.
 
     Channels with a large diagonal E[x_i^2] are coded first, while many others are left to compensate their errors. A
     channel that is never active takes the codes nearest to its weights and compensates nothing.
@@ -60,12 +60,14 @@ def factor_hessian(hessian: jax.Array, *, damping: float = 0.01) -> HessianFacto
       hessian: E[x x^T] float32 [i, i], symmetric, positive semidefinite.
       damping: share of the mean diagonal that is added to the diagonal, > 0. Where that is too little for a Cholesky
         root, it is raised tenfold, up to four times.
+      shrinkage: s of (1 - s) H + s diag H, in [0, 1]. The moments E[x_i x_j] of few samples are less certain than the
+        squares E[x_i^2] (Ledoit and Wolf, 2004, shrink a covariance towards a multiple of the identity instead).
 
     Raises:
       FloatingPointError: the Hessian has no Cholesky root at any of these dampings.
     """
     for retry in range(DAMPING_RETRIES):
-        factor: HessianFactor = factor_damped(hessian, damping * 10.0**retry)
+        factor: HessianFactor = factor_damped(hessian, damping * 10.0**retry, shrinkage)
         if bool(is_root(factor.root)):
             return factor
     raise FloatingPointError(
@@ -81,18 +83,20 @@ def is_root(root: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def factor_damped(hessian: jax.Array, damping: jax.Array) -> HessianFactor:
-    """Returns the HessianFactor of H + damping * mean(diag H) * I: one attempt of `factor_hessian`.
+def factor_damped(hessian: jax.Array, damping: jax.Array, shrinkage: jax.Array) -> HessianFactor:
+    """Returns the HessianFactor of (1 - s) H + s diag H + damping * mean(diag H) * I: one attempt of `factor_hessian`.
 
     Args:
       hessian: H float32 [i, i], symmetric.
       damping: scalar, > 0. Too small, it gives a root with NaN on its diagonal.
+      shrinkage: s, scalar in [0, 1].
     """
     diagonal = jnp.diagonal(hessian)
     order = jnp.argsort(diagonal, stable=True).astype(jnp.int32)
     mean = jnp.mean(diagonal)
     added = damping * jnp.where(mean > 0, mean, 1.0)
-    damped = hessian[order[:, None], order[None, :]] + added * jnp.eye(len(order), dtype=jnp.float32)
+    off_diagonal = (1.0 - shrinkage) * hessian[order[:, None], order[None, :]]
+    damped = jnp.where(jnp.eye(len(order), dtype=bool), diagonal[order] + added, off_diagonal)
     return HessianFactor(order, blocked_cholesky(damped))
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from cluscomp_jax.clustering.error_feedback import HessianFactor, factor_hessian
 from cluscomp_jax.clustering.hessian import collect_hessians, together
+from cluscomp_jax.config.clustering import ClusterConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.losses import token_nll
 from cluscomp_jax.core.trees import Params
@@ -36,7 +37,7 @@ def sensitivities(
     source: ParamSource,
     calibration: Calibration,
     *,
-    damping: float | None,
+    settings: ClusterConfig,
     work_dir: Path,
     reporter: Reporter,
 ) -> dict[str, float]:
@@ -48,7 +49,7 @@ def sensitivities(
       model: the decoder.
       source: its dense parameters.
       calibration: tokens int [samples, length], or packed embeddings with tokens; the first 8 samples are used.
-      damping: that of error feedback, or None where there is none.
+      settings: whether and how error feedback will be used.
       work_dir: scratch.
       reporter: receives progress.
     """
@@ -65,7 +66,7 @@ def sensitivities(
     kept: dict[str, float] = {}
     for i in range(model.num_blocks):
         stores.append(_store(work_dir, i + 1, stores[0].shape))
-        kept |= _forward(model, source, i, stores[-2], stores[-1], damping, weights)
+        kept |= _forward(model, source, i, stores[-2], stores[-1], settings, weights)
         reporter.advance()
     slopes = [
         head_slope(outer, x, tokens[where], None if labelled is None else labelled[where], model=model)
@@ -102,16 +103,16 @@ def _forward(
     i: int,
     inputs: ActivationStore,
     outputs: ActivationStore,
-    damping: float | None,
+    settings: ClusterConfig,
     weights: np.ndarray | None,
 ) -> dict[str, float]:
     """Writes the outputs of block i; returns {path: share of an error that error feedback leaves}, empty without it."""
     block, layer_type = _block(source, i), model.layer_type(i)
     step = partial(run_block, block, model=model, layer_type=layer_type)
     run_through(step, inputs, outputs, batch_size=1, dtype=jnp.dtype("float32"))
-    if damping is None:
+    if not settings.error_feedback:
         return {}
-    return _named(model, i, _share_after_feedback(model, layer_type, block, inputs, damping, weights))
+    return _named(model, i, _share_after_feedback(model, layer_type, block, inputs, settings, weights))
 
 
 def _backward(
@@ -157,7 +158,7 @@ def _share_after_feedback(
     layer_type: Hashable,
     block: Params,
     inputs: ActivationStore,
-    damping: float,
+    settings: ClusterConfig,
     weights: np.ndarray | None,
 ) -> dict[str, float]:
     """Returns {block-relative path: sum_i R_ii^2 / sum_i E[x_i^2]}, the share that error feedback leaves."""
@@ -172,9 +173,10 @@ def _share_after_feedback(
             found = collect_hessians(model, layer_type, groups, block, batches)
             for group in groups:
                 hessian = found.pop(group).hessian
-                left = float(share_left(hessian, factor_hessian(hessian, damping=damping)))
+                factor = factor_hessian(hessian, damping=settings.damping, shrinkage=settings.shrinkage)
+                left = float(share_left(hessian, factor))
                 shares |= dict.fromkeys(model.input_groups[group], left)
-                del hessian  # the next ones are collected without it on the device
+                del hessian, factor  # the next ones are collected without it on the device
     return shares
 
 

@@ -216,7 +216,8 @@ def _cluster_one(
     if hessian is not None and settings.weighted:
         weights = np.diagonal(hessian)
     if hessian is not None and settings.error_feedback:
-        factor = jax.device_get(factor_hessian(jnp.asarray(hessian, jnp.float32), damping=settings.damping))
+        given = jnp.asarray(hessian, jnp.float32)
+        factor = jax.device_get(factor_hessian(given, damping=settings.damping, shrinkage=settings.shrinkage))
     array, _ = cluster_matrix(matrix, rule, settings, key=key, channel_weights=weights, factor=factor)
     return array
 

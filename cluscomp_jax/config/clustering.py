@@ -90,6 +90,7 @@ class ClusterConfig:
       error_feedback: choose the codes of one input channel after another, each making good the errors before it, by the
         the Hessian E[x x^T] from calibration; used for axis "out" only, and only where calibration is given.
       damping: share of the mean of E[x_i^2] added to the Hessian's diagonal, > 0.
+      shrinkage: s of (1 - s) H + s diag H, the Hessian that error feedback uses, in [0, 1); before damping.
       drift_correction: before a kernel is clustered, move it towards what gives the original model's outputs from the
         compressed model's inputs (`cluscomp_jax.clustering.drift_correction`); with error feedback only.
       ridge: regularisation of the drift correction, as a share of the mean of E[x_i^2], > 0.
@@ -113,6 +114,7 @@ class ClusterConfig:
     weighted: bool = True
     error_feedback: bool = True
     damping: float = 0.01
+    shrinkage: float = 0.1
     drift_correction: bool = True
     ridge: float = 1.0
     true_sequential: bool = True
@@ -166,6 +168,7 @@ class ClusterConfig:
             )
         require(self.iterations >= 0, "iterations", self.iterations, "0 or more")
         require(math.isfinite(self.damping) and self.damping > 0, "damping", self.damping, "above 0")
+        require(0 <= self.shrinkage < 1, "shrinkage", self.shrinkage, "from 0 to below 1")
         require_finite("massive_activation_limit", self.massive_activation_limit, low=0.0)
         require(math.isfinite(self.ridge) and self.ridge > 0, "ridge", self.ridge, "above 0")
         require(self.refine_rounds >= 0, "refine_rounds", self.refine_rounds, "0 or more")

@@ -167,7 +167,7 @@ def _factor(setting: BlockSpec, paths: list[str], sums: dict[str, Any]) -> Any:
             weight = trees.flatten(setting.dense())[path]
             traced = drift_correction.corrected_kernel.trace(weight, root, statistics.drift, statistics.errors)
             yield Program("correct", "kernel", traced, nbytes((sums, weight, root)), setting.blocks)
-    traced = error_feedback.factor_damped.trace(statistics.hessian, ratio)
+    traced = error_feedback.factor_damped.trace(statistics.hessian, ratio, ratio)
     yield Program("assign", "root", traced, nbytes(statistics.hessian), setting.blocks)
     return HessianFactor(*setting.place.like(traced.out_info))
 

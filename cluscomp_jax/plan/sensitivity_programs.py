@@ -59,7 +59,7 @@ def _forward(setting: BlockSpec, held: int, x: Any, samples: int) -> Iterator[Pr
             traced = hessian.divide.trace(sums, place.array(dtype="int32"))
             yield Program(STAGE, f"means of {groups[0]}", traced, held, setting.blocks)
             (one,) = sums[groups[0]]["hessian"]  # activations are float32 here
-            traced = error_feedback.factor_damped.trace(one, place.array())
+            traced = error_feedback.factor_damped.trace(one, place.array(), place.array())
             yield Program(STAGE, "root", traced, held, calls)
             factor = place.like(traced.out_info)
             traced = error_feedback.is_root.trace(factor.root)

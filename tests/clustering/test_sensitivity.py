@@ -10,11 +10,14 @@ from small_llamas import MIXED, random_params, random_tokens
 
 from cluscomp_jax.clustering import sensitivity
 from cluscomp_jax.clustering.sensitivity import sensitivities
+from cluscomp_jax.config.clustering import ClusterConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.losses import token_nll
 from cluscomp_jax.models.llama.model import build
 from cluscomp_jax.models.source import as_source
 from cluscomp_jax.runtime.reporter import SilentReporter
+
+PLAIN = ClusterConfig(error_feedback=False)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def whole_loss(kernels, flat, tokens, model):
 def test_it_is_half_the_squared_gradients_of_single_samples(problem, tmp_path):
     model, params, tokens = problem
     found = sensitivities(
-        model, as_source(params, model), tokens, damping=None, work_dir=tmp_path, reporter=SilentReporter()
+        model, as_source(params, model), tokens, settings=PLAIN, work_dir=tmp_path, reporter=SilentReporter()
     )
     flat = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in trees.flatten(params).items()}
     paths = [p for p in flat if p.endswith("_proj/kernel")]
@@ -58,12 +61,12 @@ def test_what_it_has_on_the_disk_is_what_it_says(problem, tmp_path, monkeypatch)
             super().delete()
 
     monkeypatch.setattr(sensitivity, "ActivationStore", Watched)
-    sensitivities(model, as_source(params, model), tokens, damping=None, work_dir=tmp_path, reporter=SilentReporter())
+    sensitivities(model, as_source(params, model), tokens, settings=PLAIN, work_dir=tmp_path, reporter=SilentReporter())
     assert max(sizes) == sensitivity.scratch_bytes(model.num_blocks, tokens.shape, MIXED.hidden_size)
 
 
 def test_feedback_leaves_a_share_of_it(problem, tmp_path):
     model, params, tokens = problem
     run = partial(sensitivities, model, as_source(params, model), tokens, work_dir=tmp_path, reporter=SilentReporter())
-    plain, fed = run(damping=None), run(damping=0.01)
+    plain, fed = run(settings=PLAIN), run(settings=ClusterConfig())
     assert all(0 < fed[path] < plain[path] for path in plain)

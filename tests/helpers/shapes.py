@@ -108,8 +108,8 @@ def nearest_code(
 
 
 @checked
-def factor_hessian(hessian: Float32[Array, "i i"], *, damping: float = 0.01) -> Factor:
-    return error_feedback.factor_hessian(hessian, damping=damping)
+def factor_hessian(hessian: Float32[Array, "i i"], *, damping: float = 0.01, shrinkage: float = 0.0) -> Factor:
+    return error_feedback.factor_hessian(hessian, damping=damping, shrinkage=shrinkage)
 
 
 @checked

@@ -169,7 +169,7 @@ def test_measuring_sensitivities_compiles_what_the_plan_lists_and_holds_what_it_
     before = bytes_alive()
     compilations.seen.clear()
     source = as_source(params, model)
-    sensitivities(model, source, TOKENS, damping=0.01, work_dir=tmp_path, reporter=SilentReporter())
+    sensitivities(model, source, TOKENS, settings=cfg.cluster, work_dir=tmp_path, reporter=SilentReporter())
     programs = [p for p in planned(cfg, FinetuneConfig()) if p.stage == "sensitivity"]
     slopes = TOKENS.size * CONFIG.hidden_size * 4
     hold_to(programs, compilations.seen, before, later={"head_slope": slopes})

@@ -57,5 +57,5 @@ def test_the_python(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = capsys.readouterr().out.splitlines()
     bits, perplexity = first.removesuffix(" bits per weight"), second.removeprefix("perplexity ")
     assert 0.99 * 2.6 <= float(bits) <= 2.6
-    assert float(perplexity) == pytest.approx(73.88, rel=0.03)  # the last digits depend on the machine
+    assert float(perplexity) == pytest.approx(73.91, rel=0.03)  # the last digits depend on the machine
     assert (checkout / "small-python/manifest.json").is_file()

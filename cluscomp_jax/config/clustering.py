@@ -114,7 +114,7 @@ class ClusterConfig:
     weighted: bool = True
     error_feedback: bool = True
     damping: float = 0.01
-    shrinkage: float = 0.1
+    shrinkage: float = 0.2
     drift_correction: bool = True
     ridge: float = 1.0
     true_sequential: bool = True

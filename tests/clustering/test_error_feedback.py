@@ -136,7 +136,7 @@ def test_channels_that_are_never_active_change_nothing() -> None:
 
 @pytest.mark.nans
 def test_a_factorisation_that_fails_is_damped_more_and_one_that_cannot_says_so() -> None:
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(0)
     few = rng.standard_normal((3, 50)).astype(np.float32)
     moments = few.T @ few - 0.05 * np.eye(50, dtype=np.float32)  # rounding can leave eigenvalues below zero
     assert np.isfinite(factor_hessian(jnp.asarray(moments)).root).all()

@@ -226,6 +226,7 @@ def prepare(
     shape = (calibration.shape[0], calibration.shape[1])
     kept_out = 0 if cfg.tuning is None else cfg.tuning.validation_samples
     if not alike and mixes(cfg, calibration):
+
         def measure() -> dict[str, float]:
             with timer("sensitivity"):
                 judged = first_samples(calibration, shape[0] - kept_out)

@@ -272,11 +272,13 @@ def test_claims_on_held_out_text(judge):
 @pytest.mark.long
 @pytest.mark.parametrize("coding", ["plain", "auto"])
 def test_bits_spent_where_they_count_beat_even_ones_on_held_out_text(judge, coding):
+    # With Hessians as they are: shrunk ones leave so little excess on this model that releases of JAX disagree.
     budget, excess = {"plain": 1.573, "auto": 1.6}[coding], {}
-    even = ClusterConfig(bits=budget, mixed_precision="none", coding=coding, iterations=10)
+    common = ClusterConfig(iterations=10, shrinkage=0.0)
+    even = dataclasses.replace(common, bits=budget, mixed_precision="none", coding=coding)
     if coding == "plain":
-        even = ClusterConfig(rules=(CompressionRule(group_size=4, num_codes=64),), iterations=10)
-    mixed = ClusterConfig(bits=budget, mixed_precision="per_matrix", coding=coding, iterations=10)
+        even = dataclasses.replace(common, rules=(CompressionRule(group_size=4, num_codes=64),))
+    mixed = dataclasses.replace(common, bits=budget, mixed_precision="per_matrix", coding=coding)
     for name, cluster in (("even", even), ("per_matrix", mixed)):
         compressed = judge.compress(cluster)
         assert 0.99 * budget < cluscomp_jax.size_report(compressed).bits_per_weight <= budget + 1e-3

@@ -15,7 +15,7 @@ import cluscomp_jax
 
 CODE = ("cluscomp_jax", "pallas_kernels", "scripts", "tests")
 LISTS = ("tests/helpers/old_names.py", "tests/test_vocabulary.py")
-PROSE = ("cluscomp_jax", "README.md", "docs", "CONTRIBUTING.md", "CHANGELOG.md")
+PROSE = (*CODE, "configs", "examples", "README.md", "docs", "CONTRIBUTING.md", "CHANGELOG.md")
 """Folders and files without the words of `WORDS`; names in code between backticks of a document are no words."""
 WORDS = re.compile(r"\b(behind|beside)\b", re.IGNORECASE)
 TEXTS = (".py", ".md", ".toml", ".sh", ".j2")

@@ -271,7 +271,7 @@ def finishing_meanwhile(monkeypatch, out, *, before):
     monkeypatch.setattr(run_folder, "_lock", lock)
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["before the file is opened", "behind it"])
+@pytest.mark.parametrize("before", [True, False], ids=["before the file is opened", "after it"])
 def test_a_process_that_finishes_while_another_looks_is_not_run_again(unfinished, monkeypatch, before):
     finishing_meanwhile(monkeypatch, unfinished, before=before)
     with pytest.raises(AlreadyFinished, match="already finished there"):

@@ -217,7 +217,7 @@ def test_a_manifest_that_names_no_stored_codebook_is_refused(shared, tmp_path, o
 
 @pytest.mark.long
 def test_sharing_buys_quality_on_held_out_text(tiny_model, tiny_test_tokens):
-    """At 4.1 bits, where codebooks are large beside kernels as small as these; weights alone are clustered."""
+    """At 4.1 bits, where codebooks are large next to kernels as small as these; weights alone are clustered."""
     opened, losses = open_model(tiny_model), []
     for tie_codebooks in ("none", "block"):
         cluster = ClusterConfig(bits=4.1, coding="plain", tie_codebooks=tie_codebooks, iterations=8)

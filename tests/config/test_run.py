@@ -88,11 +88,11 @@ BAD = {
     "held_out of all": ("[calibration]\nsamples = 4\n[tuning]\nvalidation_samples = 4", "held_out is 4 of 4 samples"),
     "batch that does not divide": ("[calibration]\nsamples = 4\n[tuning]\nbatch_size = 3", "3 does not divide the 4"),
     "no TOML": ("seed = ", "not valid TOML"),
-    "a budget beside a group": (
+    "a budget and a group": (
         '[cluster]\nbits = 3\n[[cluster.rules]]\npattern = "a"\n[[cluster.rules]]\ngroup_size = 4',
         r"'cluster\.rules\[1\]\.group_size' is 4, but the budget 'cluster\.bits' = 3 chooses g, num_codes and step",
     ),
-    "a budget beside codes": ("[cluster]\nbits = 3\n[[cluster.rules]]\nnum_codes = 9", r"num_codes' is 9, but"),
+    "a budget and codes": ("[cluster]\nbits = 3\n[[cluster.rules]]\nnum_codes = 9", r"num_codes' is 9, but"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations beside whole forward passes, one request at a time."""
+"""Log-likelihoods of continuations next to whole forward passes, one request at a time."""
 
 from typing import Any
 

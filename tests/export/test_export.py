@@ -1,4 +1,4 @@
-"""Exports read back by the libraries they are for, beside a lookup in NumPy; and what a format must refuse."""
+"""Exports read back by the libraries they are for, next to a lookup in NumPy; and what a format must refuse."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Manifests changed behind the writer's back, so that only what they say can give them away."""
+"""Manifests changed after they were written, with checksums to match: only their contents show it."""
 
 import json
 from collections.abc import Callable

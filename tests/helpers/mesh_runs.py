@@ -122,7 +122,7 @@ def planned(settings: MeshConfig) -> dict:
 
 
 class Interrupted(SilentReporter):
-    """Keeps the losses of steps; raises behind step `stop`."""
+    """Keeps the losses of steps; raises after step `stop`."""
 
     def __init__(self, stop: int | None = None):
         self.losses, self.stop = [], stop

@@ -168,7 +168,7 @@ def test_a_long_prompt_goes_piece_by_piece(params: Params, monkeypatch: pytest.M
 
 
 def test_a_penalty_counts_what_was_seen(params: Params) -> None:
-    """Beside whole forward passes, the penalty applied in NumPy."""
+    """Next to whole forward passes, the penalty applied in NumPy."""
     prompt, found = [1, 2, 3, 2], []
     for _ in range(6):
         logits = np.asarray(llama.forward(params, np.asarray([[*prompt, *found]]), CONFIG))[0, -1].copy()

@@ -1,4 +1,4 @@
-"""Reading ahead and writing behind: order, errors, and that waiting is all that changes."""
+"""Reading ahead and writing later: order, errors, and that waiting is all that changes."""
 
 import threading
 import time
@@ -81,7 +81,7 @@ def test_writes_follow_one_another_and_the_last_has_ended_when_it_is_left() -> N
     with BlockWriter(clock) as writer:
         for i in range(4):
             writer.put(lambda i=i: write(i))
-            assert len(written) >= i  # at most one waits behind the work
+            assert len(written) >= i  # at most one is still to be written
     assert written == [(i, False) for i in range(4)]
     assert clock.to_dict()[WRITE_BACK]["seconds"] >= 0.04
 

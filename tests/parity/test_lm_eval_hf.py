@@ -1,4 +1,4 @@
-"""The harness's model class beside its own PyTorch backend on the small Llama: log-likelihoods, rolling, generation."""
+"""The harness's model class next to its PyTorch backend on the small Llama: log-likelihoods, rolling, generation."""
 
 from pathlib import Path
 from typing import Any

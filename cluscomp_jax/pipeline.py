@@ -77,7 +77,7 @@ def compress(
         without padding and tokens; with them clustering is activation-weighted, blocks are tuned and, of tokens, the
         whole follows the original (where cfg says so), without them matrices are only clustered.
       reporter: is told of progress; silent by default.
-      work_dir: an existing folder; up to three streams of activations lie in a temporary one inside it meanwhile
+      work_dir: an existing folder; up to four streams of activations lie in a temporary one inside it meanwhile
         (`plan.host.scratch_bytes`). None: the system's folder for temporary files.
       layout: the codebases whose names are tried (`cluscomp_jax.layouts`); auto: all that are known.
       check: check(params, tokens int32 [b, t]) -> logits [b, t, vocab], the host's own forward pass. It is compared
@@ -238,8 +238,10 @@ def prepare(
         numbers = cfg.tuning or BlockTuningConfig()
         # Of as many samples as can be spread, so that only the last batch may be whole on every device.
         spread = max(1, shape[0] // cfg.mesh.data)
+        original = cfg.tuning is not None or cfg.cluster.corrects
         options = {
-            "original": cfg.tuning is not None or cfg.cluster.corrects,
+            "original": original,
+            "upcoming": original and cfg.cluster.weighs_positions,
             "augmented": cfg.tuning is not None and cfg.tuning.aug_loss,
             "batch_size": cfg.mesh.data * min(spread, forward_batch(model, cfg, shape)),
             "dtype": jnp.dtype(compute_dtype_of(numbers)),
@@ -320,7 +322,7 @@ def compress_block(run: Run, i: int, reader: BlockReader) -> tuple[Params, dict[
     block = jax.device_get(block)
     run.timer.release()
     if run.tuning is not None or i + 1 < run.model.num_blocks:
-        _pass_original(run, i, dense)
+        _pass_original(run, i, dense, kept=run.streams is not None and run.streams.upcoming is not None)
     del dense
     run.timer.release()
     reader.read_next()
@@ -371,12 +373,14 @@ def _tune(run: Run, i: int, block: Params) -> tuple[Params, BlockTuning]:
     return tuned, result
 
 
-def _pass_original(run: Run, i: int, dense: Params) -> None:
-    """Moves the original stream past block i, if there is one."""
-    if run.streams is not None and run.streams.original is not None:
-        step = run.step(dense, i)
-        with run.timer("targets"):
-            run.streams.pass_original(step)
+def _pass_original(run: Run, i: int, dense: Params, *, kept: bool = False) -> None:
+    """Moves the original stream past block i, if there is one, to outputs that are `kept` or that it computes."""
+    if (streams := run.streams) is None or streams.original is None:
+        return
+    with run.timer("targets"):
+        if streams.augmented is not None:
+            streams.pass_augmented(run.step(dense, i))
+        streams.pass_original(None if kept else run.step(dense, i))
 
 
 def _pass_compressed(run: Run, i: int, block: Params) -> dict[str, float]:

@@ -102,7 +102,7 @@ TABLES["hessian"] = {
         512,
     )
     for name, rule in (("trellis", TRELLIS), ("plain", "group_size = 4, num_codes = 256"))
-    for shrinkage, damping in ((0.0, 0.01), (0.0, 0.03), (0.1, 0.01), (0.2, 0.01), (0.35, 0.01))
+    for shrinkage, damping in ((0.0, 0.01), (0.0, 0.03), (0.1, 0.01), (0.2, 0.01), (0.35, 0.01), (0.5, 0.01))
 }
 TABLES["budgets"] |= {
     f"{name}{DISTILLED}": TABLES["budgets"][name]

@@ -25,7 +25,9 @@ from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.model import build_model
 from cluscomp_jax.models.source import DictSink, DictSource, as_source, load_all
+from cluscomp_jax.models.streams import Streams
 from cluscomp_jax.pipeline import compress, compress_stream, fingerprint
+from cluscomp_jax.plan.host import scratch_bytes
 from cluscomp_jax.runtime.reporter import SilentReporter
 from cluscomp_jax.tuning.blockwise import BlockTuning
 
@@ -135,6 +137,22 @@ def test_the_summary_counts_what_the_size_report_counts(params, tmp_path):
 def test_the_scratch_streams_are_gone_afterwards(params, tmp_path):
     compress_stream(as_source(params, build_model(CONFIG)), FoldersSink(), RUN, calibration=TOKENS, work_dir=tmp_path)
     assert not list(tmp_path.glob("*.bin"))
+
+
+@pytest.mark.parametrize("tuned", [True, False])
+@pytest.mark.parametrize("limit", [0.0, 4.0])
+def test_the_scratch_streams_take_what_was_said_before(params, tmp_path, monkeypatch, tuned, limit):
+    cfg = dataclasses.replace(RUN, cluster=dataclasses.replace(RUN.cluster, massive_activation_limit=limit))
+    cfg = cfg if tuned else dataclasses.replace(cfg, tuning=None)
+    sizes, deleted = [], Streams.delete
+
+    def noted(streams: Streams) -> None:
+        sizes.append(sum(file.stat().st_size for file in tmp_path.glob("*.bin")))
+        deleted(streams)
+
+    monkeypatch.setattr(Streams, "delete", noted)
+    compress_stream(as_source(params, build_model(CONFIG)), FoldersSink(), cfg, calibration=TOKENS, work_dir=tmp_path)
+    assert sizes == [scratch_bytes(build_model(CONFIG), cfg, TOKENS.shape)]
 
 
 def test_integer_layer_keys_are_taken_as_they_are(params):

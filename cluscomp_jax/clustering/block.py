@@ -181,7 +181,7 @@ def _tied_codebooks(job: _Job, flat: Mapping[str, Any], weights: Mapping[str, np
 
 def _position_weights(job: _Job, dense: Params) -> np.ndarray | None:
     """Returns float32 [samples, t], the weight of each position in the Hessian; None: all weigh the same."""
-    if job.streams is None or not job.settings.error_feedback:
+    if job.streams is None or not job.settings.weighs_positions:
         return None
     layer_type = job.model.layer_type(job.i)
     with job.timer("statistics"):

@@ -198,6 +198,11 @@ class ClusterConfig:
         return mixes if self.mixed_precision == "auto" else self.mixed_precision == "per_matrix"
 
     @property
+    def weighs_positions(self) -> bool:
+        """Whether a position counts by its output of the original block."""
+        return self.error_feedback and self.massive_activation_limit > 0
+
+    @property
     def corrects(self) -> bool:
         """Whether kernels are corrected for drifted inputs."""
         return self.error_feedback and self.drift_correction

@@ -57,6 +57,11 @@ class ActivationStore:
             where = slice(begin, min(begin + batch_size, stop))
             yield where, self.read(where)
 
+    def exchange(self, other: "ActivationStore") -> None:
+        """Exchanges the contents of two stores of one shape and dtype, without a copy."""
+        self._path, other._path = other._path, self._path
+        self._map, other._map = other._map, self._map
+
     def delete(self) -> None:
         """Removes the file."""
         del self._map

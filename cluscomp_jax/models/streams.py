@@ -48,6 +48,8 @@ class Streams:
       compressed: what the compressed model computes.
       original: what the original model computes, or None where nothing needs it.
       augmented: the original block's outputs on the compressed stream, or None where nothing needs them.
+      upcoming: where `token_weights` keeps the original block's outputs, so that they are computed once; None where
+        nothing looks at them before the original stream is moved.
       batch_size: samples at a time.
       dtype: compute dtype.
       sharding: of the samples of a batch, where several devices share them.
@@ -58,6 +60,7 @@ class Streams:
     compressed: ActivationStore
     original: ActivationStore | None
     augmented: ActivationStore | None
+    upcoming: ActivationStore | None
     batch_size: int
     dtype: Any
     sharding: Sharding | None = None
@@ -76,22 +79,39 @@ class Streams:
             counted = self._weights(where, weights)
             yield Batch(self._on_device(x), original, counted)
 
-    def token_weights(self, block: Step, limit: float) -> np.ndarray | None:
-        """Returns float32 [samples, t], the weight of each position by its output of the original block."""
-        if not limit:
-            return None
-        stream = self.compressed if self.original is None else self.original
-        outputs = ((where, block(self._on_device(x))) for where, x in stream.batches(self.batch_size))
-        return np.concatenate(
-            [np.asarray(weigh_tokens(y, limit=limit, valid=self._weights(where))) for where, y in outputs]
-        )
+    def token_weights(self, block: Step, limit: float) -> np.ndarray:
+        """Returns float32 [samples, t], the weight of each position by its output of the original block.
 
-    def pass_original(self, block: Step) -> None:
-        """Moves the original stream to the outputs of the original block."""
-        if self.augmented is not None:
-            self._pass(block, self.compressed, self.augmented)
-        if self.original is not None:
+        Args:
+          block: the original one; `upcoming`, where there is such a store, keeps its outputs for `pass_original`.
+          limit: as of `cluscomp_jax.core.losses.token_weights`, > 0.
+        """
+        stream, found = self.compressed if self.original is None else self.original, []
+        for where, x in stream.batches(self.batch_size):
+            y = block(self._on_device(x))
+            found.append(np.asarray(weigh_tokens(y, limit=limit, valid=self._weights(where))))
+            if self.upcoming is not None:
+                self.upcoming.write(where, y)
+        return np.concatenate(found)
+
+    def pass_augmented(self, block: Step) -> None:
+        """Stores the original block's outputs on the compressed stream in `augmented`."""
+        assert self.augmented is not None
+        self._pass(block, self.compressed, self.augmented)
+
+    def pass_original(self, block: Step | None) -> None:
+        """Moves the original stream, if there is one, to the outputs of the original block.
+
+        Args:
+          block: the original one; None: its outputs are in `upcoming`, where `token_weights` kept them.
+        """
+        if self.original is None:
+            return
+        if block is not None:
             self._pass(block, self.original, self.original)
+            return
+        assert self.upcoming is not None
+        self.original.exchange(self.upcoming)
 
     def pass_compressed(self, block: Step) -> None:
         """Moves the compressed stream to the outputs of the compressed block."""
@@ -116,7 +136,7 @@ class Streams:
 
     def delete(self) -> None:
         """Removes the files."""
-        for store in (self.original, self.compressed, self.augmented):
+        for store in (self.original, self.compressed, self.augmented, self.upcoming):
             if store is not None:
                 store.delete()
 
@@ -155,8 +175,8 @@ def embed_streams(
       tokens: int [samples, t].
       activation_dtype: of the files.
       dtype: as of `Streams`.
-      **options: `original` and `augmented`, whether there are such streams; batch_size, sharding and validation_samples
-        as of `Streams`.
+      **options: `original`, `augmented` and `upcoming`, whether there are such stores; batch_size, sharding and
+        validation_samples as of `Streams`.
 
     Raises:
       OSError: the disk has no room for them.
@@ -195,6 +215,7 @@ def open_streams(
     *,
     original: bool,
     augmented: bool,
+    upcoming: bool,
     batch_size: int,
     dtype: Any,
     sharding: Sharding | None,
@@ -216,6 +237,7 @@ def open_streams(
         compressed=new_store("compressed"),
         original=new_store("original") if original else None,
         augmented=new_store("augmented") if augmented else None,
+        upcoming=new_store("upcoming") if upcoming else None,
         batch_size=batch_size,
         dtype=dtype,
         sharding=sharding,

@@ -12,10 +12,14 @@ from cluscomp_jax.tuning import blockwise
 
 
 def targets(setting: BlockSpec) -> Iterator[Program]:
-    """Yields the pass of the original stream through the original block."""
+    """Yields the passes through the original block, less that whose outputs `Streams.token_weights` keeps."""
+    tuned, settings = setting.cfg.tuning is not None, setting.cfg.cluster
+    streams = int((tuned or settings.corrects) and not settings.weighs_positions)
+    streams += int(tuned and setting.numbers.aug_loss)
+    if not streams:
+        return
     dense, x = setting.dense(), setting.activations(setting.batch)
     traced = run_block.trace(dense, x, model=setting.model, layer_type=setting.layer_type)
-    streams = 2 if setting.numbers.aug_loss and setting.cfg.tuning else 1
     # One batch is on its way in and one on its way out.
     yield Program("targets", "block", traced, nbytes((dense, x, x, x)), streams * setting.passes)
 

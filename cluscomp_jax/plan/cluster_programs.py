@@ -33,7 +33,7 @@ def clustering(setting: BlockSpec) -> Iterator[Program]:
         yield from _without_feedback(setting)
         return
     model, dense = setting.model, setting.dense()
-    if settings.massive_activation_limit:
+    if settings.weighs_positions:
         x = setting.activations(setting.batch)
         traced = run_block.trace(dense, x, model=model, layer_type=setting.layer_type)
         yield Program("statistics", "outputs", traced, nbytes((dense, x)), setting.passes)
@@ -99,9 +99,9 @@ def _squares(setting: BlockSpec) -> Iterator[Program]:
 
 def _batch(setting: BlockSpec, *, original: bool = False) -> Batch:
     """Returns what statistics read at one time, `original`: of both streams."""
-    x, cluster_settings = setting.activations(setting.batch), setting.cfg.cluster
-    counted = cluster_settings.error_feedback and cluster_settings.massive_activation_limit > 0
-    return Batch(x, x if original else None, setting.place.array(*x.shape[:2]) if counted else None)
+    x = setting.activations(setting.batch)
+    weights = setting.place.array(*x.shape[:2]) if setting.cfg.cluster.weighs_positions else None
+    return Batch(x, x if original else None, weights)
 
 
 def _shared_fits(setting: BlockSpec, *, measured: bool = False) -> Iterator[Program]:

@@ -91,7 +91,7 @@ def scratch_bytes(model: Model, cfg: CompressConfig, shape: tuple[int, ...]) -> 
     """Returns the most bytes of activations that a run on calibration tokens [samples, length] has on the disk."""
     streams = 1 if cfg.cluster.calibrated or cfg.tuning else 0
     if cfg.tuning or cfg.cluster.corrects:
-        streams += 1
+        streams += 2 if cfg.cluster.weighs_positions else 1
     if cfg.tuning and cfg.tuning.aug_loss:
         streams += 1
     dtype = np.dtype(jnp.dtype((cfg.tuning or BlockTuningConfig()).activation_dtype))

@@ -234,9 +234,7 @@ def test_a_plan_reports_the_launches_of_a_whole_run(monkeypatch) -> None:
     monkeypatch.setattr(whole, "whole_run", some)
     cfg = CompressConfig(
         model=TINY,
-        cluster=ClusterConfig(
-            rules=(CompressionRule(group_size=4, num_codes=16),), weighted=False, error_feedback=False
-        ),
+        cluster=ClusterConfig(rules=(CompressionRule(group_size=4, num_codes=16),), massive_activation_limit=0.0),
         calibration=CalibrationConfig(samples=6, length=2048),
         tuning=None,
     )

@@ -112,7 +112,7 @@ def test_a_plan_compiles_for_any_device_jax_has() -> None:
     card = find_target("rtx4090")
     done = plan(BLIND, card, AbstractDevice(), context=32, reserve=Reserve(), reporter=SilentReporter())
     assert done.fits
-    assert list(done.stages) == ["embed", "cluster", "targets", "propagate", "finetune", "evaluate", "generate"]
+    assert list(done.stages) == ["embed", "cluster", "propagate", "finetune", "evaluate", "generate"]
     assert all(memory.peak_bytes > 0 for memory in done.programs)
     assert done.usable_bytes == Reserve().usable(card.memory_bytes)
     assert done.hours.keys() == done.stages.keys() - {"generate"}
@@ -230,7 +230,7 @@ def test_the_command_says_no_with_exit_code_1_and_json_on_its_last_line(
     out = capsys.readouterr().out
     fields = json.loads(out.splitlines()[-1])
     assert fields["fits"] is True
-    assert {"cluster", "targets", "finetune", "evaluate", "generate"} <= fields["stages"].keys()
+    assert {"cluster", "finetune", "evaluate", "generate"} <= fields["stages"].keys()
     assert "fits a6000: at most" in out
     finetune = tmp_path / "finetune.toml"
     finetune.write_text("[data]\nlength = 4096\n[training]\nbatch_size = 64\n")

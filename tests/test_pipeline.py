@@ -12,7 +12,7 @@ import pytest
 from small_runs import CONFIG, TOKENS, FoldersSink
 
 import cluscomp_jax
-from cluscomp_jax import llama, pipeline
+from cluscomp_jax import compression_run, llama
 from cluscomp_jax.clustering.matrix import cluster_matrix, matrix_key
 from cluscomp_jax.clustering.resolve import rules_by_block
 from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
@@ -321,13 +321,13 @@ def test_a_budget_spent_unevenly_is_kept_and_resumes_with_the_same_choice(params
     with pytest.raises(KeyboardInterrupt):
         go(sink, work_dir=tmp_path / "broken")
     sink.fail_at = None
-    monkeypatch.setattr(pipeline, "sensitivities", None)  # they are not measured again
+    monkeypatch.setattr(compression_run, "sensitivities", None)  # they are not measured again
     go(sink, work_dir=tmp_path / "broken", finished_blocks=2)
     chex.assert_trees_all_equal(sink.params(model), whole.params(model))
 
 
 def test_a_mixed_budget_that_nothing_meets_is_told_before_sensitivities_are_measured(params, monkeypatch):
-    monkeypatch.setattr(pipeline, "sensitivities", None)
+    monkeypatch.setattr(compression_run, "sensitivities", None)
     cfg = dataclasses.replace(RUN, cluster=ClusterConfig(bits=0.4, mixed_precision="per_matrix"))
     with pytest.raises(InputError, match=r"bits is 0\.4; the least that any codes reach on this model is"):
         compress(params, cfg, calibration=TOKENS)
@@ -403,7 +403,7 @@ def test_codes_that_float16_no_longer_holds_are_named_in_one_warning(params, mon
         flat[path] = dataclasses.replace(flat[path], codebook=scale * flat[path].codebook.astype(np.float32))
         return trees.unflatten(flat), BlockTuning(1.0, (1.0,), (), 1, False)
 
-    monkeypatch.setattr(pipeline, "tune_block", tuned)
+    monkeypatch.setattr(compression_run, "tune_block", tuned)
     compressed = trees.flatten(compress(params, RUN, calibration=TOKENS, reporter=Warned()))
     named = [f"model/layers/{i}/{path}" for i in range(3)]
     assert {compressed[name].dtype for name in named} == {np.dtype("bfloat16" if scale < 1 else "float16")}

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from cli_models import write_model, write_text
 
-from cluscomp_jax import CompressionRule, cluster_tree, pipeline, save
+from cluscomp_jax import CompressionRule, cluster_tree, compression_run, save
 from cluscomp_jax.checkpoint import orbax_items
 from cluscomp_jax.checkpoint.manifest import FORMAT_VERSION
 from cluscomp_jax.checkpoint.reader import open_checkpoint
@@ -151,13 +151,13 @@ def test_the_stages_add_up_to_the_run(capsys: pytest.CaptureFixture[str], folder
 def test_a_block_that_diverged_is_named(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
 ) -> None:
-    whole, blocks = pipeline.tune_block, iter(range(2))
+    whole, blocks = compression_run.tune_block, iter(range(2))
 
     def diverging(*arguments: Any, **options: Any) -> Any:
         block, tuned = whole(*arguments, **options)
         return block, dataclasses.replace(tuned, diverged=next(blocks) == 1)
 
-    monkeypatch.setattr(pipeline, "tune_block", diverging)
+    monkeypatch.setattr(compression_run, "tune_block", diverging)
     assert main([*compress_argv(folder, tmp_path / "out"), "--json"]) == 0
     out, err = capsys.readouterr()
     line = "block 1: loss or gradient was not finite at epoch 1; the last good codebooks are kept"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluscomp_jax import llama, pipeline
+from cluscomp_jax import compression_run, llama, pipeline
 from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
 from cluscomp_jax.config.data import CalibrationConfig
 from cluscomp_jax.config.run import CompressConfig
@@ -160,8 +160,8 @@ def test_bytes_and_records_are_those_of_reading_and_writing_in_turn(tmp_path, mo
 
     concurrent, summary = run("concurrent")
     assert {PREFETCH, WRITE_BACK} <= summary.stages.keys()
-    monkeypatch.setattr(pipeline, "BlockReader", InTurn)
-    monkeypatch.setattr(pipeline, "BlockWriter", InTurn)
+    monkeypatch.setattr(compression_run, "BlockReader", InTurn)
+    monkeypatch.setattr(compression_run, "BlockWriter", InTurn)
     in_turn, other = run("in turn")
     chex.assert_trees_all_equal(concurrent, in_turn)
     untimed = [

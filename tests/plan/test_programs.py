@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cluscomp_jax import finetuning, llama, pipeline
+from cluscomp_jax import compression_run, finetuning, llama, pipeline
 from cluscomp_jax.clustering.code_search import NearestCodes
 from cluscomp_jax.clustering.sensitivity import sensitivities
 from cluscomp_jax.clustering.walk import Rows
@@ -150,7 +150,7 @@ def contains(whole: list[str], part: list[str]) -> bool:
     ],
 )
 def test_a_run_compiles_what_the_plan_lists_and_holds_what_it_says(cfg, compilations, monkeypatch) -> None:
-    monkeypatch.setattr(pipeline, "forward_batch", lambda *_: 1)
+    monkeypatch.setattr(compression_run, "forward_batch", lambda *_: 1)
     params = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), llama.init_params(CONFIG, jax.random.key(0)))
     gc.collect()  # arrays that earlier tests left in cycles would otherwise vanish in the middle of the run
     before = bytes_alive()

@@ -241,7 +241,7 @@ def _random_params(model: Model) -> dict[str, Any]:
 def _plan(step: Step, model: Model, cfg: CompressConfig, peak: int | None) -> None:
     """Compiles the programs of the plan for this device, those that hold most first, and records their memory."""
     settings = layer_types_of(model, cfg, AbstractDevice(), 1)
-    stages_of_a_block = PER_BLOCK[1:2] if step.dry else PER_BLOCK
+    stages_of_a_block = PER_BLOCK[-1:] if step.dry else PER_BLOCK
     programs = largest_alike(
         program for setting in settings for stage in stages_of_a_block for program in stage(setting)
     )

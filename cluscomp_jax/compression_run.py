@@ -109,16 +109,15 @@ def prepare(
                 return sensitivities(model, source, judged, settings=cfg.cluster, work_dir=work_dir, reporter=reporter)
 
         rules = rules_by_block(model, cfg, records.sensitivities(measure))
-    streams = None
-    if cfg.cluster.calibrated or cfg.tuning:
+    streams, stores = None, cfg.activation_stores
+    if stores:
         numbers = cfg.tuning or BlockTuningConfig()
         # Of as many samples as can be spread, so that only the last batch may be whole on every device.
         spread = max(1, shape[0] // cfg.mesh.data)
-        original = cfg.tuning is not None or cfg.cluster.corrects
         options = {
-            "original": original,
-            "upcoming": original and cfg.cluster.weighs_positions,
-            "augmented": cfg.tuning is not None and cfg.tuning.aug_loss,
+            "original": "original" in stores,
+            "upcoming": "upcoming" in stores,
+            "augmented": "augmented" in stores,
             "batch_size": cfg.mesh.data * min(spread, forward_batch(model, cfg, shape)),
             "dtype": jnp.dtype(compute_dtype_of(numbers)),
             "sharding": sharding,
@@ -198,7 +197,7 @@ def compress_block(run: Run, i: int, reader: BlockReader) -> tuple[Params, dict[
     block = jax.device_get(block)
     run.timer.release()
     if run.tuning is not None or i + 1 < run.model.num_blocks:
-        _pass_original(run, i, dense, kept=run.streams is not None and run.streams.upcoming is not None)
+        _pass_original(run, i, dense, kept="upcoming" in run.cfg.activation_stores)
     del dense
     run.timer.release()
     reader.read_next()

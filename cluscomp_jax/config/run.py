@@ -70,6 +70,18 @@ class CompressConfig:
                     "left to tune on; choose one that does"
                 )
 
+    @property
+    def activation_stores(self) -> frozenset[str]:
+        """Names of the stores of activations that a run on calibration has (`cluscomp_jax.models.streams.Streams`)."""
+        original = self.tuning is not None or self.cluster.corrects
+        wanted = {
+            "compressed": self.tuning is not None or self.cluster.calibrated,
+            "original": original,
+            "upcoming": original and self.cluster.weighs_positions,
+            "augmented": self.tuning is not None and self.tuning.aug_loss,
+        }
+        return frozenset(name for name, is_wanted in wanted.items() if is_wanted)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings as plain JSON values, less the model."""
         fields = dataclasses.asdict(dataclasses.replace(self, model=None))

@@ -13,9 +13,8 @@ from cluscomp_jax.tuning import blockwise
 
 def targets(setting: BlockSpec) -> Iterator[Program]:
     """Yields the passes through the original block, less that whose outputs `Streams.token_weights` keeps."""
-    tuned, settings = setting.cfg.tuning is not None, setting.cfg.cluster
-    streams = int((tuned or settings.corrects) and not settings.weighs_positions)
-    streams += int(tuned and setting.numbers.aug_loss)
+    stores = setting.cfg.activation_stores
+    streams = int("original" in stores and "upcoming" not in stores) + int("augmented" in stores)
     if not streams:
         return
     dense, x = setting.dense(), setting.activations(setting.batch)

@@ -89,12 +89,7 @@ def _offloaded_bytes(model: Model, finetune: FinetuneConfig) -> int:
 
 def scratch_bytes(model: Model, cfg: CompressConfig, shape: tuple[int, ...]) -> int:
     """Returns the most bytes of activations that a run on calibration tokens [samples, length] has on the disk."""
-    streams = 1 if cfg.cluster.calibrated or cfg.tuning else 0
-    if cfg.tuning or cfg.cluster.corrects:
-        streams += 2 if cfg.cluster.weighs_positions else 1
-    if cfg.tuning and cfg.tuning.aug_loss:
-        streams += 1
     dtype = np.dtype(jnp.dtype((cfg.tuning or BlockTuningConfig()).activation_dtype))
-    during = streams * math.prod(shape) * width(model) * dtype.itemsize
+    during = len(cfg.activation_stores) * math.prod(shape) * width(model) * dtype.itemsize
     before = sensitivity.scratch_bytes(model.num_blocks, shape, width(model)) if cfg.cluster.uneven else 0
     return max(before, during)

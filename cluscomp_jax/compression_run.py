@@ -100,6 +100,8 @@ def prepare(
     if calibration is None:
         return Run(model, cfg, rules, None, None, sharding, timer, reporter)
     shape = (calibration.shape[0], calibration.shape[1])
+    stores = cfg.activation_stores
+    together = forward_batch(model, cfg, shape) if stores else 1  # first, as it may refuse the run
     kept_out = 0 if cfg.tuning is None else cfg.tuning.validation_samples
     if not alike and mixes(cfg, calibration):
 
@@ -109,7 +111,7 @@ def prepare(
                 return sensitivities(model, source, judged, settings=cfg.cluster, work_dir=work_dir, reporter=reporter)
 
         rules = rules_by_block(model, cfg, records.sensitivities(measure))
-    streams, stores = None, cfg.activation_stores
+    streams = None
     if stores:
         numbers = cfg.tuning or BlockTuningConfig()
         # Of as many samples as can be spread, so that only the last batch may be whole on every device.
@@ -118,7 +120,7 @@ def prepare(
             "original": "original" in stores,
             "upcoming": "upcoming" in stores,
             "augmented": "augmented" in stores,
-            "batch_size": cfg.mesh.data * min(spread, forward_batch(model, cfg, shape)),
+            "batch_size": cfg.mesh.data * min(spread, together),
             "dtype": jnp.dtype(compute_dtype_of(numbers)),
             "sharding": sharding,
             "validation_samples": kept_out,
@@ -132,7 +134,7 @@ def prepare(
     return Run(model, cfg, rules, cfg.tuning, streams, sharding, timer, reporter)
 
 
-def compress_blocks(run: Run, source: ParamSource, sink: BlockSink, records: RunRecords, finished: int) -> None:
+def compress_all(run: Run, source: ParamSource, sink: BlockSink, records: RunRecords, finished: int) -> None:
     """Compresses all blocks but the first `finished`, which the sink has, and stores the record of each."""
 
     def store(i: int, block: Params, record: dict[str, Any]) -> None:

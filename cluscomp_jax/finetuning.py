@@ -151,8 +151,8 @@ def finetune_stream(
     if evaluation is not None:
         evaluation = evaluation if isinstance(evaluation, TokenRows) else _all_scored(np.asarray(evaluation))
         check_tokens(evaluation.tokens, model, "evaluation tokens")
-        check_length(evaluation.tokens.shape[1], cfg)
-    check_length(_checked(batches, 0, cfg, model).tokens.shape[1], cfg)
+        check_context(evaluation.tokens.shape[1], model)
+    check_context(_checked(batches, 0, cfg, model).tokens.shape[1], model)
     check_teacher(cfg, model, teacher)
     if cfg.result == "best" and evaluation is None:
         raise InputError("result is 'best', but there are no evaluation rows to judge by; give some, or take the last")
@@ -226,11 +226,11 @@ def _all_scored(tokens: np.ndarray) -> TokenRows:
     return TokenRows(tokens, np.ones(tokens.shape, bool))
 
 
-def check_length(length: int, cfg: FinetuneConfig) -> None:
-    """Returns if rows of this many tokens are within the model's context. Raises InputError if they do not."""
-    context = getattr(cfg.model, "max_position_embeddings", None)
+def check_context(length: int, model: Model, what: str = "rows") -> None:
+    """Raises InputError where rows of `length` tokens, called `what`, exceed the model's context."""
+    context = getattr(getattr(model, "switches", model.config), "max_position_embeddings", None)
     if context is not None and length > context:
-        raise InputError(f"rows of {length} tokens exceed the model's context of {context}; shorten them")
+        raise InputError(f"{what} of {length} tokens exceed the model's context of {context}; shorten them")
 
 
 def _checked(batches: Batches, step: int, cfg: FinetuneConfig, model: Model) -> TokenRows:
@@ -339,7 +339,7 @@ class _Run:
             loss=loss,
             gradient_norm=norm,
             learning_rate=float(self.rate(step)),
-            loss_mask=int(metrics.loss_mask),
+            scored=int(metrics.scored),
             seconds=time.monotonic() - began,
         )
         self.reporter.advance(rows.tokens.size, note=f"loss {loss:.4f}")

@@ -12,7 +12,7 @@ from cluscomp_jax.checkpoint.run_records import RunRecords
 from cluscomp_jax.clustering.matrix import size_report
 from cluscomp_jax.clustering.resolve import check_stacked, samples_of
 from cluscomp_jax.clustering.summary import CompressionSummary
-from cluscomp_jax.compression_run import compress_blocks, prepare
+from cluscomp_jax.compression_run import compress_all, prepare
 from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.core.caller_mesh import without_mesh
 from cluscomp_jax.models import layouts
@@ -60,11 +60,11 @@ def compress(
       InputError: whatever does not fit, before any long work; also activations on the disk.
     """
     calibration = None if calibration is None else samples_of(calibration)
-    rows = recovery_rows(cfg, calibration)
     opened = layouts.open_tree(params, build_model(cfg.model), layout)
     model, cfg = opened.model, dataclasses.replace(cfg, model=opened.model)
     if opened.stacked:
         check_stacked(model, cfg, calibration)
+    rows = recovery_rows(model, cfg, calibration)
     if check is not None:
         layouts.check_forward(params, opened, check)
     sink = DictSink()
@@ -118,7 +118,7 @@ def compress_stream(
     records, count = RunRecords(work_dir / "records"), build_model(cfg.model).num_blocks
     if finished_blocks < count:
         run = prepare(source, cfg, calibration, work_dir, records, timer, reporter, may_grow, alike)
-        compress_blocks(run, source, sink, records, finished_blocks)
+        compress_all(run, source, sink, records, finished_blocks)
         if run.streams is not None:
             run.streams.delete()
     else:

@@ -1,17 +1,20 @@
 """The recovery stage of a compression: finetuning of the compressed blocks, with the original as teacher."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from cluscomp_jax.clustering.resolve import Rules, rules_by_block
 from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.finetuning import FinetuneSummary, TeacherSource, finetune_stream
+from cluscomp_jax.finetuning import FinetuneSummary, TeacherSource, check_context, finetune_stream
 from cluscomp_jax.models.calibration import Calibration, Embeddings
-from cluscomp_jax.models.model import build_model
+from cluscomp_jax.models.model import Model, build_model
 from cluscomp_jax.models.source import BlockSink, ParamSource
 from cluscomp_jax.runtime.reporter import Reporter
+from cluscomp_jax.training import refuse_unmatched
 
 
 def recover_stream(
@@ -56,11 +59,19 @@ def recover_stream(
     )
 
 
-def recovery_rows(cfg: CompressConfig, calibration: Calibration | None) -> np.ndarray | None:
+def recovery_rows(model: Model, cfg: CompressConfig, calibration: Calibration | None) -> np.ndarray | None:
     """Returns the tokens that the recovery stage of a run takes; None: it has no such stage.
 
+    Called before the blocks are compressed, so that what recovery would refuse is refused before any long work.
+
+    Args:
+      model: the decoder.
+      cfg: the run.
+      calibration: its samples.
+
     Raises:
-      InputError: there are no calibration samples, or they are no tokens.
+      InputError: there are no calibration samples, they are no tokens or exceed the model's context, or a pattern of
+        `cfg.recovery.trainable` matches nothing.
     """
     if cfg.recovery is None:
         return None
@@ -74,4 +85,16 @@ def recovery_rows(cfg: CompressConfig, calibration: Calibration | None) -> np.nd
             f"recovery takes {cfg.recovery.steps} steps over calibration tokens, and the samples are embeddings; leave "
             "recovery out, and finetune on a text afterwards"
         )
+    check_context(calibration.shape[1], model, "recovery: calibration samples")
+    _check_trainable(model, cfg.recovery.trainable, rules_by_block(model, cfg))
     return calibration
+
+
+def _check_trainable(model: Model, trainable: Sequence[str], by_block: Sequence[Rules]) -> None:
+    names = set(model.outer_shapes())
+    for i, rules in enumerate(by_block):
+        prefix = f"{model.blocks_path}/{i}"
+        names |= {
+            f"{prefix}/{path}/codebook" if path in rules else f"{prefix}/{path}" for path in model.block_shapes(i)
+        }
+    refuse_unmatched(trainable, names, "recovery: trainable")

@@ -3,8 +3,8 @@
     python scripts/compare_indices.py
 
 The weights are of Student's t with 8 degrees of freedom, each input channel of a log-normal scale (sigma 0.3). Nothing
-is calibrated: every vector takes its nearest code, every channel the path of least error. Takes about half an hour on
-two cores, most of it for 65,500 codes of 8 weights; `--only` names settings as "g,n" or "g,n,step_bits".
+is calibrated: every vector takes its nearest code, every channel the path of least error. Takes about three
+minutes on two cores; `--only` names settings as "g,n" or "g,n,step_bits".
 """
 
 import argparse

@@ -22,6 +22,7 @@ from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.errors import InputError
+from cluscomp_jax.models.model import build_model
 from cluscomp_jax.pipeline import compress
 
 PLAIN = CompressConfig(
@@ -73,6 +74,20 @@ def test_recovery_without_samples_or_without_a_model_is_refused(params: Any) -> 
     blocks, inputs = [{"w": np.ones((8, 8), np.float32)}], np.ones((2, 3, 8), np.float32)
     with pytest.raises(InputError, match="a stack of blocks has not"):
         compress_blocks(blocks, lambda p, x: x @ p["w"], inputs, RECOVERED, rules=(CompressionRule(pattern="w"),))
+
+
+@pytest.mark.parametrize("as_model", [False, True])
+def test_what_recovery_would_refuse_is_refused_before_any_block_is_compressed(
+    params: Any, as_model: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluscomp_jax.pipeline.compress_stream", None)
+    short: Any = dataclasses.replace(CONFIG, max_position_embeddings=8)
+    cfg = dataclasses.replace(RECOVERED, model=build_model(short) if as_model else short)
+    with pytest.raises(InputError, match="recovery: calibration samples of 12 tokens exceed the model's context of 8"):
+        compress(params, cfg, calibration=TOKENS)
+    misspelt = RecoveryConfig(trainable=(".*norm/weight", ".*/codebok"))
+    with pytest.raises(InputError, match=r"recovery: trainable '\.\*/codebok' matches no array"):
+        compress(params, dataclasses.replace(RECOVERED, recovery=misspelt), calibration=TOKENS)
 
 
 @pytest.fixture(scope="module")

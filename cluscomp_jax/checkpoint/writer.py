@@ -127,11 +127,6 @@ class CheckpointWriter:
         """Whether the parameters outside the blocks are whole."""
         return REST in self._parts
 
-    @property
-    def tokenizer_finished(self) -> bool:
-        """Whether the tokenizer's files are whole."""
-        return TOKENIZER in self._parts
-
     def store_block(self, i: int, tree: Params) -> None:
         """Stores block i, which must be number `finished_blocks`; when this returns, it is safe on the disk.
 

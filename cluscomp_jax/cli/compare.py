@@ -8,7 +8,7 @@ from cluscomp_jax.cli.arguments import CompareArguments
 from cluscomp_jax.cli.outcome import FAILED, Result, note
 from cluscomp_jax.errors import InputError, RunError
 from cluscomp_jax.reporting.html.comparison import COMPARISON_HEADER, comparison_notices, comparison_rows
-from cluscomp_jax.reporting.html.records import RunRecords, read_records
+from cluscomp_jax.reporting.html.records import ReportedRun, read_records
 from cluscomp_jax.reporting.tables import format_table
 
 
@@ -46,7 +46,7 @@ def run(arguments: CompareArguments) -> Result:
     return Result("\n".join(lines), fields)
 
 
-def _require_one_tokenizer(folders: Sequence[str], runs: Sequence[RunRecords]) -> None:
+def _require_one_tokenizer(folders: Sequence[str], runs: Sequence[ReportedRun]) -> None:
     """Raises InputError where two runs name two tokenizers: their perplexities are of different tokens."""
     named = [(folder, run.provenance.get("tokenizer")) for folder, run in zip(folders, runs, strict=True)]
     known = [(folder, digest) for folder, digest in named if digest is not None]

@@ -24,7 +24,7 @@ from cluscomp_jax.finetuning import (
     FinetuneSummary,
     TeacherSource,
     as_batches,
-    check_length,
+    check_context,
     check_teacher,
     finetune_stream,
     fingerprint,
@@ -52,7 +52,7 @@ def run(arguments: FinetuneArguments) -> Result:
     if Path(arguments.out).resolve() == Path(arguments.model).resolve():
         raise InputError(f"--out {arguments.out} is the model that is to be finetuned; choose another folder")
     cfg = dataclasses.replace(cfg, model=opened.config)
-    check_length(cfg.data.length, cfg)
+    check_context(cfg.data.length, opened.model)
     make_sharding(cfg.mesh, opened.model)
     cache = arguments.token_cache
     rows = _read(opened, cfg, arguments.data, cache)

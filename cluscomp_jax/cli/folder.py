@@ -102,7 +102,7 @@ def compress_to_folder(
       InputError: the folder is not free, or a weight is not finite; no file is left.
       RunError: the disk is full; the same call resumes.
     """
-    course, rows = _Course(measure), recovery_rows(cfg, calibration)
+    course, rows = _Course(measure), recovery_rows(opened.model, cfg, calibration)
     with course.before("prepare"):
         tokenizer = carried_tokenizer(opened)
         identity = fingerprint(opened.source, cfg, calibration).including(tokenizer=tokenizer.digest)

@@ -94,7 +94,7 @@ def _refuse_contradictions(arguments: CompressArguments) -> None:
     _refuse_samples(arguments)
     for needed, names in _NEEDED_BY.items():
         for name in names:
-            if getattr(arguments, needed) is None and getattr(arguments, name) not in (None, False):
+            if getattr(arguments, needed) is None and _asks(arguments, name):
                 raise InputError(
                     f"{_given(arguments, name)} has no effect without --{needed} TEXT; add that, or leave it out"
                 )
@@ -116,6 +116,12 @@ def _refuse_samples(arguments: CompressArguments) -> None:
                 f"{_given(arguments, name)} has no effect on embeddings, {arguments.calibration}, which are samples "
                 "already; leave it out"
             )
+
+
+def _asks(arguments: CompressArguments, name: str) -> bool:
+    """Returns whether an option is given that asks for something; `--recover 0` turns a stage off."""
+    value = getattr(arguments, name)
+    return value is not None and value is not False and (name, value) != ("recover", 0)
 
 
 def _given(arguments: CompressArguments, name: str) -> str:

@@ -93,6 +93,8 @@ def cluster_matrix(
         raise InputError(NOT_IN)
     began, owner = time.monotonic(), None
     weight, channel_weights = on_one_device(weight), on_one_device(channel_weights)
+    if not bool((jnp if isinstance(weight, jax.Array) else np).isfinite(weight).all()):
+        raise InputError("the weights hold NaN or Inf; only finite ones can be clustered")
     if shared is None:
         exact, codes = coder_of(rule).fit(
             weight, rule, channel_weights, key=key, iterations=settings.iterations, codes=factor is None

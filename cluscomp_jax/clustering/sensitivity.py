@@ -21,6 +21,7 @@ from cluscomp_jax.config.clustering import ClusterConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.losses import token_nll
 from cluscomp_jax.core.trees import Params
+from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.activations import ActivationStore, run_through
 from cluscomp_jax.models.calibration import Calibration, Embeddings
 from cluscomp_jax.models.model import Model, run_block, run_embed
@@ -52,6 +53,9 @@ def sensitivities(
       settings: whether and how error feedback will be used.
       work_dir: scratch.
       reporter: receives progress.
+
+    Raises:
+      InputError: embeddings whose first samples have no token to predict.
     """
     tokens, labelled, weights = _labels(calibration)
     reporter.start("sensitivity", 2 * model.num_blocks, "blocks")
@@ -94,6 +98,11 @@ def _labels(calibration: Calibration) -> tuple[np.ndarray, np.ndarray | None, np
     tokens = np.asarray(calibration.tokens[:SAMPLES])
     weights = None if calibration.weights is None else calibration.weights[:SAMPLES]
     labelled = tokens >= 0
+    if not labelled[:, 1:].any():
+        raise InputError(
+            f"none of the first {len(tokens)} calibration samples has a token after its first position, and "
+            "bits are spent by a loss of tokens; give their tokens, or set mixed_precision to 'none'"
+        )
     return np.maximum(tokens, 0), None if labelled.all() else labelled, weights
 
 

@@ -60,9 +60,11 @@ def cluster_tree(
     if unknown := hessians.keys() - {path for path, rule in chosen.items() if rule is not None}:
         raise InputError(f"hessians: {sorted(unknown)[0]!r} is no leaf that a rule matches")
     for path, leaf in leaves:
-        if chosen[path] is not None:
+        rule = chosen[path]
+        if rule is not None:
             check_leaf(path, leaf)
-
+            if hessians.get(path) is not None:
+                _check_hessian(path, hessians[path], leaf, rule)
     refuse_growth(_bits_per_weight(leaves, chosen))
 
     def one(path: str, leaf: Any) -> Any:
@@ -197,7 +199,7 @@ def _cluster_leaf(
     on_host = not isinstance(leaf, jax.Array)
     matrices = host.to_stack(np.asarray(on_one_device(leaf)))
     stack, matrix = matrices.shape[:-2], matrices.shape[-2:]
-    hessian = _checked_hessian(path, hessian, (*stack, matrix[0], matrix[0]))
+    hessian = None if hessian is None else np.asarray(hessian)
     arrays = []
     for j, one in enumerate(matrices.reshape(-1, *matrix)):
         name = f"{path}[{j}]" if stacked else path
@@ -222,12 +224,17 @@ def _cluster_one(
     return array
 
 
-def _checked_hessian(path: str, hessian: Any, shape: tuple[int, ...]) -> np.ndarray | None:
-    if hessian is None:
-        return None
+def _check_hessian(path: str, hessian: Any, leaf: Any, rule: CompressionRule) -> None:
+    """Raises InputError unless it is E[x x^T] of the inputs of the leaf: its shape, floating, finite, squares >= 0."""
+    host, stacked = parse_axes(rule.axes, tuple(leaf.shape), leaf.dtype, path)
+    d_in = host.matrix_shape[0]
+    shape = (*leaf.shape[host.stack_at : host.stack_at + stacked], d_in, d_in)
     found = np.asarray(hessian)
     if found.shape != shape:
         raise InputError(f"hessians: that of {path} has shape {found.shape}; its inputs make {shape}")
+    if not jnp.issubdtype(found.dtype, jnp.floating):
+        raise InputError(f"hessians: that of {path} is {found.dtype}; it must be floating")
     if not np.isfinite(found).all():
         raise InputError(f"hessians: that of {path} holds NaN or Inf")
-    return found
+    if (least := np.diagonal(found, axis1=-2, axis2=-1).min()) < 0:
+        raise InputError(f"hessians: that of {path} has {least} on its diagonal, which holds means of squares, >= 0")

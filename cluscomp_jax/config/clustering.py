@@ -87,7 +87,7 @@ class ClusterConfig:
       iterations: Lloyd iterations, >= 0 (paper: 20).
       weighted: weight each vector by the mean square of its input channel, E[x_i^2], from calibration; used for
         axis "out" only, and only where calibration is given.
-      error_feedback: choose the codes of one input channel after another, each making good the errors before it, by the
+      error_feedback: choose the codes of one input channel after another, each making good the errors before it, by
         the Hessian E[x x^T] from calibration; used for axis "out" only, and only where calibration is given.
       damping: share of the mean of E[x_i^2] added to the Hessian's diagonal, > 0.
       shrinkage: s of (1 - s) H + s diag H, the Hessian that error feedback uses, in [0, 1); before damping.

@@ -4,8 +4,10 @@ import dataclasses
 from typing import Literal
 
 from cluscomp_jax.config.finetune import FinetuneConfig
+from cluscomp_jax.config.mesh import MeshConfig
 from cluscomp_jax.config.numerics import Dtype
 from cluscomp_jax.config.training import EVERY_CODEBOOK, DistillationConfig, TrainingConfig
+from cluscomp_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,12 +39,15 @@ class RecoveryConfig:
     def __post_init__(self) -> None:
         self.finetune_config()
 
-    def finetune_config(self) -> FinetuneConfig:
-        """Returns the finetuning run that this is, without model, mesh and seed.
+    def finetune_config(self, mesh: MeshConfig = MeshConfig()) -> FinetuneConfig:
+        """Returns the finetuning run that this is, without model and seed.
 
         Raises:
-          InputError: a value out of its range.
+          InputError: a value out of its range, or a batch that the mesh does not divide.
         """
         names = [field.name for field in dataclasses.fields(self) if field.name != "save_every"]
-        training = TrainingConfig(**{name: getattr(self, name) for name in names})
-        return FinetuneConfig(training=training, save_every=self.save_every)
+        try:
+            training = TrainingConfig(**{name: getattr(self, name) for name in names})
+            return FinetuneConfig(training=training, save_every=self.save_every, mesh=mesh)
+        except InputError as error:
+            raise InputError(f"recovery: {error}") from error

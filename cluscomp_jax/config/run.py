@@ -56,12 +56,12 @@ class CompressConfig:
                 "use data, leave fsdp and tensor out"
             )
         if self.recovery is not None:
-            dataclasses.replace(self.recovery.finetune_config(), mesh=self.mesh)
+            self.recovery.finetune_config(self.mesh)
         if self.tuning is not None:
             train = self.calibration.samples - self.tuning.validation_samples
             if train < 1:
                 raise InputError(
-                    f"held_out is {self.tuning.validation_samples} of {self.calibration.samples} samples; "
+                    f"validation_samples is {self.tuning.validation_samples} of {self.calibration.samples} samples; "
                     "at least one must be left to tune on"
                 )
             if train % self.tuning.batch_size:
@@ -132,20 +132,19 @@ RECIPES: dict[str, CompressConfig] = {
 
 
 def load_config(path: str | Path, *, recipe: Recipe | None = None) -> CompressConfig:
-    """Returns the CompressConfig of a TOML file: tables [cluster], [[cluster.rules]], [calibration], [tuning],
-      [recovery].
+    """Returns the CompressConfig of a TOML file.
 
-      A top-level `recipe` names the defaults that the file's keys override; `tuning = false` and `recovery =
-    false` turn a stage off.
+    Its tables are [cluster], [[cluster.rules]], [calibration], [tuning] and [recovery]. A top-level `recipe` names the
+    defaults that the file's keys override; `tuning = false` and `recovery = false` turn a stage off.
 
-      Args:
-        path: of the file.
-        recipe: the defaults where the file names none.
+    Args:
+      path: of the file.
+      recipe: the defaults where the file names none.
 
-      Raises:
-        InputError: no such file, not TOML, a key nobody reads, a value of the wrong type or range, or a recipe in the
-          file that is not the one asked for, or a bit budget together with the g, num_codes or step_bits that it would
-          replace.
+    Raises:
+      InputError: no such file, not TOML, a key nobody reads, a value of the wrong type or range, or a recipe in the
+        file that is not the one asked for, or a bit budget together with the g, num_codes or step_bits that it would
+        replace.
     """
     fields = read_toml(path)
     try:

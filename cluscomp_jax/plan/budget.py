@@ -52,7 +52,7 @@ def forward_batch(
     if most.peak_bytes > usable:
         raise InputError(
             f"device_memory_gib is {cfg.device_memory_gib}; {most.stage} ({most.name}) takes "
-            f"{most.peak_bytes / GIB:.2f} GiB on this device; allow as much, or see `cluscomp plan` for what needs less"
+            f"{most.peak_bytes / GIB:.3g} GiB on this device; allow as much, or see `cluscomp plan` for what needs less"
         )
     return batch
 

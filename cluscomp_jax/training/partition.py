@@ -208,20 +208,37 @@ def _longest_pattern(kinds: Sequence[int]) -> tuple[int, int]:
     return found
 
 
+def refuse_unmatched(trainable: Sequence[str], names: Iterable[str], what: str = "trainable") -> None:
+    """Raises InputError where a regular expression matches none of the names of arrays.
+
+    Args:
+      trainable: the expressions, as in `TrainingConfig`.
+      names: of all arrays, "<kernel>/codebook" for a compressed kernel.
+      what: the expressions' name in the message.
+    """
+    known = list(names)
+    for pattern in sorted(trainable):
+        if not any(re.fullmatch(pattern, name) for name in known):
+            compressed = any(name.endswith(_CODEBOOK) for name in known)
+            advice = "" if compressed else "; this model has no codebooks yet: compress it first"
+            raise InputError(
+                f"{what} {pattern!r} matches no array of the model; names are paths such as 'model/norm/weight', "
+                f"and a kernel's path followed by '/codebook' where the kernel is compressed{advice}"
+            )
+
+
 class _Choice:
-    """Which arrays the expressions match, and which expressions have matched none yet."""
+    """Which arrays the expressions match."""
 
     def __init__(self, trainable: Sequence[str]):
-        self._patterns = [re.compile(pattern) for pattern in trainable]
-        self._unused = set(trainable)
-        self._compressed = False
+        self._trainable = trainable
+        self._names = list[str]()
 
     def part(self, prefix: str, tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Returns ({name: what trains}, {path: what is frozen}) of one block, or of what is outside the blocks."""
         trained, frozen = {}, {}
         for path, leaf in trees.iterate(tree):
             coded = isinstance(leaf, CodebookArray)
-            self._compressed |= coded
             name = leaf.owner(path) + _CODEBOOK if coded else path
             if not self._matches(prefix + name):
                 frozen[path] = leaf
@@ -236,17 +253,12 @@ class _Choice:
         return trained, frozen
 
     def _matches(self, name: str) -> bool:
-        matching = {pattern.pattern for pattern in self._patterns if pattern.fullmatch(name)}
-        self._unused -= matching
-        return bool(matching)
+        self._names.append(name)
+        return any(re.fullmatch(pattern, name) for pattern in self._trainable)
 
     def refuse_unused(self) -> None:
-        for pattern in sorted(self._unused):
-            advice = "" if self._compressed else "; this model has no codebooks yet: compress it first"
-            raise InputError(
-                f"trainable {pattern!r} matches no array of the model; names are paths such as 'model/norm/weight', "
-                f"and a kernel's path followed by '/codebook' where the kernel is compressed{advice}"
-            )
+        """Raises InputError where an expression has matched no array."""
+        refuse_unmatched(self._trainable, self._names)
 
 
 def _signature(trained: Mapping[str, Any], frozen: Mapping[str, Any]) -> Hashable:

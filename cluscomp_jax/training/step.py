@@ -58,7 +58,7 @@ class StepMetrics(NamedTuple):
 
     loss: jax.Array
     gradient_norm: jax.Array
-    loss_mask: jax.Array
+    scored: jax.Array
     finite: jax.Array
 
 

@@ -81,7 +81,7 @@ def split_trainable(block: Params, *, norms: bool) -> tuple[Trainable, dict[str,
     return trained, flat
 
 
-def join_trainable(trained: Trainable, outer: dict[str, Any]) -> Params:
+def join_trainable(trained: Trainable, frozen: dict[str, Any]) -> Params:
     """Undoes `split_trainable`."""
 
     def joined(path: str, leaf: Any) -> Any:
@@ -89,7 +89,7 @@ def join_trainable(trained: Trainable, outer: dict[str, Any]) -> Params:
             return dataclasses.replace(leaf, codebook=trained[leaf.owner(path)])
         return trained.get(path, leaf)
 
-    return trees.unflatten({path: joined(path, leaf) for path, leaf in outer.items()})
+    return trees.unflatten({path: joined(path, leaf) for path, leaf in frozen.items()})
 
 
 @partial(jax.jit, static_argnames=("settings", "total_steps"))
@@ -234,8 +234,8 @@ def tune_block(
 ) -> tuple[Params, BlockTuning]:
     """Returns (the block with tuned float32 codebooks, what happened).
 
-    The last `settings.held_out` samples are never stepped on; they choose among the start and the epochs. Without
-    them see `BlockTuningConfig`.
+    The last `settings.validation_samples` samples are never stepped on; they choose among the start and the epochs.
+    Without them see `BlockTuningConfig`.
 
     Args:
       block: compressed parameters, block-relative paths, codebooks in the dtype they are stored in; at least one

@@ -130,11 +130,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"recipe": "fast", "calibration": "t", "epochs": 2},
         "--epochs 2, but fast turns tuning off",
     ),
+    "no epochs without text": ({"epochs": 0}, "--epochs 0 has no effect without --calibration"),
     "recovery without text": ({"recover": 3}, "--recover 3 has no effect without --calibration"),
     "recovery of fewer than no steps": ({"recover": -1, "calibration": "t"}, "--recover -1: it must be 0 or more"),
     "recovery on several devices": (
         {"recover": 3, "calibration": "t", "mesh": "data=2"},
-        "batch_size is 1, mesh data=2,fsdp=1,tensor=1 spreads its rows over 2 devices",
+        "recovery: batch_size is 1, mesh data=2,fsdp=1,tensor=1 spreads its rows over 2 devices",
     ),
     "recipe without text": ({"recipe": "paper"}, "paper asks for tuning, which needs --calibration"),
     "window of one": ({"context": 1}, "--context 1: it must be 2 or more"),

@@ -169,3 +169,14 @@ def test_validate_names_what_does_not_fit(change, message):
         validate(dataclasses.replace(w, **change), "somewhere")
     assert message in str(error.value)
     assert str(error.value).startswith("somewhere: ")
+
+
+@pytest.mark.parametrize("step_bits", [None, 4])
+@pytest.mark.parametrize("put", [np.asarray, jnp.asarray])
+@pytest.mark.nans
+def test_weights_that_are_not_finite_are_refused_whatever_the_coding(step_bits, put):
+    weight = np.random.default_rng(0).standard_normal((8, 12)).astype(np.float32)
+    weight[3, 5] = np.nan
+    rule = CompressionRule(group_size=2, num_codes=16, step_bits=step_bits)
+    with pytest.raises(InputError, match="the weights hold NaN or Inf"):
+        matrix.cluster_matrix(put(weight), rule, EXACT, key=jax.random.key(0))

@@ -13,6 +13,8 @@ from cluscomp_jax.clustering.sensitivity import sensitivities
 from cluscomp_jax.config.clustering import ClusterConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.losses import token_nll
+from cluscomp_jax.errors import InputError
+from cluscomp_jax.models.calibration import Embeddings
 from cluscomp_jax.models.llama.model import build
 from cluscomp_jax.models.source import as_source
 from cluscomp_jax.runtime.reporter import SilentReporter
@@ -70,3 +72,13 @@ def test_feedback_leaves_a_share_of_it(problem, tmp_path):
     run = partial(sensitivities, model, as_source(params, model), tokens, work_dir=tmp_path, reporter=SilentReporter())
     plain, fed = run(settings=PLAIN), run(settings=ClusterConfig())
     assert all(0 < fed[path] < plain[path] for path in plain)
+
+
+def test_samples_without_a_token_to_predict_are_refused(problem, tmp_path):
+    model, params, tokens = problem
+    inputs = np.ones((*tokens.shape, MIXED.hidden_size), np.float32)
+    unlabelled = Embeddings(inputs, None, np.full(tokens.shape, -1))
+    with pytest.raises(InputError, match="none of the first 3 calibration samples has a token after"):
+        sensitivities(
+            model, as_source(params, model), unlabelled, settings=PLAIN, work_dir=tmp_path, reporter=SilentReporter()
+        )

@@ -176,11 +176,15 @@ def test_refused_in_one_line(name):
         ({"v": np.eye(8)}, "'v' is no leaf that a rule matches"),
         ({"w": np.eye(12)}, "that of w has shape (12, 12); its inputs make (8, 8)"),
         ({"w": np.full((8, 8), np.inf)}, "holds NaN or Inf"),
+        ({"w": np.full((8, 8), "a")}, "that of w is <U1; it must be floating"),
+        ({"w": np.eye(8, dtype=int)}, "that of w is int64; it must be floating"),
+        ({"w": -np.eye(8)}, "that of w has -1.0 on its diagonal"),
     ],
 )
-def test_hessians_that_do_not_fit(hessians, message):
+def test_hessians_that_do_not_fit(hessians, message, monkeypatch):
+    monkeypatch.setattr("cluscomp_jax.clustering.tree.cluster_matrix", None)  # refused before any leaf is clustered
     with pytest.raises(InputError) as error:
-        cluster_tree({"w": W}, [rule("w")], hessians=hessians)
+        cluster_tree({"first": W, "w": W}, [rule(".*")], hessians=hessians)
     assert message in str(error.value)
 
 

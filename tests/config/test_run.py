@@ -85,7 +85,10 @@ BAD = {
     "a recipe that is no name": ("recipe = [1]", "recipe is"),
     "a value out of range": ("[[cluster.rules]]\ngroup_size = 33", "group_size is 33; it must be 1 to 32"),
     "a negative seed": ("seed = -1", "seed is -1"),
-    "held_out of all": ("[calibration]\nsamples = 4\n[tuning]\nvalidation_samples = 4", "held_out is 4 of 4 samples"),
+    "all samples for validation": (
+        "[calibration]\nsamples = 4\n[tuning]\nvalidation_samples = 4",
+        "validation_samples is 4 of 4 samples",
+    ),
     "batch that does not divide": ("[calibration]\nsamples = 4\n[tuning]\nbatch_size = 3", "3 does not divide the 4"),
     "no TOML": ("seed = ", "not valid TOML"),
     "a budget and a group": (

@@ -8,7 +8,10 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 from io_models import config_fields
 
@@ -23,6 +26,7 @@ from cluscomp_jax.config.training import DistillationConfig, TrainingConfig
 from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.model import build_model, parameter_shapes
+from cluscomp_jax.pipeline import compress
 from cluscomp_jax.plan import PRESETS, Plan, Reserve, find_target, plan, preset_config
 from cluscomp_jax.plan import target as target_module
 from cluscomp_jax.plan.budget import forward_batch
@@ -168,6 +172,18 @@ def test_a_memory_budget_chooses_the_batch_or_says_what_does_not_fit() -> None:
     assert all(batch & (batch - 1) == 0 for batch in batches)
     with pytest.raises(InputError, match=r"device_memory_gib is 1e-05; \w+ \(.*\) takes"):
         forward_batch(model, dataclasses.replace(tuned, device_memory_gib=1e-5), shape)
+
+
+def test_a_memory_budget_that_is_too_small_is_refused_before_sensitivities(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluscomp_jax.compression_run.sensitivities", None)
+    cluster = ClusterConfig(bits=3.0, mixed_precision="per_matrix", iterations=1)
+    cfg = CompressConfig(model=TINY, cluster=cluster, device_memory_gib=1e-5)
+    with pytest.raises(InputError, match="device_memory_gib is 1e-05"):
+        compress(
+            llama.init_params(TINY, jax.random.key(0)), cfg, calibration=np.ones((64, 32), np.int32), work_dir=tmp_path
+        )
 
 
 def test_the_budget_is_a_key_of_the_config(tmp_path) -> None:

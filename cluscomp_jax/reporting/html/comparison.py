@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from cluscomp_jax.reporting.html.records import RunRecords
+from cluscomp_jax.reporting.html.records import ReportedRun
 from cluscomp_jax.reporting.tables import format_bytes
 
 COMPARISON_HEADER = (
@@ -10,7 +10,7 @@ COMPARISON_HEADER = (
 )  # fmt: skip
 
 
-def comparison_rows(runs: Sequence[RunRecords]) -> list[tuple[str, ...]]:
+def comparison_rows(runs: Sequence[ReportedRun]) -> list[tuple[str, ...]]:
     """Returns the rows under COMPARISON_HEADER; "-" where a run has no such record."""
     rows: list[tuple[str, ...]] = []
     for run in runs:
@@ -32,7 +32,7 @@ def comparison_rows(runs: Sequence[RunRecords]) -> list[tuple[str, ...]]:
     return rows
 
 
-def comparison_notices(runs: Sequence[RunRecords]) -> list[str]:
+def comparison_notices(runs: Sequence[ReportedRun]) -> list[str]:
     """Returns the limits of the comparison: unfinished runs, and perplexities of different texts."""
     notices = [
         f"{run.name} is unfinished: {len(run.blocks)} of {run.num_blocks} blocks" for run in runs if not run.finished

@@ -13,7 +13,7 @@ import numpy as np
 from cluscomp_jax.core.coding import PLAIN, Form, TrellisCoding
 from cluscomp_jax.core.losses import BLOCK_ERROR
 from cluscomp_jax.reporting.html.codes import CodeUse
-from cluscomp_jax.reporting.html.records import Record, RunRecords
+from cluscomp_jax.reporting.html.records import Record, ReportedRun
 from cluscomp_jax.runtime.extras import needed_for
 
 with needed_for("a report", "report"):
@@ -76,19 +76,19 @@ class Drawing:
         return f'{opening} role="img" aria-label="{self.title}">{outer}'
 
 
-def draw_run(records: RunRecords, uses: Mapping[str, CodeUse]) -> list[Drawing]:
+def draw_run(records: ReportedRun, uses: Mapping[str, CodeUse]) -> list[Drawing]:
     """Returns the figures that the records of the run suffice for; `uses` is by full path of the matrix."""
     with matplotlib.rc_context(_STYLE):
         return list(_of_run(records, uses))
 
 
-def draw_comparison(runs: Sequence[RunRecords]) -> list[Drawing]:
+def draw_comparison(runs: Sequence[ReportedRun]) -> list[Drawing]:
     """Returns the figure of bits against perplexity, or none where no run has both."""
     with matplotlib.rc_context(_STYLE):
         return list(_of_runs(runs))
 
 
-def _of_run(records: RunRecords, uses: Mapping[str, CodeUse]) -> Iterator[Drawing]:
+def _of_run(records: ReportedRun, uses: Mapping[str, CodeUse]) -> Iterator[Drawing]:
     if records.matrices:
         yield _sizes(records)
     if records.perplexity:
@@ -128,7 +128,7 @@ def _of_run(records: RunRecords, uses: Mapping[str, CodeUse]) -> Iterator[Drawin
         yield _stages(records.stages)
 
 
-def _of_runs(runs: Sequence[RunRecords]) -> Iterator[Drawing]:
+def _of_runs(runs: Sequence[ReportedRun]) -> Iterator[Drawing]:
     points = []
     for run in runs:
         measured = run.own_perplexity.get("perplexity")
@@ -168,7 +168,7 @@ def _legend_above(axes: Any) -> None:
     axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=max(1, len(handles)), borderaxespad=0.2)
 
 
-def _sizes(records: RunRecords) -> Drawing:
+def _sizes(records: ReportedRun) -> Drawing:
     sums: dict[str, list[float]] = {}
     for matrix in records.matrices:
         held = sums.setdefault(records.projection(matrix["path"]), [0.0, 0.0, 0.0])
@@ -192,7 +192,7 @@ def _sizes(records: RunRecords) -> Drawing:
     return Drawing("sizes", "Where the bytes are", caption, figure)
 
 
-def _perplexity(records: RunRecords) -> Drawing:
+def _perplexity(records: ReportedRun) -> Drawing:
     measured = records.perplexity
     shown = {name: float(m["perplexity"]) for name, m in measured.items() if _number(m.get("perplexity"))}
     figure, axes = _new(9, 0.55 * max(1, len(shown)) + 1.2)
@@ -263,7 +263,7 @@ def _draw_courses(figure: Figure, axes: Any, courses: Mapping[int, Sequence[floa
 
 
 def _heat_map(
-    name: str, title: str, label: str, values: Mapping[str, float], records: RunRecords, colours: str
+    name: str, title: str, label: str, values: Mapping[str, float], records: ReportedRun, colours: str
 ) -> Drawing:
     names = list(dict.fromkeys(records.projection(path) for path in values))
     grid = np.full((len(names), records.num_blocks), np.nan)

@@ -23,7 +23,7 @@ from cluscomp_jax.reporting.html.comparison import (
     perplexity_of,
 )
 from cluscomp_jax.reporting.html.figures import Drawing, draw_comparison, draw_run
-from cluscomp_jax.reporting.html.records import Record, RunRecords, read_records
+from cluscomp_jax.reporting.html.records import Record, ReportedRun, read_records
 from cluscomp_jax.reporting.tables import format_bytes, format_codes, format_table
 from cluscomp_jax.runtime import atomic
 from cluscomp_jax.runtime.extras import needed_for
@@ -77,7 +77,7 @@ def write_report(folder: str | Path, out: Path | None = None) -> Path:
     return _store(place, text, drawings)
 
 
-def write_comparison(runs: Sequence[RunRecords], out: Path) -> Path:
+def write_comparison(runs: Sequence[ReportedRun], out: Path) -> Path:
     """Writes a page that compares runs and returns its path; `out` as for `write_report`."""
     _require_own(out)
     drawings = draw_comparison(runs)
@@ -139,7 +139,7 @@ def _store(out: Path, text: str, drawings: Sequence[Drawing]) -> Path:
     return out / PAGE_NAME
 
 
-def _subtitle(records: RunRecords) -> str:
+def _subtitle(records: ReportedRun) -> str:
     provenance = records.provenance
     calibration = provenance.get("calibration")
     parts = [f"{records.model_config.get('model_type')} of {records.num_blocks} blocks"]
@@ -154,7 +154,7 @@ def _subtitle(records: RunRecords) -> str:
     return "; ".join(parts)
 
 
-def _notices(records: RunRecords) -> list[str]:
+def _notices(records: ReportedRun) -> list[str]:
     if records.finished:
         missing = [] if records.perplexity else [_no_perplexity(records.folder)]
         diverged = [str(block["index"]) for block in records.blocks if block.get("diverged")]
@@ -176,7 +176,7 @@ def _no_perplexity(folder: str) -> str:
     )
 
 
-def _facts(records: RunRecords) -> list[tuple[str, str]]:
+def _facts(records: ReportedRun) -> list[tuple[str, str]]:
     facts = []
     if records.bits_per_weight is not None:
         dense, compressed = records.matrix_bytes
@@ -198,7 +198,7 @@ def _facts(records: RunRecords) -> list[tuple[str, str]]:
     return facts
 
 
-def _projections(records: RunRecords) -> Table:
+def _projections(records: ReportedRun) -> Table:
     """Returns the settings that ran: a row for every (projection, g, codes, axis) that matrices have."""
     groups: dict[tuple[str, int, str, str], list[Record]] = {}
     for matrix in records.matrices:
@@ -212,7 +212,7 @@ def _projections(records: RunRecords) -> Table:
     return Table("Settings by projection", header, rows, open=True)
 
 
-def _matrices(records: RunRecords) -> Table:
+def _matrices(records: ReportedRun) -> Table:
     header = ("matrix", "shape", "g", "codes", "axis", "bits/weight", "original", "compressed", "relative error")
     rows = [
         (
@@ -231,7 +231,7 @@ def _matrices(records: RunRecords) -> Table:
     return Table(f"All {len(rows)} matrices", header, rows)
 
 
-def _blocks(records: RunRecords) -> list[tuple[str, str]]:
+def _blocks(records: ReportedRun) -> list[tuple[str, str]]:
     shown = []
     if records.provenance.get("command"):
         shown.append(("Command", str(records.provenance["command"])))

@@ -24,7 +24,7 @@ Record = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class RunRecords:
+class ReportedRun:
     """The records of one run.
 
     Attributes:
@@ -120,7 +120,7 @@ def _resolved(rule: Record, matrices: Sequence[Record]) -> list[dict[str, Any]]:
     return found or [kept]
 
 
-def read_records(folder: str | Path) -> RunRecords:
+def read_records(folder: str | Path) -> ReportedRun:
     """Returns the records of a compressed folder, or of a run that has not ended.
 
     Raises:
@@ -134,7 +134,7 @@ def read_records(folder: str | Path) -> RunRecords:
     raise InputError(f"{path}: has neither {MANIFEST_NAME} nor {RUN_NAME}; give the output folder of compress")
 
 
-def _finished(path: Path) -> RunRecords:
+def _finished(path: Path) -> ReportedRun:
     manifest = recorded(describe(path))
     metrics = manifest["metrics"]
     of_run = {matrix["path"]: matrix for matrix in metrics.get("matrices") or []}
@@ -143,7 +143,7 @@ def _finished(path: Path) -> RunRecords:
     matrices = [{**_of_manifest(name, listed[name]), **of_run.get(name, {})} for name in order if name in listed]
     model = build_model(parse_model_config(manifest["model_config"]))
     perplexity = _perplexity(manifest, read_evaluations(path))
-    return RunRecords(
+    return ReportedRun(
         folder=str(path),
         name=path.resolve().name,
         finished=True,
@@ -191,7 +191,7 @@ def _of_manifest(name: str, matrix: Record) -> dict[str, Any]:
     }
 
 
-def _unfinished(path: Path) -> RunRecords:
+def _unfinished(path: Path) -> ReportedRun:
     run = json_files.read_object(path / RUN_NAME)
     model_config, run_config = run.get("model_config"), run.get("run_config")
     if not isinstance(model_config, dict) or not isinstance(run_config, dict):
@@ -199,7 +199,7 @@ def _unfinished(path: Path) -> RunRecords:
     model = build_model(parse_model_config(model_config))
     blocks = {record["index"]: record for record in _block_events(path / METRICS_NAME)}
     ordered = [blocks[i] for i in sorted(blocks)]
-    return RunRecords(
+    return ReportedRun(
         folder=str(path),
         name=path.resolve().name,
         finished=False,

@@ -230,7 +230,7 @@ def check_context(length: int, model: Model, what: str = "rows") -> None:
     """Raises InputError where rows of `length` tokens, called `what`, exceed the model's context."""
     context = getattr(getattr(model, "switches", model.config), "max_position_embeddings", None)
     if context is not None and length > context:
-        raise InputError(f"{what} of {length} tokens exceed the model's context of {context}; shorten them")
+        raise InputError(f"{what} of {length} tokens exceed the model's context of {context}; give {context} or less")
 
 
 def _checked(batches: Batches, step: int, cfg: FinetuneConfig, model: Model) -> TokenRows:

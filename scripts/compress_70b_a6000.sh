@@ -20,8 +20,6 @@ preset=$([ "$family" = llama3 ] && echo llama-3-70b || echo llama-2-70b)
 
 # What `plan` counts with: JAX may take 92% of the card, the rest is the CUDA context's.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
-# Without this every stage of a resumed run is compiled again.
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/cluscomp-jax}
 
 JAX_PLATFORMS=cpu cluscomp plan "$preset" --target a6000 --config "$config" --recipe "$recipe" \
   --memory-fraction "$XLA_PYTHON_CLIENT_MEM_FRACTION"

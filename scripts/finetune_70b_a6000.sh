@@ -16,15 +16,15 @@ set -euo pipefail
 model=${1:?which compressed folder?} data=${2:?which data?} new=${3:?into which folder?} bits=${4:-2}
 family=${FAMILY:-llama2} steps=${STEPS:-1000}
 here=$(cd "$(dirname "$0")/.." && pwd)
+size=$([ "$bits" = 1 ] && echo 70b_ || true)
+config=$here/configs/llama_${size}${bits}bit.toml
 settings=$here/configs/finetune/llama2_70b.toml
 preset=$([ "$family" = llama3 ] && echo llama-3-70b || echo llama-2-70b)
 
 # What `plan` counts with: JAX may take 92% of the card, the rest is the CUDA context's.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
-# Without this every stage of a resumed run is compiled again.
-export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/cluscomp-jax}
 
-JAX_PLATFORMS=cpu cluscomp plan "$preset" --target a6000 --config "$here/configs/${family}_70b_${bits}bit.toml" \
+JAX_PLATFORMS=cpu cluscomp plan "$preset" --target a6000 --config "$config" \
   --finetune-config "$settings" --memory-fraction "$XLA_PYTHON_CLIENT_MEM_FRACTION"
 # A finished result is not made again: the last run may have been stopped in the evaluation.
 [ -f "$new/manifest.json" ] ||

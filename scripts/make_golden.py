@@ -1,13 +1,16 @@
 """Writes the golden checkpoint of the current format version, and prints what its test pins.
 
     python scripts/make_golden.py tests/fixtures/golden_v4
+    python scripts/make_golden.py tests/fixtures/golden_v2 --tied
 
-golden_v3 was made by the same program without what is carried, golden_v1 without trellises too.
+golden_v3 was made by the same program without what is carried, golden_v1 without trellises too; golden_v2 is golden_v1
+with a codebook that two kernels have in common.
 
 Run once per format version: what is committed stays as it was written, because it represents the checkpoints of users.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import pprint
@@ -54,7 +57,12 @@ TRELLISES: dict[str, tuple[int, int, int, Axis, Any]] = {
 """{kernel: (group size, codes, step bits, axis, dtype)}: both axes, padding, windows that share bits and none."""
 
 
-def make_params() -> trees.Params:
+TIED = ("mlp/up_proj/kernel", "mlp/gate_proj/kernel")
+"""(the kernel that stores a codebook, the one that has it in common with it) of the checkpoint of version 2."""
+
+
+def make_params(*, tied: bool = False) -> trees.Params:
+    """Returns the parameters: with trellises or, where `tied`, plain with a codebook of two kernels."""
     rng = np.random.default_rng(0)
     model = LlamaModel(CONFIG)
     flat = {path: rng.standard_normal(shape).astype(ml_dtypes.bfloat16) for path, shape in model.outer_shapes().items()}
@@ -65,9 +73,13 @@ def make_params() -> trees.Params:
             d_in, d_out = shape
             index = rng.integers(0, n, index_shape((d_in, d_out), g, axis)).astype(index_dtype(n))
             leaf = CodebookArray(rng.standard_normal((n, g)).astype(dtype), index, (d_in, d_out), axis)
-        if path in TRELLISES:
+        if path in TRELLISES and not tied:
             leaf = random_trellis(rng, (shape[0], shape[1]), *TRELLISES[path])
         flat[f"{model.blocks_path}/0/{path}"] = leaf
+    if tied:
+        owner, other = (f"{model.blocks_path}/0/{path}" for path in TIED)
+        index = rng.integers(0, flat[owner].num_codes, flat[owner].index.shape).astype(flat[owner].index.dtype)
+        flat[other] = dataclasses.replace(flat[owner], index=index, tied_to=TIED[0])
     return trees.unflatten(flat)
 
 
@@ -109,15 +121,18 @@ def write_carried(folder: Path) -> None:
     (folder / "text_model.json").write_text('{"prefixes": [["language_model.", ""]]}\n', encoding="utf-8")
 
 
-def main(out: Path) -> None:
-    params = make_params()
+def main(out: Path, *, tied: bool) -> None:
+    params = make_params(tied=tied)
     cfg = CompressConfig(model=CONFIG)
     provenance = {"source": "scripts/make_golden.py"}
-    save_checkpoint(out, params, cfg, provenance=provenance, tokenizer=write_tokenizer, carried=write_carried)
+    carried = None if tied else write_carried
+    save_checkpoint(out, params, cfg, provenance=provenance, tokenizer=write_tokenizer, carried=carried)
     pprint.pprint(digests(params), width=120, sort_dicts=False)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="the folder of the checkpoint; it must not exist")
-    main(parser.parse_args().out)
+    parser.add_argument("--tied", action="store_true", help="the checkpoint of version 2")
+    options = parser.parse_args()
+    main(options.out, tied=options.tied)

@@ -260,6 +260,8 @@ def _in_words(name: str, there: Mapping[str, str], now: Mapping[str, str]) -> st
 
 
 def _leaves(value: Any, name: str) -> dict[str, Any]:
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        value = {str(i): item for i, item in enumerate(value)}  # rules, one by one
     if not isinstance(value, Mapping):
         return {name.removesuffix("."): value}
     return {key: leaf for part, item in value.items() for key, leaf in _leaves(item, f"{name}{part}.").items()}

@@ -82,6 +82,12 @@ def read_calibration(opened: OpenedModel, cfg: CompressConfig, spec: str) -> Cal
     note_context("--length", settings.length, opened)
     sample_offsets = None if settings.sample_offsets is None else read_starts(settings.sample_offsets)
     tokens = read_tokens(opened, spec, split="train")
+    wanted = settings.samples * settings.length
+    if wanted > len(tokens):
+        note(
+            f"{settings.samples} x {settings.length} tokens are cut from a text of {len(tokens):,}: each is used "
+            f"{wanted / len(tokens):.1f} times on average; more text, or fewer --samples"
+        )
     return calibration_samples(
         tokens,
         samples=settings.samples,

@@ -52,7 +52,7 @@ def run(arguments: FinetuneArguments) -> Result:
     if Path(arguments.out).resolve() == Path(arguments.model).resolve():
         raise InputError(f"--out {arguments.out} is the model that is to be finetuned; choose another folder")
     cfg = dataclasses.replace(cfg, model=opened.config)
-    check_context(cfg.data.length, opened.model)
+    check_context(cfg.data.length, opened.model, "rows (--length)")
     make_sharding(cfg.mesh, opened.model)
     cache = arguments.token_cache
     rows = _read(opened, cfg, arguments.data, cache)

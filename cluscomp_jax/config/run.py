@@ -183,6 +183,6 @@ def from_dict(fields: Mapping[str, Any]) -> CompressConfig:
     for stage in ("tuning", "recovery"):
         if fields.get(stage, ...) is False:
             fields[stage] = None
-    config = overlay(RECIPES[recipe], fields)
+    config = overlay(RECIPES[recipe], fields, others=("recipe",))
     assert isinstance(config, CompressConfig)
     return config

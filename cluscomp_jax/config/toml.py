@@ -4,7 +4,7 @@ import dataclasses
 import tomllib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,10 +27,10 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise InputError(f"config {path}: not valid TOML: {error}") from error
 
 
-def overlay(base: Any, fields: Mapping[str, Any], where: str = "") -> Any:
+def overlay(base: Any, fields: Mapping[str, Any], where: str = "", others: Sequence[str] = ()) -> Any:
     """Returns the dataclass `base` with `fields` in place of its values, checked by its annotations.
 
-    A field named "model" is the caller's alone: no file can set it.
+    A field named "model" is the caller's alone: no file can set it. `others` are keys that the caller has read already.
 
     Raises:
       InputError: a key that is no field, or a value of the wrong type or range; `where` precedes its name.
@@ -41,7 +41,7 @@ def overlay(base: Any, fields: Mapping[str, Any], where: str = "") -> Any:
     for key, value in fields.items():
         name = f"{where}{key}"
         if key not in known:
-            raise InputError(f"key {name!r} is not known; known here: {', '.join(known)}")
+            raise InputError(f"key {name!r} is not known; known here: {', '.join([*others, *known])}")
         changes[key] = _coerce(hints[key], value, getattr(base, key), name)
     return dataclasses.replace(base, **changes)
 

@@ -1,6 +1,7 @@
 """Text and tokens: files, named data sets, calibration samples. Knows no models and no tokenizer's insides."""
 
 import gzip
+import textwrap
 import zlib
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -109,7 +110,7 @@ def _read_data_set(name: str, split: Split) -> str:
             split=part,
         )
     except Exception as error:  # datasets raises types of half a dozen packages when it is offline
-        reason = " ".join(str(error).split())[:160]
+        reason = textwrap.shorten(str(error), 160, placeholder=" …")
         raise InputError(f"data set {name!r} cannot be loaded: {reason}; give a text file instead") from None
     if source.rows is not None:
         rows = rows.select(range(min(source.rows, len(rows))))
@@ -148,8 +149,10 @@ def _read_token_array(path: Path) -> np.ndarray:
         raise InputError(f"token file {path} does not exist")
     try:
         array = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise InputError(f"{path} is not a whole .npy file: {error}") from None
+    except (ValueError, OSError, EOFError):
+        raise InputError(
+            f"{path} is damaged, or no array of token ids; write it again with numpy.save(path, ids)"
+        ) from None
     if not isinstance(array, np.ndarray):
         raise InputError(f"{path} is an archive of several arrays; token ids come as one .npy")
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):

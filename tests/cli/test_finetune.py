@@ -270,7 +270,7 @@ def unknown_key(folder: Path) -> list[str]:
         (foreign_tokens, "token id 40, the vocabulary has 40"),
         (unknown_key, "key 'training.epochs' is not known"),
         (lambda folder: ["--data", str(folder / "none.txt")], "is neither a file nor"),
-        (lambda folder: ["--length", "129"], "rows of 129 tokens exceed the model's context of 128"),
+        (lambda folder: ["--length", "129"], "rows (--length) of 129 tokens exceed the model's context of 128"),
         (lambda folder: ["--steps", "0"], "steps is 0"),
         (lambda folder: ["--trainable", "lm_heads"], "trainable 'lm_heads' matches no array"),
         (lambda folder: ["--teacher", str(folder / "nowhere")], "is neither a folder"),

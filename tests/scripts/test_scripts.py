@@ -39,6 +39,10 @@ def test_a_python_that_cannot_install_pip_is_told_what_to_install(tmp_path):
 
 RECORDER = """#!/usr/bin/env bash
 echo "$1" >> "$CALLS"
+command=("$@")
+for i in "${!command[@]}"; do
+  case "${command[$i]}" in --config | --finetune-config) [ -f "${command[$((i + 1))]}" ] || exit 2 ;; esac
+done
 case "$1" in
   compress | finetune) while [ "$1" != --out ]; do shift; done; mkdir -p "$2"; touch "$2/manifest.json";;
   evaluate) [ ! -f "$CALLS.stop" ];;
@@ -47,17 +51,18 @@ esac
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
-@pytest.mark.parametrize(("name", "work"), [("compress", "compress"), ("finetune", "finetune")])
-def test_the_scripts_of_a_card_go_on_where_they_were_stopped(tmp_path, name, work):
+@pytest.mark.parametrize("bits", ["1", "2", "4"])
+@pytest.mark.parametrize("name", ["compress", "finetune"])
+def test_the_scripts_of_a_card_go_on_where_they_were_stopped(tmp_path, name, bits):
     fake, calls, stop = tmp_path / "cluscomp", tmp_path / "calls", tmp_path / "calls.stop"
     fake.write_text(RECORDER)
     fake.chmod(0o755)
     stop.touch()
     out = str(tmp_path / "out")
     data = [] if name == "compress" else ["data.jsonl"]
-    command = ["bash", str(ROOT / f"scripts/{name}_70b_a6000.sh"), "model", *data, out]
+    command = ["bash", str(ROOT / f"scripts/{name}_70b_a6000.sh"), "model", *data, out, bits]
     env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "CALLS": str(calls)}
     assert subprocess.run(command, env=env, check=False).returncode != 0  # stopped while it evaluates
     stop.unlink()
     assert subprocess.run(command, env=env, check=False).returncode == 0
-    assert calls.read_text().split() == ["plan", work, "evaluate", "plan", "evaluate"]
+    assert calls.read_text().split() == ["plan", name, "evaluate", "plan", "evaluate"]

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -57,5 +58,7 @@ def download(hub_id: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, allow_patterns=list(_HUB_FILES), ignore_patterns=["*/*"]))
     except (OSError, ValueError, huggingface_hub.errors.HFValidationError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = textwrap.shorten(str(error), 160, placeholder=" …")
+        if isinstance(error, huggingface_hub.errors.LocalEntryNotFoundError):
+            reason = "it does not answer, and nothing is cached; give a local folder"
         raise InputError(f"model {hub_id!r} is no folder here and cannot be had from the hub: {reason}") from None

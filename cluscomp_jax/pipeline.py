@@ -70,7 +70,7 @@ def compress(
     sink = DictSink()
     needed = 0 if calibration is None or len(calibration.shape) != 2 else scratch_bytes(model, cfg, calibration.shape)
     with scratch_folder(work_dir, needed) as folder, without_mesh():
-        compress_stream(
+        summary = compress_stream(
             opened.source,
             sink,
             cfg,
@@ -82,7 +82,8 @@ def compress(
         )
         if rows is not None:
             clustered, sink = DictSource(sink.params(model), model), DictSink()
-            recover_stream(clustered, opened.source, sink, cfg, rows, reporter=reporter)
+            bits = summary.bits_per_weight
+            recover_stream(clustered, opened.source, sink, cfg, rows, bits=bits, reporter=reporter)
     return opened.put_back(sink.params(model))
 
 

@@ -24,6 +24,7 @@ def recover_stream(
     cfg: CompressConfig,
     rows: np.ndarray,
     *,
+    bits: float,
     state_dir: Path | None = None,
     reporter: Reporter | None = None,
     finished_blocks: int = 0,
@@ -36,6 +37,7 @@ def recover_stream(
       sink: takes every block, and the parameters outside the blocks.
       cfg: the run; `cfg.recovery` is set.
       rows: tokens int [n, t] to compare the two on.
+      bits: stored bits per weight of `compressed`.
       state_dir: a folder for saved states; with one, the same call resumes after an interruption.
       reporter: of progress.
       finished_blocks: blocks that the sink has already.
@@ -46,7 +48,8 @@ def recover_stream(
     """
     assert cfg.recovery is not None
     model = build_model(cfg.model)
-    settings = dataclasses.replace(cfg.recovery.finetune_config(), model=cfg.model, mesh=cfg.mesh, seed=cfg.seed)
+    settings = cfg.recovery.finetune_config(cfg.mesh, bits=bits)
+    settings = dataclasses.replace(settings, model=cfg.model, seed=cfg.seed)
     return finetune_stream(
         compressed,
         sink,

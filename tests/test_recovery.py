@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from cluscomp_jax import compress_blocks, llama
 from cluscomp_jax.checkpoint.reader import open_checkpoint
 from cluscomp_jax.checkpoint.train_states import TrainStates
 from cluscomp_jax.cli import main
+from cluscomp_jax.clustering.matrix import matrix_size
 from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
 from cluscomp_jax.config.data import CalibrationConfig
-from cluscomp_jax.config.recovery import RecoveryConfig
+from cluscomp_jax.config.recovery import RecoveryConfig, rate_at
 from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
@@ -63,6 +65,26 @@ def test_recovery_brings_the_model_nearer_to_the_original_and_moves_no_index(par
 def test_the_same_call_gives_the_same_bytes(params: Any) -> None:
     first, again = (compress(params, RECOVERED, calibration=TOKENS) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, again)
+
+
+def test_without_a_rate_that_of_the_bits_is_taken(params: Any) -> None:
+    clustered = compress(params, PLAIN, calibration=TOKENS)
+    sizes = [
+        matrix_size(path, leaf) for path, leaf in trees.flatten(clustered).items() if isinstance(leaf, CodebookArray)
+    ]
+    bits = sum(size.bits for size in sizes) / sum(math.prod(size.shape) for size in sizes)
+    assert 1 < bits < 4
+    unset, given = (RecoveryConfig(steps=2, learning_rate=rate) for rate in (None, rate_at(bits)))
+    first, second = (
+        compress(params, dataclasses.replace(PLAIN, recovery=recovery), calibration=TOKENS)
+        for recovery in (unset, given)
+    )
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.mark.parametrize(("bits", "rate"), [(0.6, 0.004), (1, 0.004), (2.5, 0.00219089), (4, 0.0012), (9, 0.0012)])
+def test_the_rate_of_some_bits(bits: float, rate: float) -> None:
+    assert rate_at(bits) == pytest.approx(rate, rel=1e-5)
 
 
 def test_recovery_without_samples_or_without_a_model_is_refused(params: Any) -> None:

@@ -174,6 +174,7 @@ def _compress_and_recover(
                 writer,
                 cfg,
                 rows,
+                bits=summary.bits_per_weight,
                 state_dir=writer.work_path / "states",
                 reporter=reporter,
                 finished_blocks=writer.finished_blocks,

@@ -202,7 +202,7 @@ def test_recovery_compiles_what_the_plan_lists_and_holds_what_it_says(compilatio
     gc.collect()
     before = bytes_alive()
     compilations.seen.clear()
-    recover_stream(compressed, source, DictSink(), cfg, TOKENS)
+    recover_stream(compressed, source, DictSink(), cfg, TOKENS, bits=2.0)
     hold_to([p for p in planned(cfg, FinetuneConfig()) if p.stage == "recover"], compilations.seen, before)
 
 

@@ -119,7 +119,6 @@ def prepare(
         options = {
             "original": "original" in stores,
             "upcoming": "upcoming" in stores,
-            "augmented": "augmented" in stores,
             "batch_size": cfg.mesh.data * min(spread, together),
             "dtype": jnp.dtype(compute_dtype_of(numbers)),
             "sharding": sharding,
@@ -228,14 +227,13 @@ def _tune(run: Run, i: int, block: Params) -> tuple[Params, BlockTuning]:
     train = len(run.streams.compressed) - run.tuning.validation_samples
     steps = run.tuning.epochs * (train // run.tuning.batch_size)
     run.reporter.start(f"block {i + 1}/{run.model.num_blocks}: tune", steps, "steps")
-    augmented = () if run.streams.augmented is None else (run.streams.augmented,)
     with run.timer("tune"):
         tuned, result = tune_block(
             run.model,
             run.model.layer_type(i),
             block,
             run.streams.compressed,
-            (run.streams.original, *augmented),
+            run.streams.original,
             run.tuning,
             rng=np.random.default_rng((run.cfg.seed, i)),
             reporter=run.reporter,
@@ -255,8 +253,6 @@ def _pass_original(run: Run, i: int, dense: Params, *, kept: bool = False) -> No
     if (streams := run.streams) is None or streams.original is None:
         return
     with run.timer("targets"):
-        if streams.augmented is not None:
-            streams.pass_augmented(run.step(dense, i))
         streams.pass_original(None if kept else run.step(dense, i))
 
 

@@ -50,7 +50,7 @@ def compress(
         without padding and tokens; with them clustering is activation-weighted, blocks are tuned and, of tokens, the
         whole follows the original (where cfg says so), without them matrices are only clustered.
       reporter: is told of progress; silent by default.
-      work_dir: an existing folder; up to four streams of activations lie in a temporary one inside it meanwhile
+      work_dir: an existing folder; up to three streams of activations lie in a temporary one inside it meanwhile
         (`plan.host.scratch_bytes`). None: the system's folder for temporary files.
       layout: the codebases whose names are tried (`cluscomp_jax.layouts`); auto: all that are known.
       check: check(params, tokens int32 [b, t]) -> logits [b, t, vocab], the host's own forward pass. It is compared

@@ -48,7 +48,7 @@ def jax_step(model: Any, block: Any, x: np.ndarray, y: np.ndarray, rate: float) 
     settings = BlockTuningConfig(learning_rate=rate, relative_rate=False, schedule="constant", weight_decay=0.1)
     codebooks, frozen = split_trainable(block, norms=False)
     state = init_state(codebooks, settings=settings, total_steps=1000)
-    inputs, targets = jnp.asarray(x), (jnp.asarray(y),)
+    inputs, target = jnp.asarray(x), jnp.asarray(y)
 
     def step() -> float:
         nonlocal state
@@ -56,7 +56,7 @@ def jax_step(model: Any, block: Any, x: np.ndarray, y: np.ndarray, rate: float) 
             state,
             frozen,
             inputs,
-            targets,
+            target,
             model=model,
             layer_type=model.layer_type(0),
             settings=settings,

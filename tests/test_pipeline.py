@@ -82,9 +82,8 @@ def test_same_inputs_same_bytes_other_seed_other_bytes(params):
 
 
 @pytest.mark.parametrize("fail_at", [0, 1, 2])
-@pytest.mark.parametrize("aug_loss", [False, True])
-def test_an_interrupted_run_resumed_gives_the_bytes_of_an_uninterrupted_one(params, tmp_path, fail_at, aug_loss):
-    run = dataclasses.replace(RUN, tuning=dataclasses.replace(RUN.tuning, aug_loss=aug_loss, validation_samples=1))
+def test_an_interrupted_run_resumed_gives_the_bytes_of_an_uninterrupted_one(params, tmp_path, fail_at):
+    run = dataclasses.replace(RUN, tuning=dataclasses.replace(RUN.tuning, validation_samples=1))
     model = build_model(CONFIG)
 
     def go(sink, folder, finished):

@@ -67,13 +67,11 @@ def ragged(x: np.ndarray) -> Embeddings:
     return Embeddings(x, mask, np.where(mask, TOKENS, -1))
 
 
-@pytest.mark.parametrize("aug_loss", [False, True])
-def test_own_embeddings_give_the_codes_of_tokens(params: Any, aug_loss: bool) -> None:
-    run = dataclasses.replace(RUN, tuning=dataclasses.replace(RUN.tuning, aug_loss=aug_loss))
-    want = compress(params, run, calibration=TOKENS)
-    chex.assert_trees_all_equal(compress(params, run, calibration=embedded(params)), want)
+def test_own_embeddings_give_the_codes_of_tokens(params: Any) -> None:
+    want = compress(params, RUN, calibration=TOKENS)
+    chex.assert_trees_all_equal(compress(params, RUN, calibration=embedded(params)), want)
     whole = Embeddings(embedded(params), np.ones(TOKENS.shape, bool), TOKENS)
-    chex.assert_trees_all_equal(compress(params, run, calibration=whole), want)
+    chex.assert_trees_all_equal(compress(params, RUN, calibration=whole), want)
 
 
 @pytest.mark.long

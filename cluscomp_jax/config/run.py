@@ -78,7 +78,6 @@ class CompressConfig:
             "compressed": self.tuning is not None or self.cluster.calibrated,
             "original": original,
             "upcoming": original and self.cluster.weighs_positions,
-            "augmented": self.tuning is not None and self.tuning.aug_loss,
         }
         return frozenset(name for name, is_wanted in wanted.items() if is_wanted)
 

@@ -26,7 +26,6 @@ class BlockTuningConfig:
         first has 1/w of it.
       weight_decay: decoupled weight decay, >= 0.
       clip_norm: largest global gradient norm, > 0; None: no clipping.
-      aug_loss: also match the original block's output on the compressed stream (official option, off by default).
       massive_activation_limit: a position whose target has more than this many times the median mean square weighs in
         proportion less in the loss, >= 0; 0: all weigh the same.
       norms: train the block's one-dimensional parameters too (norm weights, biases), at a tenth of the rate; they are
@@ -48,7 +47,6 @@ class BlockTuningConfig:
     warmup_fraction: float = 0.0
     weight_decay: float = 0.0
     clip_norm: float | None = None
-    aug_loss: bool = False
     norms: bool = True
     massive_activation_limit: float = 4.0
     compute_dtype: Dtype | None = None

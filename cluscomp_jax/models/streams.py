@@ -47,7 +47,6 @@ class Streams:
     Attributes:
       compressed: what the compressed model computes.
       original: what the original model computes, or None where nothing needs it.
-      augmented: the original block's outputs on the compressed stream, or None where nothing needs them.
       upcoming: where `token_weights` keeps the original block's outputs, so that they are computed once; None where
         nothing looks at them before the original stream is moved.
       batch_size: samples at a time.
@@ -59,7 +58,6 @@ class Streams:
 
     compressed: ActivationStore
     original: ActivationStore | None
-    augmented: ActivationStore | None
     upcoming: ActivationStore | None
     batch_size: int
     dtype: Any
@@ -93,11 +91,6 @@ class Streams:
             if self.upcoming is not None:
                 self.upcoming.write(where, y)
         return np.concatenate(found)
-
-    def pass_augmented(self, block: Step) -> None:
-        """Stores the original block's outputs on the compressed stream in `augmented`."""
-        assert self.augmented is not None
-        self._pass(block, self.compressed, self.augmented)
 
     def pass_original(self, block: Step | None) -> None:
         """Moves the original stream, if there is one, to the outputs of the original block.
@@ -136,7 +129,7 @@ class Streams:
 
     def delete(self) -> None:
         """Removes the files."""
-        for store in (self.original, self.compressed, self.augmented, self.upcoming):
+        for store in (self.original, self.compressed, self.upcoming):
             if store is not None:
                 store.delete()
 
@@ -175,7 +168,7 @@ def embed_streams(
       tokens: int [samples, t].
       activation_dtype: of the files.
       dtype: as of `Streams`.
-      **options: `original`, `augmented` and `upcoming`, whether there are such stores; batch_size, sharding and
+      **options: `original` and `upcoming`, whether there are such stores; batch_size, sharding and
         validation_samples as of `Streams`.
 
     Raises:
@@ -214,7 +207,6 @@ def open_streams(
     activation_dtype: Any,
     *,
     original: bool,
-    augmented: bool,
     upcoming: bool,
     batch_size: int,
     dtype: Any,
@@ -236,7 +228,6 @@ def open_streams(
     return Streams(
         compressed=new_store("compressed"),
         original=new_store("original") if original else None,
-        augmented=new_store("augmented") if augmented else None,
         upcoming=new_store("upcoming") if upcoming else None,
         batch_size=batch_size,
         dtype=dtype,

@@ -14,13 +14,12 @@ from cluscomp_jax.tuning import blockwise
 def targets(setting: BlockSpec) -> Iterator[Program]:
     """Yields the passes through the original block, less that whose outputs `Streams.token_weights` keeps."""
     stores = setting.cfg.activation_stores
-    streams = int("original" in stores and "upcoming" not in stores) + int("augmented" in stores)
-    if not streams:
+    if "original" not in stores or "upcoming" in stores:
         return
     dense, x = setting.dense(), setting.activations(setting.batch)
     traced = run_block.trace(dense, x, model=setting.model, layer_type=setting.layer_type)
     # One batch is on its way in and one on its way out.
-    yield Program("targets", "block", traced, nbytes((dense, x, x, x)), streams * setting.passes)
+    yield Program("targets", "block", traced, nbytes((dense, x, x, x)), setting.passes)
 
 
 def propagation(setting: BlockSpec) -> Iterator[Program]:
@@ -59,11 +58,10 @@ def tuning(setting: BlockSpec) -> Iterator[Program]:
     copies = 2 if settings.validation_samples else 1
     live += nbytes(state) + copies * nbytes(state.trained)
     x = setting.activations(settings.batch_size, settings.activation_dtype)
-    wanted = (x, x) if settings.aug_loss else (x,)
-    live += nbytes((x, wanted))
-    traced = blockwise.evaluate_block.trace(state.trained, frozen, x, wanted, **fixed)
+    live += nbytes((x, x))
+    traced = blockwise.evaluate_block.trace(state.trained, frozen, x, x, **fixed)
     scores = samples // settings.batch_size + (settings.epochs + 1) * settings.validation_samples / settings.batch_size
     yield Program("tune", "score", traced, live, setting.blocks * scores)
-    traced = blockwise.tuning_step.trace(state, frozen, x, wanted, total_steps=total_steps, **fixed)
+    traced = blockwise.tuning_step.trace(state, frozen, x, x, total_steps=total_steps, **fixed)
     # In addition to the batch of a step the device holds the one of the step before, or of the next.
-    yield Program("tune", "step", traced, live + nbytes((x, wanted)), setting.blocks * steps)
+    yield Program("tune", "step", traced, live + nbytes((x, x)), setting.blocks * steps)

@@ -106,7 +106,7 @@ def tuning_step(
     state: StepState,
     frozen: dict[str, Any],
     x: jax.Array,
-    targets: tuple[jax.Array, ...],
+    target: jax.Array,
     *,
     model: Model,
     layer_type: Hashable,
@@ -119,8 +119,7 @@ def tuning_step(
 
     Args:
       x: [b, t, d], the compressed stream's input of the block.
-      targets: outputs [b, t, d] of the original block to match: on the original stream, and with `aug_loss` also
-        on the compressed stream.
+      target: [b, t, d], what the original block computes on the original stream.
       sharding: of the samples, where several devices share them.
       weights: float32 [b, t] of the positions, 0 at padding; None: 1.
 
@@ -134,7 +133,7 @@ def tuning_step(
             trained,
             frozen,
             x,
-            targets,
+            target,
             model=model,
             layer_type=layer_type,
             settings=settings,
@@ -158,7 +157,7 @@ def block_loss(
     trained: Trainable,
     frozen: dict[str, Any],
     x: jax.Array,
-    targets: tuple[jax.Array, ...],
+    target: jax.Array,
     *,
     model: Model,
     layer_type: Hashable,
@@ -166,11 +165,11 @@ def block_loss(
     sharding: Sharding | None = None,
     weights: jax.Array | None = None,
 ) -> jax.Array:
-    """Returns the sum over targets of the error of block(x), float32 scalar (paper eq. 4)."""
+    """Returns the error of block(x) against the target, float32 scalar (paper eq. 4)."""
     with ATOMIC_GRADIENTS(settings.atomic_gradients):
         block = gathered(join_trainable(trained, frozen), sharding)
         y = model.block(block, x.astype(compute_dtype_of(settings)), layer_type=layer_type)
-    return jnp.sum(jnp.stack([block_error(y, target, settings=settings, weights=weights) for target in targets]))
+    return block_error(y, target, settings=settings, weights=weights)
 
 
 evaluate_block = partial(jax.jit, static_argnames=("model", "layer_type", "settings", "sharding"))(block_loss)
@@ -185,7 +184,7 @@ class _Problem:
     settings: BlockTuningConfig
     frozen: dict[str, Any]
     inputs: ActivationStore
-    targets: tuple[ActivationStore, ...]
+    targets: ActivationStore
     total_steps: int
     sharding: Sharding | None
     weights: np.ndarray | None
@@ -194,17 +193,17 @@ class _Problem:
         sharding = self.sharding if self.sharding is not None and self.sharding.splits(len(x)) else None
         return {"model": self.model, "layer_type": self.layer_type, "settings": self.settings, "sharding": sharding}
 
-    def batch(self, where: slice | np.ndarray) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array | None]:
-        """Returns (inputs, targets, weights of positions) of some samples, on the device."""
+    def batch(self, where: slice | np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        """Returns (inputs, target, weights of positions) of some samples, on the device."""
         put = partial(put_samples, sharding=self.sharding)
         weights = None if self.weights is None else put(self.weights[where])
-        return put(self.inputs.read(where)), tuple(put(store.read(where)) for store in self.targets), weights
+        return put(self.inputs.read(where)), put(self.targets.read(where)), weights
 
     def step(self, state: StepState, where: np.ndarray) -> tuple[StepState, jax.Array]:
         """Returns (next state, loss before the step)."""
-        x, targets, weights = self.batch(where)
+        x, target, weights = self.batch(where)
         stepped: tuple[StepState, jax.Array] = tuning_step(
-            state, self.frozen, x, targets, total_steps=self.total_steps, weights=weights, **self._fixed(x)
+            state, self.frozen, x, target, total_steps=self.total_steps, weights=weights, **self._fixed(x)
         )
         return stepped
 
@@ -213,8 +212,8 @@ class _Problem:
         total = 0.0
         for begin in samples[:: self.settings.batch_size]:
             where = slice(begin, min(begin + self.settings.batch_size, samples.stop))
-            x, targets, weights = self.batch(where)
-            loss = evaluate_block(trained, self.frozen, x, targets, weights=weights, **self._fixed(x))
+            x, target, weights = self.batch(where)
+            loss = evaluate_block(trained, self.frozen, x, target, weights=weights, **self._fixed(x))
             total += (where.stop - where.start) * float(loss)
         return total / len(samples)
 
@@ -224,7 +223,7 @@ def tune_block(
     layer_type: Hashable,
     block: Params,
     inputs: ActivationStore,
-    targets: tuple[ActivationStore, ...],
+    targets: ActivationStore,
     settings: BlockTuningConfig,
     *,
     rng: np.random.Generator,

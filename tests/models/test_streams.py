@@ -20,7 +20,6 @@ def opened(folder: Path, *, original: bool = True, upcoming: bool) -> Streams:
         folder,
         np.float32,
         original=original,
-        augmented=False,
         upcoming=upcoming,
         batch_size=2,
         dtype=np.float32,

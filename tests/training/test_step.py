@@ -259,7 +259,7 @@ def test_steps_are_those_of_optax_with_vectors_at_a_tenth_of_the_rate():
         np.testing.assert_allclose(moved, share * update, rtol=1e-3, atol=2e-6)
     assert float(metrics.loss) == pytest.approx(float(loss), rel=1e-5)
     assert float(metrics.gradient_norm) == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-4)
-    assert int(metrics.loss_mask) == count
+    assert int(metrics.scored) == count
 
 
 @pytest.mark.nans

@@ -202,7 +202,7 @@ def test_a_step_is_adamw_on_the_gradient(compressed, streams):
 def test_tuning_lowers_the_loss_and_leaves_indices_and_dense_leaves_alone(compressed, streams, norms):
     settings = dataclasses.replace(FAST, norms=norms)
     tuned, result = tune_block(
-        MODEL, TYPE, compressed, *_stores(streams), settings, rng=np.random.default_rng(0), reporter=SilentReporter()
+        MODEL, TYPE, compressed, *streams, settings, rng=np.random.default_rng(0), reporter=SilentReporter()
     )
     assert result.epoch_losses[-1] < 0.7 * result.loss_before
     assert (result.chosen_epoch, result.diverged, result.held_out_losses) == (6, False, ())
@@ -233,9 +233,7 @@ def test_a_step_is_not_begun_before_the_last_but_one_is_done(compressed, streams
 
     monkeypatch.setattr(blockwise._Problem, "step", slow_step)
     settings = dataclasses.replace(FAST, epochs=1)
-    tune_block(
-        MODEL, TYPE, compressed, *_stores(streams), settings, rng=np.random.default_rng(0), reporter=SilentReporter()
-    )
+    tune_block(MODEL, TYPE, compressed, *streams, settings, rng=np.random.default_rng(0), reporter=SilentReporter())
     assert len(losses) == 6
 
 
@@ -269,14 +267,10 @@ def test_vectors_take_a_tenth_of_the_step_of_codebooks(compressed, streams):
         np.testing.assert_allclose(step.max(), 1e-3 if start.ndim == 2 else 1e-4, rtol=2e-2)
 
 
-def _stores(streams):
-    return streams[0], (streams[1],)
-
-
 def test_tuning_is_deterministic_and_follows_its_random_order(compressed, streams):
     def codebooks(seed):
         tuned, _ = tune_block(
-            MODEL, TYPE, compressed, *_stores(streams), FAST, rng=np.random.default_rng(seed), reporter=SilentReporter()
+            MODEL, TYPE, compressed, *streams, FAST, rng=np.random.default_rng(seed), reporter=SilentReporter()
         )
         return split_trainable(tuned, norms=False)[0]
 
@@ -301,7 +295,7 @@ def test_held_out_samples_choose_the_epoch(compressed, streams):
 def test_a_hopeless_rate_keeps_the_codebooks_it_started_with(compressed, streams):
     settings = dataclasses.replace(FAST, learning_rate=50.0)
     tuned, result = tune_block(
-        MODEL, TYPE, compressed, *_stores(streams), settings, rng=np.random.default_rng(0), reporter=SilentReporter()
+        MODEL, TYPE, compressed, *streams, settings, rng=np.random.default_rng(0), reporter=SilentReporter()
     )
     assert result.chosen_epoch == 0
     before, _ = split_trainable(compressed, norms=False)
@@ -359,9 +353,7 @@ def test_float16_gradients_do_not_vanish(compressed, streams):
     for dtype in ("float32", "float16"):
         settings = dataclasses.replace(FAST, compute_dtype=dtype)
         state = init_state(codebooks, settings=settings, total_steps=3)
-        state, _ = tuning_step(
-            state, frozen, x, (near,), model=MODEL, layer_type=TYPE, settings=settings, total_steps=3
-        )
+        state, _ = tuning_step(state, frozen, x, near, model=MODEL, layer_type=TYPE, settings=settings, total_steps=3)
         mean[dtype] = optax.tree.get(state.optimizer, "mu")
     for path, expected in mean["float32"].items():
         scale = float(jnp.abs(expected).max())

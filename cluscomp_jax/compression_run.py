@@ -25,12 +25,13 @@ from cluscomp_jax.clustering.resolve import (
     refuse_growth,
     rules_by_block,
 )
-from cluscomp_jax.clustering.sensitivity import sensitivities
+from cluscomp_jax.clustering.sensitivity import output_weights, sensitivities
 from cluscomp_jax.config.numerics import compute_dtype_of
 from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.config.tuning import BlockTuningConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray, round_codebook
+from cluscomp_jax.core.sensitivities import Sensitivities
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.models.calibration import Calibration, Embeddings, first_samples
 from cluscomp_jax.models.model import Model, build_model, run_block
@@ -53,6 +54,7 @@ class Run:
       cfg: the settings.
       rules: per block, {block-relative path: rule}.
       tuning: how blocks are tuned; None: they are not.
+      output_weights: {path: float32 [d_out]} of the kernels whose outputs' errors do not all count the same.
       streams: inputs of the next block; None: no stage looks at activations.
       sharding: of the devices that share the samples of a batch; None: there is one.
       timer: of the stages.
@@ -63,6 +65,7 @@ class Run:
     cfg: CompressConfig
     rules: list[Rules]
     tuning: BlockTuningConfig | None
+    output_weights: Mapping[str, np.ndarray]
     streams: Streams | None
     sharding: Sharding | None
     timer: StageTimer
@@ -98,19 +101,23 @@ def prepare(
     if not may_grow:
         refuse_growth(bits_per_weight(model, cfg, rules))
     if calibration is None:
-        return Run(model, cfg, rules, None, None, sharding, timer, reporter)
+        return Run(model, cfg, rules, None, {}, None, sharding, timer, reporter)
     shape = (calibration.shape[0], calibration.shape[1])
     stores = cfg.activation_stores
     together = forward_batch(model, cfg, shape) if stores else 1  # first, as it may refuse the run
     kept_out = 0 if cfg.tuning is None else cfg.tuning.validation_samples
+    of_outputs: dict[str, np.ndarray] = {}
     if not alike and mixes(cfg, calibration):
 
-        def measure() -> dict[str, float]:
+        def measure() -> Sensitivities:
             with timer("sensitivity"):
                 judged = first_samples(calibration, shape[0] - kept_out)
                 return sensitivities(model, source, judged, settings=cfg.cluster, work_dir=work_dir, reporter=reporter)
 
-        rules = rules_by_block(model, cfg, records.sensitivities(measure))
+        found = records.sensitivities(measure)
+        rules = rules_by_block(model, cfg, found.kernels)
+        if cfg.cluster.weighs_outputs:
+            of_outputs = {path: output_weights(squares) for path, squares in found.outputs.items()}
     streams = None
     if stores:
         numbers = cfg.tuning or BlockTuningConfig()
@@ -130,7 +137,7 @@ def prepare(
                 streams = write_streams(calibration, work_dir, stored, **options)
             else:
                 streams = embed_streams(model, source.load_outer(), calibration, work_dir, stored, **options)
-    return Run(model, cfg, rules, cfg.tuning, streams, sharding, timer, reporter)
+    return Run(model, cfg, rules, cfg.tuning, of_outputs, streams, sharding, timer, reporter)
 
 
 def compress_all(run: Run, source: ParamSource, sink: BlockSink, records: RunRecords, finished: int) -> None:
@@ -194,6 +201,7 @@ def compress_block(run: Run, i: int, reader: BlockReader) -> tuple[Params, dict[
         timer=run.timer,
         reporter=run.reporter,
         sharding=run.sharding,
+        output_weights=run.output_weights,
     )
     block = jax.device_get(block)
     run.timer.release()

@@ -1,4 +1,4 @@
-"""finetune: rows in, a finetuned model out. The steps between are those of `cluscomp_jax.finetuning_run`.
+"""finetune: rows in, a finetuned model out. The steps between are those of `cluscomp_jax.training.run`.
 
 Knows a Model, a ParamSource and a sink; no file format, except that states are in a folder given by the caller.
 """
@@ -18,7 +18,6 @@ from cluscomp_jax.checkpoint.train_states import TrainStates
 from cluscomp_jax.config.finetune import FinetuneConfig
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
-from cluscomp_jax.finetuning_run import FinetuneRun, checked_batch
 from cluscomp_jax.models.model import Model, build_model, check_tokens
 from cluscomp_jax.models.source import BlockSink, DictSink, Fingerprint, ParamSource, as_source, run_fingerprint
 from cluscomp_jax.runtime.reporter import Reporter, SilentReporter
@@ -31,6 +30,7 @@ from cluscomp_jax.training import (
     merge_params,
     split_params,
 )
+from cluscomp_jax.training.run import FinetuneRun, checked_batch
 
 
 class TeacherSource(NamedTuple):

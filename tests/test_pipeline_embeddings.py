@@ -145,7 +145,8 @@ def test_sensitivities_count_the_labels_alone(params: Any, tmp_path: Path) -> No
     def measured(name: str, calibration: Any) -> dict[str, float]:
         (tmp_path / name).mkdir()
         options: dict[str, Any] = {"work_dir": tmp_path / name, "reporter": SilentReporter()}
-        return sensitivities(MODEL, source, calibration, settings=ClusterConfig(error_feedback=False), **options)
+        settings = ClusterConfig(error_feedback=False)
+        return sensitivities(MODEL, source, calibration, settings=settings, **options).kernels
 
     longer = np.concatenate([x, x])
     both = np.concatenate([mask, np.ones_like(mask)])

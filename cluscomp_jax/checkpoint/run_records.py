@@ -1,10 +1,14 @@
-"""The records of a run's finished blocks and measured sensitivities, one JSON file each. Knows no models."""
+"""The records of a run: of its finished blocks and of the measured sensitivities. Knows no models."""
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from cluscomp_jax.core.sensitivities import Sensitivities
 from cluscomp_jax.runtime import atomic
 from cluscomp_jax.runtime.reporter import Reporter
 
@@ -33,13 +37,25 @@ class RunRecords:
         """Gives the reporter the record of block i, with the time at which it was stored."""
         reporter.record("block", time=self._path(i).stat().st_mtime, **self.block(i))
 
-    def sensitivities(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Returns {path: sensitivity}, measured and stored if no earlier process has."""
-        path = self._folder / "sensitivities.json"
+    def sensitivities(self, measure: Callable[[], Sensitivities]) -> Sensitivities:
+        """Returns the sensitivities, measured and stored if no earlier process has.
+
+        The JSON file has those of the kernels and how many outputs each has. The arrays of the outputs, which may be
+        millions of numbers, are one after the other in a file that is written before it.
+        """
+        path, array_file = self._folder / "sensitivities.json", self._folder / "sensitivities.npy"
         if not path.exists():
-            _write(path, json.dumps(measure(), indent=1))
-        found: dict[str, float] = json.loads(path.read_text())
-        return found
+            kernels, outputs = measure()
+            stored = io.BytesIO()
+            np.save(stored, np.concatenate([np.zeros(0, np.float32), *outputs.values()]), allow_pickle=False)
+            with atomic.writing(array_file):
+                atomic.write_bytes(array_file, stored.getvalue(), aside=array_file.with_suffix(".tmp"))
+            counts = {name: len(array) for name, array in outputs.items()}
+            _write(path, json.dumps({"kernels": kernels, "outputs": counts}, indent=1))
+        found = json.loads(path.read_text())
+        counts = found["outputs"]
+        arrays = np.split(np.load(array_file, allow_pickle=False), np.cumsum(list(counts.values()))[:-1])
+        return Sensitivities(found["kernels"], dict(zip(counts, arrays, strict=True)))
 
     def _path(self, i: int) -> Path:
         return self._folder / f"{i:05d}.json"

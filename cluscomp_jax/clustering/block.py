@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import jax
@@ -45,6 +46,7 @@ class _Job:
     timer: StageTimer
     reporter: Reporter
     sharding: Sharding | None
+    output_weights: Mapping[str, np.ndarray]
 
     def full(self, path: str) -> str:
         """Returns the whole path of a block-relative one."""
@@ -63,6 +65,7 @@ def cluster_block(
     timer: StageTimer,
     reporter: Reporter,
     sharding: Sharding | None = None,
+    output_weights: Mapping[str, np.ndarray] = MappingProxyType({}),
 ) -> tuple[Params, list[dict[str, Any]]]:
     """Returns (block i with the kernels that a rule matches as CodebookArrays, a record of each of these).
 
@@ -79,12 +82,14 @@ def cluster_block(
       timer: enters a stage by name, and gives memory back between two matrices.
       reporter: is told of each finished matrix.
       sharding: of the devices that share the samples of a batch and the kernels of an input group; None: there is one.
+      output_weights: {whole path: float32 [d_out] >= 0, the weights of the errors of its outputs}; of a kernel that is
+        not in it all count the same.
 
     Raises:
       InputError: a kernel that is compressed already or not finite, by its path.
       FloatingPointError: activations that are not finite.
     """
-    job = _Job(model, i, rules, streams, settings, seed, timer, reporter, sharding)
+    job = _Job(model, i, rules, streams, settings, seed, timer, reporter, sharding, output_weights)
     original, now = trees.flatten(dense), trees.flatten(dense)
     _check_kernels(job, original)
     found: dict[str, tuple[CodebookArray, ClusterStats]] = {}
@@ -298,6 +303,7 @@ def _cluster(
             key=matrix_key(job.seed, full),
             channel_weights=weights.get(path),
             factor=factor,
+            output_weights=job.output_weights.get(full),
             shared=starts.get(path),
         )
     except InputError as error:

@@ -86,16 +86,18 @@ class NearestCodes:
         )  # fmt: skip
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["trellis"])
+@partial(jax.tree_util.register_dataclass, data_fields=["output_weights"], meta_fields=["trellis"])
 @dataclasses.dataclass(frozen=True)
 class NearestPath:
     """The codes of a channel are the windows of one stream of bits, that of nearly the least error.
 
     Attributes:
       trellis: L and b.
+      output_weights: float32 [o] >= 0, of the squared errors of the outputs; None: 1.
     """
 
     trellis: Trellis
+    output_weights: jax.Array | None = None
 
     def for_codebook(self, codebook: jax.Array, key: jax.Array) -> "NearestPath":
         """As `CodeSearch`: nothing depends on the codes."""
@@ -107,13 +109,14 @@ class NearestPath:
         """As `CodeSearch`, by Viterbi's algorithm in segments; the previous codes are kept as a whole or not at all."""
         c = target.shape[0] // codebook.shape[1]
         lanes = max(z for z in (1, LANES // 2, LANES) if z == 1 or c >= z * _SEGMENT)
-        found = best_path(target, codebook, self.trellis, outputs=outputs, lanes=lanes)
+        weights = self._weights(target.shape[0], outputs)
+        padded = self.output_weights is not None or outputs < target.shape[0]
+        found = best_path(target, codebook, self.trellis, weights=weights if padded else None, lanes=lanes)
         if previous is None:
             return found
-        counts = jnp.arange(target.shape[0]) < outputs
 
         def error(codes: jax.Array) -> jax.Array:
-            return jnp.sum(jnp.where(counts, jnp.square(target - codebook[codes].reshape(-1)), 0.0))
+            return jnp.sum(weights * jnp.square(target - codebook[codes].reshape(-1)))
 
         return jnp.where(error(found) < error(previous), found, previous)
 
@@ -127,5 +130,12 @@ class NearestPath:
             return None
         from pallas_kernels.code_walk.trellis import walk_trellis
 
-        fixed: dict[str, Any] = {"outputs": outputs, "step_bits": step_bits, "tile": tile, "interpret": interpret}
-        return walk_trellis(rows.base, rows.value, rows.weights, codebook, **fixed)
+        weights = self._weights(rows.base.shape[1], outputs)
+        fixed: dict[str, Any] = {"step_bits": step_bits, "tile": tile, "interpret": interpret}
+        return walk_trellis(rows.base, rows.value, rows.weights, codebook, weights, **fixed)
+
+    def _weights(self, width: int, outputs: int) -> jax.Array:
+        """Returns the weights float32 [width] of the squared errors of a channel, 0 past its outputs."""
+        if self.output_weights is None:
+            return (jnp.arange(width) < outputs).astype(jnp.float32)
+        return jnp.pad(self.output_weights, (0, width - outputs))

@@ -28,10 +28,12 @@ class Coder(NamedTuple):
         [n, g], the codes int32 of every vector in the shape of the coding's `codes`); None in place of codes that
         `codes=False` does not ask for and that cost something.
       search: the codes of one channel at a time, for error feedback; None: the coding has none.
+      weighs_outputs: whether both also take `output_weights=` [d_out] >= 0, or None: of the squared errors.
     """
 
     fit: Callable[..., tuple[jax.Array, jax.Array | None]]
-    search: Callable[[CompressionRule], CodeSearch] | None = None
+    search: Callable[..., CodeSearch] | None = None
+    weighs_outputs: bool = False
 
 
 def coder_of(rule: CompressionRule) -> Coder:
@@ -39,8 +41,8 @@ def coder_of(rule: CompressionRule) -> Coder:
     return _CODERS[rule.coding.name]
 
 
-def search_of(rule: CompressionRule) -> CodeSearch:
-    """Returns the search of a rule's coding for the codes of one channel.
+def search_of(rule: CompressionRule, **weights: Any) -> CodeSearch:
+    """Returns the search of a rule's coding for the codes of one channel; `weights` as its `Coder` takes them.
 
     Raises:
       InputError: the coding has none.
@@ -48,7 +50,7 @@ def search_of(rule: CompressionRule) -> CodeSearch:
     search = coder_of(rule).search
     if search is None:
         raise InputError(f"the coding {rule.coding.name!r} has no error feedback; set error_feedback = false")
-    return search(rule)
+    return search(rule, **weights)
 
 
 def register(name: str, coder: Coder) -> None:
@@ -119,16 +121,30 @@ def _fit_plain(
 
 
 def _fit_trellis(
-    weight: Any, rule: CompressionRule, channel_weights: Any, *, key: jax.Array, iterations: int, codes: bool
+    weight: Any,
+    rule: CompressionRule,
+    channel_weights: Any,
+    *,
+    key: jax.Array,
+    iterations: int,
+    codes: bool,
+    output_weights: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     lines = to_lines(jax.device_put(weight), g=rule.group_size, axis=rule.axis)
     mass = None if channel_weights is None else channel_mass(jnp.asarray(channel_weights))
     trellis = trellis_of(rule)
-    codebook = fit_codebook(lines, trellis, key=key, weights=mass, rounds=iterations)
+    places = None if output_weights is None else to_places(output_weights, g=rule.group_size)
+    codebook = fit_codebook(lines, trellis, key=key, weights=mass, place_weights=places, rounds=iterations)
     if not codes:
         return codebook, None
-    found = best_codes(lines, codebook, trellis=trellis)
+    found = best_codes(lines, codebook, places, trellis=trellis)
     return codebook, found if rule.axis == "out" else found.T
+
+
+@partial(jax.jit, static_argnames="g")
+def to_places(output_weights: jax.Array, *, g: int) -> jax.Array:
+    """Returns the weights float32 [c, g] of the places in a channel, of those of its outputs [d_out]; padding has 0."""
+    return jnp.pad(output_weights.astype(jnp.float32), (0, -len(output_weights) % g)).reshape(-1, g)
 
 
 def trellis_of(rule: CompressionRule) -> Trellis:
@@ -139,5 +155,5 @@ def trellis_of(rule: CompressionRule) -> Trellis:
 
 _CODERS = {
     "plain": Coder(_fit_plain, lambda rule: NearestCodes()),
-    "trellis": Coder(_fit_trellis, lambda rule: NearestPath(trellis_of(rule))),
+    "trellis": Coder(_fit_trellis, lambda rule, **weights: NearestPath(trellis_of(rule), **weights), True),
 }

@@ -70,6 +70,7 @@ def cluster_matrix(
     key: jax.Array,
     channel_weights: jax.Array | np.ndarray | None = None,
     factor: HessianFactor | None = None,
+    output_weights: jax.Array | np.ndarray | None = None,
     shared: SharedStart | None = None,
 ) -> tuple[CodebookArray, ClusterStats]:
     """Returns the CodebookArray of a kernel [d_in, d_out] and its error; the codebook is already 16 bit.
@@ -83,21 +84,26 @@ def cluster_matrix(
       channel_weights: [d_in] >= 0, weight of each input channel's error (E[x_i^2]); axis "out" only.
       factor: of the Hessian of the kernel's input. With it, codes are chosen by error feedback, and codes and codebook
         are improved by refine rounds; axis "out" only. None: every vector takes its nearest code.
+      output_weights: [d_out] >= 0, weight of each output's error; axis "out" only. Plain codes, which choose by vector,
+        do not take them into account.
       shared: the codebook of several kernels, which stays unchanged. None: k-means of this kernel's vectors makes one.
 
     Raises:
       InputError: weights that are not finite, channel weights or a factor for axis "in", or a factor for a coding that
         has no error feedback.
     """
-    if rule.axis != "out" and (factor is not None or channel_weights is not None):
+    if rule.axis != "out" and not (factor is None and channel_weights is None and output_weights is None):
         raise InputError(NOT_IN)
-    began, owner = time.monotonic(), None
+    began, owner, coder = time.monotonic(), None, coder_of(rule)
     weight, channel_weights = on_one_device(weight), on_one_device(channel_weights)
+    weights: dict[str, Any] = {}
+    if coder.weighs_outputs and output_weights is not None:
+        weights = {"output_weights": jnp.asarray(on_one_device(output_weights), jnp.float32)}
     if not bool((jnp if isinstance(weight, jax.Array) else np).isfinite(weight).all()):
         raise InputError("the weights hold NaN or Inf; only finite ones can be clustered")
     if shared is None:
-        exact, codes = coder_of(rule).fit(
-            weight, rule, channel_weights, key=key, iterations=settings.iterations, codes=factor is None
+        exact, codes = coder.fit(
+            weight, rule, channel_weights, key=key, iterations=settings.iterations, codes=factor is None, **weights
         )
         rounded = cb.round_codebook(exact, settings.codebook_dtype)
         del exact
@@ -107,7 +113,8 @@ def cluster_matrix(
     if factor is not None:
         del codes  # all are chosen anew
         solve = shared is None
-        rounded, codes = _with_error_feedback(weight, rounded, factor, search_of(rule), settings, key, solve)
+        search = search_of(rule, **weights)
+        rounded, codes = _with_error_feedback(weight, rounded, factor, search, settings, key, solve, **weights)
     form = rule.form((weight.shape[0], weight.shape[1]))
     assert codes is not None
     codes = codes.reshape(form.along(form.vectors))  # the flat ones are let go of
@@ -125,6 +132,7 @@ def _with_error_feedback(
     settings: ClusterConfig,
     key: jax.Array,
     solve: bool,
+    output_weights: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (codebook, rounded; codes) of error feedback and refine rounds; `solve`: of the codebook too."""
     on_device: jax.Array = jax.device_put(weight)
@@ -139,6 +147,7 @@ def _with_error_feedback(
         rounds=settings.refine_rounds,
         key=key,
         solve=solve,
+        output_weights=output_weights,
     )
     return cb.round_codebook(refined, settings.codebook_dtype), codes
 

@@ -82,6 +82,7 @@ def refine(
     rounds: int,
     key: jax.Array,
     solve: bool = True,
+    output_weights: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (codebook float32 [n, g], index int32 [i, c]) after `rounds` refine rounds.
 
@@ -94,6 +95,7 @@ def refine(
       rounds: >= 0; the first lowers the output error most.
       key: seed of the search among later codebooks.
       solve: False leaves the codebook unchanged, where other kernels share it.
+      output_weights: float32 [o] >= 0, of the errors of the outputs; those that the search has. None: 1.
     """
     codebook = codebook.astype(jnp.float32)
     if rounds == 0:
@@ -104,7 +106,7 @@ def refine(
             search = search.for_codebook(codebook, key)
         index = reassign_codes(weight, codebook, index, curvature, search)
         if solve:
-            codebook = update_codebook(weight, codebook, index, curvature)
+            codebook = update_codebook(weight, codebook, index, curvature, output_weights)
     return codebook, index
 
 
@@ -177,7 +179,13 @@ def _finish(chosen: jax.Array, change: jax.Array, *args: jax.Array) -> tuple[jax
 
 
 @jax.jit
-def update_codebook(weight: jax.Array, codebook: jax.Array, index: jax.Array, curvature: Curvature) -> jax.Array:
+def update_codebook(
+    weight: jax.Array,
+    codebook: jax.Array,
+    index: jax.Array,
+    curvature: Curvature,
+    output_weights: jax.Array | None = None,
+) -> jax.Array:
     """Returns the codebook float32 [n, g] of nearly the least output error for a fixed index.
 
     Conjugate gradients on the normal equations sum_i H (W - Q) = 0 over the places of each code, preconditioned by a
@@ -188,16 +196,18 @@ def update_codebook(weight: jax.Array, codebook: jax.Array, index: jax.Array, cu
       codebook: [n, g], floating, the initial value.
       index: integer [i, c].
       curvature: order int32 [i] and Hessian float32 [i, i].
+      output_weights: float32 [o] >= 0, of the errors of the outputs; None: 1.
     """
     n, g = codebook.shape
-    pieces = _in_pieces(weight, index, curvature.order, g)
+    masses = jnp.ones(weight.shape[1], jnp.float32) if output_weights is None else output_weights
+    pieces = _in_pieces(weight, index, curvature.order, masses, g)
 
     def spread(codebook: jax.Array, piece: _Piece) -> jax.Array:
-        return jnp.where(piece.real, codebook[piece.codes].reshape(len(piece.codes), -1), 0.0)
+        return codebook[piece.codes].reshape(len(piece.codes), -1)
 
     def gathered(slopes: Callable[[_Piece], jax.Array]) -> jax.Array:
         def add(total: jax.Array, piece: _Piece) -> tuple[jax.Array, None]:
-            values = jnp.where(piece.real, slopes(piece), 0.0)
+            values = slopes(piece) * piece.masses
             return add_by_code(total, values.reshape(*piece.codes.shape, g), piece.codes), None
 
         total: jax.Array = jax.lax.scan(add, jnp.zeros((n, g), jnp.float32), pieces)[0]
@@ -246,14 +256,14 @@ def _solved(times: Callable[[jax.Array], jax.Array], right: jax.Array, inverse: 
 
 
 class _Piece(NamedTuple):
-    """Some of the outputs: weights [i, w], codes [i, w/g], and bool [w], False for padding."""
+    """Some of the outputs: weights [i, w], codes [i, w/g], and what their errors count, float32 [w], 0 for padding."""
 
     weight: jax.Array
     codes: jax.Array
-    real: jax.Array
+    masses: jax.Array
 
 
-def _in_pieces(weight: jax.Array, index: jax.Array, order: jax.Array, g: int) -> _Piece:
+def _in_pieces(weight: jax.Array, index: jax.Array, order: jax.Array, masses: jax.Array, g: int) -> _Piece:
     """Returns all outputs of the channels in this order, in equal pieces stacked on a leading axis."""
     outputs, codes = weight.shape[1], index.shape[1]
     count = -(-outputs // _OUTPUTS)
@@ -263,5 +273,5 @@ def _in_pieces(weight: jax.Array, index: jax.Array, order: jax.Array, g: int) ->
         padded = jnp.pad(array, ((0, 0), (0, count * size - array.shape[1])))
         return padded.reshape(len(array), count, size).swapaxes(0, 1)
 
-    real = jnp.arange(count * width * g) < outputs
-    return _Piece(cut(weight.astype(jnp.float32)[order], width * g), cut(index[order], width), real.reshape(count, -1))
+    columns = cut(masses[None], width * g)[:, 0]
+    return _Piece(cut(weight.astype(jnp.float32)[order], width * g), cut(index[order], width), columns)

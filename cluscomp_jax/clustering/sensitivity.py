@@ -1,15 +1,17 @@
-"""Sensitivity: how much an error of each kernel raises the loss of the whole model. Knows a Model and a ParamSource.
+"""Sensitivity: how much an error of each kernel, and of each of its outputs, raises the loss of the whole model.
 
 To second order a change D of a kernel raises the loss by half of sum_io F_io D_io^2, F the diagonal of the empirical
 Fisher information: squared gradients of the loss of single samples (LeCun et al. 1989; Kim et al. 2024). Quantisation
 spreads its error over a kernel about evenly, so that one number is enough: sum(F) mean(W^2) / 2 is the loss per unit
 of relative squared error. Error feedback removes the part of an output's error that other channels can compensate;
-what remains of E[x^T x] is sum_i R_ii^2 (`cluscomp_jax.clustering.error_feedback`).
+what remains of E[x^T x] is sum_i R_ii^2 (`cluscomp_jax.clustering.error_feedback`). Outputs of one kernel differ by
+sum_i F_io. Knows a Model and a ParamSource.
 """
 
 from collections.abc import Hashable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from cluscomp_jax.clustering.hessian import collect_hessians, together
 from cluscomp_jax.config.clustering import ClusterConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.losses import token_nll
+from cluscomp_jax.core.sensitivities import Sensitivities
 from cluscomp_jax.core.trees import Params
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.models.activations import ActivationStore, run_through
@@ -29,8 +32,24 @@ from cluscomp_jax.models.source import ParamSource
 from cluscomp_jax.models.streams import Batch
 from cluscomp_jax.runtime.reporter import Reporter
 
+_T = TypeVar("_T")
+
 SAMPLES = 8
 """Samples of which gradients are computed; more change the choice of codebooks little."""
+_LEAST_WEIGHT, _LARGEST_WEIGHT = 0.1, 8.0
+"""Of an output, times the mean of its kernel: sums over so few samples are uncertain where they are extreme."""
+
+
+class KernelSquares(NamedTuple):
+    """Squared gradients of a kernel [d_in, d_out].
+
+    Attributes:
+      cost: sum(F) mean(W^2), float32.
+      outputs: sum_i F_io, float32 [d_out].
+    """
+
+    cost: jax.Array
+    outputs: jax.Array
 
 
 def sensitivities(
@@ -41,8 +60,8 @@ def sensitivities(
     settings: ClusterConfig,
     work_dir: Path,
     reporter: Reporter,
-) -> dict[str, float]:
-    """Returns {path: loss in nats per token, by which a relative squared error of 1 of the kernel would raise it}.
+) -> Sensitivities:
+    """Returns what errors of every kernel and of its outputs cost.
 
     Memory holds one block. The inputs of all blocks are in files in `work_dir`, 4 bytes a number.
 
@@ -80,12 +99,33 @@ def sensitivities(
     del outer
     stores.pop().delete()
     result: dict[str, float] = {}
+    outputs: dict[str, np.ndarray] = {}
     for i in reversed(range(model.num_blocks)):
-        totals = _backward(model, source, i, stores[-1], slopes)
+        squares = _backward(model, source, i, stores[-1], slopes)
         stores.pop().delete()
-        result |= _named(model, i, {path: total / (2 * count) for path, total in totals.items()})
+        result |= _named(model, i, {path: float(of.cost) / (2 * count) for path, of in squares.items()})
+        outputs |= _named(model, i, {path: np.asarray(of.outputs) for path, of in squares.items()})
         reporter.advance()
-    return {path: value * kept.get(path, 1.0) for path, value in sorted(result.items())}
+    costs = {path: value * kept.get(path, 1.0) for path, value in sorted(result.items())}
+    return Sensitivities(costs, {path: outputs[path] for path in costs})
+
+
+def output_weights(squares: np.ndarray) -> np.ndarray:
+    """Returns the weights float32 [d_out], mean 1, of the squared errors of a kernel's outputs.
+
+    They are the square roots of the sensitivities, limited. The sensitivities themselves gain nothing on text of
+    another kind than the calibration (docs/experiments.md, "Outputs by their sensitivities").
+
+    Args:
+      squares: [d_out] >= 0, of `Sensitivities.outputs`. All 0: all weights are 1.
+    """
+    squares = squares.astype(np.float64)
+    if not squares.any():
+        return np.ones(len(squares), np.float32)
+    roots = np.sqrt(squares)
+    limited = np.clip(roots / roots.mean(), _LEAST_WEIGHT, _LARGEST_WEIGHT)
+    weights: np.ndarray = (limited / limited.mean()).astype(np.float32)
+    return weights
 
 
 def _labels(calibration: Calibration) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
@@ -126,15 +166,15 @@ def _forward(
 
 def _backward(
     model: Model, source: ParamSource, i: int, inputs: ActivationStore, slopes: list[jax.Array]
-) -> dict[str, float]:
-    """Returns {block-relative path: sum(F) mean(W^2) over all samples}; `slopes`, by block i's outputs, become those by
-    its inputs."""
+) -> dict[str, KernelSquares]:
+    """Returns {block-relative path: squares over all samples}; `slopes`, by block i's outputs, become those by its
+    inputs."""
     block, layer_type = _block(source, i), model.layer_type(i)
-    totals: dict[str, jax.Array] = {}
+    totals: dict[str, KernelSquares] = {}
     for j, (_, x) in enumerate(inputs.batches(1)):
         squares, slopes[j] = block_slope(block, x, slopes[j], model=model, layer_type=layer_type)
         totals = jax.tree.map(jnp.add, totals, squares) if totals else squares
-    return {path: float(total) for path, total in totals.items()}
+    return jax.device_get(totals)
 
 
 def scratch_bytes(num_blocks: int, shape: tuple[int, ...], width: int) -> int:
@@ -158,7 +198,7 @@ def _block(source: ParamSource, i: int) -> Params:
     return block
 
 
-def _named(model: Model, i: int, values: dict[str, float]) -> dict[str, float]:
+def _named(model: Model, i: int, values: dict[str, _T]) -> dict[str, _T]:
     return {f"{model.blocks_path}/{i}/{path}": value for path, value in values.items()}
 
 
@@ -216,8 +256,8 @@ def head_slope(
 @partial(jax.jit, static_argnames=("model", "layer_type"))
 def block_slope(
     block: Params, x: jax.Array, slope: jax.Array, *, model: Model, layer_type: Hashable
-) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Returns ({path: sum(F) mean(W^2) of one sample}, the gradient by the block's input)."""
+) -> tuple[dict[str, KernelSquares], jax.Array]:
+    """Returns ({path: squares of one sample}, the gradient by the block's input)."""
     flat = trees.flatten(block)
     kernels = {path: flat[path] for paths in model.input_groups.values() for path in paths}
 
@@ -227,8 +267,9 @@ def block_slope(
 
     _, back = jax.vjp(run, kernels, jnp.asarray(x))
     gradients, before = back(slope)
-    squares = {
-        path: jnp.sum(jnp.square(gradient)) * jnp.mean(jnp.square(kernels[path]))
-        for path, gradient in gradients.items()
-    }
-    return squares, before
+
+    def squares(path: str) -> KernelSquares:
+        outputs = jnp.sum(jnp.square(gradients[path]), axis=0)
+        return KernelSquares(jnp.sum(outputs) * jnp.mean(jnp.square(kernels[path])), outputs)
+
+    return {path: squares(path) for path in kernels}, before

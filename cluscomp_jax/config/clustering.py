@@ -87,6 +87,8 @@ class ClusterConfig:
       iterations: Lloyd iterations, >= 0 (paper: 20).
       weighted: weight each vector by the mean square of its input channel, E[x_i^2], from calibration; used for
         axis "out" only, and only where calibration is given.
+      weighted_outputs: weight the error of each output by the square root of its sensitivity, where bits are spent by
+        sensitivities (`mixed_precision`); trellis codes only, as plain codes choose by vector.
       error_feedback: choose the codes of one input channel after another, each making good the errors before it, by
         the Hessian E[x x^T] from calibration; used for axis "out" only, and only where calibration is given.
       damping: share of the mean of E[x_i^2] added to the Hessian's diagonal, > 0.
@@ -112,6 +114,7 @@ class ClusterConfig:
     export: Literal["any", "aqlm"] = "any"
     iterations: int = 20
     weighted: bool = True
+    weighted_outputs: bool = True
     error_feedback: bool = True
     damping: float = 0.01
     shrinkage: float = 0.2
@@ -196,6 +199,11 @@ class ClusterConfig:
         """Whether a bit budget is spent by sensitivities, which calibration is needed for."""
         mixes = self.bits is not None and not self.plain and self.calibrated
         return mixes if self.mixed_precision == "auto" else self.mixed_precision == "per_matrix"
+
+    @property
+    def weighs_outputs(self) -> bool:
+        """Whether errors of a trellis's outputs count by their sensitivities."""
+        return self.weighted_outputs and self.uneven
 
     @property
     def weighs_positions(self) -> bool:

@@ -11,6 +11,7 @@ import jax
 
 from cluscomp_jax.clustering import coders, drift_correction, error_feedback, hessian, matrix, refine
 from cluscomp_jax.clustering.block import statistics_passes
+from cluscomp_jax.clustering.code_search import NearestCodes
 from cluscomp_jax.clustering.drift_correction import LayerStatistics
 from cluscomp_jax.clustering.error_feedback import HessianFactor
 from cluscomp_jax.config.clustering import CompressionRule
@@ -208,15 +209,27 @@ def _trellis(setting: BlockSpec, rule: CompressionRule, weight: Any, *, every_co
     yield Program(STAGE, "vectors", traced, nbytes(weight), calls)
     lines = place.like(traced.out_info)
     mass, codebook = place.array(lines.shape[0]), place.array(rule.num_codes, rule.group_size)
-    live = nbytes((lines, mass, codebook, codebook))
+    places = None
+    if "output_weights" in (weights := _output_weights(setting, rule, weight)):
+        traced = coders.to_places.trace(weights["output_weights"], g=rule.group_size)
+        yield Program(STAGE, "weights of places", traced, nbytes(lines), calls)
+        places = place.like(traced.out_info)
+    live = nbytes((lines, mass, places, codebook, codebook))
     traced = trellis_fit.draw.trace(lines, mass, place.key(), num_codes=rule.num_codes)
     yield Program(STAGE, "start", traced, nbytes((lines, mass)), calls)
-    arguments = (lines, mass, codebook, codebook, place.key(), place.array())
+    arguments = (lines, mass, codebook, codebook, place.key(), place.array(), places)
     traced = trellis_fit.improve.trace(*arguments, trellis=trellis)
     yield Program(STAGE, "round", traced, live, calls * setting.cfg.cluster.iterations)
     if every_code:
-        traced = trellis_fit.best_codes.trace(lines, codebook, trellis=trellis)
+        traced = trellis_fit.best_codes.trace(lines, codebook, places, trellis=trellis)
         yield Program(STAGE, "codes", traced, nbytes((lines, codebook)), calls)
+
+
+def _output_weights(setting: BlockSpec, rule: CompressionRule, weight: Any) -> dict[str, Any]:
+    """Returns what a coder takes in addition where the errors of outputs do not all count the same."""
+    if not (setting.cfg.cluster.weighs_outputs and coders.coder_of(rule).weighs_outputs):
+        return {}
+    return {"output_weights": setting.place.array(weight.shape[1])}
 
 
 def _assigned(
@@ -226,9 +239,10 @@ def _assigned(
     refine_rounds, place = setting.cfg.cluster.refine_rounds, setting.place
     live = nbytes((weight, array.codebook, factor))
     stored, codes = array.codebook, place.array(*array.codebook.shape)
-    search: Any = coders.search_of(rule)
+    weights = _output_weights(setting, rule, weight)
+    search: Any = coders.search_of(rule, **weights)
     search = place.like(jax.eval_shape(search.for_codebook, stored, place.key()))
-    if nbytes(search):
+    if isinstance(search, NearestCodes) and search.code_index is not None:
         traced = grow_code_index.trace(codes, place.key())
         yield Program("assign", "code index", traced, live + nbytes(codes), setting.blocks * max(1, refine_rounds))
     live += nbytes(search)
@@ -244,5 +258,5 @@ def _assigned(
         traced = refine.reassign_codes.trace(weight, codes, chosen, curvature, search)
         yield Program("assign", "new codes", traced, live, setting.blocks * refine_rounds)
         if not shared:
-            traced = refine.update_codebook.trace(weight, codes, chosen, curvature)
+            traced = refine.update_codebook.trace(weight, codes, chosen, curvature, *weights.values())
             yield Program("assign", "new codebook", traced, live, setting.blocks * refine_rounds)

@@ -40,12 +40,17 @@ def publish(aside: Path, final: Path) -> None:
 
 
 def write_text(path: Path, text: str, *, aside: Path) -> None:
-    """Writes a text file whole or not at all; `aside` is a path on the same disk that may be overwritten.
+    """As `write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode(), aside=aside)
+
+
+def write_bytes(path: Path, content: bytes, *, aside: Path) -> None:
+    """Writes a file whole or not at all; `aside` is a path on the same disk that may be overwritten.
 
     Where writing fails, nothing is left.
     """
     try:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_bytes(content)
         sync(aside)
         publish(aside, path)
     except BaseException:

@@ -29,7 +29,13 @@ _LAST_STEP = 0.2
 
 
 def fit_codebook(
-    lines: jax.Array, trellis: Trellis, *, key: jax.Array, weights: jax.Array | None = None, rounds: int = 20
+    lines: jax.Array,
+    trellis: Trellis,
+    *,
+    key: jax.Array,
+    weights: jax.Array | None = None,
+    place_weights: jax.Array | None = None,
+    rounds: int = 20,
 ) -> jax.Array:
     """Returns a codebook float32 [n, g] of small squared error over paths along the lines.
 
@@ -37,7 +43,8 @@ def fit_codebook(
       lines: float32 [r, c, g], finite.
       trellis: L and b.
       key: same key, same codes.
-      weights: [r] >= 0, of the errors of each line; None: all count the same.
+      weights: [r] >= 0, of the squared errors of each line; None: all count the same.
+      place_weights: float32 [c, g] >= 0, of those of each place in a line, times the line's; None: 1.
       rounds: >= 0.
     """
     weights = jnp.ones(len(lines), jnp.float32) if weights is None else weights
@@ -46,18 +53,24 @@ def fit_codebook(
     for turn in range(rounds):
         step = 1.0 + (_LAST_STEP - 1.0) * turn / max(1, rounds - 1)
         codebook, velocity = improve(
-            lines, weights, codebook, velocity, jax.random.fold_in(key, turn), step, trellis=trellis
+            lines, weights, codebook, velocity, jax.random.fold_in(key, turn), step, place_weights, trellis=trellis
         )
     return codebook
 
 
 @partial(jax.jit, static_argnames="trellis")
-def best_codes(lines: jax.Array, codebook: jax.Array, *, trellis: Trellis) -> jax.Array:
-    """Returns the codes int32 [r, c] of the path of least squared error along every line [r, c, g] float32."""
+def best_codes(
+    lines: jax.Array, codebook: jax.Array, place_weights: jax.Array | None = None, *, trellis: Trellis
+) -> jax.Array:
+    """Returns the codes int32 [r, c] of the path of least squared error along every line [r, c, g] float32.
+
+    `place_weights` as in `fit_codebook`.
+    """
     r, c, g = lines.shape
     spare = -r % LANES
     lanes = jnp.pad(lines, ((0, spare), (0, 0), (0, 0))).reshape(-1, LANES, c, g).transpose(0, 2, 3, 1)
-    codes: jax.Array = jax.lax.map(lambda targets: best_paths(targets, codebook, trellis), lanes)
+    weights = None if place_weights is None else jnp.broadcast_to(place_weights[..., None], (c, g, LANES))
+    codes: jax.Array = jax.lax.map(lambda targets: best_paths(targets, codebook, trellis, weights), lanes)
     return codes.transpose(0, 2, 1).reshape(-1, c)[:r]
 
 
@@ -80,6 +93,7 @@ def improve(
     velocity: jax.Array,
     key: jax.Array,
     step: jax.Array | float,
+    place_weights: jax.Array | None = None,
     *,
     trellis: Trellis,
 ) -> tuple[jax.Array, jax.Array]:
@@ -90,35 +104,42 @@ def improve(
     line = jax.random.randint(of_line, (z,), 0, r)
     first = jax.random.randint(of_place, (z,), 0, c - t + 1)
     segments = jax.vmap(lambda i, j: jax.lax.dynamic_slice(lines, (i, j, 0), (1, t, g))[0])(line, first)
-    codes = _segment_codes(segments, codebook, trellis)
+    own = None
+    if place_weights is not None:
+        own = jax.vmap(lambda j: jax.lax.dynamic_slice(place_weights, (j, 0), (t, g)))(first)
+    codes = _segment_codes(segments, codebook, own, trellis)
     # The ends of a segment are not those of a line: nothing before and after them restricts their codes.
     edge = min(-(-trellis.window_bits // trellis.step_bits), (t - 1) // 2) if t < c else 0
     inner = (jnp.arange(t) >= edge) & (jnp.arange(t) < t - edge)
     mass = jnp.where(inner, weights[line][:, None], 0.0)[..., None]
-    sums = jnp.zeros((n, g + 1), jnp.float32)
+    mass = mass if own is None else mass * own
+    sums = jnp.zeros((n, g + mass.shape[2]), jnp.float32)
     sums = add_by_code(sums, jnp.concatenate([segments * mass, mass], axis=2), codes)
-    weight = sums[:, -1:]
-    move = jnp.where(weight > 0, sums[:, :-1] / jnp.where(weight > 0, weight, 1.0) - codebook, 0.0)
+    weight = sums[:, g:]
+    move = jnp.where(weight > 0, sums[:, :g] / jnp.where(weight > 0, weight, 1.0) - codebook, 0.0)
     velocity = step * move + _MOMENTUM * velocity
     return codebook + velocity, velocity
 
 
-def _segment_codes(segments: jax.Array, codebook: jax.Array, trellis: Trellis) -> jax.Array:
-    """Returns the codes int32 [z, t] of the path of least squared error along every segment float32 [z, t, g]."""
+def _segment_codes(segments: jax.Array, codebook: jax.Array, weights: jax.Array | None, trellis: Trellis) -> jax.Array:
+    """Returns the codes int32 [z, t] of the path of least squared error along every segment float32 [z, t, g].
+
+    `weights` are of the squared errors, float32 [z, t, g]; None: 1.
+    """
     z, t, g = segments.shape
 
-    def mapped(segments: jax.Array, codebook: jax.Array) -> jax.Array:
-        lanes = segments.reshape(-1, LANES, t, g).transpose(0, 2, 3, 1)
-        codes = jax.lax.map(lambda targets: best_paths(targets, codebook, trellis), lanes)
+    def mapped(segments: jax.Array, codebook: jax.Array, weights: jax.Array | None) -> jax.Array:
+        arrays = jax.tree.map(lambda a: a.reshape(-1, LANES, t, g).transpose(0, 2, 3, 1), (segments, weights))
+        codes = jax.lax.map(lambda of_lanes: best_paths(of_lanes[0], codebook, trellis, of_lanes[1]), arrays)
         return codes.transpose(0, 2, 1).reshape(z, t)
 
-    def kernel(segments: jax.Array, codebook: jax.Array, *, interpret: bool) -> jax.Array:
+    def kernel(segments: jax.Array, codebook: jax.Array, weights: jax.Array | None, *, interpret: bool) -> jax.Array:
         tile = path_config(t, g, *trellis)
         if tile is None:
-            return mapped(segments, codebook)
+            return mapped(segments, codebook, weights)
         from pallas_kernels.code_walk.trellis import search_segments
 
         fixed: dict[str, Any] = {"step_bits": trellis.step_bits, "num_warps": tile.num_warps}
-        return search_segments(segments, codebook, interpret=interpret, **fixed)
+        return search_segments(segments, codebook, weights, interpret=interpret, **fixed)
 
-    return kernels_or_definition(mapped, kernel, segments, codebook)
+    return kernels_or_definition(mapped, kernel, segments, codebook, weights)

@@ -50,21 +50,24 @@ class Trellis(NamedTuple):
         return 1 << self.step_bits
 
 
-def best_paths(targets: jax.Array, codebook: jax.Array, trellis: Trellis) -> jax.Array:
+def best_paths(
+    targets: jax.Array, codebook: jax.Array, trellis: Trellis, weights: jax.Array | None = None
+) -> jax.Array:
     """Returns the codes int32 [t, z] of the path of least squared error in every lane.
 
     Args:
       targets: float32 [t, g, z].
       codebook: float32 [n, g].
       trellis: L and b.
+      weights: float32 [t, g, z] >= 0, of the squared errors; None: 1.
     """
-    costs, last = _forward(targets, codebook, trellis, first=None, weights=None)
+    costs, last = _forward(targets, codebook, trellis, first=None, weights=weights)
     heads = jnp.argmin(last, axis=0).astype(jnp.int32)
-    return _backward(targets, codebook, trellis, costs, heads, None)
+    return _backward(targets, codebook, trellis, costs, heads, weights)
 
 
 def best_path(
-    target: jax.Array, codebook: jax.Array, trellis: Trellis, *, outputs: int | None = None, lanes: int = LANES
+    target: jax.Array, codebook: jax.Array, trellis: Trellis, *, weights: jax.Array | None = None, lanes: int = LANES
 ) -> jax.Array:
     """Returns the codes int32 [c] of a path of nearly the least squared error along one channel.
 
@@ -72,7 +75,7 @@ def best_path(
       target: float32 [c * g].
       codebook: float32 [n, g].
       trellis: L and b.
-      outputs: weights of `target` that count, from the first on; None: all.
+      weights: float32 [c * g] >= 0, of the squared errors, 0 for padding; None: 1.
       lanes: segments that are searched side by side. With 1 the error is the least.
     """
     g = codebook.shape[1]
@@ -82,15 +85,13 @@ def best_path(
     # Step i of lane l is step c - (lanes - l) * size + i - early of the channel: all padding is in front.
     at = jnp.arange(early + size)[:, None] + (c - (lanes - jnp.arange(lanes)) * size - early)
     steps = target.reshape(c, g)[jnp.maximum(at, 0)].swapaxes(1, 2)
-    weights = None
-    if outputs is not None and outputs < c * g:
-        weights = (jnp.maximum(at, 0)[:, None] * g + jnp.arange(g)[:, None] < outputs).astype(jnp.float32)
-    costs, last = _forward(steps, codebook, trellis, first=at < 0, weights=weights)
+    counts = None if weights is None else weights.reshape(c, g)[jnp.maximum(at, 0)].swapaxes(1, 2)
+    costs, last = _forward(steps, codebook, trellis, first=at < 0, weights=counts)
     costs, steps = costs[early:], steps[early:]
-    weights = None if weights is None else weights[early:]
+    counts = None if counts is None else counts[early:]
     end = jnp.argmin(last, axis=0).astype(jnp.int32)
     if lanes == 1:
-        return _backward(steps, codebook, trellis, costs, end, weights).reshape(c)
+        return _backward(steps, codebook, trellis, costs, end, counts).reshape(c)
 
     def unsettled(state: tuple[jax.Array, jax.Array]) -> jax.Array:
         heads, codes = state
@@ -99,9 +100,9 @@ def best_path(
     def settle(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         heads, codes = state
         heads = jnp.concatenate([_entry(codes, trellis)[1:], heads[-1:]])
-        return heads, _backward(steps, codebook, trellis, costs, heads, weights)
+        return heads, _backward(steps, codebook, trellis, costs, heads, counts)
 
-    start = end, _backward(steps, codebook, trellis, costs, end, weights)
+    start = end, _backward(steps, codebook, trellis, costs, end, counts)
     _, codes = jax.lax.while_loop(unsettled, settle, start)
     return codes.T.reshape(-1)[lanes * size - c :]
 

@@ -195,7 +195,7 @@ def search_strips(
       codes: int32 [r, c'], donated.
       delta: float32 [r, g, c'], donated.
       base, value: float32 [r, g, c'], as in a walk of nearest codes.
-      counts: float32 [g, c'], 1 for weights whose error counts, else 0.
+      counts: float32 [g, c'] >= 0, the weights of the squared errors, 0 for padding.
       weights: float32 [r, r]; only those of later rows, j > i, are used.
       codebook: float32 [n, g], finite, n a power of two.
       turn: int32 [1], the rows after the one that is searched.

@@ -27,19 +27,19 @@ def walk_trellis(
     value: jax.Array,
     weights: jax.Array,
     codebook: jax.Array,
+    output_weights: jax.Array,
     *,
-    outputs: int,
     step_bits: int,
     tile: PathConfig,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns (codes int32 [r, c], deltas float32 [r, c * g]) of a walk; deltas past the outputs mean nothing.
+    """Returns (codes int32 [r, c], deltas float32 [r, c * g]) of a walk; deltas of padding mean nothing.
 
     Args:
       base, value: float32 [r, c * g].
       weights: float32 [r, r]; only those of later rows, j > i, are used.
       codebook: float32 [n, g], finite, n a power of two.
-      outputs: o; what a last vector has past it does not count.
+      output_weights: float32 [c * g] >= 0, of the squared errors, 0 for padding.
       step_bits: b.
       tile: how channels are cut.
     """
@@ -52,7 +52,7 @@ def walk_trellis(
         return jnp.pad(array, [(0, 0)] * (array.ndim - 1) + [(margin, after)])
 
     base, value = (padded(array.reshape(r, c, g).swapaxes(1, 2)) for array in (base, value))
-    counts = padded((jnp.arange(width) < outputs).astype(jnp.float32).reshape(c, g).T)
+    counts = padded(output_weights.reshape(c, g).T)
     strips: dict[str, Any] = {"strips": pairs, "steps": t, "begin": margin, "end": margin + c}
     even = Launch(first=margin, margin=margin, held=False, **strips)
     odd = Launch(first=margin + t, margin=0, held=True, **strips)
@@ -72,7 +72,13 @@ def walk_trellis(
 
 
 def search_segments(
-    segments: jax.Array, codebook: jax.Array, *, step_bits: int, num_warps: int, interpret: bool = False
+    segments: jax.Array,
+    codebook: jax.Array,
+    weights: jax.Array | None = None,
+    *,
+    step_bits: int,
+    num_warps: int,
+    interpret: bool = False,
 ) -> jax.Array:
     """Returns the codes int32 [z, t] of the path of least squared error along every segment float32 [z, t, g].
 
@@ -81,16 +87,18 @@ def search_segments(
     Args:
       segments: the targets.
       codebook: float32 [n, g], finite, n a power of two.
+      weights: float32 [z, t, g] >= 0, of the squared errors; None: 1.
       step_bits: b.
       num_warps: of 32 threads each, of a program.
     """
     z, t, g = segments.shape
     targets = segments.reshape(1, z * t, g).swapaxes(1, 2)
+    counts = jnp.ones((g, z * t)) if weights is None else weights.reshape(z * t, g).T
     state = jnp.zeros((1, z * t), jnp.int32), jnp.zeros_like(targets)
-    counts, weights, turn = jnp.ones((g, z * t)), jnp.zeros((1, 1)), jnp.zeros((1,), jnp.int32)
+    alone, turn = jnp.zeros((1, 1)), jnp.zeros((1,), jnp.int32)
     fixed: dict[str, Any] = {"step_bits": step_bits, "num_warps": num_warps, "interpret": interpret}
     for first in (0, t):
         launch = Launch(first=first, strips=z // 2, steps=t, margin=0, held=False, begin=0, end=z * t)
-        arrays = (targets, targets, counts, weights, codebook, turn)
+        arrays = (targets, targets, counts, alone, codebook, turn)
         state = search_strips(state[0], state[1], *arrays, launch=launch, **fixed)
     return state[0].reshape(z, t)

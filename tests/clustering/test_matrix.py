@@ -10,6 +10,7 @@ from hypothesis import given, settings
 
 import cluscomp_jax
 from cluscomp_jax.clustering import matrix
+from cluscomp_jax.clustering.error_feedback import factor_hessian
 from cluscomp_jax.config.clustering import ClusterConfig, CompressionRule
 from cluscomp_jax.core.codebook import CodebookArray, decode, validate
 from cluscomp_jax.errors import InputError
@@ -86,6 +87,24 @@ def test_activation_weights_lower_the_weighted_error():
     assert matrix.relative_errors(weight, weighted, mass)[1] < 0.9 * matrix.relative_errors(weight, plain, mass)[1]
 
 
+def test_output_weights_lower_the_weighted_error_of_a_trellis_and_leave_plain_codes():
+    rng = np.random.default_rng(5)
+    weight, mass = rng.standard_normal((48, 95)).astype(np.float32), np.exp(rng.standard_normal(95)).astype(np.float32)
+    inputs = rng.standard_normal((200, 48)) @ rng.standard_normal((48, 48))
+    hessian = (inputs.T @ inputs / 200).astype(np.float32)
+    factor = factor_hessian(jnp.asarray(hessian))
+
+    def error(rule, **given):
+        kept, _ = matrix.cluster_matrix(weight, rule, EXACT, key=jax.random.key(0), factor=factor, **given)
+        missing = weight - np.asarray(decode(kept), np.float64)
+        return np.einsum("io,ij,jo->", missing * mass, hessian, missing), kept
+
+    trellis = CompressionRule(group_size=2, num_codes=64, step_bits=3)
+    assert error(trellis, output_weights=mass)[0] < 0.95 * error(trellis)[0]
+    plain = CompressionRule(group_size=4, num_codes=16)
+    chex.assert_trees_all_equal(error(plain, output_weights=mass)[1], error(plain)[1])
+
+
 def test_dead_channels_do_no_harm():
     weight = np.random.default_rng(4).standard_normal((16, 16)).astype(np.float32)
     for mass in (np.zeros(16, np.float32), np.r_[np.zeros(8), np.ones(8)].astype(np.float32)):
@@ -95,11 +114,12 @@ def test_dead_channels_do_no_harm():
         chex.assert_tree_all_finite((w.codebook, stats.relative_error, stats.weighted_error))
 
 
-def test_axis_in_refuses_activation_weights_with_the_reason():
+@pytest.mark.parametrize("weights", ["channel_weights", "output_weights"])
+def test_axis_in_refuses_weights_with_the_reason(weights):
     with pytest.raises(InputError, match=r"axis 'in'.*weighted = false"):
         matrix.cluster_matrix(
             np.ones((4, 4), np.float32), CompressionRule(group_size=2, num_codes=2, axis="in"), EXACT,
-            key=jax.random.key(0), channel_weights=np.ones(4, np.float32),
+            key=jax.random.key(0), **{weights: np.ones(4, np.float32)},
         )  # fmt: skip
 
 

@@ -34,9 +34,11 @@ def decoded(codes: np.ndarray, index: np.ndarray, outputs: int) -> np.ndarray:
     return np.asarray(codes, np.float64)[np.asarray(index)].reshape(len(index), -1)[:, :outputs]
 
 
-def output_error(weight: np.ndarray, codes: np.ndarray, index: np.ndarray, moments: np.ndarray) -> float:
+def output_error(
+    weight: np.ndarray, codes: np.ndarray, index: np.ndarray, moments: np.ndarray, masses: np.ndarray | float = 1.0
+) -> float:
     error = weight - decoded(codes, index, weight.shape[1])
-    return float(np.einsum("io,ij,jo->", error, damped(moments), error))
+    return float(np.einsum("io,ij,jo->", error * masses, damped(moments), error))
 
 
 def descend(weight: np.ndarray, codes: np.ndarray, index: np.ndarray, moments: np.ndarray) -> np.ndarray:
@@ -101,20 +103,25 @@ def test_the_codebook_tends_to_the_least_squares_solution(
     weight, codes, moments = problem(60, outputs, 4, 12)
     curvature = curvature_of(factor_hessian(jnp.asarray(moments)))
     index = np.random.default_rng(0).integers(0, 11, (60, -(-outputs // 4)))  # the last code stands nowhere
-    solved = jnp.asarray(codes)
+    solved, masses = jnp.asarray(codes), np.ones(outputs)
+    if outputs == 30:
+        masses = np.random.default_rng(1).uniform(0.2, 4, outputs)
     for _ in range(40):
-        solved = update_codebook(jnp.asarray(weight), solved, jnp.asarray(index), curvature)
+        solved = update_codebook(
+            jnp.asarray(weight), solved, jnp.asarray(index), curvature, jnp.asarray(masses, jnp.float32)
+        )
     root = np.linalg.cholesky(damped(moments)).T
     columns = []
     for place in range(12 * 4):
         unit = np.zeros(12 * 4)
         unit[place] = 1.0
-        columns.append((root @ decoded(unit.reshape(12, 4), index, outputs)).reshape(-1))
-    best = np.linalg.lstsq(np.stack(columns, 1), (root @ weight.astype(np.float64)).reshape(-1), rcond=None)[0]
+        columns.append((root @ decoded(unit.reshape(12, 4), index, outputs) * np.sqrt(masses)).reshape(-1))
+    target = (root @ weight.astype(np.float64) * np.sqrt(masses)).reshape(-1)
+    best = np.linalg.lstsq(np.stack(columns, 1), target, rcond=None)[0]
     np.testing.assert_allclose(np.asarray(solved)[:11], best.reshape(12, 4)[:11], atol=2e-3)
     np.testing.assert_array_equal(solved[11], codes[11])
-    least = output_error(weight, best.reshape(12, 4), index, moments)
-    assert output_error(weight, np.asarray(solved), index, moments) <= least * (1 + 1e-4)
+    least = output_error(weight, best.reshape(12, 4), index, moments, masses)
+    assert output_error(weight, np.asarray(solved), index, moments, masses) <= least * (1 + 1e-4)
 
 
 def test_channels_that_are_never_active_do_no_harm() -> None:

@@ -9,7 +9,7 @@ import pytest
 from small_llamas import MIXED, random_params, random_tokens
 
 from cluscomp_jax.clustering import sensitivity
-from cluscomp_jax.clustering.sensitivity import sensitivities
+from cluscomp_jax.clustering.sensitivity import output_weights, sensitivities
 from cluscomp_jax.config.clustering import ClusterConfig
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.losses import token_nll
@@ -44,12 +44,14 @@ def test_it_is_half_the_squared_gradients_of_single_samples(problem, tmp_path):
     )
     flat = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in trees.flatten(params).items()}
     paths = [p for p in flat if p.endswith("_proj/kernel")]
-    assert set(found) == set(paths)
+    assert set(found.kernels) == set(found.outputs) == set(paths)
     gradient = jax.jit(jax.grad(partial(whole_loss, model=model)))
     for path in paths:
-        squares = [jnp.sum(gradient({path: flat[path]}, flat, jnp.asarray(sample))[path] ** 2) for sample in tokens]
-        expected = sum(float(square) for square in squares) * float(jnp.mean(flat[path] ** 2)) / (2 * tokens.size)
-        assert found[path] == pytest.approx(expected, rel=1e-3)
+        squares = [jnp.sum(gradient({path: flat[path]}, flat, jnp.asarray(s))[path] ** 2, axis=0) for s in tokens]
+        outputs = np.asarray(sum(squares))
+        np.testing.assert_allclose(found.outputs[path], outputs, rtol=1e-3, atol=1e-6 * outputs.max())
+        expected = float(outputs.sum()) * float(jnp.mean(flat[path] ** 2)) / (2 * tokens.size)
+        assert found.kernels[path] == pytest.approx(expected, rel=1e-3)
     assert not list(tmp_path.iterdir())
 
 
@@ -70,8 +72,15 @@ def test_what_it_has_on_the_disk_is_what_it_says(problem, tmp_path, monkeypatch)
 def test_feedback_leaves_a_share_of_it(problem, tmp_path):
     model, params, tokens = problem
     run = partial(sensitivities, model, as_source(params, model), tokens, work_dir=tmp_path, reporter=SilentReporter())
-    plain, fed = run(settings=PLAIN), run(settings=ClusterConfig())
+    plain, fed = run(settings=PLAIN).kernels, run(settings=ClusterConfig()).kernels
     assert all(0 < fed[path] < plain[path] for path in plain)
+
+
+def test_outputs_count_by_limited_roots_of_their_sensitivities():
+    np.testing.assert_allclose(output_weights(np.asarray([1.0, 4.0, 9.0])), np.asarray([1, 2, 3]) / 2, rtol=1e-6)
+    rare = output_weights(np.r_[np.zeros(99), 1.0])  # its root is 100 times the mean
+    np.testing.assert_allclose(rare, np.r_[np.full(99, 0.1), 8.0] / 0.179, rtol=1e-6)
+    np.testing.assert_array_equal(output_weights(np.zeros(5, np.float32)), np.ones(5))
 
 
 def test_samples_without_a_token_to_predict_are_refused(problem, tmp_path):

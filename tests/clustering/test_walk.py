@@ -31,12 +31,12 @@ def both_passes(weight, codebook, hessian, search, how):
         return codes, reassign_codes(weight, codebook, codes, curvature_of(factor), search)
 
 
-def output_error(weight, codebook, codes, hessian):
+def output_error(weight, codebook, codes, hessian, masses=1.0):
     hessian = np.asarray(hessian, np.float64)
     damped = hessian + 0.01 * np.mean(np.diag(hessian)) * np.eye(len(hessian))
     quantized = np.asarray(codebook, np.float64)[np.asarray(codes)].reshape(len(codes), -1)[:, : weight.shape[1]]
     error = np.asarray(weight, np.float64) - quantized
-    return float(np.einsum("io,ij,jo->", error, damped, error))
+    return float(np.einsum("io,ij,jo->", error * masses, damped, error))
 
 
 @pytest.mark.parametrize(("i", "o", "g", "n"), [(140, 34, 4, 40), (20, 29, 2, 2500)], ids=["all codes", "trees"])
@@ -53,13 +53,15 @@ def test_the_kernel_chooses_the_codes_of_the_scan(i, o, g, n):
         assert errors[1] <= 1.0001 * errors[0]
 
 
-def test_paths_by_the_kernel_have_the_output_error_of_the_scan():
+@pytest.mark.parametrize("even", [True, False], ids=["even", "weighted"])
+def test_paths_by_the_kernel_have_the_output_error_of_the_scan(even):
     weight, codebook, hessian = problem(10, 300, 2, 64)
-    search = NearestPath(Trellis(6, 2))
+    masses = np.ones(300) if even else np.random.default_rng(1).uniform(0.1, 8, 300)
+    search = NearestPath(Trellis(6, 2), None if even else jnp.asarray(masses, jnp.float32))
     expected, found = (both_passes(weight, codebook, hessian, search, how) for how in ("definition", "interpret"))
     for one, other in zip(expected, found, strict=True):
         np.testing.assert_array_equal(other[:, :-1] >> 2, other[:, 1:] & 15)
-        errors = [output_error(weight, codebook, codes, hessian) for codes in (one, other)]
+        errors = [output_error(weight, codebook, codes, hessian, masses) for codes in (one, other)]
         # Two searches of nearly the best paths part at the first tie; from there on channels have other errors.
         assert errors[1] <= 1.02 * errors[0]
 

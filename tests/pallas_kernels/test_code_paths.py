@@ -37,16 +37,19 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("even", [True, False], ids=["even", "weighted"])
 @pytest.mark.parametrize("case", CASES)
-def test_every_channel_takes_the_path_of_least_error(case):
+def test_every_channel_takes_the_path_of_least_error(case, even):
     rows, c, g, window, step_bits, tile = CASES[case]
     arrays, outputs = problem(len(case), rows, c, g, window), c * g - (g > 1)
-    found = walk_trellis(*map(jnp.asarray, arrays), outputs=outputs, step_bits=step_bits, tile=tile, interpret=True)
+    counts = np.where(np.arange(c * g) < outputs, 1.0 if even else np.random.default_rng(c).uniform(0.1, 8, c * g), 0)
+    given = (*map(jnp.asarray, arrays), jnp.asarray(counts, jnp.float32))
+    found = walk_trellis(*given, step_bits=step_bits, tile=tile, interpret=True)
     codes, delta = (np.asarray(array) for array in found)
     base, value, weights, table = (array.astype(np.float64) for array in arrays)
     np.testing.assert_array_equal(codes[:, :-1] >> step_bits, codes[:, 1:] & ((1 << window - step_bits) - 1))
     np.testing.assert_allclose(delta, value - table[codes].reshape(rows, -1), atol=1e-6)
-    counts = (np.arange(c * g) < outputs).reshape(c, g)
+    counts = counts.reshape(c, g)
     for i in range(rows):
         target = (base[i] + weights[i, i + 1 :] @ delta[i + 1 :]).reshape(c, g)
         error = np.sum((target - table[codes[i]]) ** 2 * counts)
@@ -61,12 +64,14 @@ def test_strips_hold_a_window_and_large_codebooks_have_none():
     assert path_config(4096, 1, 16, 4) is None
 
 
-def test_every_segment_takes_the_path_of_least_error():
+@pytest.mark.parametrize("even", [True, False], ids=["even", "weighted"])
+def test_every_segment_takes_the_path_of_least_error(even):
     *_, table = problem(1, 1, 1, 2, 5)
     segments = np.random.default_rng(2).standard_normal((4, 9, 2)).astype(np.float32)
-    arrays = (jnp.asarray(segments), jnp.asarray(table))
+    counts = np.ones(segments.shape) if even else np.random.default_rng(3).uniform(0.1, 8, segments.shape)
+    arrays = (jnp.asarray(segments), jnp.asarray(table), None if even else jnp.asarray(counts, jnp.float32))
     codes = np.asarray(search_segments(*arrays, step_bits=2, num_warps=4, interpret=True))
     np.testing.assert_array_equal(codes[:, :-1] >> 2, codes[:, 1:] & 7)
-    for segment, path in zip(segments.astype(np.float64), codes, strict=True):
-        least = least_error(segment, table.astype(np.float64), 2, np.ones((9, 2)))
-        assert np.sum((segment - table[path]) ** 2) <= least * (1 + 1e-5)
+    for segment, path, own in zip(segments.astype(np.float64), codes, counts, strict=True):
+        least = least_error(segment, table.astype(np.float64), 2, own)
+        assert np.sum((segment - table[path]) ** 2 * own) <= least * (1 + 1e-5)

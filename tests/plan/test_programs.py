@@ -24,6 +24,7 @@ from cluscomp_jax.config.run import PAPER as RECIPE
 from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.config.training import TrainingConfig
 from cluscomp_jax.config.tuning import BlockTuningConfig
+from cluscomp_jax.core.sensitivities import Sensitivities
 from cluscomp_jax.evaluation import perplexity
 from cluscomp_jax.models.model import build_model
 from cluscomp_jax.models.source import DictSink, as_source
@@ -69,6 +70,9 @@ TRELLIS = dataclasses.replace(
 )
 TRELLIS_BLIND = dataclasses.replace(
     TRELLIS, cluster=dataclasses.replace(TRELLIS.cluster, weighted=False, error_feedback=False)
+)
+TRELLIS_BY_SENSITIVITY = dataclasses.replace(
+    TRELLIS, cluster=ClusterConfig(bits=4.4, coding="trellis", mixed_precision="per_matrix", iterations=2)
 )
 TOKENS = np.random.default_rng(0).integers(0, 67, (2, 24))
 AFTERWARDS = ("finetune", "evaluate", "generate")
@@ -158,6 +162,32 @@ def test_a_run_compiles_what_the_plan_lists_and_holds_what_it_says(cfg, compilat
     pipeline.compress(params, cfg, calibration=TOKENS)
     programs = planned(cfg, FinetuneConfig())
     hold_to([p for p in programs if p.stage not in AFTERWARDS], compilations.seen, before)
+
+
+@pytest.mark.long
+def test_codes_of_weighted_outputs_compile_what_the_plan_lists(compilations, monkeypatch) -> None:
+    """Sensitivities at which bits are spent evenly, as a plan has them, which are not measured here."""
+    cfg = TRELLIS_BY_SENSITIVITY
+    shapes = {
+        f"model/layers/{i}/{path}": shape
+        for i in range(CONFIG.num_hidden_layers)
+        for path, shape in build_model(CONFIG).block_shapes(i).items()
+        if path.endswith("_proj/kernel")
+    }
+    even = Sensitivities(
+        {path: float(math.prod(shape)) for path, shape in shapes.items()},
+        {path: np.arange(shape[1], dtype=np.float32) for path, shape in shapes.items()},
+    )
+    monkeypatch.setattr(compression_run, "sensitivities", lambda *_, **__: even)
+    monkeypatch.setattr(compression_run, "forward_batch", lambda *_: 1)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), llama.init_params(CONFIG, jax.random.key(0)))
+    gc.collect()
+    before = bytes_alive()
+    compilations.seen.clear()
+    pipeline.compress(params, cfg, calibration=TOKENS)
+    programs = planned(cfg, FinetuneConfig())
+    hold_to([p for p in programs if p.stage not in (*AFTERWARDS, "sensitivity")], compilations.seen, before)
+    assert any(name == "to_places" for name, *_ in compilations.seen)
 
 
 @pytest.mark.long

@@ -40,6 +40,19 @@ def test_lines_of_more_weight_are_nearer() -> None:
     assert relative_error(lines[16:], codebook, trellis) < 0.9 * relative_error(lines[16:], even, trellis)
 
 
+def test_places_of_more_weight_are_nearer() -> None:
+    """In its rounds and when codes are chosen, places with most of the weight take freedom from those between them."""
+    trellis, lines = Trellis(7, 2), gaussian(64, 96, 1)
+    heavy = np.arange(96) % 2 == 0
+    places = jnp.asarray(np.where(heavy, 1.0, 0.05).astype(np.float32)[:, None])
+    codebook = fit_codebook(jnp.asarray(lines), trellis, key=KEY, place_weights=places)
+    even = fit_codebook(jnp.asarray(lines), trellis, key=KEY)
+    codes = best_codes(jnp.asarray(lines), codebook, places, trellis=trellis)
+    errors = np.square(lines - np.asarray(codebook)[np.asarray(codes)]).mean((0, 2))
+    assert errors[heavy].mean() < 0.7 * relative_error(lines, even, trellis) * np.square(lines).mean()
+    assert errors[~heavy].mean() > errors[heavy].mean()
+
+
 def test_same_key_same_codes() -> None:
     trellis, lines = Trellis(6, 2), jnp.asarray(gaussian(9, 21, 1))
     first, again = (fit_codebook(lines, trellis, key=KEY, rounds=3) for _ in range(2))

@@ -93,7 +93,7 @@ def test_what_is_past_the_outputs_does_not_count() -> None:
     target, codebook = problem(trellis, 40, 3, 3)
     far = target.copy()
     far[118:] = 1e3
-    outputs = {"outputs": 118, "lanes": 1}
+    outputs = {"weights": jnp.asarray(np.arange(120) < 118, jnp.float32), "lanes": 1}
     codes = np.asarray(best_path(jnp.asarray(far), jnp.asarray(codebook), trellis, **outputs))
     np.testing.assert_array_equal(codes, best_path(jnp.asarray(target), jnp.asarray(codebook), trellis, **outputs))
     # Streams that differ in the last code alone cannot be nearer by what counts.
@@ -102,6 +102,21 @@ def test_what_is_past_the_outputs_does_not_count() -> None:
         other = codes.copy()
         other[-1] = (k << 3) | (last & (trellis.heads - 1))
         assert error(target, codebook, other, 118) >= error(target, codebook, codes, 118) * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_errors_count_by_their_weights(lanes: int) -> None:
+    """Of whole numbers, a squared error that counts k times is that of k targets in a vector of k times the weights."""
+    trellis, repeats = Trellis(6, 2), np.random.default_rng(5).integers(1, 4, 90)
+    target, codebook = problem(trellis, 90, 1, 5)
+    weighted = best_path(
+        jnp.asarray(target), jnp.asarray(codebook), trellis, weights=jnp.asarray(repeats, jnp.float32), lanes=lanes
+    )
+    assert is_stream(np.asarray(weighted), trellis)
+    counted = jnp.asarray((np.arange(3) < repeats[:, None]).astype(np.float32).ravel())
+    copies = jnp.asarray(np.repeat(target, 3)), jnp.asarray(np.repeat(codebook, 3, axis=1))
+    np.testing.assert_array_equal(weighted, best_path(*copies, trellis, weights=counted, lanes=lanes))
+    assert not np.array_equal(weighted, best_path(jnp.asarray(target), jnp.asarray(codebook), trellis, lanes=lanes))
 
 
 def test_lanes_are_channels_of_their_own() -> None:

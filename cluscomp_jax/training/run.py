@@ -15,7 +15,8 @@ from cluscomp_jax.errors import DivergedError, InputError
 from cluscomp_jax.models.model import Model, check_tokens
 from cluscomp_jax.runtime.reporter import Reporter
 from cluscomp_jax.text.token_rows import Batches, TokenRows
-from cluscomp_jax.training import Layout, Teacher, TrainState, evaluate_step, round_masters, train_step
+from cluscomp_jax.training.partition import Layout, Teacher, round_masters
+from cluscomp_jax.training.step import TrainState, evaluate_step, train_step
 from cluscomp_jax.tuning.optimizer import make_schedule
 
 

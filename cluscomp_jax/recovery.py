@@ -7,13 +7,15 @@ from pathlib import Path
 import numpy as np
 
 from cluscomp_jax.clustering.resolve import Rules, rules_by_block
+from cluscomp_jax.config.numerics import compute_dtype_of
 from cluscomp_jax.config.run import CompressConfig
 from cluscomp_jax.errors import InputError
 from cluscomp_jax.finetuning import FinetuneSummary, TeacherSource, check_context, finetune_stream
+from cluscomp_jax.inference.continuations import continue_rows
 from cluscomp_jax.models.calibration import Calibration, Embeddings
 from cluscomp_jax.models.model import Model, build_model
 from cluscomp_jax.models.source import BlockSink, ParamSource
-from cluscomp_jax.runtime.reporter import Reporter
+from cluscomp_jax.runtime.reporter import Reporter, SilentReporter
 from cluscomp_jax.training import refuse_unmatched
 
 
@@ -36,7 +38,8 @@ def recover_stream(
       original: the model that they are made of; it stays on the device.
       sink: takes every block, and the parameters outside the blocks.
       cfg: the run; `cfg.recovery` is set.
-      rows: tokens int [n, t] to compare the two on.
+      rows: tokens int [n, t] to compare the two on, and to be continued by the original where it generates samples. A
+        run that is resumed generates them anew.
       bits: stored bits per weight of `compressed`.
       state_dir: a folder for saved states; with one, the same call resumes after an interruption.
       reporter: of progress.
@@ -50,6 +53,18 @@ def recover_stream(
     model = build_model(cfg.model)
     settings = cfg.recovery.finetune_config(cfg.mesh, bits=bits)
     settings = dataclasses.replace(settings, model=cfg.model, seed=cfg.seed)
+    reporter = reporter or SilentReporter()
+    if cfg.recovery.generated_samples:
+        written = continue_rows(
+            original,
+            model,
+            rows,
+            cfg.recovery.generated_samples,
+            seed=cfg.seed,
+            dtype=compute_dtype_of(settings.training),
+            reporter=reporter,
+        )
+        rows = np.concatenate([rows, written])
     return finetune_stream(
         compressed,
         sink,

@@ -33,7 +33,9 @@ PLAIN = CompressConfig(
     calibration=CalibrationConfig(samples=4, length=12),
     tuning=None,
 )
-RECOVERED = dataclasses.replace(PLAIN, recovery=RecoveryConfig(steps=24, learning_rate=0.01, save_every=2))
+RECOVERY = RecoveryConfig(steps=24, learning_rate=0.01, save_every=2, generated_samples=0)
+RECOVERED = dataclasses.replace(PLAIN, recovery=RECOVERY)
+GENERATED = dataclasses.replace(PLAIN, recovery=dataclasses.replace(RECOVERY, generated_samples=36))
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +43,9 @@ def params() -> Any:
     return llama.init_params(CONFIG, jax.random.key(0))
 
 
-def divergence(params: Any, other: Any) -> float:
-    """The mean of KL(params || other) over all positions of the calibration, in float64."""
-    logits = [np.asarray(llama.forward(tree, TOKENS, CONFIG), np.float64) for tree in (params, other)]
+def divergence(params: Any, other: Any, tokens: Any = TOKENS) -> float:
+    """The mean of KL(params || other) over all positions, in float64."""
+    logits = [np.asarray(llama.forward(tree, tokens, CONFIG), np.float64) for tree in (params, other)]
     log_p, log_q = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in logits)
     return float((np.exp(log_p) * (log_p - log_q)).sum(-1).mean())
 
@@ -62,8 +64,23 @@ def test_recovery_brings_the_model_nearer_to_the_original_and_moves_no_index(par
             np.testing.assert_array_equal(leaf, after[path])
 
 
+def test_samples_that_the_original_writes_help_on_text_that_none_has_seen(params: Any) -> None:
+    unseen = np.random.default_rng(9).integers(0, CONFIG.vocab_size, (64, 12))
+    alone, more = (
+        compress(
+            params,
+            dataclasses.replace(cfg, recovery=dataclasses.replace(cfg.recovery, steps=120)),
+            calibration=TOKENS[:1],
+        )
+        for cfg in (RECOVERED, GENERATED)
+    )
+    assert divergence(params, more, unseen) < 0.9 * divergence(params, alone, unseen)
+    with pytest.raises(InputError, match="recovery: generated_samples is -1; it must be 0 or more"):
+        RecoveryConfig(generated_samples=-1)
+
+
 def test_the_same_call_gives_the_same_bytes(params: Any) -> None:
-    first, again = (compress(params, RECOVERED, calibration=TOKENS) for _ in range(2))
+    first, again = (compress(params, GENERATED, calibration=TOKENS) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, again)
 
 
@@ -119,7 +136,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_text(folder / "text.txt", 400)
     (folder / "run.toml").write_text(
         "tuning = false\n[[cluster.rules]]\nnum_codes = 8\n[calibration]\nsamples = 4\nlength = 16\n"
-        "[recovery]\nsteps = 6\nsave_every = 2\n"
+        "[recovery]\nsteps = 6\nsave_every = 2\ngenerated_samples = 3\n"
     )
     return folder
 

@@ -25,6 +25,8 @@ class RecoveryConfig:
       learning_rate: peak learning rate of AdamW as a share of each array's root mean square, > 0. None: `rate_at` the
         bits of the compressed model.
       distillation: how far the original is followed, and how far the text.
+      generated_samples: samples that the original writes, in addition to those of the calibration, of the same length,
+        >= 0. They continue the beginnings of the calibration samples at temperature 1.
       save_every: steps between two saved states, >= 1; a resumed run repeats at most this many.
       compute_dtype, remat_policy, offload_inputs: as in `TrainingConfig`.
     """
@@ -34,6 +36,7 @@ class RecoveryConfig:
     batch_size: int = 1
     learning_rate: float | None = None
     distillation: DistillationConfig = DistillationConfig()
+    generated_samples: int = 64
     save_every: int = 32
     compute_dtype: Dtype | None = None
     remat_policy: Literal["all", "cheap"] = "cheap"
@@ -41,6 +44,8 @@ class RecoveryConfig:
 
     def __post_init__(self) -> None:
         self.finetune_config()
+        if self.generated_samples < 0:
+            raise InputError(f"recovery: generated_samples is {self.generated_samples}; it must be 0 or more")
 
     def finetune_config(self, mesh: MeshConfig = MeshConfig(), *, bits: float = 4.0) -> FinetuneConfig:
         """Returns the finetuning run that this is, without model and seed.
@@ -53,7 +58,7 @@ class RecoveryConfig:
           InputError: a value out of its range, or a batch that the mesh does not divide.
         """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del fields["save_every"]
+        del fields["save_every"], fields["generated_samples"]
         if self.learning_rate is None:
             fields["learning_rate"] = rate_at(bits)
         try:

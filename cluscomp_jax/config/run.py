@@ -89,6 +89,8 @@ class CompressConfig:
             del fields["recovery"]
         if not self.calibration.begin_windows:  # as settings were recorded before samples could begin with a token
             del fields["calibration"]["begin_windows"]
+        if not self.cluster.uneven:  # as settings were recorded before outputs could be weighted
+            del fields["cluster"]["weighted_outputs"]
         for rule in fields["cluster"]["rules"]:
             if rule["axes"] is None:  # a decoder's kernels need none
                 del rule["axes"]

@@ -35,6 +35,7 @@ def whole_run(
             yield from stage(setting)
     if (recovery := settings[0].cfg.recovery) is not None:
         data = DataConfig(length=settings[0].cfg.calibration.length)
+        yield from model_programs.continuing(settings, recovery, "recover")
         following = dataclasses.replace(recovery.finetune_config(), data=data)
         yield from training_programs.finetuning(settings, following, stage="recover", evaluated=False)
     yield from training_programs.finetuning(settings, finetune, sharding)

@@ -37,8 +37,8 @@ ADVICE = {
     "tune": 'choose a smaller batch_size or length, and no compute_dtype = "float32"',
     "targets": 'choose a smaller length, and no compute_dtype = "float32"',
     "propagate": 'choose a smaller length, and no compute_dtype = "float32"',
-    "recover": 'set offload_inputs = true and remat_policy = "all", or choose a smaller length; or leave recovery out, '
-    "and finetune on a mesh",
+    "recover": 'set offload_inputs = true, remat_policy = "all" and generated_samples = 0, or choose a smaller length; '
+    "or leave recovery out, and finetune on a mesh",
     "evaluate": "choose a smaller length",
     "finetune": "set offload_inputs = true, or choose a smaller batch_size or length, or fewer bits",
     "generate": "choose a shorter --context or fewer bits",

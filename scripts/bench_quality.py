@@ -5,6 +5,8 @@
     python scripts/bench_quality.py --out quality --table recipes --seeds 1  # the default recipe and the best one
     python scripts/bench_quality.py --out quality --table parts --seeds 1    # what each part of the method buys
     python scripts/bench_quality.py --out quality --table hessian            # shrinkage and damping
+    python scripts/bench_quality.py --out quality --table outputs            # outputs weighted or not, by seed
+    python scripts/bench_quality.py --out quality --table generated          # recovery with and without written samples
     python scripts/bench_quality.py --out quality --table calibration        # which text, and how much of it
 
 Calibration is the fixed set of cluscomp_jax/data, perplexity that of the first 8,192 tokens of wiki_test in windows of
@@ -94,6 +96,19 @@ TABLES["recipes"] = {
     f"{bits}-{recipe}-64": (f'recipe = "{recipe}"\n[cluster]\nbits = {bits}', 64, 512)
     for bits in (1.08, 2.08, 2.65, 3.1, 4.06)
     for recipe in ("default", "best")
+}
+TABLES["outputs"] = {
+    f"{bits}-outputs-{weighted}": (f"{UNTUNED}\n[cluster]\nbits = {bits}\nweighted_outputs = {weighted}", 16, 512)
+    for bits in (2.08, 1.08)
+    for weighted in ("true", "false")
+}
+TABLES["generated"] = {
+    f"2.08-generated-{count}": (
+        f'recipe = "best"\n[cluster]\nbits = 2.08\n[recovery]\ngenerated_samples = {count}',
+        64,
+        512,
+    )
+    for count in (0, 64)
 }
 TABLES["hessian"] = {
     f"{name}-shrinkage-{shrinkage}-damping-{damping}": (

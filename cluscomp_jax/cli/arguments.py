@@ -110,7 +110,7 @@ class CompressArguments(Common):
     learning_rate: Annotated[float | None, _recipe(0.004, "FLOAT")] = None
     """peak learning rate of tuning"""
     recover: Annotated[int | None, _recipe(0, "STEPS")] = None
-    """steps in which the whole compressed model follows the original on the calibration samples, after all blocks"""
+    """steps in which the whole compressed model follows the original, after all blocks"""
     seed: Annotated[int | None, _recipe(42, "INT")] = None
     """seed of everything random"""
     mesh: Annotated[str | None, _recipe("data=1", "data=INT")] = None

@@ -75,6 +75,7 @@ def sensitivities(
 
     Raises:
       InputError: embeddings whose first samples have no token to predict.
+      FloatingPointError: a gradient is not finite.
     """
     tokens, labelled, weights = _labels(calibration)
     reporter.start("sensitivity", 2 * model.num_blocks, "blocks")
@@ -174,7 +175,14 @@ def _backward(
     for j, (_, x) in enumerate(inputs.batches(1)):
         squares, slopes[j] = block_slope(block, x, slopes[j], model=model, layer_type=layer_type)
         totals = jax.tree.map(jnp.add, totals, squares) if totals else squares
-    return jax.device_get(totals)
+    found: dict[str, KernelSquares] = jax.device_get(totals)
+    for path, squared in found.items():
+        if not np.isfinite(squared.outputs).all():
+            raise FloatingPointError(
+                f"{model.blocks_path}/{i}/{path}: the gradient of the model's loss by it is not finite, and bits are "
+                "spent by it; check the weights, or set mixed_precision to 'none'"
+            )
+    return found
 
 
 def scratch_bytes(num_blocks: int, shape: tuple[int, ...], width: int) -> int:

@@ -83,6 +83,17 @@ def test_outputs_count_by_limited_roots_of_their_sensitivities():
     np.testing.assert_array_equal(output_weights(np.zeros(5, np.float32)), np.ones(5))
 
 
+def test_a_gradient_that_is_not_finite_is_told_by_its_kernel(problem, tmp_path):
+    model, params, tokens = problem
+    flat = trees.flatten(params)
+    path = next(path for path in flat if path.endswith("norm/weight") and "layers" in path)
+    broken = trees.unflatten(flat | {path: np.full(flat[path].shape, np.inf, np.float32)})
+    with pytest.raises(FloatingPointError, match=r"_proj/kernel: the gradient of the model's loss by it is not finite"):
+        sensitivities(
+            model, as_source(broken, model), tokens, settings=PLAIN, work_dir=tmp_path, reporter=SilentReporter()
+        )
+
+
 def test_samples_without_a_token_to_predict_are_refused(problem, tmp_path):
     model, params, tokens = problem
     inputs = np.ones((*tokens.shape, MIXED.hidden_size), np.float32)

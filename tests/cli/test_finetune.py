@@ -16,13 +16,13 @@ import pytest
 from event_files import scalars
 from finetune_runs import finetune_argv, write_inputs
 
-from cluscomp_jax import finetuning
 from cluscomp_jax.checkpoint.reader import load_checkpoint, open_checkpoint
 from cluscomp_jax.cli import main
 from cluscomp_jax.core import trees
 from cluscomp_jax.core.codebook import CodebookArray
 from cluscomp_jax.reporting.html.records import read_records
 from cluscomp_jax.text.token_rows import ShuffledBatches, TokenRows
+from cluscomp_jax.training import run
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_a_run_that_goes_on_has_all_its_scalars_or_none(folder: Path, monkeypatc
     for name, options in (("scalars", ["--tensorboard"]), ("none", [])):
         out = folder / name
         with monkeypatch.context() as patch:
-            patch.setattr(finetuning, "train_step", lambda *a, **k: stop())
+            patch.setattr(run, "train_step", lambda *a, **k: stop())
             assert main(argv(folder, out, "--tensorboard")) != 0
         assert scalars(out / "tensorboard").keys() == {
             (f"evaluation/{key}", 0) for key in ("nll", "perplexity", "tokens")

@@ -16,6 +16,7 @@ import pytest
 from event_files import scalars
 from finetune_runs import finetune_argv, write_inputs
 
+from cluscomp_jax import finetuning
 from cluscomp_jax.checkpoint.reader import load_checkpoint, open_checkpoint
 from cluscomp_jax.cli import main
 from cluscomp_jax.core import trees

@@ -9,7 +9,7 @@ from cluscomp_jax.models.model import Model
 from cluscomp_jax.models.source import ParamSource
 from cluscomp_jax.runtime.reporter import Reporter
 
-TOGETHER = 32
+_TOGETHER = 32
 """Rows that are written together, at most."""
 SAMPLING = Sampling(temperature=1.0)
 """The model's own distribution."""
@@ -33,8 +33,7 @@ def continue_rows(
       reporter: of progress.
     """
     length = rows.shape[1]
-    prompt, batch = prompt_length(length), min(count, TOGETHER)
-    batches = -(-count // batch)
+    prompt, (batch, batches) = prompt_length(length), batches_of(count)
     reporter.start("recover: the original writes", batches * batch * (length - prompt), "tokens")
     decoder = Decoder.load(source, model, dtype=dtype, decode_weights="once")
     written = []
@@ -49,6 +48,12 @@ def continue_rows(
             reporter.advance(batch)
         written.append(np.concatenate(columns, axis=1))
     return np.concatenate(written)[:count]
+
+
+def batches_of(count: int) -> tuple[int, int]:
+    """Returns (rows of a batch, batches) in which `count` >= 1 rows are written, and some to spare in the last one."""
+    batch = min(count, _TOGETHER)
+    return batch, -(-count // batch)
 
 
 def prompt_length(length: int) -> int:

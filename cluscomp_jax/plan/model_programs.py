@@ -53,9 +53,8 @@ def continuing(settings: Sequence[BlockSpec], recovery: RecoveryConfig, stage: s
     setting = settings[0]
     model, place, length = setting.model, setting.place, setting.cfg.calibration.length
     dtype = jnp.dtype(compute_dtype_of(recovery.finetune_config().training))
-    batch = min(recovery.generated_samples, continuations.TOGETHER)
-    batches = -(-recovery.generated_samples // batch)
-    begin = continuations.prompt_length(length)
+    (batch, batches), begin = continuations.batches_of(recovery.generated_samples), continuations.prompt_length(length)
+    prompt = decoder.prompt_width(begin)
     outer = place.tree(model.outer_shapes(), dtype)
     init = partial(model.init_cache, 0, batch, decoder.cache_length(begin, length - begin), dtype)
     cache = place.like(jax.eval_shape(init))
@@ -65,7 +64,7 @@ def continuing(settings: Sequence[BlockSpec], recovery: RecoveryConfig, stage: s
     )
     last = place.array(batch, 1, width(model), dtype=dtype)
     for name, columns, first, calls in (
-        ("prompt", decoder.prompt_width(begin), None, 1),
+        ("prompt", prompt, None, 1),
         ("token", 1, 0, length - begin),
     ):
         tokens = place.array(batch, columns, dtype="int32")
@@ -76,10 +75,8 @@ def continuing(settings: Sequence[BlockSpec], recovery: RecoveryConfig, stage: s
         for each, block in zip(settings, blocks, strict=True):
             traced = decoder.cached_block.trace(model, each.layer_type, block, x, cache, first, length)
             yield Program(stage, f"{name}: block", traced, held, calls * batches * each.blocks)
-    at = place.array(batch, dtype="int32")
-    traced = ragged.gather_last.trace(
-        last, place.array(batch, decoder.prompt_width(begin), width(model), dtype=dtype), at
-    )
+    x = place.array(batch, prompt, width(model), dtype=dtype)
+    traced = ragged.gather_last.trace(last, x, place.array(batch, dtype="int32"))
     yield Program(stage, "prompt: last", traced, whole + nbytes(traced.in_avals), batches)
     traced = decoder.next_token.trace(model, continuations.SAMPLING, outer, last, 0, 0, place.key())
     yield Program(stage, "token: head", traced, whole + nbytes(last), (length - begin) * batches)
